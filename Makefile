@@ -1,0 +1,25 @@
+# Each target does its own set-up: a machine with Python >= 3.11, pip and make is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/examples
+	$(BIN)/python examples/train_lm.py
+
+test: .venv/test
+	$(BIN)/python -m pytest -q
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# One stamp file for each set of extras that has been installed.
+.venv/%: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf .venv

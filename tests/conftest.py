@@ -1,0 +1,43 @@
+"""Eight CPU devices, no network, strict ranks: the conditions under which every test runs."""
+
+import socket
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("tests")
+
+_connect = socket.socket.connect
+_LOOPBACK = ("127.", "::1", "localhost")
+
+
+def _connect_to_loopback_only(self, address):
+    if isinstance(address, tuple) and not str(address[0]).startswith(_LOOPBACK):
+        raise OSError(f"tests use no network; a connection to {address} was attempted")
+    return _connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", _connect_to_loopback_only)
+
+
+@pytest.fixture
+def strict_promotion():
+    """Strict dtype promotion; not global, as `optax.adamw` computes float ** int32."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def no_typecheck():
+    """Turns the run-time shape check off, so that our own error text is what raises."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
