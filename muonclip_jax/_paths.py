@@ -1,4 +1,4 @@
-"""Where a leaf is, as the plain strings that people see in messages and rules are matched against."""
+"""Where a leaf is, in the plain strings that messages show and rules are matched against."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,6 +1,5 @@
 """Names for the types that appear in more than one signature."""
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -9,7 +8,5 @@ import jax
 ArrayTree: TypeAlias = Any
 # A number, or a 0-d array that may be traced.
 Scalar: TypeAlias = float | jax.Array
-# A number, or a function of the step count, as optax takes for a learning rate.
-ScalarOrSchedule: TypeAlias = Scalar | Callable[[jax.Array], jax.Array]
 # One Newton-Schulz step p(s) = a s + b s³ + c s⁵.
 Row: TypeAlias = tuple[float, float, float]

@@ -1,0 +1,217 @@
+"""Coefficients of the Newton-Schulz polynomials, each with its source.
+
+One step maps every singular value s of a matrix to p(s) = a s + b s³ + c s⁵; a preset is a tuple of
+`(a, b, c)` rows, one a step.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from muonclip_jax._types import Row
+
+# A preset's name; several rows (a, b, c), one a step; or one row for every step. Lists and concrete
+# arrays do as well as tuples.
+Coefficients: TypeAlias = str | Sequence[float] | Sequence[Sequence[float]] | ArrayLike
+
+# Keller Jordan's post uses five steps, and so does optax.
+DEFAULT_STEPS = 5
+
+# Jordan et al. 2024, post "Muon"; KellerJordan/Muon, muon.py,
+# zeropower_via_newtonschulz5; unchanged.
+JORDAN: Row = (3.4445, -4.7750, 2.0315)
+
+# You Jiacheng 2025; optax/contrib/_muon.py, _DION_NS_COEFFS; NVIDIA-NeMo/Emerging-Optimizers,
+# muon_utils.py, "quintic"; unchanged.
+_YOU = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+# Amsel et al. 2025, arXiv 2505.16932, the optimal composition for a lower bound of 1e-3 with
+# cushion 0.02407327424182761, before its safety factor.
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+)
+
+# Dao-AILab/gram-newton-schulz. The paper's 1.01 lets five steps reach 2e88 at 1.02, where a rounded
+# norm can put a singular value; 1.05 stays finite up to 1.05, for 804 instead of 976 of slope at 0.
+_SAFETY = 1.05
+
+# Grishina et al. 2025, arXiv 2506.10935; rows as in Emerging-Optimizers, muon_utils.py; unchanged.
+_CANS = (
+    (8.4703, -25.1081, 18.6293),
+    (4.1828, -3.1087, 0.5806),
+    (3.9619, -2.9541, 0.5630),
+    (3.2866, -2.4647, 0.5074),
+    (2.2737, -1.6447, 0.4162),
+)
+
+# DeepSeek-V4, arXiv 2606.19348, section 2.4: eight steps of Jordan's row, then two that
+# settle at 1.
+_DEEPSEEK_V4 = (JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2
+
+# arXiv 2606.00371: cubic steps, c = 0.
+_CUBIC5 = (
+    (3.3656576, -3.3420992, 0.0),
+    (2.5744352, -1.4957376, 0.0),
+    (2.5368962, -1.4312570, 0.0),
+    (2.4418906, -1.2764040, 0.0),
+    (2.2230472, -0.9630650, 0.0),
+)
+
+
+def _with_safety(rows: Sequence[Row], safety: float) -> tuple[Row, ...]:
+    """Makes the rows of p(s / safety): singular values up to `safety` stay in the proven range."""
+    return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in rows)
+
+
+# The singular values each preset returns are held by tests/test_published_numbers.py.
+_PRESETS: dict[str, tuple[Row, ...]] = {
+    "jordan": (JORDAN,) * DEFAULT_STEPS,
+    "standard": (JORDAN,) * DEFAULT_STEPS,  # optax's name
+    "you": _YOU,
+    "dion": _YOU,  # optax's name
+    "polar_express": _with_safety(_POLAR_EXPRESS[:5], _SAFETY),
+    "polar_express_6": _with_safety(_POLAR_EXPRESS, _SAFETY),
+    "cans": _CANS,
+    "deepseek_v4": _DEEPSEEK_V4,
+    "cubic5": _CUBIC5,
+}
+
+
+def ns_coefficients(name: str, steps: int | None = None) -> tuple[Row, ...]:
+    """Looks up the `(a, b, c)` rows of a preset, one row for each Newton-Schulz step.
+
+    Singular values that come out, in exact arithmetic, for those that go in at 3e-3 .. 1 of the
+    matrix's norm:
+
+    | preset | steps | out |
+    |---|---|---|
+    | `"jordan"`, `"standard"` | 5 | 0.682 .. 1.202 |
+    | `"you"`, `"dion"` | 5 | 0.978 .. 1.145 |
+    | `"polar_express"` | 5 | 0.846 .. 1.124 |
+    | `"polar_express_6"` | 6 | 0.989 .. 1.001 |
+    | `"cans"` | 5 | 0.884 .. 1.120 |
+    | `"deepseek_v4"` | 10 | 1.000 .. 1.001 |
+    | `"cubic5"` | 5 | 0.353 .. 1.300 |
+
+    Args:
+      name: Name of a preset.
+      steps: Number of rows. Fewer than the preset has are its first ones; for more, its last row
+        repeats. None gives the preset as it was published.
+
+    Returns:
+      Rows of Python floats: hashable, and exact in every compute dtype.
+
+    Raises:
+      ValueError: if the name is unknown or `steps` is below 1.
+
+    Example:
+      >>> ns_coefficients("jordan", steps=2)
+      ((3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
+
+    References:
+      The source of each preset stands beside it in this file.
+    """
+    if name not in _PRESETS:
+        listed = ", ".join(repr(known) for known in _PRESETS)
+        raise ValueError(f"ns_coefficients: unknown preset {name!r}; there are {listed}.")
+    return _to_length(_PRESETS[name], steps)
+
+
+def as_rows(coefficients: Any, steps: Any = None) -> tuple[Row, ...]:
+    """Turns a preset's name, rows, or one row for every step into a tuple of rows.
+
+    Args:
+      coefficients: See `Coefficients`; lists and concrete arrays do too.
+      steps: Number of rows, as for `ns_coefficients`. For a single row, None means five.
+
+    Returns:
+      Rows of Python floats.
+
+    Raises:
+      TypeError: if `coefficients` or `steps` is traced: they shape the program.
+      ValueError: if they are not rows of three finite numbers, or `steps` is below 1.
+
+    Example:
+      >>> as_rows((2, -1.5, 0.5), steps=2)
+      ((2.0, -1.5, 0.5), (2.0, -1.5, 0.5))
+    """
+    if isinstance(coefficients, str):
+        return ns_coefficients(coefficients, steps)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(coefficients)):
+        raise TypeError(
+            "Newton-Schulz coefficients are part of the program and cannot be traced; "
+            "with optax.inject_hyperparams, name them in static_args."
+        )
+    table = np.asarray(coefficients, np.float64)
+    if table.ndim not in (1, 2) or table.shape[-1] != 3 or not np.all(np.isfinite(table)):
+        raise ValueError(
+            "Newton-Schulz coefficients must be a preset's name, a row (a, b, c) or several rows, "
+            f"all finite; got {coefficients!r}."
+        )
+    rows = tuple((float(a), float(b), float(c)) for a, b, c in np.atleast_2d(table))
+    if table.ndim == 1:
+        return _to_length(rows, DEFAULT_STEPS if steps is None else steps)
+    return _to_length(rows, steps)
+
+
+def is_single_row(coefficients: Any) -> bool:
+    """Tells `(a, b, c)` from a preset's name and from several rows.
+
+    Args:
+      coefficients: See `Coefficients`.
+
+    Returns:
+      True for one row, which is used in every step.
+
+    Example:
+      >>> is_single_row((2.0, -1.5, 0.5)), is_single_row("jordan")
+      (True, False)
+    """
+    return not isinstance(coefficients, str) and np.ndim(coefficients) == 1
+
+
+def evaluate(rows: Sequence[Row], s: float) -> float:
+    """Follows one singular value through all steps.
+
+    Args:
+      rows: `(a, b, c)`, one row a step.
+      s: Singular value that goes in.
+
+    Returns:
+      p_T(... p_1(s)), in float64.
+
+    Example:
+      >>> round(evaluate(ns_coefficients("jordan"), 1.0), 3)
+      0.696
+    """
+    for a, b, c in rows:
+        s = s * (a + s * s * (b + s * s * c))
+    return s
+
+
+def _to_length(rows: tuple[Row, ...], steps: Any) -> tuple[Row, ...]:
+    if steps is None:
+        return rows
+    if isinstance(steps, Tracer):
+        raise TypeError(
+            "The number of Newton-Schulz steps is part of the program and cannot be traced; "
+            "with optax.inject_hyperparams, pass static_args='ns_steps'."
+        )
+    if steps != int(steps) or steps < 1:
+        raise ValueError(f"The number of Newton-Schulz steps must be at least 1, got {steps!r}.")
+    return rows[: int(steps)] + rows[-1:] * (int(steps) - len(rows))

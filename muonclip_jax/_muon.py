@@ -1,0 +1,187 @@
+"""Muon for the matrices and AdamW for the rest, as one optimizer, routed by role."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from muonclip_jax._coefficients import JORDAN, Coefficients
+from muonclip_jax._layout import DimensionNumbersOrFn
+from muonclip_jax._routing import leaf_numbers
+from muonclip_jax._scale_by_muon import scale_by_muon, scale_by_shape
+from muonclip_jax._settings import check_settings
+from muonclip_jax._types import ArrayTree, Scalar
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    ns_coeffs: Coefficients = JORDAN,
+    ns_steps: int = 5,
+    beta: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None = None,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: str = "frobenius",
+    adam_b1: Scalar = 0.9,
+    adam_b2: Scalar = 0.999,
+    adam_eps_root: Scalar = 0.0,
+    adam_weight_decay: Scalar = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
+    consistent_rms: Scalar | None = None,
+    ns_method: str = "auto",
+    ns_dtype: Any = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    """Muon for the matrices of a model, AdamW for everything else.
+
+    A matrix W moves by `-learning_rate · (scale · O + weight_decay · W)`, O its orthogonalised
+    momentum and scale that of `scale_by_shape`. Embeddings, output heads, routers, norms, biases
+    and everything with fewer than two axes go to AdamW, whatever their rank; `routing_table` shows
+    what goes where. The arguments up to `consistent_rms` are those of `optax.contrib.muon`, with
+    its defaults and meaning; what differs is the routing of leaves by role, so that scan-stacked
+    layers and experts are orthogonalised too.
+
+    Under `optax.MultiSteps` all of Newton-Schulz runs on every micro-step; averaging the gradients
+    before this transform costs less.
+
+    Args:
+      learning_rate: Number or schedule.
+      ns_coeffs: See `scale_by_muon`.
+      ns_steps: See `scale_by_muon`.
+      beta: Decay of the momentum of the matrices, in [0, 1).
+      eps: For Newton-Schulz, see `scale_by_muon`, and for AdamW.
+      weight_decay: Decay of the matrices, multiplied by the learning rate.
+      weight_decay_mask: Tree or prefix of booleans, or a function of the parameters that returns
+        one: which matrices decay. None: all.
+      mu_dtype: Dtype of the first moments of both optimizers. None: that of the parameters.
+      nesterov: See `scale_by_muon`; it reaches AdamW too, which it makes NAdamW.
+      adaptive: See `scale_by_muon`.
+      preconditioning: See `newton_schulz`.
+      adam_b1: Decay of AdamW's first moment, in [0, 1).
+      adam_b2: Decay of AdamW's second moment, in [0, 1).
+      adam_eps_root: Added inside the root of AdamW.
+      adam_weight_decay: Decay of AdamW's leaves, multiplied by its learning rate.
+      adam_learning_rate: Number or schedule. None: `learning_rate`.
+      muon_weight_dimension_numbers: Tree, or a prefix of it, of `MuonDimensionNumbers`, with None
+        for leaves of AdamW; or a function of the parameters that returns one. None: by role.
+      consistent_rms: See `scale_by_shape`. 0.2 lets a learning rate tuned for AdamW carry over.
+      ns_method: See `newton_schulz`.
+      ns_dtype: See `newton_schulz`.
+
+    Returns:
+      An optax transformation, which ignores extra arguments. With weight decay, `update` needs the
+      parameters.
+
+    Raises:
+      ValueError: when built, for a setting out of range or an unknown name; at `init` and while
+        tracing, for leaves that fit no optimizer and gradients that do not fit the state.
+
+    Example:
+      >>> import muonclip_jax as mc, jax.numpy as jnp, optax
+      >>> tx = mc.muon(0.1, weight_decay=0.1, consistent_rms=0.2)
+      >>> params = {"kernel": jnp.eye(4), "bias": jnp.ones(4)}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> print(f"{optax.apply_updates(params, updates)['kernel'][0, 0]:.3f}")
+      0.959
+
+    References:
+      Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025, arXiv
+      2502.16982, section 2.2 (decay, consistent_rms); optax/contrib/_muon.py (arguments).
+    """
+    scale_by = functools.partial(
+        scale_by_muon,
+        ns_coeffs,
+        ns_steps,
+        beta,
+        eps,
+        mu_dtype,
+        nesterov=nesterov,
+        adaptive=adaptive,
+        preconditioning=preconditioning,
+        ns_method=ns_method,
+        ns_dtype=ns_dtype,
+    )
+    return with_adamw(
+        "muon",
+        scale_by,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        consistent_rms=consistent_rms,
+        muon_weight_dimension_numbers=muon_weight_dimension_numbers,
+        adam_learning_rate=adam_learning_rate,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_weight_decay=adam_weight_decay,
+        eps=eps,
+        eps_root=adam_eps_root,
+        mu_dtype=mu_dtype,
+        nesterov=nesterov,
+    )
+
+
+def with_adamw(
+    where: str,
+    scale_by: Callable[..., optax.GradientTransformation],
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Scalar,
+    weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None,
+    consistent_rms: Scalar | None,
+    muon_weight_dimension_numbers: DimensionNumbersOrFn | None,
+    adam_learning_rate: optax.ScalarOrSchedule | None,
+    adam_b1: Scalar,
+    adam_b2: Scalar,
+    adam_weight_decay: Scalar,
+    **adamw: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Completes `scale_by`, a transform of matrices, to an optimizer beside AdamW.
+
+    The arguments are those of `muon`; `where` is the public function that was called, `adamw` what
+    else `optax.adamw` takes.
+    """
+    check_settings(
+        where,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        consistent_rms=consistent_rms,
+        adam_learning_rate=adam_learning_rate,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_weight_decay=adam_weight_decay,
+        adam_eps_root=adamw["eps_root"],
+    )
+
+    def numbers(params):
+        found = leaf_numbers(params, muon_weight_dimension_numbers)
+        return jax.tree.structure(params).unflatten(found)
+
+    def labels(params):
+        if not jax.tree.leaves(params):  # no parameters, or map_params' placeholder
+            return params
+        found = leaf_numbers(params, muon_weight_dimension_numbers)
+        return jax.tree.structure(params).unflatten(
+            ["adam" if number is None else "muon" for number in found]
+        )
+
+    matrices = optax.chain(
+        scale_by(weight_dimension_numbers=numbers),
+        scale_by_shape(numbers, consistent_rms),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    rest = optax.adamw(
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        b1=adam_b1,
+        b2=adam_b2,
+        weight_decay=adam_weight_decay,
+        **adamw,
+    )
+    return optax.partition({"muon": matrices, "adam": rest}, labels)

@@ -1,0 +1,226 @@
+"""Newton-Schulz iteration: pushes the singular values of a matrix towards one with products alone.
+
+Each step is X ← a X + b A X + c A² X with A = X Xᴴ; in singular values, s ← a s + b s³ + c s⁵.
+Source: Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon/.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+from muonclip_jax._coefficients import Coefficients, as_rows, evaluate
+from muonclip_jax._settings import check_choice
+from muonclip_jax._types import Row, Scalar
+
+METHODS = ("auto", "standard")
+PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
+
+# The compute dtype of "auto". TPU: its matrix units multiply bfloat16. GPU: not measured yet.
+_COMPUTE_DTYPES = {"cpu": jnp.float32, "tpu": jnp.bfloat16, "gpu": jnp.bfloat16}
+
+# Room above one that a 16-bit norm needs: a rounding of 2⁻⁸ in each entry moves it by less.
+_HEADROOM = 1.01
+
+# 2⁶⁴ is exact in every dtype we normalise in, and takes the reciprocal of the largest and smallest
+# float32 out of the subnormal range, where XLA flushes it to zero.
+_SHIFT = 2.0**64
+
+
+def newton_schulz(
+    x: Inexact[Array, "*batch m n"],
+    coefficients: Coefficients = "jordan",
+    *,
+    steps: int | None = None,
+    method: str = "auto",
+    dtype: Any = "auto",
+    preconditioning: str = "frobenius",
+    eps: Scalar = 1e-8,
+) -> Inexact[Array, "*batch m n"]:
+    """Pushes the singular values of each matrix towards one.
+
+    With `x = U S Vᴴ` this is `U p(S / ‖x‖) Vᴴ`, where p composes `a s + b s³ + c s⁵`, one row of
+    coefficients each. The scale of a matrix does not matter (entries from 1e-33 to 1e38), and no
+    matrix of a batch influences another: a NaN or Inf loses its own matrix only.
+
+    Args:
+      x: Matrices, real or complex.
+      coefficients: Preset name, `(a, b, c)` rows, or one row for every step; see `ns_coefficients`.
+      steps: Number of steps. Fewer than there are rows take the first ones, for more the last row
+        repeats. None: as many as rows, five for a single row.
+      method: `"standard"`, or `"auto"`, which is the same until there is another.
+      dtype: What the products are computed in, or `"auto"`: float32 on CPU, bfloat16 on TPU and
+        GPU. Products accumulate in float32 at least. float64 and complex matrices stay what they
+        are under "auto".
+      preconditioning: How a matrix is brought to singular values of at most one: `"frobenius"`,
+        divide by its Frobenius norm; `"spectral"`, by its largest singular value; `"schatten"`, by
+        its Schatten-4 norm; `"aol"`, scale each row of the short side, which changes the singular
+        vectors a little.
+      eps: Added to the norm of the matrix after its largest magnitude has been made one, so it is
+        relative.
+
+    Returns:
+      Shape and dtype of `x`. Singular values in [0.68, 1.21] for "jordan" and those that are at
+      least 3e-3 of the norm (`test_published_numbers.py`). A zero matrix gives zero.
+
+    Raises:
+      ValueError: if `x` has fewer than two axes, or a name or the coefficients are not known.
+      TypeError: if `x` is not floating or complex.
+
+    Example:
+      >>> import muonclip_jax as mc, jax.numpy as jnp
+      >>> mc.newton_schulz(jnp.diag(jnp.array([1.0, 2.0])), (1.5, -0.5, 0.0), steps=12).round(3)
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+
+    References:
+      Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, function
+      `zeropower_via_newtonschulz5`. Preconditioning: Boissin et al. 2025, arXiv 2512.04632 (aol);
+      Grishina et al. 2025, arXiv 2506.10935 (schatten).
+    """
+    x = jnp.asarray(x)
+    rows = as_rows(coefficients, steps)
+    check_choice("newton_schulz", "method", method, METHODS)
+    check_choice("newton_schulz", "preconditioning", preconditioning, PRECONDITIONINGS)
+    if x.ndim < 2:
+        raise ValueError(f"newton_schulz: x must have at least two axes, got shape {x.shape}.")
+    if x.size == 0:
+        return x
+    orthogonalise = functools.partial(
+        _orthogonalise,
+        rows=rows,
+        compute_dtype=compute_dtype(x.dtype, dtype),
+        preconditioning=preconditioning,
+        eps=eps,
+    )
+    return _each_matrix(orthogonalise, x).astype(x.dtype)
+
+
+def compute_dtype(dtype: Any, wanted: Any = "auto") -> Any:
+    """Decides what the products of a matrix are computed in; resolved while tracing.
+
+    Args:
+      dtype: Dtype of the matrix.
+      wanted: A dtype, or `"auto"`.
+
+    Returns:
+      The compute dtype.
+
+    Raises:
+      TypeError: if `dtype` is not floating or complex, or a complex matrix would lose its
+        imaginary part.
+
+    Example:
+      >>> compute_dtype(jnp.float64)
+      dtype('float64')
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"newton_schulz: x must be floating or complex, got {dtype}.")
+    wide = dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
+    if isinstance(wanted, str) and wanted == "auto":
+        return dtype if wide else jnp.dtype(_COMPUTE_DTYPES[jax.default_backend()])
+    wanted = jnp.dtype(wanted)
+    if not jnp.issubdtype(wanted, jnp.inexact) or (
+        jnp.issubdtype(dtype, jnp.complexfloating)
+        and not jnp.issubdtype(wanted, jnp.complexfloating)
+    ):
+        raise TypeError(f"newton_schulz: matrices of {dtype} cannot be computed in {wanted}.")
+    return wanted
+
+
+def accumulator(dtype: Any) -> Any:
+    """Names the dtype in which sums over `dtype` are taken: at least float32.
+
+    Args:
+      dtype: A floating or complex dtype.
+
+    Returns:
+      `dtype` itself, or float32 for the 16-bit ones.
+
+    Example:
+      >>> accumulator(jnp.bfloat16)
+      dtype('float32')
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _each_matrix(f: Any, x: jax.Array) -> jax.Array:
+    """Applies `f` to each matrix: in one batched call, but on CPU one after the other."""
+    # XLA:CPU hands a 2-D product to an optimised library and computes a batched one by itself,
+    # several times slower.
+    if jax.default_backend() == "cpu":
+        for _ in range(x.ndim - 2):
+            f = functools.partial(jax.lax.map, f)
+    return f(x)
+
+
+def _orthogonalise(
+    x: jax.Array, *, rows: Sequence[Row], compute_dtype: Any, preconditioning: str, eps: Scalar
+) -> jax.Array:
+    tall = x.shape[-2] > x.shape[-1]  # A = X Xᴴ is smaller on the short side, and f(Xᵀ) = f(X)ᵀ
+    x = _normalise(x.mT if tall else x, preconditioning, eps)
+    if jnp.finfo(compute_dtype).bits == 16 and not _bounded_above_one(rows):
+        x = x / _HEADROOM
+    x = x.astype(compute_dtype)
+    for step, (a, b, c) in enumerate(rows):
+        A = _product(x, x.mT.conj())
+        if step == 0 and preconditioning in ("aol", "schatten"):
+            x, A = _rescale(x, A, preconditioning)
+        A = A.astype(compute_dtype)
+        B = _add(b, A, c, _product(A, A)) if c else _add(b, A)
+        x = _add(a, x, 1.0, _product(B, x))
+    return x.mT if tall else x
+
+
+def _normalise(x: jax.Array, preconditioning: str, eps: Scalar) -> jax.Array:
+    """Divides each matrix by its norm, at any scale; zero stays zero.
+
+    A squared norm of the matrix as it comes would overflow at 1e19 and vanish at 1e-23 in float32,
+    so its largest magnitude is made one first.
+    """
+    x = x.astype(accumulator(x.dtype))
+    magnitude = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
+    largest = jnp.max(magnitude, axis=(-2, -1), keepdims=True)
+    shift = jnp.where(largest > 1, 1 / _SHIFT, _SHIFT).astype(largest.dtype)
+    x = (x * shift.astype(x.dtype)) / _nonzero(largest * shift).astype(x.dtype)
+    if preconditioning == "spectral":
+        norm = jnp.linalg.svd(x, compute_uv=False)[..., :1, None]
+    else:
+        norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    return x / _nonzero(norm + jnp.asarray(eps, norm.dtype)).astype(x.dtype)
+
+
+def _rescale(x: jax.Array, A: jax.Array, preconditioning: str) -> tuple[jax.Array, jax.Array]:
+    """Scales X by diag(s) and its Gram matrix A by diag(s) on both sides."""
+    if preconditioning == "schatten":  # s = ‖A‖^(-1/2), and ‖A‖^(1/2) is the Schatten-4 norm of X
+        total = jnp.linalg.norm(A, axis=(-2, -1), keepdims=True)
+    else:  # s_i = (Σ_j |A_ij|)^(-1/2)
+        total = jnp.sum(jnp.abs(A), axis=-1, keepdims=True)
+    s = jax.lax.rsqrt(_nonzero(total)).astype(A.dtype)
+    return (x * s).astype(x.dtype), A * s * s.mT
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiplies, and returns the sums unrounded."""
+    # HIGHEST: accelerators would round float32 operands to TF32 or bfloat16 by default.
+    precision = None if jnp.finfo(a.dtype).bits == 16 else jax.lax.Precision.HIGHEST
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=accumulator(a.dtype))
+
+
+def _add(a: float, x: jax.Array, b: float = 0.0, y: jax.Array | None = None) -> jax.Array:
+    """Computes a x + b y with one rounding, to the dtype of `x`: a 16-bit `a` would lose digits."""
+    total = a * x.astype(accumulator(x.dtype))
+    return (total if y is None else total + b * y).astype(x.dtype)
+
+
+def _nonzero(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, jnp.ones_like(x))
+
+
+def _bounded_above_one(rows: Sequence[Row]) -> bool:
+    """Tells whether a singular value that rounding put just above one is still sent near one."""
+    return all(0 < evaluate(rows, 1 + excess) < 2 for excess in (0.0025, 0.005, 0.0075, 0.01))

@@ -1,0 +1,262 @@
+"""Muon as an optax transform: momentum, then Newton-Schulz, then a scale for the shape.
+
+With G the gradient, M the momentum and t the step, from 1:
+
+    M ← β M + (1 − β) G
+    O = NewtonSchulz(direction of M and G)
+    update = O · update_scale(n_in, n_out)
+
+Source: Jordan et al. 2024, KellerJordan/Muon, muon.py; optax/contrib/_muon.py for the form.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from muonclip_jax._coefficients import JORDAN, Coefficients, as_rows, is_single_row
+from muonclip_jax._layout import (
+    DimensionNumbersOrFn,
+    from_matrices,
+    matrix_axes,
+    sides,
+    to_matrices,
+    update_scale,
+)
+from muonclip_jax._newton_schulz import METHODS, PRECONDITIONINGS, accumulator, newton_schulz
+from muonclip_jax._paths import path_string
+from muonclip_jax._settings import check_choice, check_settings
+from muonclip_jax._types import ArrayTree, Scalar
+
+# w_M, w_G of the matrix that is orthogonalised, w_M M + w_G G; None leaves G out.
+Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
+# (β, t) -> the weights.
+Direction: TypeAlias = Callable[[jax.Array, jax.Array], Weights]
+
+
+class ScaleByMuonState(NamedTuple):
+    """State of `scale_by_muon`; no setting is in it.
+
+    Attributes:
+      count: Number of finished updates, an int32 scalar.
+      mu: Average of the gradients, a tree like the parameters, in `mu_dtype`.
+    """
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: ArrayTree
+
+
+def scale_by_muon(
+    ns_coeffs: Coefficients = JORDAN,
+    ns_steps: int = 5,
+    beta: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: str = "frobenius",
+    weight_dimension_numbers: DimensionNumbersOrFn | None = None,
+    ns_method: str = "auto",
+    ns_dtype: Any = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces each gradient by its orthogonalised momentum.
+
+    Every leaf must be a matrix or a batch of matrices; `muon` sends the others elsewhere. The
+    arguments up to `weight_dimension_numbers` are those of `optax.contrib.scale_by_muon`, with its
+    defaults and meaning.
+
+    Args:
+      ns_coeffs: One row (a, b, c) for every step, several rows, or a preset's name; see
+        `ns_coefficients`.
+      ns_steps: Number of steps for one row; not used for several rows and for names, which are
+        taken whole.
+      beta: Decay of the momentum, in [0, 1). 0 is no momentum.
+      eps: See `newton_schulz`. It is relative to the size of each matrix.
+      mu_dtype: Dtype in which the momentum of real leaves is kept. None: that of the parameters.
+        The arithmetic is in float32 at least either way.
+      nesterov: Whether the direction looks one step ahead, with optax's bias corrections:
+        β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t).
+      adaptive: Whether to multiply each orthogonalised matrix O by ⟨d, O⟩, d the direction.
+      preconditioning: See `newton_schulz`.
+      weight_dimension_numbers: Which axes of each leaf are the rows (reduction) and columns
+        (output) of its matrices: a tree, or a prefix of it, of `MuonDimensionNumbers`, or a
+        function of the parameters that returns one. None: the last two axes of every leaf.
+      ns_method: See `newton_schulz`.
+      ns_dtype: See `newton_schulz`.
+
+    Returns:
+      An optax transformation, which ignores extra arguments. Updates have the dtype of the
+      gradients.
+
+    Raises:
+      ValueError: when built, for a setting out of range or an unknown name; at `init` and while
+        tracing, for leaves that are no matrices and gradients that do not fit the state.
+
+    Example:
+      >>> import muonclip_jax as mc, jax.numpy as jnp
+      >>> tx = mc.scale_by_muon()
+      >>> params = {"w": jnp.eye(2)}
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> updates["w"].round(3)
+      Array([[1.108, 0.   ],
+             [0.   , 1.108]], dtype=float32)
+
+    References:
+      Jordan et al. 2024, KellerJordan/Muon, muon.py. `adaptive`: Bernstein & Newhouse 2024, arXiv
+      2409.20325.
+    """
+    check_settings("scale_by_muon", beta=beta, eps=eps)
+    check_choice("scale_by_muon", "ns_method", ns_method, METHODS)
+    check_choice("scale_by_muon", "preconditioning", preconditioning, PRECONDITIONINGS)
+    orthogonalise = functools.partial(
+        newton_schulz,
+        coefficients=as_rows(ns_coeffs, ns_steps if is_single_row(ns_coeffs) else None),
+        method=ns_method,
+        dtype=ns_dtype,
+        preconditioning=preconditioning,
+        eps=eps,
+    )
+    return scale_by_orthogonal(
+        orthogonalise,
+        bias_corrected_nesterov if nesterov else bias_corrected,
+        beta=beta,
+        mu_dtype=mu_dtype,
+        adaptive=adaptive,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+
+
+def bias_corrected(beta: jax.Array, t: jax.Array) -> Weights:
+    """M / (1 − β^t): optax's momentum. Newton-Schulz does not see the factor, `adaptive` does."""
+    return 1 / (1 - beta**t), None
+
+
+def bias_corrected_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
+    """β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t): optax's Nesterov momentum."""
+    return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
+
+
+def scale_by_orthogonal(
+    orthogonalise: Callable[[jax.Array], jax.Array],
+    direction: Direction,
+    *,
+    beta: Scalar,
+    mu_dtype: Any,
+    adaptive: bool,
+    weight_dimension_numbers: DimensionNumbersOrFn | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds what `scale_by_muon` documents, for any direction of M and G."""
+
+    def init_fn(params):
+        if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
+            matrix_axes("scale_by_muon", params, weight_dimension_numbers)
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_kept_dtype(p, mu_dtype)), params)
+        return ScaleByMuonState(count=jnp.zeros([], jnp.int32), mu=mu)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        _check_fit(updates, state.mu)
+        axes = matrix_axes("scale_by_muon", updates, weight_dimension_numbers)
+        t = jnp.asarray(optax.safe_increment(state.count))
+        G, structure = jax.tree.flatten(updates)
+        M = [_average(m, g, beta) for m, g in zip(jax.tree.leaves(state.mu), G, strict=True)]
+        orthogonal = []
+        for m, g, a in zip(M, G, axes, strict=True):
+            d = to_matrices(_combine(m, g, *direction(_real(beta, m), _real(t, m))), a)
+            o = orthogonalise(d)
+            if adaptive:
+                o = o * jnp.sum(d.conj() * o, axis=(-2, -1), keepdims=True)
+            orthogonal.append(from_matrices(o, a, g.shape).astype(g.dtype))
+        mu = jax.tree.map(lambda m, old: m.astype(old.dtype), structure.unflatten(M), state.mu)
+        return structure.unflatten(orthogonal), ScaleByMuonState(count=t, mu=mu)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_shape(
+    weight_dimension_numbers: DimensionNumbersOrFn | None = None,
+    consistent_rms: Scalar | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales orthogonalised updates by a factor of their matrices' shape.
+
+    Args:
+      weight_dimension_numbers: See `scale_by_muon`.
+      consistent_rms: None scales by √max(1, n_out / n_in). A number r scales by
+        r √max(n_in, n_out), which gives every update the root mean square r; 0.2 matches AdamW.
+
+    Returns:
+      An optax transformation without state.
+
+    Raises:
+      ValueError: if `consistent_rms` is not above 0, or a leaf is no matrix.
+
+    Example:
+      >>> import muonclip_jax as mc, jax.numpy as jnp
+      >>> tx = mc.scale_by_shape()
+      >>> tx.update({"w": jnp.ones((1, 4))}, tx.init(None))[0]
+      {'w': Array([[2., 2., 2., 2.]], dtype=float32)}
+
+    References:
+      Jordan et al. 2024, KellerJordan/Muon, muon.py; Liu et al. 2025, arXiv 2502.16982,
+      section 2.2.
+    """
+    check_settings("scale_by_shape", consistent_rms=consistent_rms)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        axes = matrix_axes("scale_by_shape", updates, weight_dimension_numbers)
+        leaves, structure = jax.tree.flatten(updates)
+        scaled = []
+        for u, a in zip(leaves, axes, strict=True):
+            wide = u.astype(accumulator(u.dtype))
+            scale = jnp.asarray(update_scale(*sides(u.shape, a), consistent_rms), wide.dtype)
+            scaled.append((wide * scale).astype(u.dtype))
+        return structure.unflatten(scaled), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def _kept_dtype(p: jax.Array, mu_dtype: Any) -> Any:
+    return None if jnp.iscomplexobj(p) else mu_dtype
+
+
+def _average(M: jax.Array, G: jax.Array, beta: Scalar) -> jax.Array:
+    """β M + (1 − β) G, in float32 at least: a 16-bit sum would lose most of (1 − β) G."""
+    wide = accumulator(jnp.promote_types(M.dtype, G.dtype))
+    M, G = M.astype(wide), G.astype(wide)
+    return _combine(M, G, _real(beta, M), 1 - _real(beta, M))
+
+
+def _combine(M: jax.Array, G: jax.Array, w_M: jax.Array, w_G: jax.Array | None) -> jax.Array:
+    weighted = w_M.astype(M.dtype) * M
+    return weighted if w_G is None else weighted + w_G.astype(M.dtype) * G.astype(M.dtype)
+
+
+def _real(value: Scalar, like: jax.Array) -> jax.Array:
+    """Casts a scalar to the real dtype of an array, so that no promotion is left to chance."""
+    return jnp.asarray(value).astype(like.real.dtype)
+
+
+def _check_fit(updates: ArrayTree, mu: ArrayTree) -> None:
+    """Refuses gradients that do not have the leaves and shapes of the momentum."""
+    shapes = [
+        {path_string(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (updates, mu)
+    ]
+    got, expected = shapes
+    faults = [
+        f"  {path}: got {got.get(path, 'no leaf')}, expected {expected.get(path, 'no leaf')}."
+        for path in sorted(got.keys() | expected.keys())
+        if got.get(path) != expected.get(path)
+    ]
+    if faults:
+        raise ValueError(
+            "scale_by_muon: the gradients do not fit the state.\n"
+            + "\n".join(faults)
+            + "\nCall init with the parameters that these are the gradients of."
+        )
