@@ -110,25 +110,31 @@ def scale_by_muon(
       Jordan et al. 2024, KellerJordan/Muon, muon.py. `adaptive`: Bernstein & Newhouse 2024, arXiv
       2409.20325.
     """
-    check_settings("scale_by_muon", beta=beta, eps=eps)
-    check_choice("scale_by_muon", "ns_method", ns_method, METHODS)
-    check_choice("scale_by_muon", "preconditioning", preconditioning, PRECONDITIONINGS)
-    orthogonalise = functools.partial(
-        newton_schulz,
-        coefficients=as_rows(ns_coeffs, ns_steps if is_single_row(ns_coeffs) else None),
-        method=ns_method,
-        dtype=ns_dtype,
-        preconditioning=preconditioning,
-        eps=eps,
-    )
-    return scale_by_orthogonal(
-        orthogonalise,
+    return scale_by_momentum(
         bias_corrected_nesterov if nesterov else bias_corrected,
+        ns_coeffs=ns_coeffs,
+        ns_steps=ns_steps,
         beta=beta,
+        eps=eps,
         mu_dtype=mu_dtype,
         adaptive=adaptive,
+        preconditioning=preconditioning,
         weight_dimension_numbers=weight_dimension_numbers,
+        ns_method=ns_method,
+        ns_dtype=ns_dtype,
     )
+
+
+def momentum(beta: jax.Array, t: jax.Array) -> Weights:
+    """M: Kimi K2's direction; Newton-Schulz does not see that it is the average, not the sum."""
+    del t
+    return jnp.ones_like(beta), None
+
+
+def plain_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
+    """β M + (1 − β) G: Keller Jordan's Nesterov momentum, G + β M with M the sum."""
+    del t
+    return beta, 1 - beta
 
 
 def bias_corrected(beta: jax.Array, t: jax.Array) -> Weights:
@@ -141,16 +147,32 @@ def bias_corrected_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
     return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
 
 
-def scale_by_orthogonal(
-    orthogonalise: Callable[[jax.Array], jax.Array],
+def scale_by_momentum(
     direction: Direction,
     *,
+    ns_coeffs: Coefficients,
+    ns_steps: int,
     beta: Scalar,
+    eps: Scalar,
     mu_dtype: Any,
     adaptive: bool,
+    preconditioning: str,
     weight_dimension_numbers: DimensionNumbersOrFn | None,
+    ns_method: str,
+    ns_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds what `scale_by_muon` documents, for any direction of M and G."""
+    """Builds `scale_by_muon`, whose arguments these are, for any direction of M and G."""
+    check_settings("scale_by_muon", beta=beta, eps=eps)
+    check_choice("scale_by_muon", "ns_method", ns_method, METHODS)
+    check_choice("scale_by_muon", "preconditioning", preconditioning, PRECONDITIONINGS)
+    orthogonalise = functools.partial(
+        newton_schulz,
+        coefficients=as_rows(ns_coeffs, ns_steps if is_single_row(ns_coeffs) else None),
+        method=ns_method,
+        dtype=ns_dtype,
+        preconditioning=preconditioning,
+        eps=eps,
+    )
 
     def init_fn(params):
         if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
@@ -227,7 +249,7 @@ def _kept_dtype(p: jax.Array, mu_dtype: Any) -> Any:
 
 def _average(M: jax.Array, G: jax.Array, beta: Scalar) -> jax.Array:
     """β M + (1 − β) G, in float32 at least: a 16-bit sum would lose most of (1 − β) G."""
-    wide = accumulator(jnp.promote_types(M.dtype, G.dtype))
+    wide = max(accumulator(M.dtype), accumulator(G.dtype), key=lambda dtype: dtype.itemsize)
     M, G = M.astype(wide), G.astype(wide)
     return _combine(M, G, _real(beta, M), 1 - _real(beta, M))
 
