@@ -75,8 +75,7 @@ def muon(
       ns_dtype: See `newton_schulz`.
 
     Returns:
-      An optax transformation, which ignores extra arguments. With weight decay, `update` needs the
-      parameters.
+      An optax transformation, which ignores extra arguments. `update` needs the parameters.
 
     Raises:
       ValueError: when built, for a setting out of range or an unknown name; at `init` and while

@@ -181,7 +181,7 @@ def _then_clip(
 
 
 def _difference(update: jax.Array, old: jax.Array, new: jax.Array, clipped: jax.Array) -> jax.Array:
-    """The update that leads from `old` to `clipped`, which is `update` where nothing was clipped."""
+    """Leads from `old` to `clipped`; is `update` where nothing was clipped."""
     if clipped is new:  # not a leaf of the clip: no work and the dtype of the gradient
         return update
     # f32: a difference in bfloat16 would miss the clipped weight by up to an ulp of the update.

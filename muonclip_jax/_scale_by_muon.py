@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from muonclip_jax._coefficients import JORDAN, Coefficients, as_rows, is_single_row
@@ -177,7 +178,7 @@ def scale_by_momentum(
     def init_fn(params):
         if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
             matrix_axes("scale_by_muon", params, weight_dimension_numbers)
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_kept_dtype(p, mu_dtype)), params)
+        mu = jax.tree.map(functools.partial(_zeros_like, dtype=mu_dtype), params)
         return ScaleByMuonState(count=jnp.zeros([], jnp.int32), mu=mu)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -185,7 +186,8 @@ def scale_by_momentum(
         _check_fit(updates, state.mu)
         axes = matrix_axes("scale_by_muon", updates, weight_dimension_numbers)
         t = jnp.asarray(optax.safe_increment(state.count))
-        G, structure = jax.tree.flatten(updates)
+        structure = jax.tree.structure(updates)
+        G = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
         M = [_average(m, g, beta) for m, g in zip(jax.tree.leaves(state.mu), G, strict=True)]
         orthogonal = []
         for m, g, a in zip(M, G, axes, strict=True):
@@ -232,19 +234,18 @@ def scale_by_shape(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         axes = matrix_axes("scale_by_shape", updates, weight_dimension_numbers)
-        leaves, structure = jax.tree.flatten(updates)
         scaled = []
-        for u, a in zip(leaves, axes, strict=True):
+        for u, a in zip(map(jnp.asarray, jax.tree.leaves(updates)), axes, strict=True):
             wide = u.astype(accumulator(u.dtype))
             scale = jnp.asarray(update_scale(*sides(u.shape, a), consistent_rms), wide.dtype)
             scaled.append((wide * scale).astype(u.dtype))
-        return structure.unflatten(scaled), state
+        return jax.tree.structure(updates).unflatten(scaled), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
-def _kept_dtype(p: jax.Array, mu_dtype: Any) -> Any:
-    return None if jnp.iscomplexobj(p) else mu_dtype
+def _zeros_like(p: ArrayLike, dtype: Any) -> jax.Array:
+    return jnp.zeros_like(p, dtype=None if jnp.iscomplexobj(p) else dtype)
 
 
 def _average(M: jax.Array, G: jax.Array, beta: Scalar) -> jax.Array:

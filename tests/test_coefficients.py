@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from muonclip_jax._coefficients import as_rows, evaluate
 
 import muonclip_jax as mc
+from muonclip_jax._coefficients import as_rows, evaluate
 
 PRESETS = (
     "jordan",

@@ -1,0 +1,154 @@
+"""Containers, empty and odd leaves, and leaves that do not fit."""
+
+import collections
+
+import chex
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import muonclip_jax as mc
+
+Pair = collections.namedtuple("Pair", ["up", "down"])
+W = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        W,
+        {"a": W, "b": {"c": W}},
+        [W, W],
+        (W, {"a": W}),
+        Pair(W, W),
+        flax.core.freeze({"a": {"b": W}}),
+        {"a": nn.Partitioned(W, names=("x", "y"))},
+        {"a": None, "b": W},
+        {"a": optax.MaskedNode(), "b": W},
+        {"a": {}, "b": [], "c": (), "d": W},
+    ],
+    ids="leaf dict list tuple namedtuple FrozenDict boxed None MaskedNode empty".split(),
+)
+def test_defaults_work_on_trees(tree):
+    expected = mc.newton_schulz(W)
+    for tx in (mc.scale_by_muon(), optax.chain(mc.scale_by_muon(), mc.scale_by_shape())):
+        updates, _ = tx.update(tree, tx.init(tree))
+        chex.assert_trees_all_equal_structs(updates, tree)
+        for u in jax.tree.leaves(updates):
+            assert (
+                np.linalg.norm(u / np.linalg.norm(u) - expected / np.linalg.norm(expected)) < 1e-5
+            )
+
+
+@pytest.mark.parametrize("transform", [mc.muon, mc.muonclip])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"kernel": nn.Partitioned(W, names=("x", "y")), "bias": jnp.ones(3)},
+        flax.core.freeze({"kernel": W, "bias": jnp.ones(3)}),
+        [W, {"bias": jnp.ones(3)}],
+        {"kernel": W, "frozen": None},
+    ],
+    ids="boxed FrozenDict list None".split(),
+)
+def test_structures_stay(transform, tree):
+    tx = transform(0.1) if transform is mc.muon else transform(0.1, threshold=None)
+    updates, state = tx.update(tree, tx.init(tree), tree)
+    chex.assert_trees_all_equal_structs(updates, tree)
+    again, _ = tx.update(tree, state, tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(again, updates)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 4)])
+def test_empty_leaf_gives_an_empty_update(shape):
+    tree = {"empty": jnp.zeros(shape), "w": W}
+    tx = mc.muon(0.1)
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    assert updates["empty"].shape == shape
+    assert np.all(np.isfinite(updates["w"]))
+
+
+def test_complex_leaf():
+    tree = {"w": (W + 1j * W[::-1]).astype(jnp.complex64)}
+    tx = mc.muon(0.1, adaptive=True)
+    updates, _ = jax.jit(tx.update)(tree, tx.init(tree), tree)
+    assert updates["w"].dtype == jnp.complex64
+    assert np.all(np.isfinite(updates["w"]))
+
+
+def test_complex_leaf_keeps_its_momentum_complex():
+    state = mc.scale_by_muon(mu_dtype=jnp.bfloat16).init({"c": W.astype(jnp.complex64), "r": W})
+    assert state.mu["c"].dtype == jnp.complex64
+    assert state.mu["r"].dtype == jnp.bfloat16
+
+
+def test_wrong_leaf_names_its_path():
+    tree = {
+        "a": {"bias": jnp.ones(3)},
+        "ids": jnp.ones((2, 2), jnp.int32),
+        "w": W,
+        "x": jnp.ones(()),
+    }
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole text follows
+        mc.scale_by_muon().init(tree)
+    wanted = "a matrix needs two axes or more and a floating or complex dtype"
+    assert str(error.value) == (
+        "scale_by_muon: 3 of 4 leaves cannot be orthogonalised.\n"
+        f"  a/bias: float32[3]: {wanted}.\n"
+        f"  ids: int32[2, 2]: {wanted}.\n"
+        f"  x: float32[]: {wanted}.\n"
+        "Send them to another optimizer: `muon` does so by role, and by None in "
+        "muon_weight_dimension_numbers; `optax.masked` does so for any transform."
+    )
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        mc.MuonDimensionNumbers(0, 0),
+        mc.MuonDimensionNumbers(0, 2),
+        mc.MuonDimensionNumbers(-3, 1),
+        mc.MuonDimensionNumbers((0, 1), ()),
+        mc.MuonDimensionNumbers(0, -2),
+    ],
+)
+def test_wrong_dimension_numbers_name_the_path(numbers):
+    tx = mc.muon(0.1, muon_weight_dimension_numbers={"a": {"w": numbers}})
+    with pytest.raises(
+        ValueError, match=r"a/w: float32\[4, 6\]: MuonDimensionNumbers\(.*does not name axes"
+    ):
+        tx.init({"a": {"w": W}})
+
+
+def test_dimension_numbers_of_another_tree_are_refused():
+    tx = mc.muon(0.1, muon_weight_dimension_numbers={"b": mc.MuonDimensionNumbers()})
+    with pytest.raises(ValueError, match="not a prefix of the parameter tree"):
+        tx.init({"a": W})
+
+
+def test_mismatch_names_its_path():
+    tx = mc.scale_by_muon()
+    state = tx.init({"a": W, "b": W, "c": W})
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole text follows
+        tx.update({"a": W, "b": W.T, "d": W}, state)
+    assert str(error.value) == (
+        "scale_by_muon: the gradients do not fit the state.\n"
+        "  b: got (6, 4), expected (4, 6).\n"
+        "  c: got no leaf, expected (4, 6).\n"
+        "  d: got (4, 6), expected no leaf.\n"
+        "Call init with the parameters that these are the gradients of."
+    )
+
+
+def test_transposed_layout_transposes_the_update():
+    tx, other = (
+        mc.muon(0.1),
+        mc.muon(0.1, muon_weight_dimension_numbers=mc.MuonDimensionNumbers(1, 0)),
+    )
+    u, _ = tx.update({"w": W}, tx.init({"w": W}), {"w": W})
+    v, _ = other.update({"w": W.T}, other.init({"w": W.T}), {"w": W.T})
+    chex.assert_trees_all_close(u["w"], v["w"].T, rtol=1e-5, atol=1e-6)
