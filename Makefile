@@ -8,7 +8,7 @@ demo: .venv/examples
 	$(BIN)/python examples/train_lm.py
 
 test: .venv/test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PYTEST)
 
 lint: .venv/test
 	$(BIN)/ruff check .

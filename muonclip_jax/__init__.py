@@ -8,9 +8,18 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
+from muonclip_jax._attention_layouts import MultiHeadLayout as MultiHeadLayout
 from muonclip_jax._coefficients import ns_coefficients as ns_coefficients
+from muonclip_jax._max_logit import max_attention_logit as max_attention_logit
+from muonclip_jax._metrics import qk_clip_metrics as qk_clip_metrics
 from muonclip_jax._muon import muon as muon
+from muonclip_jax._muonclip import muonclip as muonclip
 from muonclip_jax._newton_schulz import newton_schulz as newton_schulz
+from muonclip_jax._qk_clip import (
+    QKClipInfo as QKClipInfo,
+    merge_max_logits as merge_max_logits,
+    qk_clip as qk_clip,
+)
 from muonclip_jax._routing import RoutingTable as RoutingTable, routing_table as routing_table
 from muonclip_jax._scale_by_muon import (
     ScaleByMuonState as ScaleByMuonState,
@@ -19,6 +28,26 @@ from muonclip_jax._scale_by_muon import (
 )
 
 __version__ = "0.1.0"
+
+__all__ = [  # noqa: F822  # linen is there on first use
+    "MultiHeadLayout",
+    "MuonDimensionNumbers",
+    "QKClipInfo",
+    "RoutingTable",
+    "ScaleByMuonState",
+    "linen",
+    "max_attention_logit",
+    "merge_max_logits",
+    "muon",
+    "muonclip",
+    "newton_schulz",
+    "ns_coefficients",
+    "qk_clip",
+    "qk_clip_metrics",
+    "routing_table",
+    "scale_by_muon",
+    "scale_by_shape",
+]
 
 
 def __getattr__(name: str) -> Any:

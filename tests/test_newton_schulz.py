@@ -95,13 +95,16 @@ def test_commutes_with_transposition_rotation_and_permutation(seed):
 
 
 @pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
-def test_the_scale_of_a_matrix_does_not_matter(preconditioning):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # one by one, and in one batch
+def test_the_scale_of_a_matrix_does_not_matter(preconditioning, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     scales = (1e38, 1e30, 1e20, 1e19, 1.0, 1e-10, 1e-20, 1e-30, 1e-33)
     x = _matrix((12, 20))
     x /= np.abs(x).max()
     stack = jnp.stack([x * np.float32(s) for s in scales])
-    expected = mc.newton_schulz(x, preconditioning=preconditioning)
-    for y in mc.newton_schulz(stack, preconditioning=preconditioning):
+    settings = {"preconditioning": preconditioning, "dtype": jnp.float32}
+    expected = mc.newton_schulz(x, **settings)
+    for y in mc.newton_schulz(stack, **settings):
         assert reference.relative_error(y, expected) < 2e-4
 
 
@@ -113,12 +116,15 @@ def test_denormal_matrices_stay_finite(scale):
 @pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
-def test_a_zero_or_broken_matrix_touches_no_other(preconditioning, eps, bad):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # one by one, and in one batch
+def test_a_zero_or_broken_matrix_touches_no_other(preconditioning, eps, bad, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    settings = {"preconditioning": preconditioning, "eps": eps, "dtype": jnp.float32}
     x = _matrix((3, 6, 9))
-    clean = np.asarray(mc.newton_schulz(x, preconditioning=preconditioning, eps=eps))
+    clean = np.asarray(mc.newton_schulz(x, **settings))
     x[1] = 0.0
     x[1, 2, 3] = bad
-    got = np.asarray(mc.newton_schulz(x, preconditioning=preconditioning, eps=eps))
+    got = np.asarray(mc.newton_schulz(x, **settings))
     np.testing.assert_array_equal(got[[0, 2]], clean[[0, 2]])
     if bad == 0.0:
         np.testing.assert_array_equal(got[1], np.zeros((6, 9)))

@@ -86,10 +86,10 @@ def _optimizer(tree):
 
 @pytest.mark.parametrize(
     "name",
-    "embed embedding embeddings embedder wte wpe tok_embeddings pos_embed pos_embedding "
-    "Embed_0 position_embeddings lm_head unembed output_head logits_dense router moe_gate norm norm1 "
-    "ln ln_1 ln_f query_ln LayerNorm_0 RMSNorm_3 input_layernorm final_norm q_a_layernorm depthwise_conv "
-    "dwconv".split(),
+    "embed embedding embeddings embedder wte wpe tok_embeddings pos_embed pos_embedding Embed_0 "
+    "position_embeddings lm_head unembed output_head logits_dense router moe_gate norm norm1 ln "
+    "ln_1 ln_f query_ln LayerNorm_0 RMSNorm_3 input_layernorm final_norm q_a_layernorm dwconv "
+    "depthwise_conv".split(),
 )
 def test_role_names_go_to_adamw_at_any_rank(name):
     for shape in ((8,), (4, 8), (2, 4, 8)):

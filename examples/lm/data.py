@@ -1,0 +1,207 @@
+"""Text as bytes: read, checked, split, and cut into batches that depend on (seed, step) only."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import stat
+import sysconfig
+from collections.abc import Iterator
+from typing import NoReturn
+
+import numpy as np
+
+from lm.config import BadInput
+
+VALIDATION_SHARE = 10  # one byte in ten, the last ones, is never trained on
+# Third-party packages are not the standard library; test files hold tables of odd bytes.
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A text in two parts that share no byte.
+
+    Attributes:
+      name: Where it came from, for people.
+      train: Bytes to train on, uint8 [n].
+      validation: The bytes after them, uint8 [m].
+      sha256: Digest of all bytes, to tell on resume that the text is the same.
+      skipped: Files of a folder that were left out because they are not text.
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    sha256: str
+    skipped: int = 0
+
+
+def load(path: pathlib.Path | None, seq_len: int) -> Corpus:
+    """Reads a text and splits it.
+
+    Args:
+      path: File, or folder whose text files are joined in the order of their relative paths; None
+        takes the source files of Python's standard library.
+      seq_len: Bytes in a sequence; each part must hold one, and the byte after it.
+
+    Returns:
+      The text; its last tenth, or one sequence if that is more, is the validation part.
+
+    Raises:
+      BadInput: if there is no such file, or it is not text, or too short.
+    """
+    if path is None:
+        return split("Python's standard library", *_standard_library(), seq_len)
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
+        return split(str(path), *_folder(path), seq_len)
+    if not stat.S_ISREG(mode):
+        # Never opened: reading a FIFO waits for a writer, for ever.
+        raise BadInput(f"--data {path}: not a regular file; give a text file or a folder of them")
+    return split(str(path), _read(path), 0, seq_len)
+
+
+def split(name: str, text: bytes, skipped: int, seq_len: int) -> Corpus:
+    """Splits a text into a training and a validation part.
+
+    Args:
+      name: Where the text came from.
+      text: All bytes.
+      skipped: Files left out.
+      seq_len: Bytes in a sequence.
+
+    Returns:
+      The two parts.
+
+    Raises:
+      BadInput: if a part would not hold one sequence and the byte after it.
+    """
+    needed = 2 * (seq_len + 1)
+    if len(text) < needed:
+        raise BadInput(
+            f"{name}: {len(text)} bytes, {needed} needed for one training and one validation"
+            f" sequence; give --data more text, or a --seq-len below {seq_len}"
+        )
+    data = np.frombuffer(text, np.uint8)
+    cut = len(data) - max(len(data) // VALIDATION_SHARE, seq_len + 1)
+    return Corpus(name, data[:cut], data[cut:], hashlib.sha256(text).hexdigest(), skipped)
+
+
+def batch(text: np.ndarray, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
+    """Draws the sequences of one step.
+
+    Nothing but the arguments decides: there is no reader whose position could disagree with the
+    step after a resume.
+
+    Args:
+      text: Bytes to draw from, uint8 [n].
+      seed: Of the run.
+      step: Counts from 1.
+      batch_size: Sequences, B.
+      seq_len: Bytes in a sequence, T.
+
+    Returns:
+      Sequences with the byte after each, uint8 [B, T + 1].
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(text, seq_len + 1)
+    starts = np.random.default_rng([seed, step]).integers(len(windows), size=batch_size)
+    return windows[starts]
+
+
+def spread(text: np.ndarray, count: int, seq_len: int) -> np.ndarray:
+    """Takes sequences at even distances from the whole text, for validation.
+
+    Args:
+      text: Bytes to take from, uint8 [m].
+      count: Sequences, at most; fewer if they would overlap.
+      seq_len: Bytes in a sequence, T.
+
+    Returns:
+      Sequences with the byte after each, uint8 [count, T + 1].
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(text, seq_len + 1)
+    count = min(count, len(text) // (seq_len + 1))
+    return windows[np.linspace(0, len(windows) - 1, count).astype(np.int64)]
+
+
+def _mode(path: pathlib.Path) -> int:
+    try:
+        return path.stat().st_mode
+    except PermissionError as error:
+        raise _unreadable(error) from error
+    except OSError as error:  # missing, a broken link, a loop of links, a file used as a folder
+        raise BadInput(
+            f"--data {path}: not found ({error.strerror}); give a text file or a folder of them"
+        ) from error
+
+
+def _read(path: pathlib.Path) -> bytes:
+    """Reads a file that must be text."""
+    text = _bytes(path)
+    bad = _first_bad_byte(text)
+    if bad is not None:
+        raise BadInput(
+            f"--data {path}: not text, byte {bad} is {text[bad]:#04x}; give UTF-8 without NUL bytes"
+        )
+    return text
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> BadInput:
+    return BadInput(
+        f"--data {error.filename}: cannot be read ({error.strerror}); chmod it or take it away"
+    )
+
+
+def _first_bad_byte(text: bytes) -> int | None:
+    """Offset of the first byte that is NUL or not UTF-8, None if there is none."""
+    end = text.find(b"\0")
+    try:
+        text[: end if end >= 0 else None].decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return end if end >= 0 else None
+
+
+def _folder(root: pathlib.Path) -> tuple[bytes, int]:
+    texts, skipped = _join(root, _files(root))
+    if not texts:
+        raise BadInput(
+            f"--data {root}: no text file in this folder; give one that holds UTF-8 text"
+        )
+    return texts, skipped
+
+
+def _standard_library() -> tuple[bytes, int]:
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    sources = (file for file in _files(root, SKIPPED_FOLDERS) if file.suffix == ".py")
+    return _join(root, sources)
+
+
+def _files(root: pathlib.Path, skipped: frozenset[str] = frozenset()) -> Iterator[pathlib.Path]:
+    def refuse(error: OSError) -> NoReturn:  # os.walk itself passes over what it cannot list
+        raise _unreadable(error)
+
+    for folder, inner, names in os.walk(root, onerror=refuse):
+        inner[:] = [name for name in inner if name not in skipped]
+        yield from (pathlib.Path(folder, name) for name in names)
+
+
+def _join(root: pathlib.Path, files: Iterator[pathlib.Path]) -> tuple[bytes, int]:
+    """Joins the text files by relative path; the order in which a disk lists them is its own."""
+    texts, skipped = [], 0
+    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
+        # A FIFO or a broken link is not text, and opening a FIFO would wait for ever.
+        text = _bytes(file) if file.is_file() else b"\0"
+        if _first_bad_byte(text) is None:
+            texts.append(text)
+        else:
+            skipped += 1
+    return b"".join(texts), skipped

@@ -1,0 +1,119 @@
+"""The two pictures of a run: its loss, and the largest attention logit of every head."""
+
+import io
+import pathlib
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lm import rundir
+from lm.config import Config
+
+LOSS, MAX_LOGITS = "loss.png", "max_logits.png"
+
+_SIZE = (8.0, 4.5)  # inches
+_DPI = 150
+_SMOOTHING = 0.95  # weight of the past in the drawn mean of the loss
+_TRAIN, _VALIDATION, _THRESHOLD, _GRID = "#2a6f97", "#e36414", "#c1121f", "#e5e7eb"
+
+
+def draw(
+    config: Config, metrics: list[dict[str, Any]], validation_loss: float, path: pathlib.Path
+) -> None:
+    """Draws `loss.png` and `max_logits.png`.
+
+    Args:
+      config: Settings.
+      metrics: Logged steps, in order.
+      validation_loss: Nats per byte after the last step.
+      path: Run folder.
+    """
+    validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
+    _save(_loss(config, metrics, [*validation, (config.steps, validation_loss)]), path / LOSS)
+    _save(_max_logits(config, metrics), path / MAX_LOGITS)
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=_DPI)
+    rundir.write_atomically(path, image.getvalue())
+
+
+def _style(axes: Axes, ylabel: str) -> None:
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y", color=_GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _loss(
+    config: Config, metrics: list[dict[str, Any]], validation: list[tuple[int, float]]
+) -> Figure:
+    steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
+    final = f"{validation[-1][1]:.3f}"
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot(xlabel="step")
+    _style(axes, "cross-entropy, nats per byte")
+    axes.set_title(f"{config.optimizer}: {final} nats per byte on held-out text", loc="left")
+    axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=1, label="training, each batch")
+    axes.plot(steps, _mean(losses), color=_TRAIN, linewidth=2, label="training, running mean")
+    axes.plot(*zip(*validation, strict=True), "o", color=_VALIDATION, label="validation")
+    axes.annotate(
+        final, validation[-1], (-4, 10), textcoords="offset points", ha="center", color=_VALIDATION
+    )
+    axes.legend(frameon=False)
+    return figure
+
+
+def _mean(values: list[float]) -> list[float]:
+    """Exponential running mean, unbiased from its first value on."""
+    total, weight, means = 0.0, 0.0, []
+    for value in values:
+        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        means.append(total / weight)
+    return means
+
+
+def _max_logits(config: Config, metrics: list[dict[str, Any]]) -> Figure:
+    steps = [m["step"] for m in metrics]
+    heads = np.array([m["max_logits"] for m in metrics])  # [step L N]
+    clips = config.optimizer == "muonclip"
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    _style(axes, "largest attention logit")
+    axes.set_title(_verdict(config, heads), loc="left")
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, heads.shape[1]))
+    for layer, colour in enumerate(colours):
+        each, largest = heads[:, layer], heads[:, layer].max(axis=-1)
+        axes.plot(steps, each, color=colour, alpha=0.2, linewidth=0.6)
+        axes.plot(steps, largest, color=colour, linewidth=1.3, label=f"layer {layer + 1}")
+    label = f"threshold {config.threshold:g}" + ("" if clips else ", not applied")
+    style = "solid" if clips else "dashed"
+    axes.axhline(config.threshold, color=_THRESHOLD, linewidth=1.2, linestyle=style, label=label)
+    axes.set_ylim(bottom=0)  # a head below 0 is harmless: only the largest logits matter
+    figure.legend(frameon=False, loc="outside lower center", ncols=heads.shape[1] + 1)
+    _style(below, "heads\nclipped")
+    below.fill_between(steps, [m["heads_clipped"] for m in metrics], step="mid", color=_THRESHOLD)
+    below.set_ylim(0, max(1, *(m["heads_clipped"] for m in metrics)))
+    below.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    below.set_xlabel("step")
+    return figure
+
+
+def _verdict(config: Config, heads: np.ndarray) -> str:
+    """What the picture shows, in words."""
+    passed = int((heads > config.threshold).any(axis=0).sum())
+    count, tau, largest = heads[0].size, config.threshold, heads.max()
+    if config.optimizer == "muonclip":
+        return (
+            f"muonclip: {passed} of {count} heads clipped at {tau:g}; largest logit {largest:.1f}"
+        )
+    return (
+        f"{config.optimizer}: {passed} of {count} heads above {tau:g}; largest logit {largest:.1f}"
+    )

@@ -1,0 +1,240 @@
+"""QK-clip: shrinks the query and key weights of each head whose attention logits grew too large.
+
+    γ_h = min(1, τ / S_h);    W_q,h ← γ_hᵃ W_q,h;    W_k,h ← γ_h¹⁻ᵃ W_k,h
+
+after the update of the optimizer, with S_h the largest logit of head h in the forward pass (Kimi
+K2, arXiv 2507.20534, algorithm 1). With a negative S that formula makes NaN, and with an infinite
+one it destroys the head; here γ is τ / S where S > τ and finite, and otherwise 1.
+"""
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from muonclip_jax._attention_faults import check_survey
+from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
+from muonclip_jax._attention_sites import Site, survey
+from muonclip_jax._shared_key import SHARED_KEY_RULES
+from muonclip_jax._types import ArrayTree, Scalar
+
+
+class QKClipInfo(NamedTuple):
+    """What a clip saw and did. Arrays, so that it can leave a jitted function.
+
+    Attributes:
+      max_logits: Largest logit by module path, `[*stack, heads]`, float32.
+      gamma: Factor on the logits by module path, `[*stack, heads]`, float32 in (0, 1].
+      max_logit: Largest of all `max_logits`; NaN if one is. -inf if there are none.
+      min_gamma: Smallest of all `gamma`. 1 if there are none.
+      clipped_heads: Number of heads with a `gamma` below 1, int32.
+      clipped_fraction: The same as a part of all heads.
+      nonfinite_heads: Number of heads whose largest logit is NaN or +inf, left alone, int32.
+      skipped_modules: Number of modules left out under `strict=False`, int32.
+      bound_modules: Number of modules whose statistic is an upper bound, not exact, int32.
+    """
+
+    max_logits: dict[str, Float[Array, "..."]]
+    gamma: dict[str, Float[Array, "..."]]
+    max_logit: Float[Array, ""]
+    min_gamma: Float[Array, ""]
+    clipped_heads: Int[Array, ""]
+    clipped_fraction: Float[Array, ""]
+    nonfinite_heads: Int[Array, ""]
+    skipped_modules: Int[Array, ""]
+    bound_modules: Int[Array, ""]
+
+
+def qk_clip(
+    params: ArrayTree,
+    max_logits: ArrayTree,
+    layout: Layout | tuple[Layout, ...] = MultiHeadLayout(),  # noqa: B008  # immutable
+    *,
+    threshold: Scalar = 100.0,
+    alpha: Scalar = 0.5,
+    shared_key: str = "query",
+    where: bool | Bool[Array, ""] = True,
+    strict: bool = True,
+) -> tuple[ArrayTree, QKClipInfo]:
+    """Scales down the queries and keys of heads whose largest logit is above the threshold.
+
+    Call it once per step, on the parameters after the update, with the statistics of the forward
+    pass before it. It keeps no state. A head that is not clipped keeps every bit of its weights.
+
+    Args:
+      params: The parameters, in any containers, with or without a root key `params`.
+      max_logits: The statistics, as `linen.sow_max_logits` leaves them: at the path of each
+        attention module, `max_logits`: an array or a tuple of arrays `[*stack, ..., heads]`.
+        All axes but stacks of layers and heads are reduced with the maximum.
+      layout: Where queries and keys are. Of several, each module is taken by the first that fits.
+      threshold: τ, in units of a logit. Infinity never clips, and still fills the info.
+      alpha: Share of the query in γ, in [0, 1].
+      shared_key: What happens where query heads share a key head, with g the smallest γ of them
+        and a = alpha. `"query"`: queries γ, the key stays, alpha is unused. `"group"`: gᵃ and g¹⁻ᵃ.
+        `"min"`: γᵃ and g¹⁻ᵃ. `"exact"`: γ / g¹⁻ᵃ and g¹⁻ᵃ, so that queries of calm heads grow.
+      where: False changes nothing and reports γ = 1: for a step that was skipped.
+      strict: Whether a module without a statistic, or the reverse, is an error. False skips it with
+        one warning, and counts it.
+
+    Returns:
+      The parameters, in the same containers, shapes and dtypes; and what was seen and done.
+
+    Raises:
+      ValueError: if modules and statistics do not fit, naming all of them; or a setting is wrong.
+      TypeError: if a setting is of a wrong kind.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> kernel = jnp.ones((4, 2, 8))  # d, heads, head_dim
+      >>> params = {"attn": {"query": {"kernel": kernel}, "key": {"kernel": kernel}}}
+      >>> stats = {"attn": {"max_logits": jnp.array([400.0, 7.0])}}
+      >>> params, info = mc.qk_clip(params, stats, threshold=100.0)
+      >>> params["attn"]["query"]["kernel"][0, :, 0].tolist(), info.gamma["attn"].tolist()
+      ([0.5, 1.0], [0.25, 1.0])
+
+    References:
+      Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1, lines 8 to 17.
+    """
+    layouts = layout if isinstance(layout, tuple) else (layout,)
+    _check_settings(layouts, threshold, alpha, shared_key, where)
+    found = survey(params, max_logits, layouts)
+    skipped = check_survey(found, strict=strict)
+    largest = _largest(found.sites)
+    gamma = {path: _gamma(s, threshold, where) for path, s in largest.items()}
+    leaves, treedef = jax.tree.flatten(params)
+    for site in found.sites:
+        factors = site.layout.factors(gamma[site.name], site.kernels, alpha, shared_key)
+        for child, leaf in site.scaled:
+            factor = site.layout.leaf_factor(factors[child], leaf)
+            leaves[leaf.position] = _scaled(jnp.asarray(leaves[leaf.position]), factor)
+    return treedef.unflatten(leaves), _info(largest, gamma, skipped)
+
+
+def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
+    """Joins the statistics of two micro-batches: the maximum of each pair of numbers.
+
+    Never add them up, as is right for gradients: a sum of maxima is no maximum. NaN stays NaN.
+
+    Args:
+      a: Statistics of one micro-batch, or of several already joined.
+      b: Statistics of another: same structure and shapes.
+
+    Returns:
+      Statistics of both together, in that structure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> mc.merge_max_logits({"attn": jnp.array([1.0, 2.0])}, {"attn": jnp.array([3.0, 0.0])})
+      {'attn': Array([3., 2.], dtype=float32)}
+    """
+    return jax.tree.map(jnp.maximum, a, b)
+
+
+def _largest(sites: Sequence[Site]) -> dict[str, Float[Array, "*stack heads"]]:
+    """Reduces each statistic to `[*stack, heads]`, all modules of one leading shape at a time."""
+    # One reduction, and so one all-reduce where the batch is sharded, for the whole model.
+    groups = defaultdict(list)
+    for site in sites:
+        for entry in site.statistics:
+            # Heads before stacks: a reshape keeps the sharding of the major axis that it merges.
+            x = jnp.moveaxis(entry, site.stat_axes, range(-site.stack, 0)).astype(jnp.float32)
+            leading, shape = x.shape[: -site.stack - 1], x.shape[-site.stack - 1 :]
+            x = x.reshape(*leading, math.prod(shape))
+            groups[leading, jax.typeof(x).sharding].append((site.name, shape, x))
+    largest = {}
+    for (leading, _), members in groups.items():
+        joined = jnp.concatenate([x for _, _, x in members], axis=-1)
+        maxima = jnp.max(joined, axis=tuple(range(len(leading))), initial=-jnp.inf)
+        ends = np.cumsum([x.shape[-1] for _, _, x in members])
+        for (name, shape, _), part in zip(members, jnp.split(maxima, ends[:-1]), strict=True):
+            part = jnp.moveaxis(part.reshape(shape), 0, -1)
+            largest[name] = jnp.maximum(largest.get(name, part), part)
+    return {site.name: largest[site.name] for site in sites}
+
+
+def _gamma(
+    s: Float[Array, "*stack heads"], threshold: Scalar, where: bool | Bool[Array, ""]
+) -> Float[Array, "*stack heads"]:
+    """Gives τ / S where S is over τ and finite, otherwise exactly 1."""
+    tau = jnp.asarray(threshold, jnp.float32)
+    over = (s > tau) & ~_nonfinite(s) & where
+    # Both sides are 1 where unused, so that nothing there divides by zero or infinity.
+    ratio = jnp.where(over, tau, 1) / jnp.where(over, s, 1)
+    # The smallest normal number: a gamma that underflows to 0 would end the head for ever.
+    return jnp.where(over, jnp.maximum(ratio, jnp.finfo(jnp.float32).tiny), 1)
+
+
+def _nonfinite(s: Float[Array, "*stack heads"]) -> Bool[Array, "*stack heads"]:
+    """Marks NaN and +inf, which say nothing about weights; -inf is a head that is all masked."""
+    return jnp.isnan(s) | (s == jnp.inf)
+
+
+def _scaled(old: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Multiplies in float32 or wider, rounds once, and leaves alone what has factor 1."""
+    wide = jnp.float64 if old.dtype == jnp.float64 else jnp.float32
+    new = (old.astype(wide) * factor.astype(wide)).astype(old.dtype)
+    # Selected, not multiplied by 1: that may flush denormals. "exact" can grow beyond the dtype.
+    return jnp.where((factor == 1) | ~jnp.isfinite(new), old, new)
+
+
+def _info(
+    largest: dict[str, Float[Array, "..."]], gamma: dict[str, Float[Array, "..."]], skipped: int
+) -> QKClipInfo:
+    """Sums up, after the one reduction over the batch."""
+    s, g = _joined(largest.values()), _joined(gamma.values())
+    clipped = sum((jnp.sum(x < 1, dtype=jnp.int32) for x in g), jnp.int32(0))
+    nonfinite = (jnp.sum(_nonfinite(x), dtype=jnp.int32) for x in s)
+    heads = sum(x.size for x in g)
+    return QKClipInfo(
+        max_logits=largest,
+        gamma=gamma,
+        max_logit=functools.reduce(jnp.maximum, map(jnp.max, s), jnp.float32(-jnp.inf)),
+        min_gamma=functools.reduce(jnp.minimum, map(jnp.min, g), jnp.float32(1)),
+        clipped_heads=clipped,
+        clipped_fraction=clipped.astype(jnp.float32) / max(heads, 1),
+        nonfinite_heads=sum(nonfinite, jnp.int32(0)),
+        skipped_modules=jnp.int32(skipped),
+        bound_modules=jnp.int32(0),
+    )
+
+
+def _joined(arrays: Iterable[Float[Array, "*stack heads"]]) -> list[Float[Array, " n"]]:
+    """Joins all numbers, those of one sharding in one array: others cannot be concatenated."""
+    groups = defaultdict(list)
+    for x in arrays:
+        x = jnp.moveaxis(x, -1, 0).ravel()
+        groups[jax.typeof(x).sharding].append(x)
+    return [jnp.concatenate(group) for group in groups.values()]
+
+
+def _check_settings(
+    layouts: tuple[Any, ...], threshold: Any, alpha: Any, shared_key: Any, where: Any
+) -> None:
+    """Raises for a setting that is wrong; a traced number is taken as it is."""
+    for layout in layouts:
+        if not isinstance(layout, Layout):
+            raise TypeError(f"qk_clip: layout must be a layout or a tuple of them, got {layout!r}.")
+    for name, value in (("threshold", threshold), ("alpha", alpha)):
+        if isinstance(value, bool) or not isinstance(
+            value, (int, float, np.generic, np.ndarray, jax.Array)
+        ):
+            raise TypeError(f"qk_clip: {name} must be a number, got {value!r}.")
+        if np.shape(value) != ():
+            raise ValueError(f"qk_clip: {name} must be one number, got shape {np.shape(value)}.")
+    if not isinstance(threshold, jax.Array) and not threshold > 0:
+        raise ValueError(f"qk_clip: threshold must be above 0, got {threshold!r}.")
+    if not isinstance(alpha, jax.Array) and not 0 <= alpha <= 1:
+        raise ValueError(f"qk_clip: alpha must be in [0, 1], got {alpha!r}.")
+    if shared_key not in SHARED_KEY_RULES:
+        rules = ", ".join(map(repr, SHARED_KEY_RULES))
+        raise ValueError(f"qk_clip: shared_key must be one of {rules}, got {shared_key!r}.")
+    if np.shape(where) != () or not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
+        raise TypeError(f"qk_clip: where must be one boolean, got {where!r}.")

@@ -1,0 +1,167 @@
+"""Attention statistics from `flax.linen` modules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float, Shaped
+
+from muonclip_jax._max_logit import max_attention_logit
+
+
+def sow_max_logits(
+    module: nn.Module,
+    max_logits: Float[Array, "*batch heads"],
+    *,
+    name: str = "max_logits",
+    collection: str = "intermediates",
+) -> bool:
+    """Stores the largest attention logits of a module where `qk_clip` looks for them.
+
+    Call it in the attention module, the one whose children are the query and key modules. No
+    gradient flows back. `nn.scan` and `nn.vmap` around it need `"intermediates"` in their
+    `variable_axes`, or nothing is stored.
+
+    Args:
+      module: The attention module.
+      max_logits: One number per example and head, from `max_attention_logit`.
+      name: Leaf name; `stat` of the layout.
+      collection: Where to store it. `init` does not keep `intermediates`; any other it does.
+
+    Returns:
+      Whether it was stored. Not where the collection is not mutable.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> class Attention(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         query = nn.DenseGeneral((2, 8), name="query")(x)
+      ...         key = nn.DenseGeneral((2, 8), name="key")(x)
+      ...         mc.linen.sow_max_logits(self, mc.max_attention_logit(query, key))
+      ...         return jax.nn.dot_product_attention(query, key, key)
+      >>> x = jnp.ones((3, 5, 4))
+      >>> variables = Attention().init(jax.random.key(0), x)
+      >>> _, state = Attention().apply(variables, x, mutable=["intermediates"])
+      >>> state["intermediates"]["max_logits"][0].shape
+      (3, 2)
+
+    References:
+      Kimi K2, arXiv 2507.20534, section 2.1, definition of S_max.
+    """
+    return module.sow(collection, name, jax.lax.stop_gradient(max_logits))
+
+
+def attention_fn(
+    query: Float[Array, "*batch t heads width"],
+    key: Float[Array, "*batch s key_heads width"],
+    value: Float[Array, "*batch s key_heads value_width"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nn.Module | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    qk_attn_weights_einsum: Callable[..., Array] | None = None,
+    attn_weights_value_einsum: Callable[..., Array] | None = None,
+    *,
+    block_size: int = 512,
+) -> Float[Array, "*batch t heads value_width"]:
+    """Computes attention as Flax does, and sows the largest logit of each head.
+
+    For `nn.MultiHeadDotProductAttention(attention_fn=attention_fn)`, **called with**
+    `sow_weights=True`: only then does Flax hand its module over, and without it nothing is sown.
+    The output is that of `nn.dot_product_attention`, bit for bit, and `attention_weights` are not
+    sown. Where `intermediates` is not mutable, as in evaluation, the statistic costs nothing.
+
+    Args:
+      query: Queries, after any rotation.
+      key: Keys. Fewer heads than queries are shared: head h uses key head `h * key_heads // heads`.
+      value: Values, one head for each of the keys.
+      bias: Added to the logits; broadcasts to `[*batch, heads, t, s]`. Counts.
+      mask: True, or not 0, where a pair may attend; broadcasts like `bias`. Masked pairs do not
+        count.
+      broadcast_dropout: As in Flax.
+      dropout_rng: As in Flax. Dropout does not touch the statistic.
+      dropout_rate: As in Flax.
+      deterministic: As in Flax.
+      dtype: As in Flax.
+      precision: As in Flax; the statistic is always exact.
+      module: The attention module; None sows nothing.
+      force_fp32_for_softmax: As in Flax.
+      einsum_dot_general: As in Flax.
+      qk_attn_weights_einsum: As in Flax.
+      attn_weights_value_einsum: As in Flax.
+      block_size: Of `max_attention_logit`; set it with `functools.partial`.
+
+    Returns:
+      The attention output.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> attn = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=mc.linen.attention_fn)
+      >>> x = jnp.ones((3, 5, 4))
+      >>> variables = attn.init(jax.random.key(0), x)
+      >>> _, state = attn.apply(variables, x, sow_weights=True, mutable=["intermediates"])
+      >>> state["intermediates"]["max_logits"][0].shape
+      (3, 2)
+
+    References:
+      Flax, `flax/linen/attention.py`, function `dot_product_attention`.
+    """
+    query, key, value = promote_dtype(query, key, value, dtype=dtype)
+    if module is not None and module.is_mutable_collection("intermediates"):
+        sow_max_logits(module, _max_logits(query, key, bias, mask, block_size))
+    group = query.shape[-2] // key.shape[-2]
+    return nn.dot_product_attention(
+        query,
+        # Flax wants as many key heads as query heads.
+        jnp.repeat(key, group, axis=-2) if group > 1 else key,
+        jnp.repeat(value, group, axis=-2) if group > 1 else value,
+        bias=bias,
+        mask=mask,
+        broadcast_dropout=broadcast_dropout,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dtype=dtype,
+        precision=precision,
+        module=None,
+        force_fp32_for_softmax=force_fp32_for_softmax,
+        einsum_dot_general=einsum_dot_general,
+        qk_attn_weights_einsum=qk_attn_weights_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum,
+    )
+
+
+def _max_logits(
+    query: Array, key: Array, bias: Array | None, mask: Array | None, block_size: int
+) -> Float[Array, "flat_batch heads"]:
+    """Finds the largest logits under Flax's conventions: any batch axes, masks of any dtype."""
+    batch = query.shape[:-3]
+    return max_attention_logit(
+        query.reshape(-1, *query.shape[-3:]),
+        key.reshape(-1, *key.shape[-3:]),
+        bias=None if bias is None else _flat_batch(bias, batch),
+        # `nn.make_causal_mask` gives float32 ones and zeros.
+        mask=None if mask is None else _flat_batch(mask, batch).astype(bool),
+        block_size=block_size,
+    )
+
+
+def _flat_batch(x: Array, batch: tuple[int, ...]) -> Shaped[Array, "flat_batch heads t s"]:
+    """Makes one batch axis of several; heads, t and s are left at 1 where they broadcast."""
+    x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
+    if any(size != 1 for size in x.shape[:-3]):
+        x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+    return x.reshape(-1, *x.shape[-3:])

@@ -1,0 +1,73 @@
+"""float64 NumPy oracles for attention logits and QK-clip, written from the paper with plain loops.
+
+Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1. Imports nothing of the package.
+"""
+
+import math
+
+import numpy as np
+
+
+def max_logits(
+    query, key, *, scale=None, bias=None, mask=None, is_causal=False, ids=None, key_ids=None
+):
+    """Largest logit of each batch row and head, from the whole T x S matrix."""
+    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+    batch, t, heads, width = query.shape
+    s, key_heads = key.shape[1:3]
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    bias = 0.0 if bias is None else np.asarray(bias, np.float64)
+    bias = np.broadcast_to(bias, (batch, heads, t, s))
+    mask = np.broadcast_to(True if mask is None else np.asarray(mask), (batch, heads, t, s))
+    result = np.full((batch, heads), -np.inf)
+    for b in range(batch):
+        for h in range(heads):
+            logits = scale * query[b, :, h] @ key[b, :, h * key_heads // heads].T + bias[b, h]
+            visible = mask[b, h].copy()
+            if is_causal:
+                visible &= np.arange(s)[None, :] <= np.arange(t)[:, None]
+            if ids is not None:
+                visible &= np.asarray(ids)[b][:, None] == np.asarray(key_ids)[b][None, :]
+            if visible.any():
+                result[b, h] = logits[visible].max()
+    return result
+
+
+def gamma(s, tau):
+    """Factor on the logits of one head."""
+    return tau / s if math.isfinite(s) and s > tau else 1.0
+
+
+def query_and_key_factors(gammas, key_heads, alpha, rule):
+    """Factors of each query head and of each key head, head by head."""
+    group = len(gammas) // key_heads
+    least = [min(gammas[k * group : (k + 1) * group]) for k in range(key_heads)]
+    if group == 1:
+        return [g**alpha for g in gammas], [g ** (1 - alpha) for g in gammas]
+    if rule == "query":
+        return list(gammas), [1.0] * key_heads
+    queries = {
+        "group": lambda g, low: low**alpha,
+        "min": lambda g, low: g**alpha,
+        "exact": lambda g, low: g / low ** (1 - alpha),
+    }[rule]
+    query = [queries(g, least[h // group]) for h, g in enumerate(gammas)]
+    return query, [low ** (1 - alpha) for low in least]
+
+
+def split_heads(kernel, heads, head_axis=-2):
+    """The `(d, width)` matrices of the heads: of `(d, heads * width)` or of a rank-3 kernel."""
+    kernel = np.asarray(kernel, np.float64)
+    if kernel.ndim == 2:
+        width = kernel.shape[1] // heads
+        return [kernel[:, h * width : (h + 1) * width] for h in range(heads)]
+    return [kernel[:, h] if head_axis == -2 else kernel[h] for h in range(heads)]
+
+
+def project(x, kernel, heads, bias=None, head_axis=-2):
+    """Projects `[batch, t, d]` to `[batch, t, heads, width]`."""
+    matrices = split_heads(kernel, heads, head_axis)
+    out = np.stack([np.asarray(x, np.float64) @ matrix for matrix in matrices], axis=2)
+    if bias is not None:
+        out = out + np.asarray(bias, np.float64).reshape(heads, -1)
+    return out

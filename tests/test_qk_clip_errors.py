@@ -1,0 +1,325 @@
+"""What does not fit is said once, completely, with its path and a cure; nothing is skipped."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import muonclip_jax as mc
+
+pytestmark = pytest.mark.usefixtures("no_typecheck")
+LAYOUT = "MultiHeadLayout(query='query', key='key')"
+CAUSES = (
+    'A statistic is missing when "intermediates" is not in `mutable` of `apply`, or not in '
+    "`variable_axes` of `nn.scan` or `nn.vmap`, or when attention with `linen.attention_fn` was "
+    "called without `sow_weights=True`."
+)
+
+
+def attention(q="query", k="key", /, **children):
+    kernel = {"kernel": np.ones((4, 2, 3))}
+    return {q: kernel, k: kernel, "out": {"kernel": np.ones((2, 3, 4))}, **children}
+
+
+def kernels(query, key, **query_leaves):
+    return attention(query={"kernel": np.ones(query), **query_leaves}, key={"kernel": np.ones(key)})
+
+
+def sown(*shape):
+    return {"max_logits": (jnp.ones(shape or (5, 2)),)}
+
+
+def text_of(params, stats, *args, **settings):
+    """The message of the one error that is raised, under `jit` as well as without."""
+    with pytest.raises(ValueError, match="qk_clip: ") as plain:
+        mc.qk_clip(params, stats, *args, **settings)
+    with pytest.raises(ValueError, match="qk_clip: ") as traced:
+        jax.jit(lambda p, s: mc.qk_clip(p, s, *args, **settings))(params, stats)
+    assert str(plain.value) == str(traced.value)
+    return str(plain.value)
+
+
+def one_fault(path, fault, *cures, layout=LAYOUT):
+    head = f"qk_clip: 1 module does not fit the layout {layout}."
+    return "\n".join([head, f"  {path}: {fault}", *cures])
+
+
+def test_all_faults_come_at_once_with_paths_and_cures():
+    params = {
+        "blocks_3": {"attn": attention()},
+        "blocks_5": {"attn": attention()},
+        "blocks_7": {"attn": attention("q_proj", "k_proj")},
+    }
+    stats = {
+        "blocks_3": {"attn": sown(16)},
+        "blocks_5": {"atn": sown()},
+        "blocks_7": {"attn": sown()},
+    }
+    assert text_of(params, stats) == (
+        f"qk_clip: 4 modules do not fit the layout {LAYOUT}.\n"
+        "  blocks_5/attn: no statistic 'max_logits'; nearest is 'blocks_5/atn/max_logits'.\n"
+        "  blocks_5/atn: has 'max_logits', but the parameters have no such module; nearest is "
+        "'blocks_5/attn'.\n"
+        "  blocks_7/attn: no module 'query' and no 'key'; there are 'k_proj', 'out', 'q_proj'.\n"
+        "  blocks_3/attn: query/kernel (4, 2, 3) has 2 heads, its max_logits has 16.\n"
+        f"{CAUSES}\n"
+        "Name the modules: MultiHeadLayout(query='q_proj', key='k_proj')."
+    )
+
+
+@pytest.mark.parametrize(
+    "stats", [None, {}, {"intermediates": {}}, {"attn": {"other": jnp.ones(2)}}]
+)
+def test_no_statistic_at_all_is_an_error_that_names_the_causes(stats):
+    expected = one_fault("attn", "no statistic 'max_logits'.", CAUSES)
+    assert text_of({"params": {"attn": attention()}}, stats) == expected
+
+
+def test_nothing_to_clip_says_what_was_looked_for():
+    nothing = (
+        "nothing to clip: no module has 'query' and 'key', and no statistic is called 'max_logits'."
+    )
+    assert text_of({"mlp": {"kernel": jnp.ones((3, 3))}}, {}) == one_fault("(root)", nothing)
+    cure = "Name the modules: MultiHeadLayout(query='q_proj', key='k_proj')."
+    params = {"attn": attention("q_proj", "k_proj", q_norm={"scale": jnp.ones(3)})}
+    assert text_of(params, None) == one_fault("(root)", nothing, cure)
+
+
+def test_a_proposed_layout_keeps_the_other_settings():
+    layout = mc.MultiHeadLayout(kernel_ndim=2)
+    text = text_of({"attn": attention("q_proj", "k_proj")}, {"attn": sown()}, layout)
+    assert "MultiHeadLayout(query='q_proj', key='k_proj', kernel_ndim=2)." in text
+
+
+def test_a_layer_name_that_only_begins_alike_is_another_layer():
+    text = text_of({"layers_1": attention()}, {"layers_10": sown()})
+    assert "layers_1: no statistic" in text
+    assert "layers_10: has 'max_logits', but the parameters have no such module" in text
+
+
+QK_NORM = (
+    "A norm of queries and keys bounds the logits by itself: leave the clip out, or pass "
+    "`qk_norm=()` to the layout if these children are something else."
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["query_ln", "key_ln", "query_norm", "key_norm", "q_norm", "k_norm"]
+)
+def test_qk_norm_is_refused_because_it_undoes_the_clip(name):
+    params = {"attn": attention(**{name: {"scale": jnp.ones(3)}})}
+    assert text_of(params, {"attn": sown()}) == one_fault(
+        "attn", f"{name!r} undoes the clip.", QK_NORM
+    )
+    mc.qk_clip(params, {"attn": sown()}, mc.MultiHeadLayout(qk_norm=()))
+
+
+def test_unknown_leaf_is_refused_and_can_be_declared():
+    params = kernels((4, 2, 3), (4, 2, 3), magnitude=jnp.ones(3))
+    cure = (
+        "List a leaf that carries the columns of the heads in `scaled_leaves` of the layout, any "
+        "other in `kept_leaves`."
+    )
+    fault = "query/magnitude is in neither scaled_leaves nor kept_leaves."
+    assert text_of(params, sown()) == one_fault("(root)", fault, cure)
+    mc.qk_clip(params, sown(), mc.MultiHeadLayout(kept_leaves=("magnitude",)))
+
+
+def test_adapters_without_their_kernels_are_refused():
+    adapter = {"lora_a": jnp.ones((4, 1)), "lora_b": jnp.ones((1, 2, 3))}
+    head = one_fault("attn", "query has lora_a, lora_b, not one 'kernel'.")
+    text = text_of({"attn": {"query": adapter, "key": adapter}}, {"attn": sown()})
+    assert text.startswith(head)
+    assert text.endswith("Pass the whole parameter tree: a clip of adapters alone cannot hold.")
+
+
+def test_a_module_of_another_layout_does_not_use_its_statistic():
+    layouts = mc.MultiHeadLayout(), mc.MultiHeadLayout(query="q", key="k", stat="s_max")
+    text = text_of(attention(), {"s_max": jnp.ones(2), **sown()}, layouts)
+    assert f"(root): has 's_max', but its layout {LAYOUT} reads 'max_logits'." in text
+
+
+def test_leaves_of_another_library_are_not_called_adapters():
+    leaves = {"w": np.ones((4, 2, 3)), "b": np.ones((2, 3))}
+    text = text_of({"query": leaves, "key": leaves}, sown())
+    assert "query has b, w, not one 'kernel'." in text
+    assert "query/w is in neither scaled_leaves nor kept_leaves." in text
+    assert "adapters" not in text
+
+
+def test_two_kernels_in_one_module_are_refused():
+    params = attention(
+        query={"Dense_0": {"kernel": jnp.ones((4, 4))}, "kernel": jnp.ones((4, 2, 3))}
+    )
+    assert text_of(params, sown()) == one_fault(
+        "(root)", "query has kernel, kernel, not one 'kernel'."
+    )
+
+
+def test_quantised_kernels_are_refused():
+    params = attention(query={"kernel": jnp.ones((4, 2, 3), jnp.int8)})
+    fault = "query/kernel is int8, which cannot be scaled."
+    assert text_of(params, sown()) == one_fault("(root)", fault)
+
+
+FLAT = mc.MultiHeadLayout(kernel_ndim=2)
+SHAPE_FAULTS = [
+    (
+        "query/kernel (4, 2, 3) has 2 heads, its max_logits has 1.",
+        kernels((4, 2, 3), (4, 2, 3)),
+        (2, 1),  # the statistic transposed
+    ),
+    (
+        "key/kernel (4, 3, 3) has 3 heads, no divisor of the 4 query heads.",
+        kernels((4, 4, 3), (4, 3, 3)),
+        (5, 4),
+    ),
+    (
+        "key/kernel (4, 2, 3) does not have heads of 5 columns, as query/kernel (4, 2, 5); see "
+        "query_dim.",
+        kernels((4, 2, 5), (4, 2, 3)),
+        (5, 2),
+    ),
+    (
+        "query/kernel (4, 6) has fewer axes than kernel_ndim=3; 2 is a flat kernel.",
+        kernels((4, 6), (4, 6)),
+        (5, 2),
+    ),
+    (
+        "query/kernel (7, 4, 2, 3) stacks (7,) layers, key/kernel (6, 4, 2, 3) stacks (6,).",
+        kernels((7, 4, 2, 3), (6, 4, 2, 3)),
+        (7, 5, 2),
+    ),
+    (
+        "key/kernel (4, 2, 3) and query/kernel (7, 4, 2, 3) differ in rank.",
+        kernels((7, 4, 2, 3), (4, 2, 3)),
+        (7, 5, 2),
+    ),
+    (
+        "query/kernel (7, 4, 2, 3) stacks (7,) layers, its max_logits (6, 5, 2) stacks (6,).",
+        kernels((7, 4, 2, 3), (7, 4, 2, 3)),
+        (6, 5, 2),
+    ),
+    (
+        "max_logits (2,) has too few axes for 1 stack axes and heads.",
+        kernels((7, 4, 2, 3), (7, 4, 2, 3)),
+        (2,),
+    ),
+    (
+        "query/bias (3, 2) does not have the columns of query/kernel (4, 2, 3).",
+        kernels((4, 2, 3), (4, 2, 3), bias=np.ones((3, 2))),
+        (5, 2),
+    ),
+    (
+        "query/bias (6,) has no rank that fits query/kernel (4, 2, 3) and stack_axis=0.",
+        kernels((4, 2, 3), (4, 2, 3), bias=np.ones(6)),
+        (5, 2),
+    ),
+    (
+        "query/lora_b (2, 6) does not have the columns of query/kernel (4, 2, 3).",
+        kernels((4, 2, 3), (4, 2, 3), lora_b=np.ones((2, 6))),  # rank 2 of the adapter, 2 heads
+        (5, 2),
+    ),
+]
+FLAT_FAULTS = [
+    (
+        "query/kernel (4, 13) does not divide into 4 heads, as its max_logits has.",
+        kernels((4, 13), (4, 12)),
+        (5, 4),
+    ),
+    (
+        "key/kernel (4, 7) does not have heads of 3 columns, as query/kernel (4, 12); see "
+        "query_dim.",
+        kernels((4, 12), (4, 7)),
+        (5, 4),
+    ),
+]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("fault", "params", "stat"), SHAPE_FAULTS)
+def test_shapes_that_do_not_fit_are_errors_even_if_not_strict(fault, params, stat, strict):
+    assert text_of(params, sown(*stat), strict=strict) == one_fault("(root)", fault)
+
+
+@pytest.mark.parametrize(("fault", "params", "stat"), FLAT_FAULTS)
+def test_flat_kernels_that_do_not_divide_are_errors(fault, params, stat):
+    layout = f"{LAYOUT[:-1]}, kernel_ndim=2)"
+    assert text_of(params, sown(*stat), FLAT) == one_fault("(root)", fault, layout=layout)
+
+
+def test_query_dim_wider_than_the_head_is_an_error():
+    layout = mc.MultiHeadLayout(query_dim=5)
+    text = text_of(attention(), sown(), layout)
+    assert "query/kernel (4, 2, 3) has heads of 3 columns, query_dim is 5." in text
+
+
+def test_calls_that_disagree_in_heads_are_an_error():
+    text = text_of(attention(), {"max_logits": (jnp.ones(2), jnp.ones((5, 4)))})
+    assert text == one_fault("(root)", "calls have max_logits of 2 and of 4 heads.")
+
+
+def test_several_layouts_are_all_named():
+    text = text_of({}, {}, (mc.MultiHeadLayout(), FLAT))
+    assert text.startswith(f"qk_clip: 1 module does not fit the layouts {LAYOUT}, {FLAT}.")
+
+
+def test_not_strict_skips_with_one_warning_and_counts():
+    params = {"a": attention(), "b": attention()}
+    stats = {"a": sown(), "c": sown()}
+    with pytest.warns(UserWarning, match="qk_clip: ") as warned:
+        _, info = mc.qk_clip(params, stats, strict=False)
+    (warning,) = warned
+    assert str(warning.message) == (
+        "qk_clip: 2 modules skipped, as strict=False.\n"
+        "  b: no statistic 'max_logits'; nearest is 'c/max_logits'.\n"
+        "  c: has 'max_logits', but the parameters have no such module."
+    )
+    assert info.skipped_modules == 2
+    assert list(info.gamma) == ["a"]
+
+
+def test_not_strict_with_nothing_to_clip_warns_and_reports_nothing():
+    params = {"mlp": {"kernel": jnp.ones((3, 3))}}
+    with pytest.warns(UserWarning, match="nothing to clip"):
+        new, info = mc.qk_clip(params, {}, strict=False)
+    assert new["mlp"]["kernel"] is params["mlp"]["kernel"]
+    assert (info.max_logit, info.min_gamma, info.clipped_fraction) == (-jnp.inf, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (ValueError, {"threshold": 0.0}, "threshold must be above 0, got 0.0."),
+        (ValueError, {"threshold": -1}, "threshold must be above 0, got -1."),
+        (ValueError, {"threshold": float("nan")}, "threshold must be above 0, got nan."),
+        (TypeError, {"threshold": None}, "threshold must be a number, got None."),
+        (TypeError, {"threshold": True}, "threshold must be a number, got True."),
+        (TypeError, {"alpha": "0.5"}, "alpha must be a number, got '0.5'."),
+        (ValueError, {"threshold": np.ones(2)}, "threshold must be one number, got shape (2,)."),
+        (ValueError, {"alpha": 1.5}, "alpha must be in [0, 1], got 1.5."),
+        (ValueError, {"alpha": -0.1}, "alpha must be in [0, 1], got -0.1."),
+        (ValueError, {"alpha": float("nan")}, "alpha must be in [0, 1], got nan."),
+        (
+            ValueError,
+            {"shared_key": "mean"},
+            "shared_key must be one of 'query', 'group', 'min', 'exact', got 'mean'.",
+        ),
+        (TypeError, {"where": 1.0}, "where must be one boolean, got 1.0."),
+        (
+            TypeError,
+            {"layout": "query"},
+            "layout must be a layout or a tuple of them, got 'query'.",
+        ),
+    ],
+)
+def test_each_bad_setting_is_named_with_its_value(kind, settings, message):
+    with pytest.raises(kind, match=re.escape(f"qk_clip: {message}")):
+        mc.qk_clip(attention(), sown(), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"threshold": 7}, {"alpha": 0}, {"alpha": 1}])
+def test_whole_numbers_are_numbers(settings):
+    mc.qk_clip(attention(), sown(), **settings)
