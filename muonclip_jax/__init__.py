@@ -29,7 +29,7 @@ from muonclip_jax._scale_by_muon import (
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: F822  # linen is there on first use
+__all__ = [  # linen is there on first use
     "MultiHeadLayout",
     "MuonDimensionNumbers",
     "QKClipInfo",

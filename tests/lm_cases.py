@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
 from lm import data, gqa, rundir, training
 from lm.config import Config
 

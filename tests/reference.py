@@ -1,4 +1,4 @@
-"""Float64 NumPy references of the optimizer half, written from the papers; nothing of ours is used."""
+"""Float64 NumPy references of the optimizer half, written from the papers alone."""
 
 import numpy as np
 

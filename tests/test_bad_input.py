@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lm import config
 
 PROGRAM = pathlib.Path(__file__).parents[1] / "examples" / "train_lm.py"

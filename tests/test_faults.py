@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 
 import muonclip_jax as mc
+import reference
 
 
 def _params():

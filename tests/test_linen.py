@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference_attention as reference
-from attention_cases import draw
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+import reference_attention as reference
+from attention_cases import draw
 
 X = draw(0, 3, 7, 8)
 

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+
 from lm.checkpoint import Checkpoints
 from lm.config import BadInput
 

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+
 from lm import data
 from lm.config import BadInput
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 import train_lm
 from lm import rundir, training
 from lm.checkpoint import Checkpoints

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from lm import data, step, training
 from lm_cases import CONFIG, CORPUS, TINY
 

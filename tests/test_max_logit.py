@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_attention as reference
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+import reference_attention as reference
 
 
 def draw(seed, *shape, dtype: Any = np.float32):

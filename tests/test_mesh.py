@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+import reference
 
 SHARDED = {
     "attn": {"query": {"kernel": P("x", "y", None)}, "out": {"kernel": P("y", None, "x")}},

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 from optax import contrib
-from test_scale_by_muon import assert_same_way, gradients, train
 
 import muonclip_jax as mc
+import reference
+from test_scale_by_muon import assert_same_way, gradients, train
 
 
 def _tree(seed=0):

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from test_coefficients import PRESETS
 
 import muonclip_jax as mc
+import reference
 from muonclip_jax._newton_schulz import compute_dtype
+from test_coefficients import PRESETS
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (7, 5), (16, 16), (64, 128), (128, 64), (127, 257)]
 PRECONDITIONINGS = ("frobenius", "spectral", "schatten", "aol")

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 
 import muonclip_jax as mc
+import reference
 
 # Slope at 0, then the least and the largest of p on [l, 1] for l = 1e-2, 3e-3 and 1e-3.
 RANGES = {

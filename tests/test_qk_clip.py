@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_attention as reference
-from attention_cases import N, attention, clip_one, draw, expected, same_bits
 from hypothesis import given, strategies as st
 
 import muonclip_jax as mc
+import reference_attention as reference
+from attention_cases import N, attention, clip_one, draw, expected, same_bits
 
 INNOCENT = [-5.0, -1e-6, -0.0, 0.0, -np.inf, np.inf, np.nan, 99.9, 100.0]
 

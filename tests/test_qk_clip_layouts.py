@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_attention as reference
-from attention_cases import draw, same_bits
 
 import muonclip_jax as mc
+import reference_attention as reference
+from attention_cases import draw, same_bits
 
 D, H = 6, 8
 THREE_AXES = mc.MultiHeadLayout()

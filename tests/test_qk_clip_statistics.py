@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from attention_cases import N, attention, draw, same_bits
 from flax import nnx
 from flax.core import freeze
 
 import muonclip_jax as mc
+from attention_cases import N, attention, draw, same_bits
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

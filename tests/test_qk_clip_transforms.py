@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import attention, clip_one, draw
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+from attention_cases import attention, clip_one, draw
 
 
 def clip_step(params, maxima, tau, where):
@@ -155,7 +155,9 @@ def test_sharded_kernels_and_heads_keep_their_sharding(kind):
         return P(*[None] * (leaf.ndim - 2), "model")
 
     def of_statistic(path, _):
-        return P(None, "data", "model") if path == "c" else P("data", "model")
+        # The heads of b are not sharded: arrays of different sharding cannot be concatenated.
+        specs = {"a": P("data", "model"), "b": P("data"), "c": P(None, "data", "model")}
+        return specs[path]
 
     with jax.set_mesh(mesh):
         inputs = put(mesh, params, of_parameter), put(mesh, stats, of_statistic)

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 from optax import contrib
 
 import muonclip_jax as mc
+import reference
 
 
 def gradients(shape, steps=6, seed=0):

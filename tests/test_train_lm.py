@@ -7,6 +7,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+
 from lm import data, rundir, training
 from lm.checkpoint import Checkpoints
 from lm.config import BadInput

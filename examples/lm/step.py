@@ -41,16 +41,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     schedule = make_schedule(config)
     if config.optimizer == "adamw":
         return optax.adamw(schedule, b2=ADAM_B2, weight_decay=WEIGHT_DECAY)
-    # The settings of Algorithm 1 of Kimi K2. The clip is not part of it: as a function of the
-    # parameters after the update it can also say which heads it scaled.
-    return mc.muon(
-        schedule,
-        nesterov=False,
-        weight_decay=WEIGHT_DECAY,
-        adam_weight_decay=WEIGHT_DECAY,
-        adam_b2=ADAM_B2,
-        consistent_rms=0.2,
-    )
+    # Algorithm 1 of Kimi K2 but for the clip: as a function of the parameters after the update, it
+    # can also say which heads it scaled.
+    return mc.muonclip(schedule, weight_decay=WEIGHT_DECAY, adam_b2=ADAM_B2, threshold=None)
 
 
 def make_loss(model: nn.Module) -> Callable[..., tuple[jax.Array, Any]]:
