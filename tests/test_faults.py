@@ -59,6 +59,32 @@ def test_apply_if_finite_contains():
     chex.assert_trees_all_equal(after, expected)
 
 
+def test_the_clip_follows_a_skipped_step():
+    """The recipe of the README: a step that is not taken is not clipped either."""
+    make = np.random.default_rng(0).normal
+    params = {
+        "attn": {
+            n: {"kernel": jnp.asarray(make(size=(6, 2, 4)), jnp.float32)} for n in ("query", "key")
+        }
+    }
+    stats = {"attn": {"max_logits": jnp.array([400.0, 1.0])}}
+    tx = optax.apply_if_finite(mc.muon(0.1), max_consecutive_errors=5)
+
+    @jax.jit
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        params, info = mc.qk_clip(params, stats, where=state.last_finite)
+        return params, info.clipped_heads
+
+    bad = jax.tree.map(lambda x: x.at[0, 0, 0].set(jnp.nan), params)
+    same, clipped = step(bad, tx.init(params), params)
+    chex.assert_trees_all_equal(same, params)
+    assert int(clipped) == 0
+    _, clipped = step(params, tx.init(params), params)
+    assert int(clipped) == 1
+
+
 def test_zero_gradient():
     params = _params()
     tx = mc.muon(0.1)
