@@ -1,5 +1,6 @@
 """Where the query and key columns of each head live in the parameters of an attention module."""
 
+import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, NamedTuple, TypeAlias
@@ -37,7 +38,7 @@ class Leaf(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Layout:
+class Layout(abc.ABC):
     """The axes and leaf names that every layout has. The layouts in use are its subclasses.
 
     A subclass says which children of the attention module it needs (`module_fields`), what in them
@@ -86,10 +87,11 @@ class Layout:
         """Names of the children that the attention module must have."""
         return tuple(getattr(self, field) for field in self.module_fields)
 
+    @abc.abstractmethod
     def faults(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> Iterator[str]:
         """Says what in the kernels, by module name, does not fit a statistic of so many heads."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def factors(
         self,
         gamma: Float[Array, "*stack heads"],
@@ -98,7 +100,6 @@ class Layout:
         shared_key: str,
     ) -> dict[str, Float[Array, "*stack some_heads width"]]:
         """Gives, by module name, the factor of each column of each head."""
-        raise NotImplementedError
 
     def stack_axes(self, axis: int, count: int) -> tuple[int, ...]:
         """Lists `count` stack axes, outermost first: a scan of a scan inserts twice at `axis`."""

@@ -21,7 +21,7 @@ def muon(
     ns_steps: int = 5,
     beta: Scalar = 0.95,
     eps: Scalar = 1e-8,
-    weight_decay: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None = None,
     mu_dtype: Any = None,
     *,
@@ -31,7 +31,7 @@ def muon(
     adam_b1: Scalar = 0.9,
     adam_b2: Scalar = 0.999,
     adam_eps_root: Scalar = 0.0,
-    adam_weight_decay: Scalar = 0.0,
+    adam_weight_decay: optax.ScalarOrSchedule = 0.0,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     consistent_rms: Scalar | None = None,
@@ -56,7 +56,7 @@ def muon(
       ns_steps: See `scale_by_muon`.
       beta: Decay of the momentum of the matrices, in [0, 1).
       eps: For Newton-Schulz, see `scale_by_muon`, and for AdamW.
-      weight_decay: Decay of the matrices, multiplied by the learning rate.
+      weight_decay: Number or schedule; decay of the matrices, multiplied by the learning rate.
       weight_decay_mask: Tree or prefix of booleans, or a function of the parameters that returns
         one: which matrices decay. None: all.
       mu_dtype: Dtype of the first moments of both optimizers. None: that of the parameters.
@@ -66,7 +66,8 @@ def muon(
       adam_b1: Decay of AdamW's first moment, in [0, 1).
       adam_b2: Decay of AdamW's second moment, in [0, 1).
       adam_eps_root: Added inside the root of AdamW.
-      adam_weight_decay: Decay of AdamW's leaves, multiplied by its learning rate.
+      adam_weight_decay: Number or schedule; decay of AdamW's leaves, multiplied by its learning
+        rate.
       adam_learning_rate: Number or schedule. None: `learning_rate`.
       muon_weight_dimension_numbers: Tree, or a prefix of it, of `MuonDimensionNumbers`, with None
         for leaves of AdamW; or a function of the parameters that returns one. None: by role.
@@ -131,14 +132,14 @@ def with_adamw(
     scale_by: Callable[..., optax.GradientTransformation],
     *,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: Scalar,
+    weight_decay: optax.ScalarOrSchedule,
     weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None,
     consistent_rms: Scalar | None,
     muon_weight_dimension_numbers: DimensionNumbersOrFn | None,
     adam_learning_rate: optax.ScalarOrSchedule | None,
     adam_b1: Scalar,
     adam_b2: Scalar,
-    adam_weight_decay: Scalar,
+    adam_weight_decay: optax.ScalarOrSchedule,
     **adamw: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Completes `scale_by`, a transform of matrices, to an optimizer beside AdamW.

@@ -30,13 +30,13 @@ from muonclip_jax._types import ArrayTree, Scalar
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    layout: Layout | tuple[Layout, ...] = MultiHeadLayout(),  # noqa: B008  # immutable
+    layout: Layout | tuple[Layout, ...] = MultiHeadLayout(),
     threshold: Scalar | None = 100.0,
     alpha: Scalar = 0.5,
     shared_key: str = "query",
     beta: Scalar = 0.95,
     nesterov: bool = False,
-    weight_decay: Scalar = 0.1,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
     consistent_rms: Scalar | None = 0.2,
     ns_coeffs: Coefficients = JORDAN,
     ns_steps: int = 5,
@@ -48,7 +48,7 @@ def muonclip(
     adam_b1: Scalar = 0.9,
     adam_b2: Scalar = 0.999,
     adam_eps_root: Scalar = 0.0,
-    adam_weight_decay: Scalar | None = None,
+    adam_weight_decay: optax.ScalarOrSchedule | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     ns_method: str = "auto",
@@ -79,7 +79,8 @@ def muonclip(
       beta: Decay of the momentum of the matrices, in [0, 1); μ of the paper.
       nesterov: Whether the direction looks one step ahead: G + μ M with M the sum, without the
         bias correction of `muon`. It reaches AdamW too, which it makes NAdamW.
-      weight_decay: Decay of the matrices, multiplied by the learning rate; λ of the paper.
+      weight_decay: Number or schedule; decay of the matrices, multiplied by the learning rate; λ of
+        the paper.
       consistent_rms: See `scale_by_shape`.
       ns_coeffs: See `scale_by_muon`.
       ns_steps: See `scale_by_muon`.
@@ -165,13 +166,13 @@ def _then_clip(
     """Makes the updates of `optimizer` lead to clipped parameters."""
 
     def update_fn(updates, state, params=None, *, max_logits=None, **extra_args):
-        for name, given in (("params", params), ("max_logits", max_logits)):
-            if given is None:
-                raise ValueError(
-                    f"muonclip: update needs {name}, got None. Call tx.update(grads, state, "
-                    "params, max_logits=stats), stats the attention statistics that the model "
-                    "sowed; or build muonclip(..., threshold=None) to train without the clip."
-                )
+        if params is None or max_logits is None:
+            name = "params" if params is None else "max_logits"
+            raise ValueError(
+                f"muonclip: update needs {name}, got None. Call tx.update(grads, state, params, "
+                "max_logits=stats), stats the attention statistics that the model sowed; or build "
+                "muonclip(..., threshold=None) to train without the clip."
+            )
         updates, state = optimizer.update(updates, state, params, **extra_args)
         new = optax.apply_updates(params, updates)
         clipped, _ = clip(new, max_logits)

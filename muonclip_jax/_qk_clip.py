@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from muonclip_jax._attention_faults import check_survey
 from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
 from muonclip_jax._attention_sites import Site, survey
+from muonclip_jax._settings import check_choice, check_settings
 from muonclip_jax._shared_key import SHARED_KEY_RULES
 from muonclip_jax._types import ArrayTree, Scalar
 
@@ -54,7 +55,7 @@ class QKClipInfo(NamedTuple):
 def qk_clip(
     params: ArrayTree,
     max_logits: ArrayTree,
-    layout: Layout | tuple[Layout, ...] = MultiHeadLayout(),  # noqa: B008  # immutable
+    layout: Layout | tuple[Layout, ...] = MultiHeadLayout(),
     *,
     threshold: Scalar = 100.0,
     alpha: Scalar = 0.5,
@@ -229,12 +230,7 @@ def _check_settings(
             raise TypeError(f"qk_clip: {name} must be a number, got {value!r}.")
         if np.shape(value) != ():
             raise ValueError(f"qk_clip: {name} must be one number, got shape {np.shape(value)}.")
-    if not isinstance(threshold, jax.Array) and not threshold > 0:
-        raise ValueError(f"qk_clip: threshold must be above 0, got {threshold!r}.")
-    if not isinstance(alpha, jax.Array) and not 0 <= alpha <= 1:
-        raise ValueError(f"qk_clip: alpha must be in [0, 1], got {alpha!r}.")
-    if shared_key not in SHARED_KEY_RULES:
-        rules = ", ".join(map(repr, SHARED_KEY_RULES))
-        raise ValueError(f"qk_clip: shared_key must be one of {rules}, got {shared_key!r}.")
+    check_settings("qk_clip", threshold=threshold, alpha=alpha)
+    check_choice("qk_clip", "shared_key", shared_key, SHARED_KEY_RULES)
     if np.shape(where) != () or not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
         raise TypeError(f"qk_clip: where must be one boolean, got {where!r}.")

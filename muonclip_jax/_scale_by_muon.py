@@ -222,7 +222,7 @@ def scale_by_shape(
     Example:
       >>> import muonclip_jax as mc, jax.numpy as jnp
       >>> tx = mc.scale_by_shape()
-      >>> tx.update({"w": jnp.ones((1, 4))}, tx.init(None))[0]
+      >>> tx.update({"w": jnp.ones((1, 4))}, tx.init({}))[0]
       {'w': Array([[2., 2., 2., 2.]], dtype=float32)}
 
     References:

@@ -3,11 +3,10 @@
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 
 # A tree of arrays: nested dicts, lists, tuples, named tuples, Flax or NNX containers.
 ArrayTree: TypeAlias = Any
 # A number, or a 0-d array that may be traced.
-Scalar: TypeAlias = float | int | np.number | jax.Array
+Scalar: TypeAlias = float | int | jax.Array
 # One Newton-Schulz step p(s) = a s + b s³ + c s⁵.
 Row: TypeAlias = tuple[float, float, float]

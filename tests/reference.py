@@ -41,7 +41,7 @@ def muon(
     *,
     learning_rate,
     beta=0.95,
-    nesterov="optax",
+    nesterov: str | None = "optax",
     rows=(JORDAN,) * 5,
     weight_decay=0.0,
     consistent_rms=None,

@@ -47,7 +47,7 @@ def _imports(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
+            yield node.module or ""
 
 
 def _own_imports(module):

@@ -1,5 +1,7 @@
 """`muon` and `muonclip`: both sides of the partition, and the clip on top."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -190,8 +192,8 @@ def test_muonclip_leaves_calm_heads_and_other_leaves_bit_identical():
     params = _attention()
     grads = jax.tree.map(jnp.sin, params)
     whole, parts = mc.muonclip(0.1), mc.muonclip(0.1, threshold=None)
-    clipped, _ = whole.update(grads, whole.init(params), params, max_logits=STATS)
-    plain, _ = parts.update(grads, parts.init(params), params)
+    clipped: Any = whole.update(grads, whole.init(params), params, max_logits=STATS)[0]
+    plain: Any = parts.update(grads, parts.init(params), params)[0]
     chex.assert_trees_all_equal(clipped["mlp"], plain["mlp"])
     chex.assert_trees_all_equal(clipped["attn"]["value"], plain["attn"]["value"])
     chex.assert_trees_all_equal(clipped["attn"]["out"], plain["attn"]["out"])
@@ -229,7 +231,7 @@ def test_the_threshold_may_be_scheduled():
     first, state = tx.update(zero, state, params, max_logits=STATS)
     second, state = tx.update(zero, state, params, max_logits=STATS)
     chex.assert_trees_all_equal(first, zero)
-    new = optax.apply_updates(params, second)
+    new: Any = optax.apply_updates(params, second)
     np.testing.assert_allclose(
         new["attn"]["query"]["kernel"][:, 0],
         0.5 * params["attn"]["query"]["kernel"][:, 0],

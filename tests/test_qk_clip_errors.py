@@ -305,7 +305,7 @@ def test_not_strict_with_nothing_to_clip_warns_and_reports_nothing():
         (
             ValueError,
             {"shared_key": "mean"},
-            "shared_key must be one of 'query', 'group', 'min', 'exact', got 'mean'.",
+            "shared_key must be one of 'query', 'group', 'min', 'exact'; got 'mean'.",
         ),
         (TypeError, {"where": 1.0}, "where must be one boolean, got 1.0."),
         (

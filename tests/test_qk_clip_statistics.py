@@ -139,6 +139,15 @@ def test_root_keys_are_kept_and_clip_all_the_same(wrap_params, wrap_stats):
     assert jax.tree.structure(new) == jax.tree.structure(wrapped)
 
 
+def test_other_collections_are_neither_read_nor_changed():
+    params, stats = {"attn": attention(1)}, {"attn": {"max_logits": jnp.asarray([400.0])}}
+    variables = {"params": params, "average": params}
+    old = {"attn": {"max_logits": jnp.asarray([1e6])}}
+    new, info = mc.qk_clip(variables, {"intermediates": stats, "earlier": old})
+    np.testing.assert_array_equal(info.gamma["attn"], [0.25])
+    assert all(map(same_bits, jax.tree.leaves(new["average"]), jax.tree.leaves(params)))
+
+
 def test_frozen_dicts_lists_and_tuples_come_back_as_they_were():
     layers = [{"attn": attention(1)}, ({"attn": attention(1)}, {"norm": {"scale": jnp.ones(3)}})]
     params = freeze({"layers": layers})

@@ -64,12 +64,13 @@ def test_unknown_shared_key():
 
 def test_all_bad_settings_are_in_one_message():
     with pytest.raises(ValueError, match=r"^muon: weight_decay must.*-1.*; adam_b1 must.*, got 2"):
-        mc.muon(0.1, weight_decay=-1, adam_b1=2)
+        mc.muon(0.1, weight_decay=-1.0, adam_b1=2.0)
 
 
+@pytest.mark.usefixtures("no_typecheck")
 def test_numpy_numbers_are_checked_and_the_ends_are_allowed():
     with pytest.raises(ValueError, match="weight_decay"):
-        mc.muon(0.1, weight_decay=np.float32(-1))
+        mc.muon(0.1, weight_decay=np.float32(-1))  # pyright: ignore[reportArgumentType]
     mc.muonclip(0.0, threshold=float("inf"), alpha=0.0, beta=0.0, eps=0.0, weight_decay=0.0)
     mc.muonclip(optax.constant_schedule(0.1), alpha=1.0)
 

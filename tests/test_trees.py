@@ -3,13 +3,13 @@
 import collections
 
 import chex
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
 
 import muonclip_jax as mc
 
@@ -25,7 +25,7 @@ W = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
         [W, W],
         (W, {"a": W}),
         Pair(W, W),
-        flax.core.freeze({"a": {"b": W}}),
+        freeze({"a": {"b": W}}),
         {"a": nn.Partitioned(W, names=("x", "y"))},
         {"a": None, "b": W},
         {"a": optax.MaskedNode(), "b": W},
@@ -49,7 +49,7 @@ def test_defaults_work_on_trees(tree):
     "tree",
     [
         {"kernel": nn.Partitioned(W, names=("x", "y")), "bias": jnp.ones(3)},
-        flax.core.freeze({"kernel": W, "bias": jnp.ones(3)}),
+        freeze({"kernel": W, "bias": jnp.ones(3)}),
         [W, {"bias": jnp.ones(3)}],
         {"kernel": W, "frozen": None},
     ],
@@ -69,7 +69,7 @@ def test_empty_leaf_gives_an_empty_update(shape):
     tx = mc.muon(0.1)
     updates, _ = tx.update(tree, tx.init(tree), tree)
     assert updates["empty"].shape == shape
-    assert np.all(np.isfinite(updates["w"]))
+    assert np.all(np.isfinite(np.asarray(updates["w"])))
 
 
 def test_complex_leaf():
@@ -77,7 +77,7 @@ def test_complex_leaf():
     tx = mc.muon(0.1, adaptive=True)
     updates, _ = jax.jit(tx.update)(tree, tx.init(tree), tree)
     assert updates["w"].dtype == jnp.complex64
-    assert np.all(np.isfinite(updates["w"]))
+    assert np.all(np.isfinite(np.asarray(updates["w"])))
 
 
 def test_complex_leaf_keeps_its_momentum_complex():
