@@ -4,7 +4,7 @@ The two modules that need Flax, `linen` and later `nnx`, load when they are firs
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
@@ -26,6 +26,9 @@ from muonclip_jax._scale_by_muon import (
     scale_by_muon as scale_by_muon,
     scale_by_shape as scale_by_shape,
 )
+
+if TYPE_CHECKING:
+    from muonclip_jax import linen as linen
 
 __version__ = "0.1.0"
 
