@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.core import freeze
 
 import muonclip_jax as mc
@@ -152,3 +153,24 @@ def test_transposed_layout_transposes_the_update():
     u, _ = tx.update({"w": W}, tx.init({"w": W}), {"w": W})
     v, _ = other.update({"w": W.T}, other.init({"w": W.T}), {"w": W.T})
     chex.assert_trees_all_close(u["w"], v["w"].T, rtol=1e-5, atol=1e-6)
+
+
+def test_nnx_state_and_optimizer():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(16, 8, rngs=rngs)
+            self.attn = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    routes = {row.path: row.optimizer for row in mc.routing_table(params).rows}
+    assert routes["embed/embedding"] == "adamw"
+    assert routes["attn/query/kernel"] == routes["attn/value/kernel"] == "muon"
+    tx = mc.muon(0.1)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert isinstance(updates, nnx.State)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    before = np.asarray(model.attn.query.kernel[...])
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+    assert np.all(np.asarray(model.attn.query.kernel[...]) != before)
