@@ -15,6 +15,9 @@ from muonclip_jax._metrics import qk_clip_metrics as qk_clip_metrics
 from muonclip_jax._muon import muon as muon
 from muonclip_jax._muonclip import muonclip as muonclip
 from muonclip_jax._newton_schulz import newton_schulz as newton_schulz
+from muonclip_jax._polar_express import (
+    polar_express_coefficients as polar_express_coefficients,
+)
 from muonclip_jax._qk_clip import (
     QKClipInfo as QKClipInfo,
     merge_max_logits as merge_max_logits,
@@ -45,6 +48,7 @@ __all__ = [  # linen is there on first use
     "muonclip",
     "newton_schulz",
     "ns_coefficients",
+    "polar_express_coefficients",
     "qk_clip",
     "qk_clip_metrics",
     "routing_table",

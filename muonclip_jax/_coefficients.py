@@ -73,7 +73,7 @@ _CUBIC5 = (
 )
 
 
-def _with_safety(rows: Sequence[Row], safety: float) -> tuple[Row, ...]:
+def with_safety(rows: Sequence[Row], safety: float) -> tuple[Row, ...]:
     """Makes every step p(s / safety): values up to `safety` above its range are still in it."""
     return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in rows)
 
@@ -89,8 +89,8 @@ _PRESETS: dict[str, tuple[Row, ...]] = {
     "standard": (JORDAN,) * DEFAULT_STEPS,  # optax's name
     "you": _YOU,
     "dion": _YOU,  # optax's name
-    "polar_express": _with_safety(_POLAR_EXPRESS[:5], _SAFETY),
-    "polar_express_6": _with_safety(_POLAR_EXPRESS, _SAFETY),
+    "polar_express": with_safety(_POLAR_EXPRESS[:5], _SAFETY),
+    "polar_express_6": with_safety(_POLAR_EXPRESS, _SAFETY),
     "cans": _CANS,
     "deepseek_v4": _DEEPSEEK_V4,
     "cubic5": _CUBIC5,
@@ -227,7 +227,7 @@ def for_sixteen_bits(rows: tuple[Row, ...]) -> tuple[Row, ...]:
       True
     """
     above = [evaluate(rows, 1 + excess * (_ROUNDING - 1)) for excess in (0.25, 0.5, 0.75, 1)]
-    return rows if all(0 < p < 2 for p in above) else _with_safety(rows, _ROUNDING)
+    return rows if all(0 < p < 2 for p in above) else with_safety(rows, _ROUNDING)
 
 
 def _to_length(rows: tuple[Row, ...], steps: Any) -> tuple[Row, ...]:

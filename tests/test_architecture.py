@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = (
     ("_types", "_paths", "_settings"),
     ("_coefficients", "_shared_key"),
-    ("_newton_schulz", "_layout", "_max_logit", "_attention_layouts"),
+    ("_polar_express", "_newton_schulz", "_layout", "_max_logit", "_attention_layouts"),
     ("_routing", "_attention_sites"),
     ("_attention_faults",),
     ("_scale_by_muon", "_qk_clip", "linen"),
@@ -23,6 +23,7 @@ LAYERS = (
 LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 OPTIMIZER_HALF = {
     "_coefficients",
+    "_polar_express",
     "_newton_schulz",
     "_layout",
     "_routing",
@@ -129,6 +130,7 @@ def test_public_names_are_the_pinned_ones():
         "muonclip",
         "newton_schulz",
         "ns_coefficients",
+        "polar_express_coefficients",
         "qk_clip",
         "qk_clip_metrics",
         "routing_table",

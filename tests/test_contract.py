@@ -1,6 +1,7 @@
 """What optax and JAX expect of any transform, asked of each of ours."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -145,9 +146,9 @@ def test_injected_beta_takes_effect(name):
     tx = optax.inject_hyperparams(getattr(mc, name), ("ns_steps",))(**keywords, beta=0.5)
     state = tx.init(params)
     _, state = tx.update(_like(params), state, params, **extra)
-    low, _ = tx.update(_like(params, 2), state, params, **extra)
+    low: Any = tx.update(_like(params, 2), state, params, **extra)[0]
     state.hyperparams["beta"] = jnp.asarray(0.99)
-    high, _ = tx.update(_like(params, 2), state, params, **extra)
+    high: Any = tx.update(_like(params, 2), state, params, **extra)[0]
     assert np.any(low["mlp"][0] != high["mlp"][0])
 
 
@@ -174,7 +175,7 @@ def test_masked_leaves_pass_untouched(case):
     stats = {"max_logits": {"train": extra["max_logits"]}} if extra else {}
     tx = optax.masked(factory(), mask)
     grads = {**params, "train": _like(params["train"])}
-    updates, _ = tx.update(grads, tx.init(params), params, **stats)
+    updates: Any = tx.update(grads, tx.init(params), params, **stats)[0]
     chex.assert_trees_all_equal(updates["frozen"], params["frozen"])
     alone = factory()
     expected, _ = alone.update(grads["train"], alone.init(make()), params["train"], **extra)

@@ -1,5 +1,7 @@
 """Values that go wrong: contained in their leaf, never spread, never raised inside jit."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -128,6 +130,7 @@ def test_denormal_gradients_stay_finite():
 def test_narrow_dtypes(dtype, scale):
     g = jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)) * scale, dtype)
     tx = mc.muon(1.0)
+    got: Any
     got, state = tx.update({"w": g}, tx.init({"w": g}), {"w": g})
     expected = np.asarray(mc.newton_schulz(g.astype(jnp.float32)))
     u = -np.asarray(got["w"], np.float32)

@@ -1,5 +1,7 @@
 """The Muon transform over several steps against float64, and the scale for the shape."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -146,7 +148,7 @@ def test_ns_steps_counts_for_one_row_and_is_not_used_for_tables():
 @pytest.mark.parametrize("consistent_rms", [None, 0.2, 0.18])
 def test_scale_by_shape(n_out, consistent_rms):
     tx = mc.scale_by_shape(consistent_rms=consistent_rms)
-    got, _ = tx.update({"w": jnp.ones((3, 4, n_out))}, tx.init({}))
+    got: Any = tx.update({"w": jnp.ones((3, 4, n_out))}, tx.init({}))[0]
     if consistent_rms is None:
         expected = np.sqrt(max(1.0, n_out / 4))
     else:

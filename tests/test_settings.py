@@ -1,5 +1,7 @@
 """Settings out of range are refused when a transform is built."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -81,6 +83,7 @@ def test_traced_settings_are_taken_as_they_are():
     @jax.jit
     def update(beta, decay):
         tx = mc.muon(0.1, beta=beta, weight_decay=decay)
-        return tx.update(g, tx.init(g), g)[0]["w"]
+        updates: Any = tx.update(g, tx.init(g), g)[0]
+        return updates["w"]
 
     assert np.all(np.isfinite(update(0.9, 0.1)))

@@ -1,6 +1,7 @@
 """Containers, empty and odd leaves, and leaves that do not fit."""
 
 import collections
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -68,7 +69,7 @@ def test_structures_stay(transform, tree):
 def test_empty_leaf_gives_an_empty_update(shape):
     tree = {"empty": jnp.zeros(shape), "w": W}
     tx = mc.muon(0.1)
-    updates, _ = tx.update(tree, tx.init(tree), tree)
+    updates: Any = tx.update(tree, tx.init(tree), tree)[0]
     assert updates["empty"].shape == shape
     assert np.all(np.isfinite(np.asarray(updates["w"])))
 
@@ -150,8 +151,8 @@ def test_transposed_layout_transposes_the_update():
         mc.muon(0.1),
         mc.muon(0.1, muon_weight_dimension_numbers=mc.MuonDimensionNumbers(1, 0)),
     )
-    u, _ = tx.update({"w": W}, tx.init({"w": W}), {"w": W})
-    v, _ = other.update({"w": W.T}, other.init({"w": W.T}), {"w": W.T})
+    u: Any = tx.update({"w": W}, tx.init({"w": W}), {"w": W})[0]
+    v: Any = other.update({"w": W.T}, other.init({"w": W.T}), {"w": W.T})[0]
     chex.assert_trees_all_close(u["w"], v["w"].T, rtol=1e-5, atol=1e-6)
 
 
