@@ -1,7 +1,8 @@
 """Newton-Schulz iteration: pushes the singular values of a matrix towards one with products alone.
 
-Each step is X ← a X + b A X + c A² X with A = X Xᴴ; in singular values, s ← a s + b s³ + c s⁵.
-Source: Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon/.
+Here a matrix is brought to singular values of at most one, at any scale and in any dtype;
+`_iterations` has the steps. Source: Jordan et al. 2024, "Muon",
+https://kellerjordan.github.io/posts/muon/.
 """
 
 import functools
@@ -14,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Inexact
 
 from muonclip_jax._coefficients import Coefficients, as_rows, for_sixteen_bits
+from muonclip_jax._iterations import accumulator, gram, nonzero, restart_windows, standard
 from muonclip_jax._settings import check_choice
 from muonclip_jax._types import Row, Scalar
 
-METHODS = ("auto", "standard")
+METHODS = ("auto", "standard", "gram")
 PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 
 # The compute dtype of "auto". TPU: its matrix units multiply bfloat16. GPU: not measured yet.
@@ -49,7 +51,10 @@ def newton_schulz(
       coefficients: Preset name, `(a, b, c)` rows, or one row for every step; see `ns_coefficients`.
       steps: Number of steps. Fewer than there are rows take the first ones, for more the last row
         repeats. None: as many as rows, five for a single row.
-      method: `"standard"`, or `"auto"`, which is the same until there is another.
+      method: `"standard"`, or `"gram"`, which iterates on the short side alone: less work for
+        matrices that are not square, with errors up to a hundred times those of the standard form
+        (`test_iterations.py`). `"auto"` is the standard form, until measurements say where Gram
+        form pays.
       dtype: What the products are computed in, or `"auto"`: float32 on CPU, bfloat16 on TPU and
         GPU. Products accumulate in float32 at least. float64 and complex matrices stay what they
         are under "auto".
@@ -92,10 +97,11 @@ def newton_schulz(
         x,
         jnp.asarray(eps, accumulator(x.real.dtype)),
         rows=for_sixteen_bits(rows) if jnp.finfo(computed).bits == 16 else rows,
+        method=method,
         compute_dtype=computed,
         preconditioning=preconditioning,
-        # XLA:CPU hands a 2-D product to an optimised library, and computes a batched one by itself,
-        # several times slower.
+        # XLA:CPU gains little from a batch and needs its temporaries at once, many times those of
+        # one matrix (benchmarks/results/one_by_one.json).
         one_by_one=jax.default_backend() == "cpu",
     )
 
@@ -125,33 +131,20 @@ def compute_dtype(dtype: Any, wanted: Any = "auto") -> Any:
     if isinstance(wanted, str) and wanted == "auto":
         return dtype if wide else jnp.dtype(_COMPUTE_DTYPES[jax.default_backend()])
     wanted = jnp.dtype(wanted)
-    if not jnp.issubdtype(wanted, jnp.inexact) or (
-        jnp.issubdtype(dtype, jnp.complexfloating)
-        and not jnp.issubdtype(wanted, jnp.complexfloating)
+    if (
+        not jnp.issubdtype(wanted, jnp.inexact)
+        or jnp.finfo(wanted).bits < 16
+        or (
+            jnp.issubdtype(dtype, jnp.complexfloating)
+            and not jnp.issubdtype(wanted, jnp.complexfloating)
+        )
     ):
         raise TypeError(f"newton_schulz: matrices of {dtype} cannot be computed in {wanted}.")
     return wanted
 
 
-def accumulator(dtype: Any) -> Any:
-    """Names the dtype in which sums over `dtype` are taken: at least float32.
-
-    Args:
-      dtype: A floating or complex dtype.
-
-    Returns:
-      `dtype` itself, or float32 for the 16-bit ones.
-
-    Example:
-      >>> accumulator(jnp.bfloat16)
-      dtype('float32')
-    """
-    dtype = jnp.dtype(dtype)
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
-
-
 @functools.partial(
-    jax.jit, static_argnames=("rows", "compute_dtype", "preconditioning", "one_by_one")
+    jax.jit, static_argnames=("rows", "method", "compute_dtype", "preconditioning", "one_by_one")
 )
 def _iterate(x: jax.Array, eps: jax.Array, *, one_by_one: bool, **settings: Any) -> jax.Array:
     """Orthogonalises all matrices in one batched call, or one after the other."""
@@ -162,18 +155,21 @@ def _iterate(x: jax.Array, eps: jax.Array, *, one_by_one: bool, **settings: Any)
 
 
 def _orthogonalise(
-    x: jax.Array, *, rows: Sequence[Row], compute_dtype: Any, preconditioning: str, eps: jax.Array
+    x: jax.Array,
+    *,
+    rows: Sequence[Row],
+    method: str,
+    compute_dtype: Any,
+    preconditioning: str,
+    eps: jax.Array,
 ) -> jax.Array:
     tall = x.shape[-2] > x.shape[-1]  # A = X Xᴴ is smaller on the short side, and f(Xᵀ) = f(X)ᵀ
     x = _normalise(x.mT if tall else x, preconditioning, eps)
     x = x.astype(compute_dtype)
-    for step, (a, b, c) in enumerate(rows):
-        A = _product(x, x.mT.conj())
-        if step == 0 and preconditioning in ("aol", "schatten"):
-            x, A = _rescale(x, A, preconditioning)
-        A = A.astype(compute_dtype)
-        B = _add(b, A, c, _product(A, A)) if c else _add(b, A)
-        x = _add(a, x, 1.0, _product(B, x))
+    if method == "gram":
+        x = gram(x, restart_windows(rows, compute_dtype), preconditioning)
+    else:
+        x = standard(x, rows, preconditioning)
     return x.mT if tall else x
 
 
@@ -188,36 +184,9 @@ def _normalise(x: jax.Array, preconditioning: str, eps: jax.Array) -> jax.Array:
     # No gradient: the result does not depend on this factor.
     largest = jax.lax.stop_gradient(jnp.max(magnitude, axis=(-2, -1), keepdims=True))
     shift = jnp.where(largest > 1, 1 / _SHIFT, _SHIFT).astype(largest.dtype)
-    x = (x * shift.astype(x.dtype)) / _nonzero(largest * shift).astype(x.dtype)
+    x = (x * shift.astype(x.dtype)) / nonzero(largest * shift).astype(x.dtype)
     if preconditioning == "spectral":
         norm = jnp.linalg.svd(x, compute_uv=False)[..., :1, None]
     else:
         norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-    return x / _nonzero(norm + eps).astype(x.dtype)
-
-
-def _rescale(x: jax.Array, A: jax.Array, preconditioning: str) -> tuple[jax.Array, jax.Array]:
-    """Scales X by diag(s) and its Gram matrix A by diag(s) on both sides."""
-    if preconditioning == "schatten":  # s = ‖A‖^(-1/2), and ‖A‖^(1/2) is the Schatten-4 norm of X
-        total = jnp.linalg.norm(A, axis=(-2, -1), keepdims=True)
-    else:  # s_i = (Σ_j |A_ij|)^(-1/2)
-        total = jnp.sum(jnp.abs(A), axis=-1, keepdims=True)
-    s = jax.lax.rsqrt(_nonzero(total)).astype(A.dtype)
-    return (x.astype(s.dtype) * s).astype(x.dtype), A * s * s.mT
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiplies, and returns the sums unrounded."""
-    # HIGHEST: accelerators would round float32 operands to TF32 or bfloat16 by default.
-    precision = None if jnp.finfo(a.dtype).bits == 16 else jax.lax.Precision.HIGHEST
-    return jnp.matmul(a, b, precision=precision, preferred_element_type=accumulator(a.dtype))
-
-
-def _add(a: float, x: jax.Array, b: float = 0.0, y: jax.Array | None = None) -> jax.Array:
-    """Computes a x + b y with one rounding, to the dtype of `x`: a 16-bit `a` would lose digits."""
-    total = a * x.astype(accumulator(x.dtype))
-    return (total if y is None else total + b * y).astype(x.dtype)
-
-
-def _nonzero(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, jnp.ones_like(x))
+    return x / nonzero(norm + eps).astype(x.dtype)

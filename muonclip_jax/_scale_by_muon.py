@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from muonclip_jax._coefficients import JORDAN, Coefficients, as_rows, is_single_row
+from muonclip_jax._iterations import accumulator
 from muonclip_jax._layout import (
     DimensionNumbersOrFn,
     from_matrices,
@@ -28,7 +29,7 @@ from muonclip_jax._layout import (
     to_matrices,
     update_scale,
 )
-from muonclip_jax._newton_schulz import METHODS, PRECONDITIONINGS, accumulator, newton_schulz
+from muonclip_jax._newton_schulz import METHODS, PRECONDITIONINGS, newton_schulz
 from muonclip_jax._paths import path_string
 from muonclip_jax._settings import check_choice, check_settings
 from muonclip_jax._types import ArrayTree, Scalar

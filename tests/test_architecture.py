@@ -13,8 +13,8 @@ PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = (
     ("_types", "_paths", "_settings"),
     ("_coefficients", "_shared_key"),
-    ("_polar_express", "_newton_schulz", "_layout", "_max_logit", "_attention_layouts"),
-    ("_routing", "_attention_sites"),
+    ("_polar_express", "_iterations", "_layout", "_max_logit", "_attention_layouts"),
+    ("_newton_schulz", "_routing", "_attention_sites"),
     ("_attention_faults",),
     ("_scale_by_muon", "_qk_clip", "linen"),
     ("_muon",),
@@ -24,6 +24,7 @@ LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 OPTIMIZER_HALF = {
     "_coefficients",
     "_polar_express",
+    "_iterations",
     "_newton_schulz",
     "_layout",
     "_routing",

@@ -19,6 +19,8 @@ PRESETS = (
     "deepseek_v4",
     "cubic5",
 )
+# Two are optax's names of others.
+DISTINCT = tuple(name for name in PRESETS if name not in ("standard", "dion"))
 LENGTHS = dict.fromkeys(PRESETS, 5) | {"polar_express_6": 6, "deepseek_v4": 10}
 
 

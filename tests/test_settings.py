@@ -50,7 +50,10 @@ def test_each_bad_value_of_the_clip(name, value):
         ({"ns_coeffs": "muon"}, "unknown preset 'muon'"),
         ({"ns_coeffs": (1.0, 2.0)}, "must be a preset's name, a row"),
         ({"ns_steps": 0}, "at least 1, got 0"),
-        ({"ns_method": "cubic"}, "ns_method must be one of 'auto', 'standard'; got 'cubic'"),
+        (
+            {"ns_method": "cubic"},
+            r"ns_method must be one of 'auto', .*; got 'cubic'",
+        ),
         ({"preconditioning": "l2"}, "preconditioning must be one of 'frobenius'"),
     ],
 )

@@ -1,0 +1,77 @@
+"""Newton-Schulz on CPU: a batch in one call against one matrix after the other.
+
+    python benchmarks/one_by_one.py
+
+Writes results/one_by_one.json: for each batch the ratio of the medians of interleaved wall times,
+and the temporary memory of both programs. `newton_schulz` goes one by one on CPU because of it.
+"""
+
+import datetime
+import json
+import pathlib
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from muonclip_jax import _newton_schulz, ns_coefficients
+
+BATCHES = ((4, 128, 128), (4, 384, 128), (48, 256, 256), (24, 768, 768), (12, 768, 3072))
+REPEATS = 9
+
+
+def measure(shape: tuple[int, int, int]) -> dict:
+    """Times both programs in turn, and reads their temporary memory off the compiler."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    programs = [
+        jax.jit(
+            lambda x, one_by_one=one_by_one: _newton_schulz._iterate(
+                x,
+                jnp.float32(1e-8),
+                rows=ns_coefficients("jordan"),
+                method="standard",
+                compute_dtype=jnp.dtype(jnp.float32),
+                preconditioning="frobenius",
+                one_by_one=one_by_one,
+            )
+        )
+        .lower(x)
+        .compile()
+        for one_by_one in (False, True)
+    ]
+    times = [[], []]
+    for program in programs:
+        program(x).block_until_ready()
+    for _ in range(REPEATS):
+        for program, taken in zip(programs, times, strict=True):
+            start = time.perf_counter()
+            program(x).block_until_ready()
+            taken.append(time.perf_counter() - start)
+    batch, loop = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    ratios = sorted(b / o for b, o in zip(*times, strict=True))
+    return {
+        "shape": shape,
+        "time_batch_by_loop": round(statistics.median(times[0]) / statistics.median(times[1]), 2),
+        "least_and_most": [round(ratios[0], 2), round(ratios[-1], 2)],
+        "temporary_bytes": {"batch": batch, "one_by_one": loop},
+    }
+
+
+def main() -> None:
+    """Measures every batch and writes the results."""
+    results = {
+        "command": "python benchmarks/one_by_one.py",
+        "date": datetime.date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "machine": "2 x86 cores",
+        "batches": [measure(shape) for shape in BATCHES],
+    }
+    path = pathlib.Path(__file__).parent / "results" / "one_by_one.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
