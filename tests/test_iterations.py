@@ -175,3 +175,23 @@ def test_muon_takes_the_method():
         step[method] = jax.jit(tx.update)(params, tx.init(params), params)[0]["w"]
     assert reference.relative_error(step["gram"], step["standard"]) < 2e-4
     assert np.any(step["gram"] != step["standard"])
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("aspect", [1, 1.5, 2, 4, 16])
+def test_auto_takes_the_form_with_fewer_flops(name, dtype, aspect):
+    x = jnp.ones((8, int(8 * aspect)))
+    flops = {
+        method: _flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
+        for method in ("auto", "standard", "gram")
+    }
+    assert flops["auto"] == min(flops["standard"], flops["gram"])
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_auto_leaves_square_matrices_to_the_standard_form(name):
+    x = np.random.default_rng(0).normal(size=(12, 12)).astype(np.float32)
+    np.testing.assert_array_equal(
+        mc.newton_schulz(x, name), mc.newton_schulz(x, name, method="standard")
+    )

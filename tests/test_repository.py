@@ -51,6 +51,16 @@ def test_figures_in_the_readme_are_the_committed_ones():
         assert f"| {' | '.join(cells)} |" in README
 
 
+def test_ratios_in_the_readme_are_the_committed_ones():
+    path = ROOT / "benchmarks" / "results" / "muon_step.json"
+    ratios = json.loads(path.read_text())["ours_by_optax"]
+    sentence = (
+        f"{ratios['flops']} of its FLOPs, {ratios['temporary_bytes']} of its temporary memory, "
+        f"{ratios['wall_time']:.2f} of its time"
+    )
+    assert sentence in " ".join(README.split())
+
+
 def test_links_in_the_documents_lead_somewhere():
     for page in ROOT.glob("*.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
