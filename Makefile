@@ -15,9 +15,11 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# One stamp file for each set of extras that has been installed.
-.venv/%: pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -m venv .venv
+
+# One stamp file for each set of extras that has been installed.
+.venv/%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
