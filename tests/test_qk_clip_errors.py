@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -322,4 +323,6 @@ def test_each_bad_setting_is_named_with_its_value(kind, settings, message):
 
 @pytest.mark.parametrize("settings", [{"threshold": 7}, {"alpha": 0}, {"alpha": 1}])
 def test_whole_numbers_are_numbers(settings):
-    mc.qk_clip(attention(), sown(), **settings)
+    whole, _ = mc.qk_clip(attention(), sown(), **settings)
+    same, _ = mc.qk_clip(attention(), sown(), **{k: float(v) for k, v in settings.items()})
+    chex.assert_trees_all_equal(whole, same)
