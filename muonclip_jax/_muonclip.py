@@ -17,9 +17,9 @@ import optax
 
 from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
 from muonclip_jax._coefficients import JORDAN, Coefficients
-from muonclip_jax._iterations import accumulator
 from muonclip_jax._layout import DimensionNumbersOrFn
 from muonclip_jax._muon import with_adamw
+from muonclip_jax._products import accumulator
 from muonclip_jax._qk_clip import qk_clip
 from muonclip_jax._scale_by_muon import momentum, plain_nesterov, scale_by_momentum
 from muonclip_jax._settings import check_choice, check_settings

@@ -6,6 +6,7 @@ https://kellerjordan.github.io/posts/muon/.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,6 @@ from jaxtyping import Array, Inexact
 
 from muonclip_jax._coefficients import Coefficients, as_rows, for_sixteen_bits
 from muonclip_jax._iterations import (
-    accumulator,
     gram,
     gram_cost,
     nonzero,
@@ -24,6 +24,7 @@ from muonclip_jax._iterations import (
     standard,
     standard_cost,
 )
+from muonclip_jax._products import accumulator
 from muonclip_jax._settings import check_choice
 from muonclip_jax._types import Row, Scalar
 
@@ -32,6 +33,10 @@ PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 
 # The compute dtype of "auto". TPU: its matrix units multiply bfloat16. GPU: not measured yet.
 _COMPUTE_DTYPES = {"cpu": jnp.float32, "tpu": jnp.bfloat16, "gpu": jnp.bfloat16}
+
+# The short side from which Hermitian products are formed by 2 x 2 blocks, three quarters of their
+# FLOPs, where that has been measured to be faster: benchmarks/results/blocks.json.
+_SMALLEST_IN_BLOCKS = {"cpu": 384}
 
 # 2⁶⁴ is exact in every dtype we normalise in, and takes the reciprocal of the largest and smallest
 # float32 out of the subnormal range, where XLA flushes it to zero.
@@ -104,11 +109,13 @@ def newton_schulz(
     computed = compute_dtype(x.dtype, dtype)
     if jnp.finfo(computed).bits == 16:
         rows = for_sixteen_bits(rows)
+    blocks = block_count(min(x.shape[-2:]))
     return _iterate(
         x,
         jnp.asarray(eps, accumulator(x.real.dtype)),
         rows=rows,
-        method=_cheaper(rows, x.shape, computed) if method == "auto" else method,
+        method=_cheaper(rows, x.shape, computed, blocks) if method == "auto" else method,
+        blocks=blocks,
         compute_dtype=computed,
         preconditioning=preconditioning,
         # XLA:CPU gains little from a batch and needs its temporaries at once, many times those of
@@ -154,15 +161,40 @@ def compute_dtype(dtype: Any, wanted: Any = "auto") -> Any:
     return wanted
 
 
-def _cheaper(rows: Sequence[Row], shape: Sequence[int], compute_dtype: Any) -> str:
+def block_count(n: int) -> int:
+    """Decides into how many block rows a Hermitian n x n matrix is cut; resolved while tracing.
+
+    Args:
+      n: Short side.
+
+    Returns:
+      2 where blocks are known to pay and n is even, else 1.
+
+    Example:
+      >>> block_count(2), block_count(769)
+      (1, 1)
+    """
+    smallest = _SMALLEST_IN_BLOCKS.get(jax.default_backend(), math.inf)
+    return 2 if n >= smallest and n % 2 == 0 else 1
+
+
+def _cheaper(rows: Sequence[Row], shape: Sequence[int], compute_dtype: Any, blocks: int) -> str:
     """Names the form with fewer FLOPs, the standard one if they are equal."""
     n, m = sorted(shape[-2:])
-    windows = restart_windows(rows, compute_dtype)
-    return "gram" if gram_cost(windows, m / n) < standard_cost(rows, m / n) else "standard"
+    gram_flops = gram_cost(restart_windows(rows, compute_dtype), m / n, blocks)
+    return "gram" if gram_flops < standard_cost(rows, m / n, blocks) else "standard"
 
 
 @functools.partial(
-    jax.jit, static_argnames=("rows", "method", "compute_dtype", "preconditioning", "one_by_one")
+    jax.jit,
+    static_argnames=(
+        "rows",
+        "method",
+        "blocks",
+        "compute_dtype",
+        "preconditioning",
+        "one_by_one",
+    ),
 )
 def _iterate(x: jax.Array, eps: jax.Array, *, one_by_one: bool, **settings: Any) -> jax.Array:
     """Orthogonalises all matrices in one batched call, or one after the other."""
@@ -177,6 +209,7 @@ def _orthogonalise(
     *,
     rows: Sequence[Row],
     method: str,
+    blocks: int,
     compute_dtype: Any,
     preconditioning: str,
     eps: jax.Array,
@@ -185,9 +218,9 @@ def _orthogonalise(
     x = _normalise(x.mT if tall else x, preconditioning, eps)
     x = x.astype(compute_dtype)
     if method == "gram":
-        x = gram(x, restart_windows(rows, compute_dtype), preconditioning)
+        x = gram(x, restart_windows(rows, compute_dtype), preconditioning, blocks)
     else:
-        x = standard(x, rows, preconditioning)
+        x = standard(x, rows, preconditioning, blocks)
     return x.mT if tall else x
 
 

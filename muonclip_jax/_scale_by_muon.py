@@ -20,7 +20,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from muonclip_jax._coefficients import JORDAN, Coefficients, as_rows, is_single_row
-from muonclip_jax._iterations import accumulator
 from muonclip_jax._layout import (
     DimensionNumbersOrFn,
     from_matrices,
@@ -31,6 +30,7 @@ from muonclip_jax._layout import (
 )
 from muonclip_jax._newton_schulz import METHODS, PRECONDITIONINGS, newton_schulz
 from muonclip_jax._paths import path_string
+from muonclip_jax._products import accumulator
 from muonclip_jax._settings import check_choice, check_settings
 from muonclip_jax._types import ArrayTree, Scalar
 

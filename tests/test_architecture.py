@@ -12,7 +12,7 @@ import muonclip_jax as mc
 PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = (
     ("_types", "_paths", "_settings"),
-    ("_coefficients", "_shared_key"),
+    ("_coefficients", "_products", "_shared_key"),
     ("_polar_express", "_iterations", "_layout", "_max_logit", "_attention_layouts"),
     ("_newton_schulz", "_routing", "_attention_sites"),
     ("_attention_faults",),
@@ -24,6 +24,7 @@ LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 OPTIMIZER_HALF = {
     "_coefficients",
     "_polar_express",
+    "_products",
     "_iterations",
     "_newton_schulz",
     "_layout",
