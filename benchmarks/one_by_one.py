@@ -28,19 +28,20 @@ def measure(shape: tuple[int, int, int]) -> dict:
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     programs = [
         jax.jit(
-            lambda x, one_by_one=one_by_one: _newton_schulz._iterate(
+            lambda x, at_once=at_once: _newton_schulz._iterate(
                 x,
                 jnp.float32(1e-8),
                 rows=ns_coefficients("jordan"),
                 method="standard",
                 compute_dtype=jnp.dtype(jnp.float32),
                 preconditioning="frobenius",
-                one_by_one=one_by_one,
+                blocks=_newton_schulz.block_count(shape[-2]),
+                at_once=at_once,
             )
         )
         .lower(x)
         .compile()
-        for one_by_one in (False, True)
+        for at_once in (shape[0], 1)
     ]
     times = [[], []]
     for program in programs:

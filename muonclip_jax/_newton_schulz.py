@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Inexact
 
 from muonclip_jax._coefficients import Coefficients, as_rows, for_sixteen_bits
+from muonclip_jax._grouping import MOST_BYTES
 from muonclip_jax._iterations import (
     gram,
     gram_cost,
@@ -118,9 +119,7 @@ def newton_schulz(
         blocks=blocks,
         compute_dtype=computed,
         preconditioning=preconditioning,
-        # XLA:CPU gains little from a batch and needs its temporaries at once, many times those of
-        # one matrix (benchmarks/results/one_by_one.json).
-        one_by_one=jax.default_backend() == "cpu",
+        at_once=_matrices_at_once(x.shape),
     )
 
 
@@ -185,6 +184,15 @@ def _cheaper(rows: Sequence[Row], shape: Sequence[int], compute_dtype: Any, bloc
     return "gram" if gram_flops < standard_cost(rows, m / n, blocks) else "standard"
 
 
+def _matrices_at_once(shape: Sequence[int]) -> int:
+    """Decides how many matrices one product takes; resolved while tracing."""
+    # XLA:CPU gains little from a batch and needs its temporaries at once, many times those of
+    # one matrix (benchmarks/results/one_by_one.json).
+    if jax.default_backend() == "cpu":
+        return 1
+    return max(1, MOST_BYTES // (4 * math.prod(shape[-2:])))
+
+
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -193,14 +201,18 @@ def _cheaper(rows: Sequence[Row], shape: Sequence[int], compute_dtype: Any, bloc
         "blocks",
         "compute_dtype",
         "preconditioning",
-        "one_by_one",
+        "at_once",
     ),
 )
-def _iterate(x: jax.Array, eps: jax.Array, *, one_by_one: bool, **settings: Any) -> jax.Array:
-    """Orthogonalises all matrices in one batched call, or one after the other."""
+def _iterate(x: jax.Array, eps: jax.Array, *, at_once: int, **settings: Any) -> jax.Array:
+    """Orthogonalises all matrices in one batched call, or some after the others."""
     f = functools.partial(_orthogonalise, eps=eps, **settings)
-    for _ in range(x.ndim - 2 if one_by_one else 0):
-        f = functools.partial(jax.lax.map, f)
+    if at_once == 1:
+        for _ in x.shape[:-2]:
+            f = functools.partial(jax.lax.map, f)
+    elif math.prod(x.shape[:-2]) > at_once:
+        stack = x.reshape(-1, *x.shape[-2:])
+        return jax.lax.map(f, stack, batch_size=at_once).reshape(x.shape).astype(x.dtype)
     return f(x).astype(x.dtype)
 
 

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from muonclip_jax._coefficients import JORDAN, Coefficients, as_rows, is_single_row
+from muonclip_jax._grouping import in_groups
 from muonclip_jax._layout import (
     DimensionNumbersOrFn,
     from_matrices,
@@ -190,13 +191,20 @@ def scale_by_momentum(
         structure = jax.tree.structure(updates)
         G = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
         M = [_average(m, g, beta) for m, g in zip(jax.tree.leaves(state.mu), G, strict=True)]
-        orthogonal = []
-        for m, g, a in zip(M, G, axes, strict=True):
-            d = to_matrices(_combine(m, g, *direction(_real(beta, m), _real(t, m))), a)
-            o = orthogonalise(d)
-            if adaptive:
-                o = o * jnp.sum(d.conj() * o, axis=(-2, -1), keepdims=True)
-            orthogonal.append(from_matrices(o, a, g.shape).astype(g.dtype))
+        D = [
+            to_matrices(_combine(m, g, *direction(_real(beta, m), _real(t, m))), a)
+            for m, g, a in zip(M, G, axes, strict=True)
+        ]
+        orthogonal = in_groups(orthogonalise, D)
+        if adaptive:
+            orthogonal = [
+                o * jnp.sum(d.conj() * o, axis=(-2, -1), keepdims=True)
+                for o, d in zip(orthogonal, D, strict=True)
+            ]
+        orthogonal = [
+            from_matrices(o, a, g.shape).astype(g.dtype)
+            for o, a, g in zip(orthogonal, axes, G, strict=True)
+        ]
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), structure.unflatten(M), state.mu)
         return structure.unflatten(orthogonal), ScaleByMuonState(count=t, mu=mu)
 

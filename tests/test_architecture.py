@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = (
     ("_types", "_paths", "_settings"),
     ("_coefficients", "_products", "_shared_key"),
-    ("_polar_express", "_iterations", "_layout", "_max_logit", "_attention_layouts"),
+    ("_grouping", "_polar_express", "_iterations", "_layout", "_max_logit", "_attention_layouts"),
     ("_newton_schulz", "_routing", "_attention_sites"),
     ("_attention_faults",),
     ("_scale_by_muon", "_qk_clip", "linen"),
@@ -26,6 +26,7 @@ OPTIMIZER_HALF = {
     "_polar_express",
     "_products",
     "_iterations",
+    "_grouping",
     "_newton_schulz",
     "_layout",
     "_routing",
