@@ -159,24 +159,7 @@ def with_adamw(
         adam_eps_root=adamw["eps_root"],
     )
 
-    def numbers(params):
-        found = leaf_numbers(params, muon_weight_dimension_numbers)
-        return jax.tree.structure(params).unflatten(found)
-
-    def labels(params):
-        if not jax.tree.leaves(params):  # no parameters, or map_params' placeholder
-            return params
-        found = leaf_numbers(params, muon_weight_dimension_numbers)
-        return jax.tree.structure(params).unflatten(
-            ["adam" if number is None else "muon" for number in found]
-        )
-
-    matrices = optax.chain(
-        scale_by(weight_dimension_numbers=numbers),
-        scale_by_shape(numbers, consistent_rms),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    scale_by(weight_dimension_numbers=None)  # refuses bad settings when built, not when traced
     rest = optax.adamw(
         learning_rate if adam_learning_rate is None else adam_learning_rate,
         b1=adam_b1,
@@ -184,4 +167,25 @@ def with_adamw(
         weight_decay=adam_weight_decay,
         **adamw,
     )
-    return optax.partition({"muon": matrices, "adam": rest}, labels)
+
+    def routed(tree):
+        """Builds the optimizer of a whole tree; in a partition each part sees only its leaves."""
+        structure = jax.tree.structure(tree)
+        found = leaf_numbers(tree, muon_weight_dimension_numbers) if structure.num_leaves else []
+        numbers = structure.unflatten(found)
+        matrices = optax.chain(
+            scale_by(weight_dimension_numbers=numbers),
+            scale_by_shape(numbers, consistent_rms),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        labels = structure.unflatten(["adam" if n is None else "muon" for n in found])
+        return optax.partition({"muon": matrices, "adam": rest}, labels)
+
+    def init_fn(params):
+        return routed(params).init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        return routed(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -69,7 +69,8 @@ def split(x: jax.Array, blocks: int) -> Rows:
 
 def join(X: Rows) -> jax.Array:
     """Undoes `split`."""
-    return jnp.concatenate(X, axis=-2) if len(X) > 1 else X[0]
+    first, *others = X
+    return jnp.concatenate(X, axis=-2) if others else first
 
 
 def block_rows(A: Hermitian) -> Rows:

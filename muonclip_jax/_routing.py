@@ -69,6 +69,7 @@ class Route(NamedTuple):
       columns: Columns of each, the output side n_out; 0 under AdamW.
       scale: Factor on the orthogonalised matrix, see `scale_by_shape`; 1 under AdamW.
       reason: Why.
+      dimension_numbers: Which axes are the rows and columns; None under AdamW.
     """
 
     path: str
@@ -79,6 +80,7 @@ class Route(NamedTuple):
     columns: int
     scale: float
     reason: str
+    dimension_numbers: MuonDimensionNumbers | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +138,14 @@ def routing_table(
     rows = []
     for path, shape, numbers, reason in _routes(params, muon_weight_dimension_numbers):
         if numbers is None:
-            rows.append(Route("/".join(path), shape, "adamw", 0, 0, 0, 1.0, reason))
+            rows.append(Route("/".join(path), shape, "adamw", 0, 0, 0, 1.0, reason, None))
             continue
         axes = axes_of(numbers, len(shape))
         n_in, n_out = sides(shape, axes)
         batch = int(np.prod([shape[a] for a in axes.batch], dtype=np.int64))
         scale = float(update_scale(n_in, n_out, consistent_rms))
-        rows.append(Route("/".join(path), shape, "muon", batch, n_in, n_out, scale, reason))
+        matrices = (batch, n_in, n_out, scale, reason, numbers)
+        rows.append(Route("/".join(path), shape, "muon", *matrices))
     return RoutingTable(tuple(rows))
 
 

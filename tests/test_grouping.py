@@ -1,5 +1,7 @@
 """Leaves of equal shape are orthogonalised together, and nobody can tell from the values."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,11 +84,11 @@ def test_a_broken_matrix_touches_no_other_of_its_group(backend, bad, monkeypatch
     params = _tree()
     tx = mc.scale_by_muon(ns_dtype=jnp.float32)
     state = tx.init(params)
-    clean = tx.update(params, state)[0]
-    broken = {**params, "layer_1": {**params["layer_1"]}}
+    clean: Any = tx.update(params, state)[0]
+    broken: Any = {**params, "layer_1": {**params["layer_1"]}}
     broken["layer_1"]["up"] = broken["layer_1"]["up"].at[2, 3].set(bad)
     broken["layer_1"]["experts"] = broken["layer_1"]["experts"].at[1, 2, 3, 4].set(bad)
-    got = tx.update(broken, state)[0]
+    got: Any = tx.update(broken, state)[0]
     assert not np.any(np.isfinite(got["layer_1"]["up"]))
     assert not np.any(np.isfinite(got["layer_1"]["experts"][1, 2]))
     for tree in (got, clean):

@@ -237,3 +237,19 @@ def test_the_threshold_may_be_scheduled():
         0.5 * params["attn"]["query"]["kernel"][:, 0],
         rtol=1e-6,
     )
+
+
+def test_a_function_of_the_parameters_sees_all_of_them():
+    """Here `up` is two matrices because of a leaf of AdamW, which a partition hides."""
+
+    def numbers(params):
+        heads = params["heads"].shape[0]
+        return {"heads": None, "up": mc.MuonDimensionNumbers(1, 2) if heads == 2 else None}
+
+    up = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(np.float32)
+    params = {"heads": np.ones(2, np.float32), "up": up}
+    tx = mc.muon(0.1, muon_weight_dimension_numbers=numbers)
+    got = jax.jit(tx.update)(params, tx.init(params), params)[0]["up"]
+    tx = mc.muon(0.1)
+    expected = tx.update({"up": up}, tx.init({"up": up}), {"up": up})[0]["up"]
+    assert reference.relative_error(got, expected) < 1e-6

@@ -1,0 +1,237 @@
+"""The pages of docs/: blocks run, links lead somewhere, numbers are those that tests hold."""
+
+import contextlib
+import functools
+import io
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import muonclip_jax as mc
+import reference
+from muonclip_jax._iterations import gram_cost, restart_windows, standard_cost
+from test_published_numbers import ABOVE_ONE, RANGES
+from test_routing import MODEL, _shapes
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+# A block of Python, and the plain block right after it: what it prints.
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+
+every_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
+
+
+@functools.cache
+def run_page(name: str) -> dict[str, Any]:
+    """Names that a page's blocks define, run one after the other."""
+    namespace: dict[str, Any] = {"__name__": name}
+    for source, shown in BLOCK.findall((ROOT / "docs" / name).read_text()):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(source, name, "exec"), namespace)
+        assert printed.getvalue() == shown
+    return namespace
+
+
+@every_page
+def test_blocks_run_and_print_what_the_page_shows(page):
+    text = page.read_text()
+    assert len(BLOCK.findall(text)) == text.count("```python")
+    run_page(page.name)
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        linked = (page.parent / target).resolve() if target else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in _anchors(linked.read_text()), f"{target}#{anchor}"
+
+
+def _anchors(text):
+    """The heads of a page as GitHub makes them anchors."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@every_page
+def test_names_exist(page):
+    text = page.read_text()
+    for name in set(re.findall(r"\bmc\.(\w+(?:\.\w+)?)", text)):
+        functools.reduce(getattr, name.split("."), mc)
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for name in set(re.findall(r"\btest_\w+(?:\.py)?", text)):
+        found = (
+            (ROOT / "tests" / name).exists() if name.endswith(".py") else f"def {name}(" in tests
+        )
+        assert found, name
+    for name in set(re.findall(r"\bbenchmarks/[\w/.]+\w", text)):
+        assert (ROOT / name).exists(), name
+
+
+# --- choosing.md ----------------------------------------------------------------------------------
+
+
+def _table(page, head):
+    """Cells of the table whose first line begins with `head`, without that line and the rule."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(head))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_calls_in_the_table_build_optimizers():
+    rows = _table("choosing.md", "| you want | call |")
+    assert len(rows) == 6
+    for _, call, _ in rows:
+        tx = eval(call.strip("`"), {"mc": mc, "lr": 3e-4})
+        assert isinstance(tx, optax.GradientTransformationExtraArgs)
+
+
+def test_presets_in_the_table_of_choices_arrive_where_it_says():
+    rows = _table("choosing.md", "| you want | `ns_coeffs` |")
+    assert len(rows) == 4
+    for _, choice, said in rows:
+        name = choice.split('"')[1]
+        assert said == "{:.3f} to {:.3f}".format(*RANGES[name][2])
+
+
+def test_momentum_weighs_068_of_keller_jordans_at_step_2():
+    beta = 0.95
+    optax_ratio = (beta / (1 - beta**3)) / ((1 - beta) / (1 - beta**2))
+    assert round(optax_ratio / (beta / (1 - beta)), 2) == 0.68
+
+
+def test_exceptions_leave_the_routing_of_the_other_leaves_alone():
+    by_role_but = run_page("choosing.md")["by_role_but"]
+    params = _shapes(MODEL)
+    expected = mc.routing_table(params).rows
+    got = mc.routing_table(params, by_role_but({}, params)).rows
+    assert [row._replace(reason="given") for row in expected] == list(got)
+    numbers = mc.MuonDimensionNumbers((-3, -2), -1)
+    exceptions = {"Conv_0/kernel": numbers, "up/kernel": None}
+    got = mc.routing_table(params, by_role_but(exceptions, params)).rows
+    for old, new in zip(expected, got, strict=True):
+        if old.path == "Conv_0/kernel":
+            assert (new.batch, new.rows, new.columns) == (1, 96, 64)
+        elif old.path.endswith("/up/kernel"):
+            assert new.optimizer == "adamw"
+        else:
+            assert new == old._replace(reason="given")
+
+
+def test_a_view_changes_nothing_for_an_elementwise_optimizer():
+    page = run_page("choosing.md")
+    rng = np.random.default_rng(0)
+    params = {
+        "qkv": {"kernel": rng.normal(size=(64, 192)), "bias": rng.normal(size=192)},
+        "q_b": {"kernel": rng.normal(size=(2, 32, 96))},
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    tx = page["through"](page["views"], page["inverses"], optax.adamw(0.1))
+    got, _ = tx.update(params, tx.init(params), params, max_logits="not for AdamW")
+    expected, _ = optax.adamw(0.1).update(params, optax.adamw(0.1).init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+# --- numerics.md ----------------------------------------------------------------------------------
+
+
+def test_table_of_presets_is_the_table_of_the_published_numbers():
+    rows = _table("numerics.md", "| preset |")
+    assert sorted(row[0].split('"')[1] for row in rows) == sorted(RANGES)
+    for names, steps, slope, *ranges, above, _ in rows:
+        name, *aliases = names.split('"')[1::2]
+        expected_slope, *expected_ranges = RANGES[name]
+        assert int(steps) == len(mc.ns_coefficients(name))
+        assert int(slope) == expected_slope
+        assert ranges == [f"{low:.3f} to {high:.3f}" for low, high in expected_ranges]
+        expected = ["beyond 1e100" if p is None else f"{p:g}" for p in ABOVE_ONE[name]]
+        assert above.split(", ") == expected
+        for alias in aliases:
+            assert mc.ns_coefficients(alias) == mc.ns_coefficients(name)
+
+
+def test_a_safety_of_101_explodes_where_105_does_not():
+    p = {
+        safety: reference.polynomial(mc.polar_express_coefficients(1e-3, 5, safety=safety), 1.02)
+        for safety in (1.01, 1.05)
+    }
+    np.testing.assert_allclose(p[1.01], 2e88, rtol=0.1)
+    np.testing.assert_allclose(p[1.05], 1.11, atol=6e-3)
+    slopes = [
+        np.prod([a for a, _, _ in mc.polar_express_coefficients(1e-3, 5, safety=safety)])
+        for safety in (1.01, 1.05)
+    ]
+    assert [round(slope) for slope in slopes] == [976, 804]
+
+
+def test_the_aol_table_that_is_not_shipped_turns_the_sign():
+    # NVIDIA-NeMo/Emerging-Optimizers, muon_utils.py, "aol"; unchanged.
+    rows = (
+        (4.0098, -7.0585, 2.4635),
+        (3.4585, -5.5479, 2.5959),
+        (2.7573, -3.2939, 1.4254),
+        (2.7215, -3.0494, 1.3169),
+    )
+    s = np.linspace(0.001, 1, 100_000)
+    p = reference.polynomial(rows, s)
+    np.testing.assert_allclose(s[p < 0].min(), 0.884, atol=1e-3)
+    assert np.all(p[s > 0.884] < 0)
+    np.testing.assert_allclose(p[-1], -0.99, atol=0.01)
+    with pytest.raises(ValueError, match="unknown preset 'aol'"):
+        mc.ns_coefficients("aol")
+
+
+def test_both_forms_cost_the_same_at_an_aspect_of_one_and_a_half():
+    for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
+        rows = mc.ns_coefficients("jordan")
+        assert gram_cost(restart_windows(rows, dtype), 1.5) == standard_cost(rows, 1.5) == 40
+
+
+def test_costs_in_the_page_are_the_formulas():
+    rows = mc.ns_coefficients("jordan")
+    for aspect, standard, *gram in _table("numerics.md", "| m / n |"):
+        assert float(standard) == standard_cost(rows, float(aspect))
+        costs = [
+            gram_cost(restart_windows(rows, dtype), float(aspect))
+            for dtype in (jnp.float32, jnp.float16, jnp.bfloat16)
+        ]
+        assert [float(cell) for cell in gram] == costs
+
+
+def test_gain_of_the_blocks_is_the_committed_one():
+    path = ROOT / "benchmarks" / "results" / "blocks.json"
+    ratios = [
+        shape["blocks_by_plain"]
+        for shape in json.loads(path.read_text())["shapes"]
+        if shape["matrix"][0] >= 384
+    ]
+    said = f"{min(ratios):.2f} to {max(ratios):.2f} of the time"
+    assert said in " ".join((ROOT / "docs" / "numerics.md").read_text().split())
+
+
+# --- references.md --------------------------------------------------------------------------------
+
+
+def test_every_paper_that_is_named_anywhere_is_among_the_references():
+    listed = (ROOT / "docs" / "references.md").read_text()
+    folders = ("muonclip_jax", "examples", "docs", "tests")
+    sources = [p for d in folders for p in (ROOT / d).rglob("*") if p.suffix in (".py", ".md")]
+    for source in [*ROOT.glob("*.md"), *sources]:
+        for number in re.findall(r"\b2[0-9](?:0[1-9]|1[0-2])\.\d{5}\b", source.read_text()):
+            assert number in listed, f"{source.name}: arXiv {number}"
