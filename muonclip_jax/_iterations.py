@@ -10,8 +10,9 @@ times, but rounding moves R away from Q X Xᴴ Qᴴ: it is restarted from X wher
 much. Sources: Jordan et al. 2024; Zhang, Amsel, Chen, Dao 2026, Dao-AILab/gram-newton-schulz.
 
 Two things keep digits. Z stands to the left of Q, so that its errors are not multiplied by all of
-Q; R, though never Q, may then be kept by blocks. And in 16 bits the mean z of the diagonal of Z is
-carried as a number, a X + Z X = (a + z) X + (Z - z I) X: what is left has smaller entries to round.
+Q; R, though never Q, may then be kept by blocks. And in 16 bits the mean diagonal r of X Xᴴ is a
+number beside the matrix, r I + R, in all that follows, because what is left is smaller to round:
+(s I + S)(t I + T) = s t I + (s T + t S + S T).
 """
 
 import functools
@@ -26,29 +27,32 @@ from muonclip_jax._products import (
     Hermitian,
     Rows,
     accumulator,
+    add_identity,
     block_rows,
     gram_matrix,
     hermitian_product,
     hermitian_share,
     join,
+    mean_diagonal,
     multiply,
     product,
     split,
-    squared_norm,
-    trace,
 )
 from muonclip_jax._types import Row
 
 # Steps between two restarts of the Gram form.
 Windows: TypeAlias = tuple[tuple[Row, ...], ...]
 
+# s and S of s I + S; s is 0 in wide types.
+Shifted: TypeAlias = tuple[Any, Hermitian]
+
 _Blocks = TypeVar("_Blocks", jax.Array, Rows, Hermitian)
 
-# How far a window may go. 16 bits: this many steps; one more, and bfloat16 mixes singular vectors
-# three times as much where they decay to 1e-4. Others: until the slope at zero, which is what
-# amplifies rounding, passes this.
-_MOST_STEPS = {"bfloat16": 2, "float16": 3}
-_MOST_SLOPE = {"float32": 500.0, "complex64": 500.0, "float64": 1e6, "complex128": 1e6}
+# How far a window may go before rounding has grown too much. Until the slope at zero, which is what
+# amplifies it, passes this;
+_MOST_SLOPE = {16: 64.0, 32: 500.0, 64: 1e6}  # by the bits of a real number
+# and in 16 bits so many steps: the first window starts from an X without errors, the others do not.
+_MOST_STEPS_FIRST, _MOST_STEPS_LATER = 3, 2
 
 
 def standard(x: jax.Array, rows: Sequence[Row], preconditioning: str, blocks: int) -> jax.Array:
@@ -57,7 +61,7 @@ def standard(x: jax.Array, rows: Sequence[Row], preconditioning: str, blocks: in
     X = split(x, blocks)
     for step, (a, b, c) in enumerate(rows):
         if step > 0:
-            A = _combine(x.dtype, (1.0, gram_matrix(X)))
+            A = _shifted(gram_matrix(X), x.dtype)
         z, Z = _even_part(A, b, c)
         X = _combine(x.dtype, (a + z, X), (1.0, product(Z, X)))
     return join(X)
@@ -68,14 +72,16 @@ def gram(x: jax.Array, windows: Windows, preconditioning: str, blocks: int) -> j
     x, R = _preconditioned(x, preconditioning, blocks)
     for index, window in enumerate(windows):
         if index > 0:
-            R = _combine(x.dtype, (1.0, gram_matrix(split(x, blocks))))
+            R = _shifted(gram_matrix(split(x, blocks)), x.dtype)
         q, Q = _accumulated(R, window)
         x = _combine(x.dtype, (q, x), (1.0, multiply(join(Q), x)))
     return x
 
 
 def restart_windows(rows: Sequence[Row], dtype: Any) -> Windows:
-    """Cuts the steps into windows, filled from the last step backwards.
+    """Cuts the steps into windows, filled from the first step on.
+
+    The first steps are the steep ones: restarts soon after them leave the least to amplify.
 
     Args:
       rows: `(a, b, c)`, one row a step.
@@ -86,20 +92,20 @@ def restart_windows(rows: Sequence[Row], dtype: Any) -> Windows:
 
     Example:
       >>> [len(window) for window in restart_windows([(3.4, -4.8, 2.0)] * 5, jnp.bfloat16)]
-      [1, 2, 2]
+      [3, 2]
     """
-    name, windows = jnp.dtype(dtype).name, []
-    for row in reversed(rows):
-        longer = (row, *windows[0]) if windows else (row,)
+    windows: list[tuple[Row, ...]] = [()]
+    for row in rows:
+        longer = (*windows[-1], row)
+        steps = math.inf
+        if _is_narrow(dtype):
+            steps = _MOST_STEPS_FIRST if len(windows) == 1 else _MOST_STEPS_LATER
         slope = math.prod(abs(a) for a, _, _ in longer)
-        fits = (
-            len(longer) <= _MOST_STEPS[name] if name in _MOST_STEPS else slope <= _MOST_SLOPE[name]
-        )
-        if windows and fits:
-            windows[0] = longer
+        if len(longer) <= steps and slope <= _MOST_SLOPE[jnp.finfo(dtype).bits]:
+            windows[-1] = longer
         else:
-            windows.insert(0, (row,))
-    return tuple(windows)
+            windows.append((row,))
+    return tuple(window for window in windows if window)
 
 
 def standard_cost(rows: Sequence[Row], aspect: float, blocks: int = 1) -> float:
@@ -148,42 +154,47 @@ def nonzero(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, jnp.ones_like(x))
 
 
-def _accumulated(R: Hermitian, window: Sequence[Row]) -> tuple[Any, Rows]:
+def _accumulated(R: Shifted, window: Sequence[Row]) -> tuple[Any, Rows]:
     """Follows R through the steps of a window; q I + Q is the polynomial of R that they make."""
-    dtype = R[0, 0].dtype
     a, b, c = window[0]
-    z, Z = _even_part(R, b, c)
+    y, Z = _plus(a, _even_part(R, b, c))
     # Wide types have the digits to keep it all in Q, and would lose some in q X + Q X.
-    q, Q = (a + z, Z) if _is_narrow(dtype) else (0.0, _shifted(Z, a))
-    Q = block_rows(Q)
-    for next_a, b, c in window[1:]:
-        y = a + z  # a I + Z of the equations is y I + Z here
-        RY = _combine(dtype, (y, R), (1.0, hermitian_product(R, Z)))
-        R = _combine(dtype, (y, RY), (1.0, hermitian_product(Z, RY)))
-        a = next_a
-        z, Z = _even_part(R, b, c)
-        y = a + z
-        Q = _combine(dtype, (y, Q), (q, block_rows(Z)), (1.0, product(Z, Q)))
+    q, Q = (
+        (y, block_rows(Z)) if _is_narrow(Z[0, 0].dtype) else (0.0, block_rows(add_identity(a, Z)))
+    )
+    for a, b, c in window[1:]:
+        RY = _times(R, (y, Z))  # Y = a I + Z of the equations is y I + Z here
+        R = _times((y, Z), RY)
+        y, Z = _plus(a, _even_part(R, b, c))
+        Q = _combine(Z[0, 0].dtype, (y, Q), (q, block_rows(Z)), (1.0, product(Z, Q)))
         q = y * q
     return q, Q
 
 
-def _even_part(A: Hermitian, b: float, c: float) -> tuple[Any, Hermitian]:
-    """Computes b A + c A² as z I + Z, where z is 0 in wide types and else the mean diagonal."""
-    dtype = A[0, 0].dtype
-    terms = [(b, A)] + ([(c, hermitian_product(A, A))] if c else [])
-    if not _is_narrow(dtype):
-        return 0.0, _combine(dtype, *terms)
-    n = sum(A[key].shape[-1] for key in A if key[0] == key[1])
-    z = (b * trace(A) + c * squared_norm(A)) / n
-    return z, _combine(dtype, (1.0, _shifted(_combine(accumulator(dtype), *terms), -z)))
+def _even_part(A: Shifted, b: float, c: float) -> Shifted:
+    """Computes b A + c A²."""
+    s, S = A
+    square = [(c, hermitian_product(S, S))] if c else []
+    return b * s + c * s * s, _combine(S[0, 0].dtype, (b + 2 * c * s, S), *square)
 
 
-def _preconditioned(x: jax.Array, preconditioning: str, blocks: int) -> tuple[jax.Array, Hermitian]:
+def _times(A: Shifted, B: Shifted) -> Shifted:
+    """Computes A B, of two that commute but for rounding."""
+    (s, S), (t, T) = A, B
+    return s * t, _combine(S[0, 0].dtype, (s, T), (t, S), (1.0, hermitian_product(S, T)))
+
+
+def _plus(a: float, A: Shifted) -> Shifted:
+    """Computes a I + A."""
+    s, S = A
+    return a + s, S
+
+
+def _preconditioned(x: jax.Array, preconditioning: str, blocks: int) -> tuple[jax.Array, Shifted]:
     """Forms X Xᴴ, and for two preconditionings scales X by diag(s), and it on both sides."""
     A = gram_matrix(split(x, blocks))
     if preconditioning not in ("schatten", "aol"):
-        return x, _combine(x.dtype, (1.0, A))
+        return x, _shifted(A, x.dtype)
     whole = join(block_rows(A))
     if preconditioning == "schatten":  # s = ‖A‖^(-1/2), and ‖A‖^(1/2) is the Schatten-4 norm of X
         total = jnp.linalg.norm(whole, axis=(-2, -1), keepdims=True)
@@ -192,17 +203,15 @@ def _preconditioned(x: jax.Array, preconditioning: str, blocks: int) -> tuple[ja
     s = jax.lax.rsqrt(nonzero(total)).astype(whole.dtype)
     s = split(jnp.broadcast_to(s, (*whole.shape[:-1], 1)), blocks)
     A = {(i, j): block * s[i] * s[j].mT for (i, j), block in A.items()}
-    return _combine(x.dtype, (join(s), x)), _combine(x.dtype, (1.0, A))
+    return _combine(x.dtype, (join(s), x)), _shifted(A, x.dtype)
 
 
-def _shifted(A: Hermitian, s: Any) -> Hermitian:
-    """Computes A + s I."""
-
-    def shift(block: jax.Array) -> jax.Array:
-        identity = jnp.eye(block.shape[-1], dtype=block.dtype)[(None,) * (block.ndim - 2)]
-        return block + s * identity
-
-    return {(i, j): shift(block) if i == j else block for (i, j), block in A.items()}
+def _shifted(A: Hermitian, dtype: Any) -> Shifted:
+    """Rounds an unrounded matrix to `dtype`, and for 16 bits takes its mean diagonal out."""
+    if not _is_narrow(dtype):
+        return 0.0, _combine(dtype, (1.0, A))
+    s = mean_diagonal(A)
+    return s, _combine(dtype, (1.0, add_identity(-s, A)))
 
 
 def _combine(dtype: Any, *terms: tuple[Any, _Blocks]) -> _Blocks:

@@ -99,18 +99,21 @@ def product(A: Hermitian, X: Rows) -> Rows:
     return tuple(_sum(multiply(_block(A, i, k), X[k]) for k in range(p)) for i in range(p))
 
 
-def trace(A: Hermitian) -> jax.Array:
-    """Sums the diagonal of a real matrix; the last two axes stay, with one entry each."""
-    traces = (jnp.trace(_wide(A[i, i]), axis1=-2, axis2=-1) for i in range(_block_count(A)))
-    return _sum(traces)[..., None, None]
+def mean_diagonal(A: Hermitian) -> jax.Array:
+    """Averages the diagonal; the last two axes stay, with one entry each."""
+    diagonal = [block for (i, j), block in A.items() if i == j]
+    n = sum(block.shape[-1] for block in diagonal)
+    return _sum(jnp.trace(block, axis1=-2, axis2=-1) for block in diagonal)[..., None, None] / n
 
 
-def squared_norm(A: Hermitian) -> jax.Array:
-    """Sums the squares of a real matrix, tr A²; the last two axes stay, with one entry each."""
-    return _sum(
-        (1 if i == j else 2) * jnp.sum(_wide(block) ** 2, axis=(-2, -1), keepdims=True)
-        for (i, j), block in A.items()
-    )
+def add_identity(s: Any, A: Hermitian) -> Hermitian:
+    """Computes s I + A."""
+
+    def add(block: jax.Array) -> jax.Array:
+        identity = jnp.eye(block.shape[-1], dtype=block.dtype)[(None,) * (block.ndim - 2)]
+        return block + s * identity
+
+    return {(i, j): add(block) if i == j else block for (i, j), block in A.items()}
 
 
 def _upper(p: int, block: Callable[[int, int], jax.Array]) -> Hermitian:
@@ -123,10 +126,6 @@ def _block(A: Hermitian, i: int, j: int) -> jax.Array:
 
 def _block_count(A: Hermitian) -> int:
     return 1 + max(j for _, j in A)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(accumulator(x.dtype))
 
 
 def _sum(terms: Iterable[jax.Array]) -> jax.Array:
