@@ -66,13 +66,14 @@ def newton_schulz(
       steps: Number of steps. Fewer than there are rows take the first ones, for more the last row
         repeats. None: as many as rows, five for a single row.
       method: `"standard"`, or `"gram"`, which iterates on the short side alone: less work for
-        matrices that are not square, with errors up to a hundred times those of the standard form,
-        in float32 still a hundred times below those of bfloat16 (`test_iterations.py`). `"auto"`
-        takes the form with fewer FLOPs for the shape, the rows and the dtype, which for square
-        matrices is the standard one. Who wants the last digits says "standard".
+        matrices that are not square, with errors up to a hundred times those of the standard form
+        in float32, still a hundred times below those of bfloat16, and about the same in 16 bits
+        (`test_iterations.py`, `test_leakage.py`). `"auto"` takes the form with fewer FLOPs for the
+        shape, the rows, the dtype and the backend, which for square matrices is the standard one.
+        Who wants the last digits says "standard".
       dtype: What the products are computed in, or `"auto"`: float32 on CPU, bfloat16 on TPU and
-        GPU. Products accumulate in float32 at least. float64 and complex matrices stay what they
-        are under "auto".
+        GPU, on neither of which it has been timed yet. Products accumulate in float32 at least.
+        float64 and complex matrices stay what they are under "auto".
       preconditioning: How a matrix is brought to singular values of at most one: `"frobenius"`,
         divide by its Frobenius norm; `"spectral"`, by its largest singular value; `"schatten"`, by
         its Schatten-4 norm; `"aol"`, scale each row of the short side, which changes the singular
@@ -205,7 +206,7 @@ def _matrices_at_once(shape: Sequence[int]) -> int:
     ),
 )
 def _iterate(x: jax.Array, eps: jax.Array, *, at_once: int, **settings: Any) -> jax.Array:
-    """Orthogonalises all matrices in one batched call, or some after the others."""
+    """Orthogonalises all matrices in one batched call, or `at_once` of them after the others."""
     f = functools.partial(_orthogonalise, eps=eps, **settings)
     if at_once == 1:
         for _ in x.shape[:-2]:
