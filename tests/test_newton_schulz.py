@@ -33,9 +33,10 @@ def _well_conditioned(m, n, seed=0):
 def test_equals_the_polynomial_of_the_singular_values(name, shape):
     x = _well_conditioned(*shape)
     expected = reference.newton_schulz(x, mc.ns_coefficients(name))
-    # cans is ill-conditioned at one, where a single singular value lies: an error of 1e-7 there
-    # grows seven thousand times. Measured: 5.0e-3, and 1.6e-5 elsewhere.
-    tolerance = 1e-2 if name == "cans" and min(shape) == 1 else 2e-5
+    # cans and cubic5 are steep at one, where a single singular value lies: a relative error there
+    # grows 48,000 and 240 times. Measured: 5.0e-3 and 2.01e-5, and 1.6e-5 elsewhere.
+    steep = {"cans": 1e-2, "cubic5": 1e-4}
+    tolerance = steep.get(name, 2e-5) if min(shape) == 1 else 2e-5
     got = mc.newton_schulz(x, name, method="standard")
     assert reference.relative_error(got, expected) < tolerance
 
