@@ -1,6 +1,6 @@
 """MuonClip, the optimizer of Kimi K2, for JAX: Muon for optax and QK-clip for Flax parameters.
 
-The two modules that need Flax, `linen` and later `nnx`, load when they are first used.
+The two modules that need Flax, `linen` and `nnx`, load when they are first used.
 """
 
 import importlib
@@ -10,8 +10,10 @@ from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
 from muonclip_jax._attention_layouts import MultiHeadLayout as MultiHeadLayout
 from muonclip_jax._coefficients import ns_coefficients as ns_coefficients
+from muonclip_jax._fused_qkv_layout import FusedQKVLayout as FusedQKVLayout
 from muonclip_jax._max_logit import max_attention_logit as max_attention_logit
 from muonclip_jax._metrics import qk_clip_metrics as qk_clip_metrics
+from muonclip_jax._mla_layout import MLALayout as MLALayout
 from muonclip_jax._muon import muon as muon
 from muonclip_jax._muonclip import muonclip as muonclip
 from muonclip_jax._newton_schulz import newton_schulz as newton_schulz
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [  # linen is there on first use
+__all__ = [  # linen and nnx are there on first use
+    "FusedQKVLayout",
+    "MLALayout",
     "MultiHeadLayout",
     "MuonDimensionNumbers",
     "QKClipInfo",

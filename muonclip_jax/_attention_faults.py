@@ -103,10 +103,11 @@ def _nearest(path: Path, paths: Iterable[Path]) -> str:
 def _renaming(layout: Layout, children: Collection[str]) -> str:
     """Proposes the layout with the children that are there, where each name has a likely one."""
     names = {}
-    for field in layout.module_fields:
-        wanted = getattr(layout, field)
-        likely = [c for c in children if c[:1] == wanted[:1] and c not in layout.qk_norm]
-        names[field] = next(iter(difflib.get_close_matches(wanted, likely, n=1, cutoff=0.0)), None)
+    for field, letters in zip(layout.module_fields, layout.initials, strict=True):
+        named = [c for c in children if c[:1] == letters[0] and set(letters) <= set(c)]
+        likely = [c for c in named if "norm" not in c and c not in layout.qk_norm]
+        near = difflib.get_close_matches(getattr(layout, field), likely, n=1, cutoff=0.0)
+        names[field] = next(iter(near), None)
     if None in names.values():
         return ""
     return f"Name the modules: {dataclasses.replace(layout, **names)}."

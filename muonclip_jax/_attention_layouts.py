@@ -46,10 +46,14 @@ class Layout(abc.ABC):
 
     Attributes:
       module_fields: The fields that hold names of children.
+      initials: For each of them, the letters that a likely name has, the first in front.
+      kernel_ndims: The ranks that `kernel_ndim` may have.
       kernel_ndim: This and all others: see `MultiHeadLayout`.
     """
 
     module_fields: ClassVar[tuple[str, ...]] = ()
+    initials: ClassVar[tuple[str, ...]] = ()
+    kernel_ndims: ClassVar[tuple[int, ...]] = (2, 3)
 
     kernel_ndim: int = 3
     head_axis: int = -2
@@ -68,8 +72,9 @@ class Layout(abc.ABC):
     )
 
     def __post_init__(self):
-        if self.kernel_ndim not in (2, 3):
-            raise ValueError(f"{self}: kernel_ndim must be 2 or 3.")
+        if self.kernel_ndim not in self.kernel_ndims:
+            ranks = " or ".join(map(str, self.kernel_ndims))
+            raise ValueError(f"{self}: kernel_ndim must be {ranks}.")
         if self.head_axis not in (-2, -3):
             raise ValueError(f"{self}: head_axis must be -2 or -3.")
         if not self.scaled_leaves:
@@ -112,9 +117,10 @@ class Layout(abc.ABC):
         return in_range and self.kernel_ndim + stack - len(shape) in (0, 1)
 
     def column_shape(self, shape: Shape, stack: int) -> tuple[Shape, Shape]:
-        """Splits a leaf's shape into stack sizes and `(heads, width)`, or `(heads * width,)`.
+        """Splits a leaf's shape into stack sizes and the axes of its columns.
 
-        The input axis of a kernel is dropped; a bias has none.
+        Those are `(heads, width)` or, flat, `(heads * width,)`. The input axis of a kernel is
+        dropped; a bias has none.
         """
         axes = self.stack_axes(self.stack_axis, stack)
         sizes = [shape[axis] for axis in axes_first(axes, len(shape))]
@@ -127,15 +133,25 @@ class Layout(abc.ABC):
     ) -> Float[Array, "..."]:
         """Gives factors per column the axes of a leaf, all but the columns and stacks of size 1."""
         stack = columns.ndim - 2
-        if self.kernel_ndim == 2:
-            columns = columns.reshape(*columns.shape[:-2], -1)
+        columns = columns.reshape(*columns.shape[:-2], *self.column_shape(leaf.shape, stack)[1])
         if len(leaf.shape) == self.kernel_ndim + stack:
             columns = jnp.expand_dims(columns, self._input_axis)
         return jnp.moveaxis(columns, range(stack), self.stack_axes(self.stack_axis, stack))
 
+    def head_count(
+        self, kernel: Leaf, stack: int, *, heads: int = 0, width: int = 0
+    ) -> tuple[int, int, int]:
+        """Counts the heads, their columns, and columns left over; a flat kernel needs one given."""
+        columns = self.column_shape(kernel.shape, stack)[1]
+        if len(columns) == 2:
+            return columns[0], columns[1], 0
+        count, rest = divmod(columns[0], heads or width)
+        return (heads, count, rest) if heads else (count, width, rest)
+
     @property
     def _input_axis(self) -> int:
-        return -3 if self.kernel_ndim == 3 and self.head_axis == -2 else -2
+        heads_first = self.kernel_ndim == 3 and self.head_axis == -3
+        return -2 if heads_first else -self.kernel_ndim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -174,6 +190,7 @@ class MultiHeadLayout(Layout):
     """
 
     module_fields: ClassVar[tuple[str, ...]] = ("query", "key")
+    initials: ClassVar[tuple[str, ...]] = ("q", "k")
 
     query: str = "query"
     key: str = "key"
@@ -189,7 +206,7 @@ class MultiHeadLayout(Layout):
     def faults(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> Iterator[str]:
         """Says what in the kernels does not fit a statistic of so many heads."""
         query, key = kernels[self.query], kernels[self.key]
-        found, width, rest = self._heads(query, stack, heads=heads)
+        found, width, rest = self.head_count(query, stack, heads=heads)
         if found != heads:
             yield f"{query} has {found} heads, its {self.stat} has {heads}."
         elif rest:
@@ -198,7 +215,7 @@ class MultiHeadLayout(Layout):
             yield f"{query} has heads of {width} columns, query_dim is {self.query_dim}."
         else:
             width = self.query_dim or width
-            key_heads, key_width, rest = self._heads(key, stack, width=width)
+            key_heads, key_width, rest = self.head_count(key, stack, width=width)
             if key_width != width or rest:
                 yield f"{key} does not have heads of {width} columns, as {query}; see query_dim."
             elif heads % key_heads:
@@ -213,25 +230,15 @@ class MultiHeadLayout(Layout):
     ) -> dict[str, Float[Array, "*stack some_heads width"]]:
         """Gives, by module name, the factor of each column of each head."""
         stack, heads = gamma.ndim - 1, gamma.shape[-1]
-        _, width, _ = self._heads(kernels[self.query], stack, heads=heads)
+        _, width, _ = self.head_count(kernels[self.query], stack, heads=heads)
         key_width = self.query_dim or width
-        key_heads, _, _ = self._heads(kernels[self.key], stack, width=key_width)
+        key_heads, _, _ = self.head_count(kernels[self.key], stack, width=key_width)
         query, key = query_and_key_factors(gamma, key_heads, alpha, shared_key)
         is_query = jnp.arange(width) < key_width
         return {
             self.query: jnp.where(is_query, query[..., None], 1),
             self.key: jnp.broadcast_to(key[..., None], (*key.shape, key_width)),
         }
-
-    def _heads(
-        self, kernel: Leaf, stack: int, *, heads: int = 0, width: int = 0
-    ) -> tuple[int, int, int]:
-        """Counts the heads, their columns, and columns left over; a flat kernel needs one given."""
-        columns = self.column_shape(kernel.shape, stack)[1]
-        if len(columns) == 2:
-            return columns[0], columns[1], 0
-        count, rest = divmod(columns[0], heads or width)
-        return (heads, count, rest) if heads else (count, width, rest)
 
 
 def axes_first(axes: Shape, ndim: int) -> list[int]:

@@ -17,6 +17,9 @@ Modules: TypeAlias = dict[Path, dict[str, list[tuple[Path, int, Any]]]]
 # By path of a module and name of a statistic: what was sown there, one entry per call.
 Statistics: TypeAlias = dict[tuple[Path, str], list[Array]]
 
+# What follows the name of a statistic that is an upper bound and not exact.
+BOUND = "_bound"
+
 
 class Site(NamedTuple):
     """An attention module of the parameters, with its statistic.
@@ -27,6 +30,7 @@ class Site(NamedTuple):
       children: Names of all its children.
       leaves: The leaves at or below the children that the layout names.
       statistics: What was sown, each with its stack axes at `layout.stat_stack_axis`, heads last.
+      is_bound: Whether any of them is an upper bound.
     """
 
     path: Path
@@ -34,6 +38,7 @@ class Site(NamedTuple):
     children: tuple[str, ...]
     leaves: dict[str, list[Leaf]]
     statistics: list[Array]
+    is_bound: bool
 
     @property
     def name(self) -> str:
@@ -74,7 +79,7 @@ class Survey(NamedTuple):
     Attributes:
       layouts: What was looked for.
       modules: Every module of the parameters, with its children.
-      statistics: Everything sown under the name of a layout's statistic.
+      statistics: Everything sown under the name of a layout's statistic, bounds included.
       owners: The attention modules, with the layout that describes each.
       sites: Those of them that have a statistic.
     """
@@ -101,10 +106,16 @@ def survey(params: ArrayTree, max_logits: ArrayTree, layouts: tuple[Layout, ...]
       What was found.
     """
     modules = _modules(params)
-    statistics = _statistics(max_logits, {layout.stat for layout in layouts})
+    statistics, bounds = _statistics(max_logits, {layout.stat for layout in layouts})
     owners = {path: owner for path in modules if (owner := _owner(modules[path], layouts))}
     sites = [
-        _site(path, layout, modules[path], statistics[path, layout.stat])
+        _site(
+            path,
+            layout,
+            modules[path],
+            statistics[path, layout.stat],
+            (path, layout.stat) in bounds,
+        )
         for path, layout in owners.items()
         if (path, layout.stat) in statistics
     ]
@@ -122,14 +133,21 @@ def _modules(params: ArrayTree) -> Modules:
     return modules
 
 
-def _statistics(max_logits: ArrayTree, names: Collection[str]) -> Statistics:
-    """Collects what was sown under these names."""
+def _statistics(
+    max_logits: ArrayTree, names: Collection[str]
+) -> tuple[Statistics, set[tuple[Path, str]]]:
+    """Collects what was sown under these names, and tells which have upper bounds among it."""
     statistics: Statistics = {}
+    bounds = set()
+    stats = {suffixed: name for name in names for suffixed in (name + BOUND, name)}
     flat = jax.tree_util.tree_flatten_with_path(max_logits)[0]
     for index, path in _below("intermediates", [_without_index(path) for path, _ in flat]):
-        if path and path[-1] in names:
-            statistics.setdefault((path[:-1], path[-1]), []).append(jnp.asarray(flat[index][1]))
-    return statistics
+        if path and path[-1] in stats:
+            key = (path[:-1], stats[path[-1]])
+            statistics.setdefault(key, []).append(jnp.asarray(flat[index][1]))
+            if path[-1].endswith(BOUND):
+                bounds.add(key)
+    return statistics, bounds
 
 
 def _without_index(path: Sequence[Any]) -> Path:
@@ -161,6 +179,7 @@ def _site(
     layout: Layout,
     children: Mapping[str, list[tuple[Path, int, Any]]],
     statistics: list[Array],
+    is_bound: bool,
 ) -> Site:
     """Puts together what belongs to one attention module."""
 
@@ -172,4 +191,4 @@ def _site(
         return Leaf(name, relative, index, jnp.shape(value), jnp.result_type(value))
 
     leaves = {name: [leaf(name, *entry) for entry in children[name]] for name in layout.modules}
-    return Site(path, layout, tuple(children), leaves, statistics)
+    return Site(path, layout, tuple(children), leaves, statistics, is_bound)

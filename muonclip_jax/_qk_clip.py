@@ -72,7 +72,8 @@ def qk_clip(
       params: The parameters, in any containers, with or without a root key `params`.
       max_logits: The statistics, as `linen.sow_max_logits` leaves them: at the path of each
         attention module, `max_logits`: an array or a tuple of arrays `[*stack, ..., heads]`.
-        All axes but stacks of layers and heads are reduced with the maximum.
+        All axes but stacks of layers and heads are reduced with the maximum. What is called
+        `max_logits_bound` is an upper bound, which may clip early and is counted.
       layout: Where queries and keys are. Of several, each module is taken by the first that fits.
       threshold: τ, in units of a logit. Infinity never clips, and still fills the info.
       alpha: Share of the query in γ, in [0, 1].
@@ -115,7 +116,8 @@ def qk_clip(
         for child, leaf in site.scaled:
             factor = site.layout.leaf_factor(factors[child], leaf)
             leaves[leaf.position] = _scaled(jnp.asarray(leaves[leaf.position]), factor)
-    return treedef.unflatten(leaves), _info(largest, gamma, skipped)
+    bounds = sum(site.is_bound for site in found.sites)
+    return treedef.unflatten(leaves), _info(largest, gamma, skipped, bounds)
 
 
 def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
@@ -187,7 +189,10 @@ def _scaled(old: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Arra
 
 
 def _info(
-    largest: dict[str, Float[Array, "..."]], gamma: dict[str, Float[Array, "..."]], skipped: int
+    largest: dict[str, Float[Array, "..."]],
+    gamma: dict[str, Float[Array, "..."]],
+    skipped: int,
+    bounds: int,
 ) -> QKClipInfo:
     """Sums up, after the one reduction over the batch."""
     s, g = _joined(largest.values()), _joined(gamma.values())
@@ -203,7 +208,7 @@ def _info(
         clipped_fraction=clipped.astype(jnp.float32) / max(heads, 1),
         nonfinite_heads=sum(nonfinite, jnp.int32(0)),
         skipped_modules=jnp.int32(skipped),
-        bound_modules=jnp.int32(0),
+        bound_modules=jnp.int32(bounds),
     )
 
 

@@ -14,7 +14,7 @@ LAYERS = (
     ("_types", "_paths", "_settings"),
     ("_coefficients", "_products", "_shared_key"),
     ("_grouping", "_polar_express", "_iterations", "_layout", "_max_logit", "_attention_layouts"),
-    ("_newton_schulz", "_routing", "_attention_sites"),
+    ("_newton_schulz", "_routing", "_mla_layout", "_fused_qkv_layout", "_attention_sites"),
     ("_attention_faults",),
     ("_scale_by_muon", "_qk_clip", "linen"),
     ("_muon",),
@@ -37,6 +37,8 @@ ATTENTION_HALF = {
     "_shared_key",
     "_max_logit",
     "_attention_layouts",
+    "_mla_layout",
+    "_fused_qkv_layout",
     "_attention_sites",
     "_attention_faults",
     "_qk_clip",
@@ -121,6 +123,8 @@ if "flax" in sys.modules or mc.linen.__name__ != "muonclip_jax.linen" or "flax" 
 
 def test_public_names_are_the_pinned_ones():
     assert set(mc.__all__) == {
+        "FusedQKVLayout",
+        "MLALayout",
         "MultiHeadLayout",
         "MuonDimensionNumbers",
         "QKClipInfo",

@@ -1,0 +1,120 @@
+"""Multi-head latent attention: heads with a part that is rotated and a part that is not.
+
+    logit = scale · (q_nope · k_nope + q_rope · k_rope)
+
+Every head has its own q_nope, k_nope and q_rope; all share k_rope, which is left alone. So the
+first product shrinks by γ on both sides, γᵃ and γ¹⁻ᵃ, the second by all of γ on the query (Kimi K2,
+arXiv 2507.20534, section 2.1).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from muonclip_jax._attention_layouts import Layout, Leaf
+from muonclip_jax._shared_key import query_and_key_factors
+from muonclip_jax._types import Scalar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class MLALayout(Layout):
+    """Multi-head latent attention (MLA), as in DeepSeek-V3 and Kimi K2.
+
+    Each head of the query projection is `[nope, rope]`, each head of the key and value projection
+    `[nope of the key, value]`. Scaled are the nope columns of both and the rope columns of the
+    query. Values, the shared rotary key, the projections into the latent space and their norms are
+    never touched. Absorbed weights, as some inference code has, are another form: clip before.
+    Immutable and hashable.
+
+    Attributes:
+      nope_dim: Columns of a head that are not rotated.
+      rope_dim: Columns of a query head that are rotated; 0 for attention without a rotary key.
+      value_dim: Columns of a value head; 0 where keys have a projection of their own.
+      query: Name of the module that makes the queries: the up-projection from the latent query, or
+        the only projection where there is none, such as `"q"`.
+      key_value: Name of the up-projection to keys and values.
+      rope_first: Whether a query head is `[rope, nope]`.
+      qk_norm: See `MultiHeadLayout`; nothing, as `q_norm` and the like are names of norms of the
+        latent vectors here, which do not undo a clip.
+      kernel_ndim: This and all others: see `MultiHeadLayout`. Ranks 2 and 3.
+
+    Raises:
+      ValueError: if a width, an axis or a rank is impossible.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> layout = mc.MLALayout(nope_dim=2, rope_dim=1, value_dim=2, kernel_ndim=2)
+      >>> params = {"q_b": {"kernel": jnp.ones((1, 3))}, "kv_b": {"kernel": jnp.ones((1, 4))}}
+      >>> new, _ = mc.qk_clip(params, {"max_logits": jnp.array([400.0])}, layout)
+      >>> new["q_b"]["kernel"].tolist(), new["kv_b"]["kernel"].tolist()
+      ([[0.5, 0.5, 0.25]], [[0.5, 0.5, 1.0, 1.0]])
+
+    References:
+      Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1, lines 8 to 17; DeepSeek-V2, arXiv
+      2405.04434, section 2.1.
+    """
+
+    module_fields: ClassVar[tuple[str, ...]] = ("query", "key_value")
+    initials: ClassVar[tuple[str, ...]] = ("q", "kv")
+
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    query: str = "q_b"
+    key_value: str = "kv_b"
+    rope_first: bool = False
+    qk_norm: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.query == self.key_value:
+            raise ValueError(f"{self}: query and key_value must be two modules.")
+        if self.nope_dim < 1:
+            raise ValueError(f"{self}: nope_dim must be at least 1.")
+        if self.rope_dim < 0 or self.value_dim < 0:
+            raise ValueError(f"{self}: rope_dim and value_dim must be at least 0.")
+
+    def faults(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> Iterator[str]:
+        """Says what in the kernels does not fit a statistic of so many heads."""
+        widths = {
+            self.query: (("nope_dim", self.nope_dim), ("rope_dim", self.rope_dim)),
+            self.key_value: (("nope_dim", self.nope_dim), ("value_dim", self.value_dim)),
+        }
+        for name, parts in widths.items():
+            kernel, width = kernels[name], sum(size for _, size in parts)
+            found, found_width, rest = self.head_count(kernel, stack, width=width)
+            if found_width != width or rest:
+                terms = " + ".join(f"{part} {size}" for part, size in parts)
+                yield f"{kernel} does not have heads of {terms} = {width} columns."
+            elif found != heads:
+                yield f"{kernel} has {found} heads, its {self.stat} has {heads}."
+
+    def factors(
+        self,
+        gamma: Float[Array, "*stack heads"],
+        kernels: Mapping[str, Leaf],
+        alpha: Scalar,
+        shared_key: str,
+    ) -> dict[str, Float[Array, "*stack some_heads width"]]:
+        """Gives, by module name, the factor of each column of each head."""
+        # Every head has its own nope key, so that the rules for shared keys have no say.
+        query, key = query_and_key_factors(gamma, gamma.shape[-1], alpha, shared_key)
+        nope, rope = (query, self.nope_dim), (gamma, self.rope_dim)
+        parts = (rope, nope) if self.rope_first else (nope, rope)
+        untouched = (jnp.ones_like(gamma), self.value_dim)
+        return {
+            self.query: _columns(*parts),
+            self.key_value: _columns((key, self.nope_dim), untouched),
+        }
+
+
+def _columns(
+    *parts: tuple[Float[Array, "*stack heads"], int],
+) -> Float[Array, "*stack heads width"]:
+    """Joins the parts of each head, one factor for so many columns each."""
+    factors = [jnp.broadcast_to(f[..., None], (*f.shape, width)) for f, width in parts]
+    return jnp.concatenate(factors, axis=-1)
