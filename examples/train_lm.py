@@ -78,7 +78,8 @@ def report(path: pathlib.Path) -> str:
         f" after {summary['steps']} steps on {summary['tokens']:,} bytes"
         f" in {summary['seconds']:.0f} s\n"
         f"largest attention logit {max(line['max_logit'] for line in metrics):.1f};"
-        f" heads were clipped in {clipping} of {len(metrics)} logged steps\n"
+        f" {metrics[-1]['heads_ever_clipped']} heads were ever clipped,"
+        f" in {clipping} of {len(metrics)} logged steps\n"
         f"{path / 'loss.png'}\n{path / 'max_logits.png'}"
     )
 

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
+from muonclip_jax._attention import dot_product_attention as dot_product_attention
 from muonclip_jax._attention_layouts import MultiHeadLayout as MultiHeadLayout
 from muonclip_jax._coefficients import ns_coefficients as ns_coefficients
 from muonclip_jax._fused_qkv_layout import FusedQKVLayout as FusedQKVLayout
 from muonclip_jax._max_logit import max_attention_logit as max_attention_logit
-from muonclip_jax._metrics import qk_clip_metrics as qk_clip_metrics
+from muonclip_jax._metrics import (
+    heads_ever_clipped as heads_ever_clipped,
+    qk_clip_metrics as qk_clip_metrics,
+)
 from muonclip_jax._mla_layout import MLALayout as MLALayout
 from muonclip_jax._muon import muon as muon
 from muonclip_jax._muonclip import muonclip as muonclip
@@ -33,7 +37,7 @@ from muonclip_jax._scale_by_muon import (
 )
 
 if TYPE_CHECKING:
-    from muonclip_jax import linen as linen
+    from muonclip_jax import linen as linen, nnx as nnx
 
 __version__ = "0.1.0"
 
@@ -45,12 +49,15 @@ __all__ = [  # linen and nnx are there on first use
     "QKClipInfo",
     "RoutingTable",
     "ScaleByMuonState",
+    "dot_product_attention",
+    "heads_ever_clipped",
     "linen",
     "max_attention_logit",
     "merge_max_logits",
     "muon",
     "muonclip",
     "newton_schulz",
+    "nnx",
     "ns_coefficients",
     "polar_express_coefficients",
     "qk_clip",
@@ -63,6 +70,6 @@ __all__ = [  # linen and nnx are there on first use
 
 def __getattr__(name: str) -> Any:
     """Loads the Flax modules on first use, so that importing the package does not import Flax."""
-    if name == "linen":
-        return importlib.import_module("muonclip_jax.linen")
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"muonclip_jax.{name}")
     raise AttributeError(f"module 'muonclip_jax' has no attribute {name!r}")

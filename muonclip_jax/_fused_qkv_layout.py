@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._attention_layouts import Layout, Leaf
+from muonclip_jax._attention_layouts import Layout, Leaf, Shape
 from muonclip_jax._shared_key import query_and_key_factors
 from muonclip_jax._types import Scalar
 
@@ -107,7 +107,7 @@ class FusedQKVLayout(Layout):
             heads = jnp.concatenate((query, key, value), axis=-1)
         return {self.qkv: jnp.broadcast_to(heads[..., None], (*heads.shape, self.head_dim))}
 
-    def _three_axes(self, heads: int) -> tuple[int, int, int]:
+    def _three_axes(self, heads: int) -> Shape:
         """The axes of the columns of a kernel of rank 4."""
         sizes = (3, heads) if self.order == "sectioned" else (heads, 3)
         return (*sizes, self.head_dim)

@@ -9,6 +9,9 @@ On paper they are the same polynomial of X. Gram form touches the long side twic
 times, but rounding moves R away from Q X Xᴴ Qᴴ: it is restarted from X where that would grow too
 much. Sources: Jordan et al. 2024; Zhang, Amsel, Chen, Dao 2026, Dao-AILab/gram-newton-schulz.
 
+With a team, each device has some columns of X and all of the n x n matrices; of a product of two
+of those it forms some rows, and gathers the rest, rounded.
+
 Two things keep digits. Z stands to the left of Q, so that its errors are not multiplied by all of
 Q; R, though never Q, may then be kept by blocks. And in 16 bits the mean diagonal r of X Xᴴ is a
 number beside the matrix, r I + R, in all that follows, because what is left is smaller to round:
@@ -38,6 +41,7 @@ from muonclip_jax._products import (
     product,
     split,
 )
+from muonclip_jax._team import Team
 from muonclip_jax._types import Row
 
 # Steps between two restarts of the Gram form.
@@ -55,25 +59,36 @@ _MOST_SLOPE = {16: 64.0, 32: 500.0, 64: 1e6}  # by the bits of a real number
 _MOST_STEPS_FIRST, _MOST_STEPS_LATER = 3, 2
 
 
-def standard(x: jax.Array, rows: Sequence[Row], preconditioning: str, blocks: int) -> jax.Array:
-    """Runs the standard form; `x` is (..., n, m) in the dtype to compute in."""
-    x, A = _preconditioned(x, preconditioning, blocks)
+def standard(
+    x: jax.Array,
+    rows: Sequence[Row],
+    preconditioning: str,
+    blocks: int,
+    team: Team | None = None,
+) -> jax.Array:
+    """Runs the standard form; `x` is (..., n, m) in the dtype to compute in.
+
+    With a team `x` is this device's columns, and `blocks` is 1.
+    """
+    x, A = _preconditioned(x, preconditioning, blocks, team)
     X = split(x, blocks)
     for step, (a, b, c) in enumerate(rows):
         if step > 0:
-            A = _shifted(gram_matrix(X), x.dtype)
-        z, Z = _even_part(A, b, c)
+            A = _shifted(_gram_matrix(X, team), x.dtype)
+        z, Z = _even_part(A, b, c, team)
         X = _combine(x.dtype, (a + z, X), (1.0, product(Z, X)))
     return join(X)
 
 
-def gram(x: jax.Array, windows: Windows, preconditioning: str, blocks: int) -> jax.Array:
-    """Runs the Gram form; `x` is (..., n, m) in the dtype to compute in."""
-    x, R = _preconditioned(x, preconditioning, blocks)
+def gram(
+    x: jax.Array, windows: Windows, preconditioning: str, blocks: int, team: Team | None = None
+) -> jax.Array:
+    """Runs the Gram form; see `standard`."""
+    x, R = _preconditioned(x, preconditioning, blocks, team)
     for index, window in enumerate(windows):
         if index > 0:
-            R = _shifted(gram_matrix(split(x, blocks)), x.dtype)
-        q, Q = _accumulated(R, window)
+            R = _shifted(_gram_matrix(split(x, blocks), team), x.dtype)
+        q, Q = _accumulated(R, window, team)
         x = _combine(x.dtype, (q, x), (1.0, multiply(join(Q), x)))
     return x
 
@@ -154,34 +169,56 @@ def nonzero(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, jnp.ones_like(x))
 
 
-def _accumulated(R: Shifted, window: Sequence[Row]) -> tuple[Any, Rows]:
+def _accumulated(R: Shifted, window: Sequence[Row], team: Team | None) -> tuple[Any, Rows]:
     """Follows R through the steps of a window; q I + Q is the polynomial of R that they make."""
     a, b, c = window[0]
-    y, Z = _plus(a, _even_part(R, b, c))
+    y, Z = _plus(a, _even_part(R, b, c, team))
     # Wide types have the digits to keep it all in Q, and would lose some in q X + Q X.
     q, Q = (
         (y, block_rows(Z)) if _is_narrow(Z[0, 0].dtype) else (0.0, block_rows(add_identity(a, Z)))
     )
     for a, b, c in window[1:]:
-        RY = _times(R, (y, Z))  # Y = a I + Z of the equations is y I + Z here
-        R = _times((y, Z), RY)
-        y, Z = _plus(a, _even_part(R, b, c))
-        Q = _combine(Z[0, 0].dtype, (y, Q), (q, block_rows(Z)), (1.0, product(Z, Q)))
+        RY = _times(R, (y, Z), team)  # Y = a I + Z of the equations is y I + Z here
+        R = _times((y, Z), RY, team)
+        y, Z = _plus(a, _even_part(R, b, c, team))
+        Q = _with_product(((y, Q), (q, block_rows(Z))), 1.0, Z, Q, team)
         q = y * q
     return q, Q
 
 
-def _even_part(A: Shifted, b: float, c: float) -> Shifted:
+def _even_part(A: Shifted, b: float, c: float, team: Team | None) -> Shifted:
     """Computes b A + c A²."""
     s, S = A
-    square = [(c, hermitian_product(S, S))] if c else []
-    return b * s + c * s * s, _combine(S[0, 0].dtype, (b + 2 * c * s, S), *square)
+    return b * s + c * s * s, _with_product(((b + 2 * c * s, S),), c, S, S, team)
 
 
-def _times(A: Shifted, B: Shifted) -> Shifted:
+def _times(A: Shifted, B: Shifted, team: Team | None) -> Shifted:
     """Computes A B, of two that commute but for rounding."""
     (s, S), (t, T) = A, B
-    return s * t, _combine(S[0, 0].dtype, (s, T), (t, S), (1.0, hermitian_product(S, T)))
+    return s * t, _with_product(((s, T), (t, S)), 1.0, S, T, team)
+
+
+def _with_product(
+    terms: Sequence[tuple[Any, _Blocks]], c: float, A: Hermitian, B: _Blocks, team: Team | None
+) -> _Blocks:
+    """Computes Σ coefficient · x + c A B with one rounding, all of them n x n."""
+    dtype, height = A[0, 0].dtype, A[0, 0].shape[-2]
+    if not c:
+        return _combine(dtype, *terms)
+    AB: Any
+    if team is None:
+        AB = hermitian_product(A, B) if isinstance(B, dict) else product(A, tuple(B))
+        return _combine(dtype, *terms, (c, AB))
+    mine = [(k, jax.tree.map(team.rows, x)) for k, x in terms]
+    AB = jax.tree.map(functools.partial(multiply, team.rows(A[0, 0])), B)
+    total = _combine(dtype, *mine, (c, AB))
+    return jax.tree.map(functools.partial(team.gather, height=height), total)
+
+
+def _gram_matrix(X: Rows, team: Team | None) -> Hermitian:
+    """Forms X Xᴴ, unrounded, of all columns."""
+    A = gram_matrix(X)
+    return A if team is None else jax.tree.map(team.sum, A)
 
 
 def _plus(a: float, A: Shifted) -> Shifted:
@@ -190,9 +227,11 @@ def _plus(a: float, A: Shifted) -> Shifted:
     return a + s, S
 
 
-def _preconditioned(x: jax.Array, preconditioning: str, blocks: int) -> tuple[jax.Array, Shifted]:
+def _preconditioned(
+    x: jax.Array, preconditioning: str, blocks: int, team: Team | None
+) -> tuple[jax.Array, Shifted]:
     """Forms X Xᴴ, and for two preconditionings scales X by diag(s), and it on both sides."""
-    A = gram_matrix(split(x, blocks))
+    A = _gram_matrix(split(x, blocks), team)
     if preconditioning not in ("schatten", "aol"):
         return x, _shifted(A, x.dtype)
     whole = join(block_rows(A))

@@ -3,17 +3,19 @@
 S_h = max over i, j that may attend of  scale * q_i . k_j + bias_ij        (Kimi K2, section 2.1)
 """
 
+from typing import Any, TypeAlias
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer
 
 from muonclip_jax._types import Scalar
+from muonclip_jax._visible import Block, Rules, Start, Window, band, block_pairs, cut, tile, visible
 
-# Where a block starts: a number for the first, traced inside the scan.
-Start = int | Integer[Array, ""]
-Pair = tuple[int, int]
+Lengths: TypeAlias = Integer[Array, " batch"]
 # One array for queries and keys alike, or one for each.
-SegmentIds = (
+SegmentIds: TypeAlias = (
     Integer[Array, "batch length"] | tuple[Integer[Array, "batch t"], Integer[Array, "batch s"]]
 )
 
@@ -27,6 +29,9 @@ def max_attention_logit(
     mask: Bool[Array, "..."] | None = None,
     is_causal: bool = False,
     segment_ids: SegmentIds | None = None,
+    query_seq_lengths: Lengths | None = None,
+    key_value_seq_lengths: Lengths | None = None,
+    local_window_size: Window | None = None,
     block_size: int = 512,
 ) -> Float[Array, "batch heads"]:
     """Finds the largest attention logit of each head: scaled, biased, before softmax.
@@ -45,6 +50,10 @@ def max_attention_logit(
       is_causal: Whether query i sees only keys j <= i.
       segment_ids: A pair attends only if its ids are equal. `[batch, length]` for t == s, else one
         array for the queries and one for the keys. No id is special: mask padding out.
+      query_seq_lengths: How many queries of each row of the batch are no padding, `[batch]`.
+      key_value_seq_lengths: The same for keys.
+      local_window_size: `(left, right)`: query i sees only keys i - left <= j <= i + right. One
+        number is both. None is no limit.
       block_size: Queries, and keys, of one block.
 
     Returns:
@@ -66,43 +75,36 @@ def max_attention_logit(
       Kimi K2, arXiv 2507.20534, section 2.1, definition of S_max.
     """
     ids = _query_and_key_ids(segment_ids)
-    _check_shapes(query, key, bias, mask, ids, block_size)
+    lengths = (query_seq_lengths, key_value_seq_lengths)
+    check_arguments(
+        "max_attention_logit", query, key, bias, mask, lengths, local_window_size, ids, block_size
+    )
     query, key, bias, scale = jax.lax.stop_gradient((query, key, bias, scale))
     (batch, t, heads, width), (s, key_heads) = query.shape, key.shape[1:3]
     scale = width**-0.5 if scale is None else scale
     size, key_size = min(block_size, t), min(block_size, s)
+    rules = Rules(band(t, s, is_causal, local_window_size), lengths, ids, mask)
 
     def block_max(i: Start, j: Start) -> Float[Array, "batch key_heads group"]:
-        q, k = _block(query, i, size, axis=1), _block(key, j, key_size, axis=1)
+        own, other = Block(i, size), Block(j, key_size)
+        q, k = cut(query, {1: own}), cut(key, {1: other})
         logits = _dot(q.reshape(batch, size, key_heads, heads // key_heads, width), k)
         logits = jnp.asarray(scale, logits.dtype) * logits
         if bias is not None:
-            logits += _tile(bias, i, j, size, key_size, key_heads).astype(logits.dtype)
-        visible = _causal(i, j, size, key_size) if is_causal else True
-        if mask is not None:
-            visible &= _tile(mask, i, j, size, key_size, key_heads)
-        if ids is not None:
-            visible &= _same_segment(ids, i, j, size, key_size)
+            logits += tile(bias, own, other, key_heads).astype(logits.dtype)
         # -inf, not a large number: a masked pair must never be the maximum that is reported.
-        return jnp.max(jnp.where(visible, logits, -jnp.inf), axis=(-2, -1))
+        seen = jnp.where(visible(rules, own, other, key_heads), logits, -jnp.inf)
+        return jnp.max(seen, axis=(-2, -1))
 
     def step(largest, pair):
         return jnp.maximum(largest, block_max(*pair)), None
 
-    first, *others = _block_pairs(t, s, size, key_size, is_causal)
+    first, *others = block_pairs(t, s, size, key_size, rules.band)
     # The first block is the start value; a constant would lack the varying axes of `shard_map`.
     largest = block_max(*first)
     if others:
         largest, _ = jax.lax.scan(step, largest, jnp.asarray(others, jnp.int32))
     return largest.reshape(batch, heads).astype(jnp.float32)
-
-
-def _block_pairs(t: int, s: int, size: int, key_size: int, is_causal: bool) -> list[Pair]:
-    """Lists where each pair of blocks starts, less those that causality masks whole."""
-    # The last block is moved back to end at the end: what is seen twice does not change a maximum.
-    starts = [min(i, t - size) for i in range(0, t, size)]
-    key_starts = [min(j, s - key_size) for j in range(0, s, key_size)]
-    return [(i, j) for i in starts for j in key_starts if not is_causal or j < i + size]
 
 
 def _dot(
@@ -122,47 +124,18 @@ def _dot(
     )
 
 
-def _block(x: Array, start: Start, size: int, axis: int) -> Array:
-    """Cuts one block; an axis of that size already (or of size 1, to broadcast) stays."""
-    if x.shape[axis] in (1, size):
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-
-
-def _tile(
-    x: Shaped[Array, "#b #n #t #s"], i: Start, j: Start, size: int, key_size: int, key_heads: int
-) -> Shaped[Array, "#b #k #g #bt #bs"]:
-    """Cuts the block of a bias or mask, its heads in groups, its axes of size 1 left alone."""
-    batch, heads = x.shape[:2]
-    x = _block(_block(x, i, size, axis=2), j, key_size, axis=3)
-    groups = (1, 1) if heads == 1 else (key_heads, heads // key_heads)
-    return x.reshape(batch, *groups, *x.shape[2:])
-
-
-def _causal(i: Start, j: Start, size: int, key_size: int) -> Bool[Array, "1 1 1 bt bs"]:
-    """Marks the pairs whose key is not later than their query."""
-    visible = j + jnp.arange(key_size)[None, :] <= i + jnp.arange(size)[:, None]
-    return visible[None, None, None]
-
-
 def _query_and_key_ids(ids: SegmentIds | None) -> tuple[Array, Array] | None:
     """Gives the ids of the queries and of the keys, where there are any."""
     return ids if ids is None or isinstance(ids, tuple) else (ids, ids)
 
 
-def _same_segment(
-    ids: tuple[Array, Array], i: Start, j: Start, size: int, key_size: int
-) -> Bool[Array, "b 1 1 bt bs"]:
-    """Marks the pairs that lie in one segment."""
-    own, other = _block(ids[0], i, size, axis=1), _block(ids[1], j, key_size, axis=1)
-    return (own[:, :, None] == other[:, None, :])[:, None, None]
-
-
-def _check_shapes(query, key, bias, mask, ids, block_size) -> None:
-    """Raises one error that names every argument that does not fit."""
+def check_arguments(
+    where, query, key, bias, mask, lengths=(None, None), window=None, ids=None, block_size=1
+) -> None:
+    """Raises one error, in the name of `where`, with every argument that does not fit."""
     if query.ndim != 4 or key.ndim != 4:
         raise ValueError(
-            f"max_attention_logit: query {query.shape} and key {key.shape} need four axes: "
+            f"{where}: query {query.shape} and key {key.shape} need four axes: "
             "[batch, t, heads, width] and [batch, s, key_heads, width]."
         )
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
@@ -179,15 +152,31 @@ def _check_shapes(query, key, bias, mask, ids, block_size) -> None:
     for x, length in zip(ids or (), (t, s), strict=False):
         if x.shape != (b, length):
             faults.append(f"segment_ids {x.shape} should be {(b, length)}; give a pair if t != s.")
+    for name, x in zip(("query_seq_lengths", "key_value_seq_lengths"), lengths, strict=True):
+        if x is not None and x.shape != (b,):
+            faults.append(f"{name} {x.shape} should be {(b,)}, one number for each row.")
+    if not _is_window(window):
+        faults.append(f"local_window_size is {window!r}; it must be an int or a pair of them.")
     if block_size < 1:
         faults.append(f"block_size is {block_size}; it must be at least 1.")
     if faults:
-        raise ValueError("\n  ".join(["max_attention_logit: the arguments do not fit.", *faults]))
+        raise ValueError("\n  ".join([f"{where}: the arguments do not fit.", *faults]))
     if mask is not None and mask.dtype != bool:
         raise TypeError(
-            f"max_attention_logit: mask has dtype {mask.dtype}, expected bool. A mask of zeros and "
+            f"{where}: mask has dtype {mask.dtype}, expected bool. A mask of zeros and "
             "ones: mask.astype(bool). A mask that is added to the logits: pass it as bias."
         )
+
+
+def _is_window(window: Any) -> bool:
+    """Tells whether the sides of a window are there, twice, and static."""
+    if window is None or isinstance(window, int):
+        return True
+    return (
+        isinstance(window, tuple)
+        and len(window) == 2
+        and all(isinstance(side, (int, np.integer)) for side in window)
+    )
 
 
 def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:

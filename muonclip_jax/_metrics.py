@@ -1,20 +1,27 @@
-"""Flat dictionaries of scalars, for any logger."""
+"""What a clip did, for people: flat scalars for any logger, and heads that were ever clipped."""
 
-from jaxtyping import Array, Shaped
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Shaped
 
 from muonclip_jax._qk_clip import QKClipInfo
 
 _PER_HEAD = ("max_logits", "gamma")
 
 
-def qk_clip_metrics(info: QKClipInfo) -> dict[str, Shaped[Array, ""]]:
+def qk_clip_metrics(
+    info: QKClipInfo, ever_clipped: Mapping[str, Bool[Array, "*stack heads"]] | None = None
+) -> dict[str, Shaped[Array, ""]]:
     """Names the scalars of a clip for a logger.
 
     Args:
       info: What `qk_clip` returned beside the parameters.
+      ever_clipped: What `heads_ever_clipped` returned, if it is kept.
 
     Returns:
       All scalars of `info`, 0-d arrays, under `qk_clip/<name>`. Numbers per head stay in `info`.
+      With `ever_clipped`, `qk_clip/ever_clipped_fraction` too: its share of all heads.
 
     Example:
       >>> import jax.numpy as jnp
@@ -26,4 +33,55 @@ def qk_clip_metrics(info: QKClipInfo) -> dict[str, Shaped[Array, ""]]:
       400.0
     """
     scalars = {name: value for name, value in info._asdict().items() if name not in _PER_HEAD}
+    if ever_clipped is not None:
+        count = sum((jnp.sum(x, dtype=jnp.float32) for x in ever_clipped.values()), jnp.float32(0))
+        heads = sum(x.size for x in ever_clipped.values())
+        scalars["ever_clipped_fraction"] = count / max(heads, 1)
     return {f"qk_clip/{name}": value for name, value in scalars.items()}
+
+
+def heads_ever_clipped(
+    info: QKClipInfo, before: Mapping[str, Bool[Array, "*stack heads"]] | None = None
+) -> dict[str, Bool[Array, "*stack heads"]]:
+    """Marks the heads that this clip or one before it has scaled.
+
+    Keep the result beside the parameters, inside or outside of the jitted step, and give it back
+    at the next; it is a plain tree, for a checkpoint too. On the host it does not wait for the
+    device.
+
+    Args:
+      info: What `qk_clip` returned beside the parameters.
+      before: What this function returned at the step before; None at the first.
+
+    Returns:
+      True for each head that was ever clipped, by module path.
+
+    Raises:
+      ValueError: if `before` is of other modules or shapes than `info`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> kernel = jnp.ones((4, 2, 8))
+      >>> params = {"attn": {"query": {"kernel": kernel}, "key": {"kernel": kernel}}}
+      >>> ever = None
+      >>> for maxima in ([400.0, 7.0], [50.0, 7.0]):
+      ...     _, info = mc.qk_clip(params, {"attn": {"max_logits": jnp.array(maxima)}})
+      ...     ever = mc.heads_ever_clipped(info, ever)
+      >>> ever["attn"].tolist()
+      [True, False]
+
+    References:
+      Kimi K2, arXiv 2507.20534, appendix D, counts the heads so: 12.7 percent.
+    """
+    clipped = {path: gamma < 1 for path, gamma in info.gamma.items()}
+    if before is None:
+        return clipped
+    now, then = ({path: x.shape for path, x in tree.items()} for tree in (clipped, before))
+    if now != then:
+        differing = sorted(path for path in now | then if now.get(path) != then.get(path))
+        lines = (
+            f"  {p}: was {then.get(p, 'absent')}, is {now.get(p, 'absent')}" for p in differing
+        )
+        raise ValueError("\n".join(["heads_ever_clipped: the heads are others.", *lines]))
+    return {path: x | before[path] for path, x in clipped.items()}

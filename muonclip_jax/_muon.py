@@ -37,6 +37,7 @@ def muon(
     consistent_rms: Scalar | None = None,
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
+    shardings: ArrayTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for everything else.
 
@@ -74,6 +75,7 @@ def muon(
       consistent_rms: See `scale_by_shape`. 0.2 lets a learning rate tuned for AdamW carry over.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
+      shardings: See `scale_by_muon`.
 
     Returns:
       An optax transformation, which ignores extra arguments. `update` needs the parameters.
@@ -107,6 +109,7 @@ def muon(
         preconditioning=preconditioning,
         ns_method=ns_method,
         ns_dtype=ns_dtype,
+        shardings=shardings,
     )
     return with_adamw(
         "muon",

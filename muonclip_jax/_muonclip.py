@@ -21,7 +21,12 @@ from muonclip_jax._layout import DimensionNumbersOrFn
 from muonclip_jax._muon import with_adamw
 from muonclip_jax._products import accumulator
 from muonclip_jax._qk_clip import qk_clip
-from muonclip_jax._scale_by_muon import momentum, plain_nesterov, scale_by_momentum
+from muonclip_jax._scale_by_muon import (
+    ScaleByMuonState,
+    momentum,
+    plain_nesterov,
+    scale_by_momentum,
+)
 from muonclip_jax._settings import check_choice, check_settings
 from muonclip_jax._shared_key import SHARED_KEY_RULES
 from muonclip_jax._types import ArrayTree, Scalar
@@ -31,7 +36,7 @@ def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
     layout: Layout | tuple[Layout, ...] = MultiHeadLayout(),
-    threshold: Scalar | None = 100.0,
+    threshold: optax.ScalarOrSchedule | None = 100.0,
     alpha: Scalar = 0.5,
     shared_key: str = "query",
     beta: Scalar = 0.95,
@@ -53,6 +58,7 @@ def muonclip(
     muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
+    shardings: ArrayTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains with Muon and keeps the attention logits of every head in bounds with QK-clip.
 
@@ -73,7 +79,8 @@ def muonclip(
     Args:
       learning_rate: Number or schedule, of both optimizers; tuned for AdamW, it carries over.
       layout: See `qk_clip`.
-      threshold: τ, see `qk_clip`. None builds the optimizer without the clip.
+      threshold: τ, see `qk_clip`: number, or schedule of the updates before this one. None builds
+        the optimizer without the clip.
       alpha: See `qk_clip`.
       shared_key: See `qk_clip`.
       beta: Decay of the momentum of the matrices, in [0, 1); μ of the paper.
@@ -97,6 +104,7 @@ def muonclip(
       muon_weight_dimension_numbers: See `muon`.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
+      shardings: See `scale_by_muon`.
 
     Returns:
       An optax transformation whose `update` needs the parameters, and `max_logits` unless
@@ -132,6 +140,7 @@ def muonclip(
         preconditioning=preconditioning,
         ns_method=ns_method,
         ns_dtype=ns_dtype,
+        shardings=shardings,
     )
     optimizer = with_adamw(
         "muonclip",
@@ -154,14 +163,14 @@ def muonclip(
         return optimizer
     check_settings("muonclip", threshold=threshold, alpha=alpha)
     check_choice("muonclip", "shared_key", shared_key, SHARED_KEY_RULES)
-    clip = functools.partial(
-        qk_clip, layout=layout, threshold=threshold, alpha=alpha, shared_key=shared_key
-    )
-    return _then_clip(optimizer, clip)
+    clip = functools.partial(qk_clip, layout=layout, alpha=alpha, shared_key=shared_key)
+    return _then_clip(optimizer, clip, threshold)
 
 
 def _then_clip(
-    optimizer: optax.GradientTransformationExtraArgs, clip: Callable[..., Any]
+    optimizer: optax.GradientTransformationExtraArgs,
+    clip: Callable[..., Any],
+    threshold: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the updates of `optimizer` lead to clipped parameters."""
 
@@ -173,12 +182,19 @@ def _then_clip(
                 "max_logits=stats), stats the attention statistics that the model sowed; or build "
                 "muonclip(..., threshold=None) to train without the clip."
             )
+        tau = threshold(_count(state)) if callable(threshold) else threshold
         updates, state = optimizer.update(updates, state, params, **extra_args)
         new = optax.apply_updates(params, updates)
-        clipped, _ = clip(new, max_logits)
+        clipped, _ = clip(new, max_logits, threshold=tau)
         return jax.tree.map(_difference, updates, params, new, clipped), state
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update_fn)
+
+
+def _count(state: ArrayTree) -> jax.Array:
+    """Reads how many updates there were; no counter of its own, which checkpoints would show."""
+    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByMuonState))
+    return next(x for x in states if isinstance(x, ScaleByMuonState)).count
 
 
 def _difference(update: jax.Array, old: jax.Array, new: jax.Array, clipped: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ https://kellerjordan.github.io/posts/muon/.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from muonclip_jax._iterations import (
 )
 from muonclip_jax._products import accumulator
 from muonclip_jax._settings import check_choice
+from muonclip_jax._team import Team
 from muonclip_jax._types import Row, Scalar
 
 METHODS = ("auto", "standard", "gram")
@@ -106,30 +107,95 @@ def newton_schulz(
     check_choice("newton_schulz", "preconditioning", preconditioning, PRECONDITIONINGS)
     if x.ndim < 2:
         raise ValueError(f"newton_schulz: x must have at least two axes, got shape {x.shape}.")
-    if x.size == 0:
-        return x
-    computed = compute_dtype(x.dtype, dtype)
-    if jnp.finfo(computed).bits == 16:
-        rows = for_sixteen_bits(rows)
-    blocks = block_count(min(x.shape[-2:]))
-    return _iterate(
-        x,
-        jnp.asarray(eps, accumulator(x.real.dtype)),
-        rows=rows,
-        method=_cheaper(rows, x.shape, computed, blocks) if method == "auto" else method,
-        blocks=blocks,
-        compute_dtype=computed,
-        preconditioning=preconditioning,
-        at_once=_matrices_at_once(x.shape),
-    )
+    return Orthogonaliser(rows, method, dtype, preconditioning, eps)(x)
 
 
-def compute_dtype(dtype: Any, wanted: Any = "auto") -> Any:
+class Orthogonaliser(NamedTuple):
+    """`newton_schulz` with its settings, checked, and with what the devices have to do with it.
+
+    Attributes:
+      rows: `(a, b, c)`, one row a step.
+      method: See `newton_schulz`, and so for the others.
+      dtype: What the products are computed in.
+      preconditioning: How a matrix is brought to singular values of at most one.
+      eps: Added to the norm.
+      platform: Where it will run; None where JAX runs by default.
+    """
+
+    rows: tuple[Row, ...]
+    method: str
+    dtype: Any
+    preconditioning: str
+    eps: Scalar
+    platform: str | None = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Orthogonalises (..., m, n), whole matrices."""
+        if x.size == 0:
+            return x
+        platform = self.platform or jax.default_backend()
+        computed = self.compute_dtype(x.dtype)
+        blocks = block_count(min(x.shape[-2:]), platform)
+        return _iterate(
+            x,
+            self._eps(x),
+            rows=self._rows(computed),
+            method=self.form(x.shape, computed, blocks),
+            blocks=blocks,
+            compute_dtype=computed,
+            preconditioning=self.preconditioning,
+            at_once=_matrices_at_once(x.shape, platform),
+        )
+
+    def shared(self, x: jax.Array, team: Team, shape: Sequence[int]) -> jax.Array:
+        """Orthogonalises (..., m, n / team.size), this device's columns of matrices of `shape`."""
+        computed = self.compute_dtype(x.dtype)
+        orthogonal = _orthogonalise(
+            x,
+            rows=self._rows(computed),
+            method=self.form(shape, computed, blocks=1),
+            blocks=1,
+            compute_dtype=computed,
+            preconditioning=self.preconditioning,
+            eps=self._eps(x),
+            team=team,
+        )
+        return orthogonal.astype(x.dtype)
+
+    def compute_dtype(self, dtype: Any) -> Any:
+        """Decides what the products of matrices of `dtype` are computed in."""
+        return compute_dtype(dtype, self.dtype, self.platform)
+
+    def flops(self, shape: Sequence[int], dtype: Any) -> float:
+        """Counts the FLOPs of one matrix of this shape and dtype (a multiply-add is two)."""
+        n, m = sorted(shape[-2:])
+        computed = self.compute_dtype(dtype)
+        blocks = block_count(n, self.platform)
+        rows = self._rows(computed)
+        if self.form(shape, computed, blocks) == "gram":
+            return gram_cost(restart_windows(rows, computed), m / n, blocks) * n**3
+        return standard_cost(rows, m / n, blocks) * n**3
+
+    def form(self, shape: Sequence[int], computed: Any, blocks: int) -> str:
+        """Names the form that `method` stands for."""
+        if self.method != "auto":
+            return self.method
+        return _cheaper(self._rows(computed), shape, computed, blocks)
+
+    def _rows(self, computed: Any) -> tuple[Row, ...]:
+        return for_sixteen_bits(self.rows) if jnp.finfo(computed).bits == 16 else self.rows
+
+    def _eps(self, x: jax.Array) -> jax.Array:
+        return jnp.asarray(self.eps, accumulator(x.real.dtype))
+
+
+def compute_dtype(dtype: Any, wanted: Any = "auto", platform: str | None = None) -> Any:
     """Decides what the products of a matrix are computed in; resolved while tracing.
 
     Args:
       dtype: Dtype of the matrix.
       wanted: A dtype, or `"auto"`.
+      platform: Where it will run; None where JAX runs by default.
 
     Returns:
       The compute dtype.
@@ -147,7 +213,7 @@ def compute_dtype(dtype: Any, wanted: Any = "auto") -> Any:
         raise TypeError(f"newton_schulz: x must be floating or complex, got {dtype}.")
     wide = dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
     if isinstance(wanted, str) and wanted == "auto":
-        return dtype if wide else jnp.dtype(_COMPUTE_DTYPES[jax.default_backend()])
+        return dtype if wide else jnp.dtype(_COMPUTE_DTYPES[platform or jax.default_backend()])
     wanted = jnp.dtype(wanted)
     if (
         not jnp.issubdtype(wanted, jnp.inexact)
@@ -161,11 +227,12 @@ def compute_dtype(dtype: Any, wanted: Any = "auto") -> Any:
     return wanted
 
 
-def block_count(n: int) -> int:
+def block_count(n: int, platform: str | None = None) -> int:
     """Decides into how many block rows a Hermitian n x n matrix is cut; resolved while tracing.
 
     Args:
       n: Short side.
+      platform: Where it will run; None where JAX runs by default.
 
     Returns:
       2 where blocks are known to pay and n is even, else 1.
@@ -174,7 +241,7 @@ def block_count(n: int) -> int:
       >>> block_count(2), block_count(769)
       (1, 1)
     """
-    smallest = _SMALLEST_IN_BLOCKS.get(jax.default_backend(), math.inf)
+    smallest = _SMALLEST_IN_BLOCKS.get(platform or jax.default_backend(), math.inf)
     return 2 if n >= smallest and n % 2 == 0 else 1
 
 
@@ -185,11 +252,11 @@ def _cheaper(rows: Sequence[Row], shape: Sequence[int], compute_dtype: Any, bloc
     return "gram" if gram_flops < standard_cost(rows, m / n, blocks) else "standard"
 
 
-def _matrices_at_once(shape: Sequence[int]) -> int:
+def _matrices_at_once(shape: Sequence[int], platform: str) -> int:
     """Decides how many matrices one product takes; resolved while tracing."""
     # XLA:CPU gains little from a batch and needs its temporaries at once, many times those of
     # one matrix (benchmarks/results/one_by_one.json).
-    if jax.default_backend() == "cpu":
+    if platform == "cpu":
         return 1
     return max(1, MOST_BYTES // (4 * math.prod(shape[-2:])))
 
@@ -226,18 +293,22 @@ def _orthogonalise(
     compute_dtype: Any,
     preconditioning: str,
     eps: jax.Array,
+    team: Team | None = None,
 ) -> jax.Array:
-    tall = x.shape[-2] > x.shape[-1]  # A = X Xᴴ is smaller on the short side, and f(Xᵀ) = f(X)ᵀ
-    x = _normalise(x.mT if tall else x, preconditioning, eps)
+    # A team has its matrices on the short side already, and sees some columns of them only.
+    tall = (
+        team is None and x.shape[-2] > x.shape[-1]
+    )  # A = X Xᴴ is smaller on the short side, and f(Xᵀ) = f(X)ᵀ
+    x = _normalise(x.mT if tall else x, preconditioning, eps, team)
     x = x.astype(compute_dtype)
     if method == "gram":
-        x = gram(x, restart_windows(rows, compute_dtype), preconditioning, blocks)
+        x = gram(x, restart_windows(rows, compute_dtype), preconditioning, blocks, team)
     else:
-        x = standard(x, rows, preconditioning, blocks)
+        x = standard(x, rows, preconditioning, blocks, team)
     return x.mT if tall else x
 
 
-def _normalise(x: jax.Array, preconditioning: str, eps: jax.Array) -> jax.Array:
+def _normalise(x: jax.Array, preconditioning: str, eps: jax.Array, team: Team | None) -> jax.Array:
     """Divides each matrix by its norm, at any scale; zero stays zero.
 
     A squared norm of the matrix as it comes would overflow at 1e19 and vanish at 1e-23 in float32,
@@ -247,10 +318,13 @@ def _normalise(x: jax.Array, preconditioning: str, eps: jax.Array) -> jax.Array:
     magnitude = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
     # No gradient: the result does not depend on this factor.
     largest = jax.lax.stop_gradient(jnp.max(magnitude, axis=(-2, -1), keepdims=True))
+    largest = team.max(largest) if team else largest
     shift = jnp.where(largest > 1, 1 / _SHIFT, _SHIFT).astype(largest.dtype)
     x = (x * shift.astype(x.dtype)) / nonzero(largest * shift).astype(x.dtype)
     if preconditioning == "spectral":
         norm = jnp.linalg.svd(x, compute_uv=False)[..., :1, None]
+    elif team:
+        norm = jnp.sqrt(team.sum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True)))
     else:
         norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
     return x / nonzero(norm + eps).astype(x.dtype)

@@ -20,19 +20,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from muonclip_jax._coefficients import JORDAN, Coefficients, as_rows, is_single_row
-from muonclip_jax._grouping import in_groups
-from muonclip_jax._layout import (
-    DimensionNumbersOrFn,
-    from_matrices,
-    matrix_axes,
-    sides,
-    to_matrices,
-    update_scale,
-)
-from muonclip_jax._newton_schulz import METHODS, PRECONDITIONINGS, newton_schulz
+from muonclip_jax._layout import DimensionNumbersOrFn, matrix_axes, sides, update_scale
+from muonclip_jax._newton_schulz import METHODS, PRECONDITIONINGS, Orthogonaliser
 from muonclip_jax._paths import path_string
+from muonclip_jax._placements import placements, shardings_by_path
 from muonclip_jax._products import accumulator
 from muonclip_jax._settings import check_choice, check_settings
+from muonclip_jax._sharded import orthogonalise_leaves
 from muonclip_jax._types import ArrayTree, Scalar
 
 # w_M, w_G of the matrix that is orthogonalised, w_M M + w_G G; None leaves G out.
@@ -66,6 +60,7 @@ def scale_by_muon(
     weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
+    shardings: ArrayTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each gradient by its orthogonalised momentum.
 
@@ -91,6 +86,9 @@ def scale_by_muon(
         function of the parameters that returns one. None: the last two axes of every leaf.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
+      shardings: How the parameters lie on an Auto mesh, a tree like them of `NamedSharding`:
+        `jax.tree.map(lambda x: x.sharding, params)`. None, on such a mesh, lets XLA decide how to
+        move the data. An Explicit mesh has them in its types.
 
     Returns:
       An optax transformation, which ignores extra arguments. Updates have the dtype of the
@@ -125,6 +123,7 @@ def scale_by_muon(
         weight_dimension_numbers=weight_dimension_numbers,
         ns_method=ns_method,
         ns_dtype=ns_dtype,
+        shardings=shardings,
     )
 
 
@@ -163,19 +162,15 @@ def scale_by_momentum(
     weight_dimension_numbers: DimensionNumbersOrFn | None,
     ns_method: str,
     ns_dtype: Any,
+    shardings: ArrayTree,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds `scale_by_muon`, whose arguments these are, for any direction of M and G."""
     check_settings("scale_by_muon", beta=beta, eps=eps)
     check_choice("scale_by_muon", "ns_method", ns_method, METHODS)
     check_choice("scale_by_muon", "preconditioning", preconditioning, PRECONDITIONINGS)
-    orthogonalise = functools.partial(
-        newton_schulz,
-        coefficients=as_rows(ns_coeffs, ns_steps if is_single_row(ns_coeffs) else None),
-        method=ns_method,
-        dtype=ns_dtype,
-        preconditioning=preconditioning,
-        eps=eps,
-    )
+    rows = as_rows(ns_coeffs, ns_steps if is_single_row(ns_coeffs) else None)
+    orthogonaliser = Orthogonaliser(rows, ns_method, ns_dtype, preconditioning, eps)
+    said = shardings_by_path(shardings)
 
     def init_fn(params):
         if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
@@ -192,19 +187,17 @@ def scale_by_momentum(
         G = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
         M = [_average(m, g, beta) for m, g in zip(jax.tree.leaves(state.mu), G, strict=True)]
         D = [
-            to_matrices(_combine(m, g, *direction(_real(beta, m), _real(t, m))), a)
-            for m, g, a in zip(M, G, axes, strict=True)
+            _combine(m, g, *direction(_real(beta, m), _real(t, m)))
+            for m, g in zip(M, G, strict=True)
         ]
-        orthogonal = in_groups(orthogonalise, D)
+        where = placements("scale_by_muon", structure.unflatten(D), axes, said)
+        orthogonal = orthogonalise_leaves(D, axes, where, orthogonaliser)
         if adaptive:
             orthogonal = [
-                o * jnp.sum(d.conj() * o, axis=(-2, -1), keepdims=True)
-                for o, d in zip(orthogonal, D, strict=True)
+                o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
+                for o, d, a in zip(orthogonal, D, axes, strict=True)
             ]
-        orthogonal = [
-            from_matrices(o, a, g.shape).astype(g.dtype)
-            for o, a, g in zip(orthogonal, axes, G, strict=True)
-        ]
+        orthogonal = [o.astype(g.dtype) for o, g in zip(orthogonal, G, strict=True)]
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), structure.unflatten(M), state.mu)
         return structure.unflatten(orthogonal), ScaleByMuonState(count=t, mu=mu)
 

@@ -1,5 +1,6 @@
 """Attention statistics from `flax.linen` modules."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,12 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Shaped
 
-from muonclip_jax._max_logit import max_attention_logit
+from muonclip_jax._flax_attention import (
+    MaxLogit,
+    attend_and_sow,
+    check_no_soft_cap,
+    check_sown_before_soft_cap,
+)
 
 
 def sow_max_logits(
@@ -18,6 +24,7 @@ def sow_max_logits(
     *,
     name: str = "max_logits",
     collection: str = "intermediates",
+    before_soft_cap: bool = False,
 ) -> bool:
     """Stores the largest attention logits of a module where `qk_clip` looks for them.
 
@@ -30,9 +37,13 @@ def sow_max_logits(
       max_logits: One number per example and head, from `max_attention_logit`.
       name: Leaf name; `stat` of the layout.
       collection: Where to store it. `init` does not keep `intermediates`; any other it does.
+      before_soft_cap: Whether a module with a soft cap sows what comes before the cap.
 
     Returns:
       Whether it was stored. Not where the collection is not mutable.
+
+    Raises:
+      ValueError: if the module has a soft cap, and nothing says that the logits are those before.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -53,6 +64,8 @@ def sow_max_logits(
     References:
       Kimi K2, arXiv 2507.20534, section 2.1, definition of S_max.
     """
+    if not before_soft_cap:
+        check_sown_before_soft_cap(module, _where(module))
     return module.sow(collection, name, jax.lax.stop_gradient(max_logits))
 
 
@@ -75,6 +88,8 @@ def attention_fn(
     attn_weights_value_einsum: Callable[..., Array] | None = None,
     *,
     block_size: int = 512,
+    max_logit: MaxLogit = "exact",
+    implementation: str | None = None,
 ) -> Float[Array, "*batch t heads value_width"]:
     """Computes attention as Flax does, and sows the largest logit of each head.
 
@@ -101,10 +116,17 @@ def attention_fn(
       einsum_dot_general: As in Flax.
       qk_attn_weights_einsum: As in Flax.
       attn_weights_value_einsum: As in Flax.
-      block_size: Of `max_attention_logit`; set it with `functools.partial`.
+      block_size: Of `max_attention_logit`. Set this and the next two with `functools.partial`.
+      max_logit: As in `dot_product_attention`. All but `"exact"` takes the output from there too,
+        and cannot do dropout. An upper bound is sown as `max_logits_bound`.
+      implementation: As in `jax.nn.dot_product_attention`; not None takes the output from there.
 
     Returns:
       The attention output.
+
+    Raises:
+      ValueError: if the module has a soft cap, or asks for what `max_logit` or `implementation`
+        cannot do.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -119,49 +141,54 @@ def attention_fn(
     References:
       Flax, `flax/linen/attention.py`, function `dot_product_attention`.
     """
+    sow = None
+    if module is not None:
+        check_no_soft_cap(module, _where(module))
+        if module.is_mutable_collection("intermediates"):
+            sow = functools.partial(sow_max_logits, module)
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
-    if module is not None and module.is_mutable_collection("intermediates"):
-        sow_max_logits(module, _max_logits(query, key, bias, mask, block_size))
-    group = query.shape[-2] // key.shape[-2]
-    return nn.dot_product_attention(
+    hooks = {
+        "precision": precision,
+        "einsum_dot_general": einsum_dot_general,
+        "qk_attn_weights_einsum": qk_attn_weights_einsum,
+        "attn_weights_value_einsum": attn_weights_value_einsum,
+    }
+
+    def flax_attention():
+        group = query.shape[-2] // key.shape[-2]
+        return nn.dot_product_attention(
+            query,
+            # Flax wants as many key heads as query heads.
+            jnp.repeat(key, group, axis=-2) if group > 1 else key,
+            jnp.repeat(value, group, axis=-2) if group > 1 else value,
+            bias=bias,
+            mask=mask,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rng=dropout_rng,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            dtype=dtype,
+            module=None,
+            force_fp32_for_softmax=force_fp32_for_softmax,
+            **hooks,
+        )
+
+    return attend_and_sow(
         query,
-        # Flax wants as many key heads as query heads.
-        jnp.repeat(key, group, axis=-2) if group > 1 else key,
-        jnp.repeat(value, group, axis=-2) if group > 1 else value,
-        bias=bias,
-        mask=mask,
-        broadcast_dropout=broadcast_dropout,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        dtype=dtype,
-        precision=precision,
-        module=None,
-        force_fp32_for_softmax=force_fp32_for_softmax,
-        einsum_dot_general=einsum_dot_general,
-        qk_attn_weights_einsum=qk_attn_weights_einsum,
-        attn_weights_value_einsum=attn_weights_value_einsum,
-    )
-
-
-def _max_logits(
-    query: Array, key: Array, bias: Array | None, mask: Array | None, block_size: int
-) -> Float[Array, "flat_batch heads"]:
-    """Finds the largest logits under Flax's conventions: any batch axes, masks of any dtype."""
-    batch = query.shape[:-3]
-    return max_attention_logit(
-        query.reshape(-1, *query.shape[-3:]),
-        key.reshape(-1, *key.shape[-3:]),
-        bias=None if bias is None else _flat_batch(bias, batch),
-        # `nn.make_causal_mask` gives float32 ones and zeros.
-        mask=None if mask is None else _flat_batch(mask, batch).astype(bool),
+        key,
+        value,
+        bias,
+        mask,
+        flax_attention=flax_attention,
+        sow=sow,
         block_size=block_size,
+        max_logit=max_logit,
+        implementation=implementation,
+        dropout_rate=None if deterministic or not dropout_rate else dropout_rate,
+        **hooks,
     )
 
 
-def _flat_batch(x: Array, batch: tuple[int, ...]) -> Shaped[Array, "flat_batch heads t s"]:
-    """Makes one batch axis of several; heads, t and s are left at 1 where they broadcast."""
-    x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
-    if any(size != 1 for size in x.shape[:-3]):
-        x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
-    return x.reshape(-1, *x.shape[-3:])
+def _where(module: nn.Module) -> str:
+    """Names a module by class and path."""
+    return f"{type(module).__name__} at {'/'.join(module.path) or '(root)'!r}"

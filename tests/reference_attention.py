@@ -8,29 +8,63 @@ import math
 import numpy as np
 
 
-def max_logits(
-    query, key, *, scale=None, bias=None, mask=None, is_causal=False, ids=None, key_ids=None
-):
-    """Largest logit of each batch row and head, from the whole T x S matrix."""
+def logits(query, key, *, scale=None, bias=None, **rules):
+    """All logits, `[batch, heads, t, s]`, with -inf where a pair may not attend."""
     query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
     batch, t, heads, width = query.shape
     s, key_heads = key.shape[1:3]
     scale = 1 / math.sqrt(width) if scale is None else scale
-    bias = 0.0 if bias is None else np.asarray(bias, np.float64)
-    bias = np.broadcast_to(bias, (batch, heads, t, s))
-    mask = np.broadcast_to(True if mask is None else np.asarray(mask), (batch, heads, t, s))
-    result = np.full((batch, heads), -np.inf)
+    result = np.empty((batch, heads, t, s))
     for b in range(batch):
         for h in range(heads):
-            logits = scale * query[b, :, h] @ key[b, :, h * key_heads // heads].T + bias[b, h]
-            visible = mask[b, h].copy()
-            if is_causal:
-                visible &= np.arange(s)[None, :] <= np.arange(t)[:, None]
-            if ids is not None:
-                visible &= np.asarray(ids)[b][:, None] == np.asarray(key_ids)[b][None, :]
-            if visible.any():
-                result[b, h] = logits[visible].max()
-    return result
+            result[b, h] = scale * query[b, :, h] @ key[b, :, h * key_heads // heads].T
+    if bias is not None:
+        result = result + np.asarray(bias, np.float64)
+    return np.where(visible(result.shape, **rules), result, -np.inf)
+
+
+def max_logits(query, key, **settings):
+    """Largest logit of each batch row and head."""
+    return logits(query, key, **settings).max((2, 3))
+
+
+def attention(query, key, value, **settings):
+    """Output of attention, for queries that see at least one key."""
+    x = logits(query, key, **settings)
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    value = np.repeat(np.asarray(value, np.float64), x.shape[1] // np.shape(value)[2], axis=2)
+    return np.einsum("bhts,bshv->bthv", weights, value)
+
+
+def visible(
+    shape,
+    *,
+    mask=None,
+    is_causal=False,
+    ids=None,
+    key_ids=None,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+):
+    """Which pairs may attend, as `[batch, heads, t, s]`."""
+    seen = np.broadcast_to(True if mask is None else np.asarray(mask), shape).copy()
+    i, j = np.arange(shape[2])[:, None], np.arange(shape[3])[None, :]
+    if is_causal:
+        seen &= j <= i
+    if local_window_size is not None:
+        both = (local_window_size, local_window_size)
+        left, right = both if isinstance(local_window_size, int) else local_window_size
+        seen &= (j >= i - left) & (j <= i + right)
+    for b in range(shape[0]):
+        if ids is not None:
+            seen[b] &= np.asarray(ids)[b][:, None] == np.asarray(key_ids)[b][None, :]
+        if query_seq_lengths is not None:
+            seen[b, :, int(query_seq_lengths[b]) :] = False
+        if key_value_seq_lengths is not None:
+            seen[b, :, :, int(key_value_seq_lengths[b]) :] = False
+    return seen
 
 
 def gamma(s, tau):

@@ -10,22 +10,27 @@ import pytest
 import muonclip_jax as mc
 
 PACKAGE = pathlib.Path(mc.__file__).parent
-LAYERS = (
-    ("_types", "_paths", "_settings"),
-    ("_coefficients", "_products", "_shared_key"),
-    ("_grouping", "_polar_express", "_iterations", "_layout", "_max_logit", "_attention_layouts"),
-    ("_newton_schulz", "_routing", "_mla_layout", "_fused_qkv_layout", "_attention_sites"),
-    ("_attention_faults",),
-    ("_scale_by_muon", "_qk_clip", "linen"),
-    ("_muon",),
-    ("_muonclip", "_metrics"),
-)
-LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
+LAYERS = """
+_types _paths _settings _team
+_coefficients _products _shared_key _visible
+_grouping _polar_express _iterations _layout _max_logit _splash _attention_layouts
+_newton_schulz _sharding_plan _routing _mla_layout _fused_qkv_layout _attention _attention_sites
+_placements _flax_attention _attention_faults
+_sharded _qk_clip linen nnx
+_scale_by_muon _metrics
+_muon
+_muonclip
+""".split("\n")[1:-1]
+LAYER = {name: height for height, names in enumerate(LAYERS) for name in names.split()}
 OPTIMIZER_HALF = {
     "_coefficients",
     "_polar_express",
     "_products",
+    "_team",
     "_iterations",
+    "_sharding_plan",
+    "_placements",
+    "_sharded",
     "_grouping",
     "_newton_schulz",
     "_layout",
@@ -35,14 +40,19 @@ OPTIMIZER_HALF = {
 }
 ATTENTION_HALF = {
     "_shared_key",
+    "_visible",
+    "_splash",
     "_max_logit",
+    "_attention",
     "_attention_layouts",
     "_mla_layout",
     "_fused_qkv_layout",
     "_attention_sites",
     "_attention_faults",
     "_qk_clip",
+    "_flax_attention",
     "linen",
+    "nnx",
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
@@ -114,6 +124,8 @@ if bridge._backends:
     raise SystemExit("started a backend")
 if "flax" in sys.modules or mc.linen.__name__ != "muonclip_jax.linen" or "flax" not in sys.modules:
     raise SystemExit("linen is not loaded on first use")
+if mc.nnx.__name__ != "muonclip_jax.nnx":
+    raise SystemExit("nnx is not loaded on first use")
 """.replace("CHEX", "{'chex'}")  # optax itself imports chex
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
@@ -130,12 +142,15 @@ def test_public_names_are_the_pinned_ones():
         "QKClipInfo",
         "RoutingTable",
         "ScaleByMuonState",
+        "dot_product_attention",
+        "heads_ever_clipped",
         "linen",
         "max_attention_logit",
         "merge_max_logits",
         "muon",
         "muonclip",
         "newton_schulz",
+        "nnx",
         "ns_coefficients",
         "polar_express_coefficients",
         "qk_clip",

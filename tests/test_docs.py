@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import pathlib
@@ -16,7 +17,9 @@ import pytest
 
 import muonclip_jax as mc
 import reference
+from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._iterations import gram_cost, restart_windows, standard_cost
+from muonclip_jax._shared_key import query_and_key_factors
 from test_published_numbers import ABOVE_ONE, RANGES
 from test_routing import MODEL, _shapes
 
@@ -77,6 +80,48 @@ def test_names_exist(page):
         assert found, name
     for name in set(re.findall(r"\bbenchmarks/[\w/.]+\w", text)):
         assert (ROOT / name).exists(), name
+
+
+# --- qk_clip.md -----------------------------------------------------------------------------------
+
+
+def test_layouts_in_the_table_can_be_built():
+    rows = _table("qk_clip.md", "| your model | layout |")
+    calls = [call.strip("`") for _, call in rows if call.startswith("`mc.")]
+    assert len(calls) == 9
+    for call in calls:
+        assert isinstance(eval(call, {"mc": mc}), Layout)
+
+
+def test_shared_keys_in_the_table_are_what_the_rules_do():
+    rows = _table("qk_clip.md", "| `shared_key` |")
+    assert len(rows) == 4
+    for name, queries, key, logits, _ in rows:
+        rule = name.split('"')[1]
+        gamma = jnp.asarray([0.25, 1.0])
+        query_factors, (key_factor,) = query_and_key_factors(gamma, 1, 0.5, rule)
+        assert queries == ", ".join(f"{float(q):g}" for q in query_factors)
+        assert key == f"{float(key_factor):g}"
+        landed = np.asarray([400.0, 10.0]) * np.asarray(query_factors) * float(key_factor)
+        assert logits == ", ".join(f"{x:g}" for x in landed)
+
+
+def test_costs_of_the_statistic_are_the_committed_ones():
+    path = ROOT / "benchmarks" / "results" / "max_logits.json"
+    row = json.loads(path.read_text())["lengths"][-1]
+    full, causal = (100 * (row[f"exact_flops_{kind}"] - 1) for kind in ("full", "causal"))
+    said = (
+        f'At {row["length"]} positions `"exact"` is {full:.1f} % more FLOPs than attention has, '
+        f"forward and backward, and {causal:.1f} % if it is causal; it needs "
+        f"{row['exact_temporary_bytes'] / 2**20:.0f} MiB"
+    )
+    assert said in (ROOT / "docs" / "qk_clip.md").read_text().replace("\n", " ")
+    assert row["lse_bound_flops_full"] == row["lse_bound_flops_causal"] == 1
+
+
+def test_the_default_rule_is_the_one_the_page_says():
+    rule = inspect.signature(mc.qk_clip).parameters["shared_key"].default
+    assert f'| `"{rule}"`, the default |' in (ROOT / "docs" / "qk_clip.md").read_text()
 
 
 # --- choosing.md ----------------------------------------------------------------------------------

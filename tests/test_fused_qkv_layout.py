@@ -1,6 +1,7 @@
 """Queries, keys and values in one kernel: what is scaled, what is left alone, where logits land."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ class Form:
         bias = self.fuse(*(draw(seed + 5 + i, heads, H) for i, heads in enumerate((N, k, k))))
         kernel, bias = jnp.asarray(self.shaped(kernel)), jnp.asarray(self.shaped(bias))
         kernel = kernel.swapaxes(0, 1) if self.head_axis == -3 else kernel
-        module = {"kernel": kernel, "bias": bias} if self.bias else {"kernel": kernel}
+        module: Any = {"kernel": kernel, "bias": bias} if self.bias else {"kernel": kernel}
         return {"qkv": module, "out": {"kernel": draw(seed + 9, N, H, D)}}
 
     def split(self, leaf, is_kernel):

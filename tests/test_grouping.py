@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 import reference
-from muonclip_jax import _grouping, _newton_schulz, _scale_by_muon
+from muonclip_jax import _grouping, _newton_schulz, _sharded
 from muonclip_jax._grouping import in_groups
 
 
@@ -71,7 +71,7 @@ def test_grouped_equals_ungrouped(backend, adaptive, monkeypatch):
     state = tx.init(params)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     grouped = tx.update(params, state, params)[0]
-    monkeypatch.setattr(_scale_by_muon, "in_groups", lambda f, D: [f(d) for d in D])
+    monkeypatch.setattr(_sharded, "in_groups", lambda f, D: [f(d) for d in D])
     ungrouped = tx.update(params, state, params)[0]
     for g, u in zip(*map(jax.tree.leaves, (grouped, ungrouped)), strict=True):
         assert reference.relative_error(g, u) < 1e-5  # measured: 4e-7

@@ -10,38 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 import reference_attention as reference
 from attention_cases import draw
-
-X = draw(0, 3, 7, 8)
-
-
-def flax_attention(**settings):
-    return nn.MultiHeadDotProductAttention(
-        num_heads=2, attention_fn=mc.linen.attention_fn, **settings
-    )
-
-
-def recomputed(params, x, **settings):
-    """The largest logits of a `nn.MultiHeadDotProductAttention`, in float64."""
-    query, key = (
-        reference.project(x, params[n]["kernel"], params[n]["kernel"].shape[1], params[n]["bias"])
-        for n in ("query", "key")
-    )
-    return reference.max_logits(query, key, **settings)
-
-
-def run(module, variables, *args, **settings) -> tuple[Any, Any]:
-    """Applies a module; gives its output and what it sowed."""
-    out, state = module.apply(variables, *args, mutable=["intermediates"], **settings)
-    return out, state.get("intermediates", {})
-
-
-apply = functools.partial(run, sow_weights=True)
-
+from flax_cases import X, apply, linen_attention, recomputed, run
 
 MASKS = {
     "none": lambda: None,
@@ -54,7 +27,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_output_and_gradients_are_those_of_flax_bit_for_bit(mask):
     mask = MASKS[mask]()
-    ours, theirs = flax_attention(), nn.MultiHeadDotProductAttention(num_heads=2)
+    ours, theirs = linen_attention(), nn.MultiHeadDotProductAttention(num_heads=2)
     variables = ours.init(jax.random.key(0), X)
     chex.assert_trees_all_equal(variables, theirs.init(jax.random.key(0), X))
 
@@ -74,7 +47,7 @@ def test_output_and_gradients_are_those_of_flax_bit_for_bit(mask):
 @pytest.mark.parametrize("block_size", [512, 3])
 def test_statistic_equals_float64(mask, block_size):
     mask = MASKS[mask]()
-    module = flax_attention()
+    module = linen_attention()
     if block_size != 512:
         attention_fn = functools.partial(mc.linen.attention_fn, block_size=block_size)
         module = module.clone(attention_fn=attention_fn)
@@ -89,7 +62,7 @@ def test_statistic_equals_float64(mask, block_size):
 def test_dropout_is_that_of_flax_and_leaves_the_statistic_alone():
     settings = {"dropout_rate": 0.5, "deterministic": False}
     ours, theirs = (
-        flax_attention(**settings),
+        linen_attention(**settings),
         nn.MultiHeadDotProductAttention(num_heads=2, **settings),
     )
     variables = ours.init(jax.random.key(0), X)
@@ -101,7 +74,7 @@ def test_dropout_is_that_of_flax_and_leaves_the_statistic_alone():
 
 
 def test_narrow_computation_gives_a_float32_statistic():
-    module = flax_attention(dtype=jnp.bfloat16)
+    module = linen_attention(dtype=jnp.bfloat16)
     variables = module.init(jax.random.key(0), X)
     out, stats = apply(module, variables, X)
     theirs = nn.MultiHeadDotProductAttention(num_heads=2, dtype=jnp.bfloat16)
@@ -118,7 +91,7 @@ def test_several_batch_axes_become_one():
         jnp.asarray(np.random.default_rng(2).random((2, 1, 1, 5, 5)) < 0.5)
         | jnp.eye(5, dtype=bool)[None, None, None]
     )
-    module = flax_attention()
+    module = linen_attention()
     variables = module.init(jax.random.key(0), x)
     out, stats = apply(module, variables, x, mask=mask)
     np.testing.assert_array_equal(
@@ -150,7 +123,7 @@ def test_bias_counts():
 
 
 def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
-    module = flax_attention()
+    module = linen_attention()
     variables = module.init(jax.random.key(0), X)
     _, state = module.apply(variables, X, mutable=["intermediates"])
     with pytest.raises(ValueError, match="was called without `sow_weights=True`"):
@@ -158,12 +131,12 @@ def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
 
 
 def test_init_stores_no_statistic():
-    variables = flax_attention().init(jax.random.key(0), X, sow_weights=True)
+    variables = linen_attention().init(jax.random.key(0), X, sow_weights=True)
     assert list(variables) == ["params"]
 
 
 def test_evaluation_does_not_pay_for_the_statistic():
-    module = flax_attention()
+    module = linen_attention()
     variables = module.init(jax.random.key(0), X)
 
     def products(**settings):
@@ -190,95 +163,8 @@ def test_sown_under_the_name_and_in_the_collection_that_are_asked_for(name, coll
     assert not Sower().apply({}, jnp.ones((3, 2)))
 
 
-class Block(nn.Module):
-    """One residual attention block, in the form that `nn.scan` wants."""
-
-    @nn.compact
-    def __call__(self, x, _=None):
-        return x + flax_attention(name="attn")(x, sow_weights=True), None
-
-
-def scanned(length, **variable_axes):
-    return nn.scan(
-        Block,
-        variable_axes={"params": 0, **variable_axes},
-        split_rngs={"params": True},
-        length=length,
-    )
-
-
-@pytest.mark.parametrize("stat_axis", [0, 1])
-def test_scanned_layers_equal_a_loop_over_layers(stat_axis):
-    model = scanned(3, intermediates=stat_axis)()
-    params = model.init(jax.random.key(0), X)["params"]
-    _, state = model.apply({"params": params}, X, mutable=["intermediates"])
-    layout = mc.MultiHeadLayout(stat_stack_axis=stat_axis)
-    x, alone, maxima = X, [], []
-    for i in range(3):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-        (x, _), sown = run(Block(), {"params": layer}, x)
-        maxima.append(sown["attn"]["max_logits"][0].max(0))
-    tau = float(np.median(np.asarray(maxima)))
-    new, info = mc.qk_clip(params, state["intermediates"], layout, threshold=tau)
-    np.testing.assert_allclose(info.max_logits["attn"], maxima, rtol=1e-5)
-    for i in range(3):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-        alone.append(mc.qk_clip(layer, {"attn": {"max_logits": maxima[i]}}, threshold=tau)[0])
-    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
-    chex.assert_trees_all_close(new, expected, rtol=1e-6)
-    assert 0 < info.clipped_heads < 6
-
-
-def test_scan_that_drops_the_statistics_is_an_error_and_not_a_silent_skip():
-    model = scanned(3)()
-    variables = model.init(jax.random.key(0), X)
-    _, state = model.apply(variables, X, mutable=["intermediates"])
-    with pytest.raises(ValueError, match=r"`variable_axes` of `nn\.scan`"):
-        mc.qk_clip(variables["params"], state.get("intermediates", {}))
-
-
-def test_a_module_called_twice_counts_twice():
-    class Twice(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            attn = flax_attention(name="attn")
-            return attn(10 * x, sow_weights=True) + attn(x, sow_weights=True)
-
-    model = Twice()
-    params = model.init(jax.random.key(0), X)["params"]
-    _, stats = run(model, {"params": params}, X)
-    assert len(stats["attn"]["max_logits"]) == 2
-    _, info = mc.qk_clip(params, stats)
-    expected = [recomputed(params["attn"], scale * np.asarray(X)).max(0) for scale in (10, 1)]
-    np.testing.assert_allclose(info.max_logits["attn"], np.max(expected, axis=0), rtol=1e-5)
-
-
-def test_remat_sows_the_same():
-    class Model(nn.Module):
-        block: type[nn.Module]
-
-        @nn.compact
-        def __call__(self, x):
-            return self.block(name="block")(x)[0]
-
-    plain, remat = Model(Block), Model(nn.remat(Block))
-    variables = plain.init(jax.random.key(0), X)
-
-    def loss(variables, model):
-        out, state = model.apply(variables, X, mutable=["intermediates"])
-        return jnp.sum(out**2), state
-
-    chex.assert_trees_all_close(
-        jax.grad(loss, has_aux=True)(variables, plain),
-        jax.grad(loss, has_aux=True)(variables, remat),
-        rtol=1e-5,
-        # The gradient of a key bias is exactly zero, since softmax ignores it: noise of 8e-7.
-        atol=2e-6,
-    )
-
-
 def test_qk_norm_of_flax_is_refused():
-    module = flax_attention(normalize_qk=True)
+    module = linen_attention(normalize_qk=True)
     variables = module.init(jax.random.key(0), X)
     _, stats = apply(module, variables, X)
     with pytest.raises(ValueError, match="'query_ln' undoes the clip"):
@@ -288,7 +174,7 @@ def test_qk_norm_of_flax_is_refused():
 def test_clip_holds_the_logits_that_adamw_drives_up():
     """The loss rewards queries and keys that agree."""
     tau = 4.0
-    module = flax_attention(qkv_features=16)
+    module = linen_attention(qkv_features=16)
     params = module.init(jax.random.key(0), X)["params"]
     optimizer = optax.adamw(0.015)
 
@@ -315,30 +201,3 @@ def test_clip_holds_the_logits_that_adamw_drives_up():
 
     assert largest_of_20_steps(clip=False) > 2 * tau
     assert tau < largest_of_20_steps(clip=True) < 1.2 * tau
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_batch_gives_the_same_clip_with_one_all_reduce(kind):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    model = scanned(3, intermediates=0)()
-    x = draw(5, 8, 7, 8)
-    params = model.init(jax.random.key(0), x)["params"]
-
-    def clip(params, x):
-        _, state = model.apply({"params": params}, x, mutable=["intermediates"])
-        return mc.qk_clip(params, state, threshold=1.0)
-
-    expected, expected_info = jax.jit(clip)(params, x)
-    assert expected_info.clipped_heads > 0
-    with jax.set_mesh(mesh):
-        replicated = jax.device_put(params, NamedSharding(mesh, P()))
-        sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
-        new, info = jax.jit(clip)(replicated, sharded)
-        text = str(jax.jit(clip).lower(replicated, sharded).compile().as_text())
-    chex.assert_trees_all_close(new, expected, rtol=1e-5)
-    chex.assert_trees_all_close(info, expected_info, rtol=1e-5)
-    for leaf in jax.tree.leaves(new):
-        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-        assert len({shard.tobytes() for shard in shards}) == 1
-    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
-    assert "all-gather" not in text

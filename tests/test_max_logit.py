@@ -1,4 +1,4 @@
-"""The largest attention logit: against float64, against `jax.nn`, in memory, under transforms."""
+"""The largest attention logit: against float64, against `jax.nn`, under transforms."""
 
 import functools
 from typing import Any
@@ -7,35 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 import reference_attention as reference
+from attention_cases import draw
+from logit_cases import RULES, boolean, close, lengths, queries_and_keys
 
 
-def draw(seed, *shape, dtype: Any = np.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def queries_and_keys(b=2, t=13, s=13, n=4, k=4, h=8, dtype: Any = np.float32):
-    return draw(0, b, t, n, h, dtype=dtype), draw(1, b, s, k, h, dtype=dtype)
-
-
-def largest(query, key, block_size=512, is_causal=False, **arrays):
+def largest(query, key, block_size=512, is_causal=False, local_window_size=None, **arrays):
     """Compiled as a whole, which is faster to test than one operation at a time."""
     statistic = functools.partial(
-        mc.max_attention_logit, block_size=block_size, is_causal=is_causal
+        mc.max_attention_logit,
+        block_size=block_size,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
     )
     return jax.jit(statistic)(query, key, **arrays)
-
-
-def boolean(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).random(shape) < 0.5)
-
-
-def close(actual, expected, rtol=2e-6):
-    assert actual.dtype == jnp.float32
-    np.testing.assert_allclose(actual, expected, rtol=rtol)
 
 
 BLOCKS = [512, 5]
@@ -54,6 +41,28 @@ def test_causal_mask_is_top_left_aligned(block_size, t, s):
     q, key = queries_and_keys(t=t, s=s, k=2)
     actual = largest(q, key, is_causal=True, block_size=block_size)
     close(actual, reference.max_logits(q, key, is_causal=True))
+
+
+@pytest.mark.parametrize(("t", "s", "block_size"), [(13, 11, 5), (11, 13, 5), (13, 11, 512)])
+@pytest.mark.parametrize("rules", RULES)
+def test_window_and_lengths_hide_pairs(rules, t, s, block_size):
+    q, key = queries_and_keys(t=t, s=s, k=2)
+    actual = largest(q, key, block_size=block_size, **RULES[rules])
+    close(actual, reference.max_logits(q, key, **RULES[rules]))
+
+
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_window_without_any_pair_gives_minus_infinity(block_size):
+    actual = largest(*queries_and_keys(), block_size=block_size, local_window_size=(-2, 1))
+    np.testing.assert_array_equal(actual, np.full((2, 4), -np.inf))
+
+
+def test_nan_in_padding_does_not_count():
+    q, key = queries_and_keys()
+    rules = {"query_seq_lengths": lengths(9, 13), "key_value_seq_lengths": lengths(13, 5)}
+    expected = reference.max_logits(q, key, **rules)
+    q, key = q.at[0, 9:].set(jnp.nan), key.at[1, 5:].set(jnp.nan)
+    close(largest(q, key, block_size=4, **rules), expected)
 
 
 SHAPES = [
@@ -75,20 +84,26 @@ def test_mask_and_bias_broadcast_over_each_axis(shape):
     )
     for settings in cases:
         actual = largest(q, key, block_size=4, **settings)
-        close(actual, reference.max_logits(q, key, **settings), rtol=4e-6)
+        close(actual, reference.max_logits(q, key, **settings))
 
 
 @pytest.mark.parametrize("block_size", [512, 4])
 def test_everything_at_once(block_size):
     q, key = queries_and_keys(k=2, s=11)
-    settings = {"scale": 0.3, "bias": draw(2, 2, 4, 13, 11), "mask": boolean(3, 2, 1, 13, 11)}
+    settings = {
+        "scale": 0.3,
+        "bias": draw(2, 2, 4, 13, 11),
+        "mask": boolean(3, 2, 1, 13, 11),
+        "is_causal": True,
+        "local_window_size": (7, 0),
+        "query_seq_lengths": lengths(12, 13),
+        "key_value_seq_lengths": lengths(9, 11),
+    }
     ids, key_ids = jnp.arange(26).reshape(2, 13) // 5, jnp.asarray([[0] * 5 + [1] * 6, [9] * 11])
-    actual = largest(
-        q, key, is_causal=True, segment_ids=(ids, key_ids), block_size=block_size, **settings
-    )
-    expected = reference.max_logits(q, key, is_causal=True, ids=ids, key_ids=key_ids, **settings)
+    actual = largest(q, key, segment_ids=(ids, key_ids), block_size=block_size, **settings)
+    expected = reference.max_logits(q, key, ids=ids, key_ids=key_ids, **settings)
     assert np.isneginf(expected[1]).all()  # no key has a segment of the second row
-    close(actual, expected, rtol=4e-6)
+    close(actual, expected)
 
 
 def test_one_array_of_segment_ids_serves_queries_and_keys():
@@ -183,59 +198,21 @@ def test_one_block_is_one_product_without_a_loop():
     assert "Precision.HIGHEST" in jaxpr
 
 
-def test_causality_skips_blocks_that_it_masks_whole():
-    lengths = {}
-    for is_causal in (False, True):
-        jaxpr = jax.make_jaxpr(
-            lambda q, k, is_causal=is_causal: mc.max_attention_logit(
-                q, k, is_causal=is_causal, block_size=2
-            )
-        )(*queries_and_keys(t=8, s=8))
-        lengths[is_causal] = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
-    assert lengths == {False: [15], True: [9]}  # one block of 16, or of 10, comes before the loop
-
-
-@pytest.mark.parametrize("differentiated", [False, True])
-def test_long_sequences_need_no_square_memory(differentiated):
-    x = jax.ShapeDtypeStruct((1, 8192, 4, 64), jnp.float32)
-
-    def statistic(q, k):
-        return mc.max_attention_logit(q, k, is_causal=True).sum() + jnp.sum(q)
-
-    function = jax.grad(statistic) if differentiated else statistic
-    analysis: Any = jax.jit(function).lower(x, x).compile().memory_analysis()
-    # All logits would be 1 GiB; a block of them is 4 MiB.
-    assert analysis.temp_size_in_bytes < 32 * 2**20
-
-
-@pytest.mark.parametrize("block_size", [512, 4])
-def test_works_inside_shard_map(block_size):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    q, key = queries_and_keys(b=8, k=2)
-    mask = boolean(3, 1, 1, 13, 13)
-
-    def local_maximum(q, key, mask):
-        largest = mc.max_attention_logit(q, key, mask=mask, block_size=block_size)
-        return jax.lax.pmax(largest.max(0), "data")
-
-    sharded = jax.shard_map(
-        local_maximum, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P()
-    )
-    close(jax.jit(sharded)(q, key, mask), reference.max_logits(q, key, mask=mask).max(0))
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("block_size", [512, 4])
-def test_sharded_batch_and_heads_need_no_communication(kind, block_size):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    q, key = queries_and_keys(b=4, k=2)
-    with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, P("data", None, "model", None))
-        inputs = jax.device_put(q, sharding), jax.device_put(key, sharding)
-        statistic = jax.jit(lambda q, k: mc.max_attention_logit(q, k, block_size=block_size))
-        compiled = statistic.lower(*inputs).compile()
-        close(statistic(*inputs), reference.max_logits(q, key))
-    assert not [line for line in str(compiled.as_text()).splitlines() if " all-" in line]
+@pytest.mark.parametrize(
+    ("rules", "pairs"),
+    [
+        ({}, 16),
+        ({"is_causal": True}, 10),
+        ({"local_window_size": (2, 1)}, 10),
+        ({"local_window_size": (1, 0)}, 7),
+        ({"local_window_size": (3, 8), "is_causal": True}, 9),
+    ],
+)
+def test_blocks_that_are_masked_whole_are_skipped(rules, pairs):
+    statistic = functools.partial(mc.max_attention_logit, block_size=2, **rules)
+    jaxpr = jax.make_jaxpr(statistic)(*queries_and_keys(t=8, s=8))
+    trips = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
+    assert trips == [pairs - 1]  # one comes before the loop
 
 
 FAULTS = {
@@ -249,6 +226,13 @@ FAULTS = {
     "bias (4, 13, 13) does not broadcast to [b, n, t, s] (2, 4, 13, 13).": {"bias": (4, 13, 13)},
     "mask (2, 4, 13, 5) does not broadcast": {"mask": (2, 4, 13, 5)},
     "segment_ids (2, 5) should be (2, 13)": {"segment_ids": (2, 5)},
+    "query_seq_lengths (13,) should be (2,), one number for each row.": {
+        "query_seq_lengths": (13,)
+    },
+    "key_value_seq_lengths (1, 2) should be (2,)": {"key_value_seq_lengths": (1, 2)},
+    "local_window_size is 1.5; it must be an int or a pair of them.": {"local_window_size": 1.5},
+    "local_window_size is (1, None); it must be": {"local_window_size": (1, None)},
+    "local_window_size is (1, 2, 3); it must be": {"local_window_size": (1, 2, 3)},
     "block_size is 0; it must be at least 1.": {"block_size": 0},
 }
 
@@ -258,7 +242,9 @@ def test_shapes_that_do_not_fit_are_named(message, no_typecheck):
     settings = {"query": (2, 13, 4, 8), "key": (2, 13, 4, 8), **FAULTS[message]}
     kinds = {"mask": bool, "segment_ids": jnp.int32}
     arguments: dict[str, Any] = {
-        name: jnp.ones(value, kinds.get(name, jnp.float32)) if isinstance(value, tuple) else value
+        name: value
+        if name in ("block_size", "local_window_size")
+        else jnp.ones(value, kinds.get(name, jnp.float32))
         for name, value in settings.items()
     }
     with pytest.raises(ValueError, match="max_attention_logit: ") as error:

@@ -1,6 +1,7 @@
 """Multi-head latent attention: what is scaled, what is left alone, and where the logits land."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class Form:
 
     def params(self, seed=0):
         layout = self.layout
-        params = {
+        params: dict[str, Any] = {
             "kv_a": {"kernel": draw(seed + 4, D, RANK)},
             "k_rope": {"kernel": draw(seed + 5, D, layout.rope_dim)},
             layout.query: self.module(
@@ -123,7 +124,7 @@ def test_values_rotary_key_latents_and_calm_heads_keep_their_bits(form):
                 views = [np.asarray(t[name][leaf]) for t in (params, new)]
                 views = [v.reshape(*v.shape[:-1], form.heads, width) for v in views]
             else:
-                views = [np.moveaxis(t[name][leaf], axis, -2) for t in (params, new)]
+                views = [np.moveaxis(np.asarray(t[name][leaf]), axis, -2) for t in (params, new)]
             old, scaled = views
             assert same_bits(old[..., calm, :], scaled[..., calm, :])
             if name == layout.key_value:

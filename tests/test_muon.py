@@ -221,21 +221,39 @@ def test_muonclip_never_skips_the_clip_silently(missing):
         tx.update(params, tx.init(params), **given)
 
 
-def test_the_threshold_may_be_scheduled():
+_SCHEDULE = optax.linear_schedule(400.0, 100.0, 1)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        mc.muonclip(0.0, threshold=_SCHEDULE),
+        optax.inject_hyperparams(mc.muonclip, static_args=("ns_steps",))(
+            learning_rate=0.0, threshold=_SCHEDULE
+        ),
+    ],
+    ids=["schedule", "injected"],
+)
+def test_the_threshold_may_be_scheduled(tx):
     params = _attention()
     zero = jax.tree.map(jnp.zeros_like, params)
-    tx = optax.inject_hyperparams(mc.muonclip, static_args=("ns_steps",))(
-        learning_rate=0.0, threshold=optax.linear_schedule(400.0, 100.0, 1)
-    )
+    update = jax.jit(tx.update)
     state = tx.init(params)
-    first, state = tx.update(zero, state, params, max_logits=STATS)
-    second, state = tx.update(zero, state, params, max_logits=STATS)
+    first, state = update(zero, state, params, max_logits=STATS)
+    second, state = update(zero, state, params, max_logits=STATS)
     chex.assert_trees_all_equal(first, zero)
     new: Any = optax.apply_updates(params, second)
     np.testing.assert_allclose(
         new["attn"]["query"]["kernel"][:, 0],
         0.5 * params["attn"]["query"]["kernel"][:, 0],
         rtol=1e-6,
+    )
+
+
+def test_a_scheduled_threshold_is_not_in_the_checkpoint():
+    params = _attention()
+    chex.assert_trees_all_equal_structs(
+        mc.muonclip(0.1, threshold=_SCHEDULE).init(params), mc.muonclip(0.1).init(params)
     )
 
 

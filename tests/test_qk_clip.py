@@ -230,3 +230,54 @@ def test_metrics_are_all_scalars_of_the_info_and_nothing_else():
     assert all(value.shape == () for value in metrics.values())
     assert float(metrics["qk_clip/clipped_fraction"]) == 0.5
     assert np.isnan(metrics["qk_clip/max_logit"])
+
+
+# Heads ever clipped.
+
+
+def info_of(**maxima):
+    params = {name: attention(len(s)) for name, s in maxima.items()}
+    return mc.qk_clip(params, {n: {"max_logits": jnp.asarray(s)} for n, s in maxima.items()})[1]
+
+
+STEPS = [
+    info_of(a=[400.0, 1.0], b=[1.0, 1.0, 1.0]),
+    info_of(a=[1.0, 1.0], b=[1.0, np.inf, 200.0]),
+    info_of(a=[1.0, np.nan], b=[1.0, 1.0, 101.0]),
+]
+
+
+def test_a_head_once_clipped_stays_marked():
+    ever = None
+    for info in STEPS:
+        ever = mc.heads_ever_clipped(info, ever)
+    assert {path: x.tolist() for path, x in ever.items()} == {
+        "a": [True, False],
+        "b": [False, False, True],
+    }
+    assert float(mc.qk_clip_metrics(STEPS[-1], ever)["qk_clip/ever_clipped_fraction"]) == (
+        np.float32(0.4)
+    )
+
+
+def test_heads_ever_clipped_scan_as_they_loop():
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *STEPS)
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), STEPS[0].gamma)
+    scanned, _ = jax.lax.scan(
+        lambda ever, info: (mc.heads_ever_clipped(info, ever), None), none, stacked
+    )
+    assert {path: x.tolist() for path, x in scanned.items()} == {
+        "a": [True, False],
+        "b": [False, False, True],
+    }
+
+
+def test_heads_of_another_model_are_refused():
+    before = mc.heads_ever_clipped(info_of(a=[1.0, 1.0], c=[1.0]))
+    with pytest.raises(ValueError, match="the heads are others") as error:
+        mc.heads_ever_clipped(info_of(a=[1.0], b=[1.0]), before)
+    assert str(error.value).splitlines()[1:] == [
+        "  a: was (2,), is (1,)",
+        "  b: was absent, is (1,)",
+        "  c: was (1,), is absent",
+    ]

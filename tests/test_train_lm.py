@@ -155,6 +155,10 @@ def test_muonclip_clips_every_head_above_the_threshold(clipped_run):
     for line in lines:
         assert line["heads_clipped"] == np.sum(np.array(line["max_logits"]) > LOW_THRESHOLD)
     assert sum(line["heads_clipped"] for line in lines) > 20
+    passed = np.array([line["max_logits"] for line in lines]) > LOW_THRESHOLD
+    ever = np.logical_or.accumulate(passed).sum(axis=(1, 2))
+    assert [line["heads_ever_clipped"] for line in lines] == ever.tolist()
+    assert min(line["heads_clipped"] for line in lines) < ever[-1]  # some head recovered
 
 
 def test_muonclip_holds_the_logits_where_muon_lets_them_grow(clipped_run, muon_run):

@@ -87,7 +87,7 @@ def _max_logits(config: Config, metrics: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     _style(axes, "largest attention logit")
-    axes.set_title(_verdict(config, heads), loc="left")
+    axes.set_title(_verdict(config, heads, metrics[-1]["heads_ever_clipped"]), loc="left")
     colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, heads.shape[1]))
     for layer, colour in enumerate(colours):
         each, largest = heads[:, layer], heads[:, layer].max(axis=-1)
@@ -106,14 +106,15 @@ def _max_logits(config: Config, metrics: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _verdict(config: Config, heads: np.ndarray) -> str:
+def _verdict(config: Config, heads: np.ndarray, ever_clipped: int) -> str:
     """What the picture shows, in words."""
-    passed = int((heads > config.threshold).any(axis=0).sum())
     count, tau, largest = heads[0].size, config.threshold, heads.max()
     if config.optimizer == "muonclip":
         return (
-            f"muonclip: {passed} of {count} heads clipped at {tau:g}; largest logit {largest:.1f}"
+            f"muonclip: {ever_clipped} of {count} heads ever clipped at {tau:g}; "
+            f"largest logit {largest:.1f}"
         )
+    passed = int((heads > config.threshold).any(axis=0).sum())
     return (
         f"{config.optimizer}: {passed} of {count} heads above {tau:g}; largest logit {largest:.1f}"
     )

@@ -1,5 +1,6 @@
 """The train step, the same for every optimizer: gradients, update, QK-clip, metrics."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,10 +23,12 @@ class TrainState(NamedTuple):
     Attributes:
       params: Weights.
       opt_state: State of the optimizer, its step count included.
+      ever_clipped: By path of an attention module, which heads QK-clip has ever scaled [L N].
     """
 
     params: Any
     opt_state: Any
+    ever_clipped: dict[str, jax.Array]
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -58,6 +61,15 @@ def make_loss(model: nn.Module) -> Callable[..., tuple[jax.Array, Any]]:
     return loss_fn
 
 
+def initial_state(model: nn.Module, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """Draws the weights from the seed; no head has been clipped."""
+    text = jnp.zeros((1, 2), jnp.int32)  # no weight depends on the length
+    params = model.init(jax.random.key(seed), text)["params"]
+    stats = make_loss(model)(params, text)[1]
+    _, info = mc.qk_clip(params, stats, threshold=math.inf)
+    return TrainState(params, tx.init(params), mc.heads_ever_clipped(info))
+
+
 def make_train_step(
     model: nn.Module, tx: optax.GradientTransformation, threshold: float
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, Any]]]:
@@ -78,8 +90,10 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, info = mc.qk_clip(params, stats, threshold=threshold)
-        metrics = {"loss": loss, "max_logits": info.max_logits, **mc.qk_clip_metrics(info)}
-        return TrainState(params, opt_state), metrics
+        ever_clipped = mc.heads_ever_clipped(info, state.ever_clipped)
+        clips = mc.qk_clip_metrics(info, ever_clipped)
+        metrics = {"loss": loss, "max_logits": info.max_logits, **clips}
+        return TrainState(params, opt_state, ever_clipped), metrics
 
     return train_step
 

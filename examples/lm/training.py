@@ -10,7 +10,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
@@ -18,7 +17,14 @@ import tqdm
 from lm import data, gqa, plots, rundir
 from lm.checkpoint import Checkpoints
 from lm.config import Config
-from lm.step import TrainState, make_loss, make_optimizer, make_schedule, make_train_step
+from lm.step import (
+    TrainState,
+    initial_state,
+    make_loss,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"gqa": gqa.GQA}
 
@@ -94,9 +100,7 @@ class Trainer:
 
     def initial_state(self) -> TrainState:
         """Draws the weights from the seed."""
-        text = jnp.zeros((1, self.config.seq_len), jnp.int32)
-        params = self.model.init(jax.random.key(self.config.seed), text)["params"]
-        return TrainState(params, make_optimizer(self.config).init(params))
+        return initial_state(self.model, make_optimizer(self.config), self.config.seed)
 
     def _loop(
         self, done: int, state: TrainState, checkpoints: Checkpoints
@@ -151,6 +155,7 @@ class Trainer:
             "learning_rate": float(np.asarray(self._schedule(step - 1))),
             "max_logit": float(metrics["qk_clip/max_logit"]),
             "heads_clipped": int(metrics["qk_clip/clipped_heads"]),
+            "heads_ever_clipped": int(sum(x.sum() for x in state.ever_clipped.values())),
             "max_logits": [row.tolist() for layers in heads for row in layers],
         }
         for name in ("loss", "max_logit"):

@@ -1,0 +1,209 @@
+"""Carries out a plan: moves pieces of matrices between devices, and orthogonalises them there.
+
+Everything happens inside of `jax.shard_map`, on the pieces that a device has: k x m_l x n_l, of
+R = m / m_l rows of pieces and C = n / n_l columns of pieces. How the pieces of a merged side follow
+each other does not matter: NS(P X Q) = P NS(X) Q for permutations, and the way back undoes them.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from muonclip_jax._grouping import in_groups
+from muonclip_jax._iterations import nonzero
+from muonclip_jax._layout import Axes, from_matrices, to_matrices
+from muonclip_jax._newton_schulz import Orthogonaliser
+from muonclip_jax._placements import Placements
+from muonclip_jax._sharding_plan import Group, Plan, make_plan
+from muonclip_jax._team import Team
+
+
+def orthogonalise_leaves(
+    leaves: Sequence[jax.Array],
+    axes: Sequence[Axes],
+    where: Placements | None,
+    orthogonalise: Orthogonaliser,
+) -> list[jax.Array]:
+    """Orthogonalises the matrices of all leaves.
+
+    Args:
+      leaves: Batches of matrices.
+      axes: The axes of each.
+      where: Where their pieces are; None if every device has all it needs, or nobody knows.
+      orthogonalise: What is done to matrices.
+
+    Returns:
+      Each of `leaves` orthogonalised, in its shape, lying as it did.
+    """
+    if where is None:
+        batches = [to_matrices(x, a) for x, a in zip(leaves, axes, strict=True)]
+        done = in_groups(orthogonalise, batches)
+        return [from_matrices(o, a, x.shape) for o, a, x in zip(done, axes, leaves, strict=True)]
+    orthogonalise = orthogonalise._replace(platform=where.platform)
+    return _as_planned(leaves, where, plan_for(where, orthogonalise), orthogonalise)
+
+
+def plan_for(where: Placements, orthogonalise: Orthogonaliser) -> Plan:
+    """Plans the orthogonalisation of leaves that are in pieces."""
+    return make_plan(
+        where.leaves,
+        where.sizes,
+        work=lambda m, n, dtype: orthogonalise.flops((m, n), dtype),
+        wire=orthogonalise.compute_dtype,
+    )
+
+
+def _as_planned(
+    leaves: Sequence[jax.Array], where: Placements, plan: Plan, orthogonalise: Orthogonaliser
+) -> list[jax.Array]:
+    """Carries out a plan, group by group."""
+    results: list[Any] = [None] * len(leaves)
+    for group in plan.groups:
+        indices = [member.leaf for member in group.members]
+        own = tuple(where.specs[i] for i in indices)
+        run = jax.shard_map(
+            functools.partial(_run, group=group, plan=plan, orthogonalise=orthogonalise),
+            mesh=where.mesh,
+            in_specs=own,
+            out_specs=own,
+            # What replicas gather is equal on all of them, which the type system cannot see.
+            check_vma=False,
+        )
+        for i, result in zip(indices, run(*(leaves[i] for i in indices)), strict=True):
+            results[i] = result
+    return results
+
+
+def _run(
+    *blocks: jax.Array, group: Group, plan: Plan, orthogonalise: Orthogonaliser
+) -> tuple[jax.Array, ...]:
+    """Orthogonalises the matrices of a group, seen from one device."""
+    moves = bool(group.axes or group.replicas)
+    wire = orthogonalise.compute_dtype(blocks[0].dtype) if moves else blocks[0].dtype
+    stacks = []
+    for member, block in zip(group.members, blocks, strict=True):
+        x = to_matrices(block, plan.leaves[member.leaf].axes)
+        x = x.reshape(-1, *x.shape[-2:])
+        stacks.append(_to_wire(x.mT if member.transposed else x, wire, group))
+    x = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+    x = _shared_by_replicas(x, group, plan, orthogonalise)
+    results, start = [], 0
+    for member, block in zip(group.members, blocks, strict=True):
+        part = jax.lax.slice_in_dim(x, start, start + member.count)
+        part = part.mT if member.transposed else part
+        axes = plan.leaves[member.leaf].axes
+        results.append(from_matrices(part, axes, block.shape).astype(block.dtype))
+        start += member.count
+    return tuple(results)
+
+
+def _to_wire(x: jax.Array, wire: Any, group: Group) -> jax.Array:
+    """Casts to the dtype in which matrices move; float16 has no room for every scale."""
+    if wire == jnp.float16 and x.dtype != wire:
+        largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+        x = x / nonzero(jax.lax.pmax(largest, group.axes) if group.axes else largest)
+    return x.astype(wire)
+
+
+def _shared_by_replicas(
+    x: jax.Array, group: Group, plan: Plan, orthogonalise: Orthogonaliser
+) -> jax.Array:
+    """Lets each replica orthogonalise its part of the stack, and gathers the parts."""
+    if not group.replicas:
+        return _orthogonalised(x, group, plan, orthogonalise)
+    copies = math.prod(plan.mesh[name] for name in group.replicas)
+    mine = -(-len(x) // copies)
+    padded = _padded(x, mine * copies)
+    start = mine * jax.lax.axis_index(group.replicas)
+    part = jax.lax.dynamic_slice_in_dim(padded, start, mine)
+    part = _orthogonalised(part, group, plan, orthogonalise)
+    return jax.lax.all_gather(part, group.replicas, tiled=True)[: len(x)]
+
+
+def _orthogonalised(
+    x: jax.Array, group: Group, plan: Plan, orthogonalise: Orthogonaliser
+) -> jax.Array:
+    """Orthogonalises a stack of pieces."""
+    R, C = (math.prod(plan.mesh[name] for name in axes) for axes in (group.rows, group.columns))
+    if R * C == 1:
+        return orthogonalise(x)
+    if group.stays:
+        team = Team(group.axes, group.team, None)
+        return jax.lax.map(lambda X: orthogonalise.shared(X, team, (group.m, group.n)), x)
+    cut = min(len(x), group.whole * R * C)
+    parts = []
+    if group.whole:
+        parts.append(_by_whole_matrices(x[:cut], group, (R, C), orthogonalise))
+    if group.rest:
+        parts.append(_by_teams(x[cut:], group, (R, C), orthogonalise))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _by_whole_matrices(
+    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalise: Orthogonaliser
+) -> jax.Array:
+    """Moves whole matrices to the devices, some at a time, and back."""
+    devices = math.prod(grid)
+    height = group.chunk * devices
+    count, x = len(x), _padded(x, group.whole * devices)
+
+    def there_and_back(pieces):
+        moved = _exchange(pieces.reshape(devices, group.chunk, *pieces.shape[1:]), group)
+        X = orthogonalise(_assembled(moved.swapaxes(0, 1), grid))
+        home = _exchange(_taken_apart(X, grid).swapaxes(0, 1), group)
+        return home.reshape(pieces.shape)
+
+    def step(i, x):
+        # In place: the loop carries one buffer, of which each step takes a part and puts it back.
+        pieces = jax.lax.dynamic_slice_in_dim(x, i * height, height)
+        return jax.lax.dynamic_update_slice_in_dim(x, there_and_back(pieces), i * height, 0)
+
+    if group.chunk == group.whole:
+        return there_and_back(x)[:count]
+    return jax.lax.fori_loop(0, group.whole // group.chunk, step, x)[:count]
+
+
+def _by_teams(
+    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalise: Orthogonaliser
+) -> jax.Array:
+    """Moves each matrix to a team, whose members get some columns of every piece, and back."""
+    devices, p = math.prod(grid), group.team
+    teams, count = devices // p, len(x)
+    rows, columns = x.shape[1], x.shape[2] // p
+    x = _padded(x, teams).reshape(teams, rows, p, columns).swapaxes(1, 2)
+    moved = _exchange(x.reshape(devices, rows, columns), group)
+    members = tuple(tuple(range(i * p, (i + 1) * p)) for i in range(teams))
+    team = Team(group.axes, p, members)
+    X = orthogonalise.shared(_assembled(moved, grid), team, (group.m, group.n))
+    home = _exchange(_taken_apart(X, grid), group).reshape(teams, p, rows, columns)
+    return home.swapaxes(1, 2).reshape(teams, rows, p * columns)[:count]
+
+
+def _exchange(x: jax.Array, group: Group) -> jax.Array:
+    """Sends entry i to device i, and puts what device j has sent at j."""
+    return jax.lax.all_to_all(x, group.axes, 0, 0, tiled=True)
+
+
+def _assembled(pieces: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Makes (..., m, n) matrices of (..., R C, m_l, n_l) pieces."""
+    *batch, _, height, width = pieces.shape
+    R, C = grid
+    pieces = pieces.reshape(*batch, R, C, height, width).swapaxes(-3, -2)
+    return pieces.reshape(*batch, R * height, C * width)
+
+
+def _taken_apart(X: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Undoes `_assembled`."""
+    *batch, m, n = X.shape
+    R, C = grid
+    pieces = X.reshape(*batch, R, m // R, C, n // C).swapaxes(-3, -2)
+    return pieces.reshape(*batch, R * C, m // R, n // C)
+
+
+def _padded(x: jax.Array, count: int) -> jax.Array:
+    """Fills a stack up with zero matrices, which stay zero."""
+    return x if len(x) == count else jnp.pad(x, ((0, count - len(x)), (0, 0), (0, 0)))

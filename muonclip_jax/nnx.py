@@ -1,0 +1,231 @@
+"""Attention statistics from `flax.nnx` modules."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jaxtyping import Array, Float, Shaped
+
+from muonclip_jax._flax_attention import (
+    MaxLogit,
+    attend_and_sow,
+    check_no_soft_cap,
+    check_sown_before_soft_cap,
+)
+
+
+class MaxLogits(nnx.Intermediate):
+    """The largest attention logits of one module: a tuple, with one entry for each of its calls.
+
+    `nnx.capture(model, MaxLogits)` collects them, at the path of each module. `qk_clip` takes them
+    with `nnx.state(model, nnx.Param)`, and what it returns goes back with `nnx.update`. To capture
+    `nnx.Intermediate` as well, of which this is a kind, name this first.
+
+    Inside of `nnx.value_and_grad`, capture in the function that is differentiated and return the
+    statistics with `has_aux=True`. Around and inside of `nnx.jit` and `nnx.remat` is the same.
+
+    Layers that `nnx.scan` or `nnx.vmap` stacks on axis 0 give stacked statistics. Where the axes go
+    by type, this type needs the one of the layers: `nnx.StateAxes({(nnx.Param, MaxLogits): 0, ...:
+    nnx.Carry})`. With `nnx.vmap` over the batch alone it needs the one of the batch. `jax.lax.scan`
+    drops what is sown inside: capture in its body, return the statistics with its outputs, and put
+    them at the path of the layers, `{"layers": stats}`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> from flax import nnx
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         @nnx.split_rngs(splits=3)
+      ...         @nnx.vmap
+      ...         def stack(rngs):
+      ...             return nnx.MultiHeadAttention(
+      ...                 num_heads=2, in_features=4, decode=False, rngs=rngs,
+      ...                 attention_fn=mc.nnx.attention_fn)
+      ...         self.layers = stack(rngs)
+      ...     def __call__(self, x):
+      ...         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+      ...         def body(x, layer):
+      ...             return layer(x, sow_weights=True)
+      ...         return body(x, self.layers)
+      >>> model = Model(nnx.Rngs(0))
+      >>> out, stats = nnx.capture(model, mc.nnx.MaxLogits)(jnp.ones((1, 5, 4)))
+      >>> params, info = mc.qk_clip(nnx.state(model, nnx.Param), stats, threshold=100.0)
+      >>> nnx.update(model, params)
+      >>> info.gamma["layers"].shape
+      (3, 2)
+    """
+
+
+def sow_max_logits(
+    module: nnx.Module,
+    max_logits: Float[Array, "*batch heads"],
+    *,
+    name: str = "max_logits",
+    before_soft_cap: bool = False,
+) -> bool:
+    """Hands the largest attention logits of a module to the `nnx.capture` around it.
+
+    Call it in the attention module, the one whose attributes are the query and key modules. No
+    gradient flows back. Without a capture of `MaxLogits` it does nothing, and stores nothing.
+
+    Args:
+      module: The attention module.
+      max_logits: One number per example and head, from `max_attention_logit`.
+      name: Leaf name; `stat` of the layout.
+      before_soft_cap: Whether a module with a soft cap sows what comes before the cap.
+
+    Returns:
+      Whether it was captured.
+
+    Raises:
+      ValueError: if the module has a soft cap, and nothing says that the logits are those before.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> from flax import nnx
+      >>> class Attention(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.query = nnx.LinearGeneral(4, (2, 8), rngs=rngs)
+      ...         self.key = nnx.LinearGeneral(4, (2, 8), rngs=rngs)
+      ...     def __call__(self, x):
+      ...         query, key = self.query(x), self.key(x)
+      ...         mc.nnx.sow_max_logits(self, mc.max_attention_logit(query, key))
+      ...         return jax.nn.dot_product_attention(query, key, key)
+      >>> model, x = Attention(nnx.Rngs(0)), jnp.ones((3, 5, 4))
+      >>> out, stats = nnx.capture(model, mc.nnx.MaxLogits)(x)
+      >>> stats["max_logits"][0].shape
+      (3, 2)
+
+    References:
+      Kimi K2, arXiv 2507.20534, section 2.1, definition of S_max.
+    """
+    if not before_soft_cap:
+        check_sown_before_soft_cap(module, type(module).__name__)
+    if not _is_captured(module):
+        return False
+    return module.sow(MaxLogits, name, jax.lax.stop_gradient(max_logits))
+
+
+def attention_fn(
+    query: Float[Array, "*batch t heads width"],
+    key: Float[Array, "*batch s key_heads width"],
+    value: Float[Array, "*batch s key_heads value_width"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nnx.Module | None = None,
+    promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+    is_causal: bool = False,
+    *,
+    block_size: int = 512,
+    max_logit: MaxLogit = "exact",
+    implementation: str | None = None,
+    **others: Any,
+) -> Float[Array, "*batch t heads value_width"]:
+    """Computes attention as Flax does, and sows the largest logit of each head.
+
+    For `nnx.MultiHeadAttention(attention_fn=attention_fn)`, **called with** `sow_weights=True`:
+    only then does Flax hand its module over, and without it nothing is sown. The output is that of
+    `nnx.dot_product_attention`, bit for bit, and `attention_weights` are not sown. Without a
+    capture of `MaxLogits`, as in evaluation, the statistic costs nothing.
+
+    Args:
+      query: Queries, after any rotation.
+      key: Keys. Fewer heads than queries are shared: head h uses key head `h * key_heads // heads`.
+      value: Values, one head for each of the keys.
+      bias: Added to the logits; broadcasts to `[*batch, heads, t, s]`. Counts.
+      mask: True, or not 0, where a pair may attend; broadcasts like `bias`. Masked pairs do not
+        count.
+      broadcast_dropout: As in Flax.
+      dropout_rng: As in Flax. Dropout does not touch the statistic.
+      dropout_rate: As in Flax.
+      deterministic: As in Flax.
+      dtype: As in Flax.
+      precision: As in Flax; the statistic is always exact.
+      module: The attention module; None sows nothing.
+      promote_dtype: As in Flax.
+      is_causal: As in Flax. Masked pairs do not count.
+      block_size: Of `max_attention_logit`. Set this and the next two with `functools.partial`.
+      max_logit: As in `dot_product_attention`. All but `"exact"` takes the output from there too,
+        and cannot do dropout. An upper bound is sown as `max_logits_bound`.
+      implementation: As in `jax.nn.dot_product_attention`; not None takes the output from there.
+      others: What later versions of Flax hand over, passed on to Flax's function.
+
+    Returns:
+      The attention output.
+
+    Raises:
+      ValueError: if the module has a soft cap, or asks for what `max_logit` or `implementation`
+        cannot do.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> from flax import nnx
+      >>> attn = nnx.MultiHeadAttention(num_heads=2, in_features=4, decode=False, rngs=nnx.Rngs(0),
+      ...                               attention_fn=mc.nnx.attention_fn)
+      >>> _, stats = nnx.capture(attn, mc.nnx.MaxLogits)(jnp.ones((3, 5, 4)), sow_weights=True)
+      >>> stats["max_logits"][0].shape
+      (3, 2)
+
+    References:
+      Flax, `flax/nnx/nn/attention.py`, function `dot_product_attention`.
+    """
+    sow = None
+    if module is not None:
+        check_no_soft_cap(module, type(module).__name__)
+        if _is_captured(module):
+            sow = functools.partial(sow_max_logits, module)
+
+    def flax_attention():
+        return nnx.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rng=dropout_rng,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            dtype=dtype,
+            precision=precision,
+            module=None,
+            promote_dtype=promote_dtype,
+            is_causal=is_causal,
+            **others,
+        )
+
+    q, k, v = promote_dtype((query, key, value), dtype=dtype)
+    return attend_and_sow(
+        q,
+        k,
+        v,
+        bias,
+        mask,
+        flax_attention=flax_attention,
+        sow=sow,
+        is_causal=is_causal,
+        block_size=block_size,
+        max_logit=max_logit,
+        implementation=implementation,
+        dropout_rate=None if deterministic or not dropout_rate else dropout_rate,
+        precision=precision,
+        **others,
+    )
+
+
+def _is_captured(module: nnx.Module) -> bool:
+    """Tells whether a capture of `MaxLogits` is around; `Module.sow` alone would warn and store."""
+    # Where `nnx.capture` puts what it collects, and `Module.sow` looks for it.
+    return any(type(variable) is MaxLogits for variable in getattr(module, "__captures__", ()))
