@@ -37,7 +37,7 @@ _FUNCTION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 # %name = shape opcode(%operand, ...), attributes
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_NOT_COUNTED = re.compile(r"/\*.*?\*/|(?<=\])\{[^{}]*\}")  # comments, and layouts
+_NOT_COUNTED = re.compile(r"/\*.*?\*/|(?<=\])\{[\d:][^{}]*\}")  # comments, and layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +188,6 @@ class _Program:
                 inside = None
         if not self.entry:
             raise ValueError("program_cost: no ENTRY; expected what compiled.as_text() gives.")
-        devices = re.search(r"num_partitions=(\d+)", text[: text.index("\n")])
-        self.devices = int(devices[1]) if devices else 1
         self.total = functools.cache(self._total)
 
     def _total(self, function: str) -> Mapping[Any, float]:
@@ -236,15 +234,13 @@ class _Program:
 
     def _collective(self, function: str, i: _Instruction, kind: str) -> Mapping[Any, float]:
         """Counts a collective, unless its groups are of one device."""
-        size = self.devices if kind != "collective-permute" else 2
-        if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes):
-            size = len(listed[1].split(","))
-        elif shaped := re.search(r"replica_groups=\[\d+,(\d+)\]", i.attributes):
-            size = int(shaped[1])
-        if size == 1:
+        if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", i.attributes):
             return {}
-        put_in = sum(_bytes(self.functions[function][name].shape) for name in i.operands)
-        return {("count", kind): 1, ("sent", kind): put_in * (size if kind == "all-gather" else 1)}
+        put_in = sum(sum(_bytes(self.functions[function][name].shape)) for name in i.operands)
+        got_out = _bytes(i.shape)
+        if i.opcode.endswith("-start") and kind != "all-reduce":  # inputs, outputs and others
+            got_out = got_out[len(i.operands) : 2 * len(i.operands)]
+        return {("count", kind): 1, ("sent", kind): max(put_in, sum(got_out))}
 
     def _dimensions(self, function: str, name: str) -> list[int]:
         return _dimensions(self.functions[function][name].shape)
@@ -264,14 +260,14 @@ def _dimensions(shape: str) -> list[int]:
     return [int(size) for size in _ARRAY.findall(shape)[0][1].split(",") if size]
 
 
-def _bytes(shape: str) -> float:
-    """Adds up the bytes of all arrays of a shape, which may be a tuple."""
-    total = 0.0
+def _bytes(shape: str) -> list[float]:
+    """Lists the bytes of each array of a shape, which may be a tuple."""
+    found = []
     for dtype, sizes in _ARRAY.findall(shape):
         width = re.search(r"\d+", dtype)  # of f8e4m3fn the first, too
         bits = int(width[0]) if width else 8  # pred
-        total += math.prod(int(size) for size in sizes.split(",") if size) * bits / 8
-    return total
+        found.append(math.prod(int(size) for size in sizes.split(",") if size) * bits / 8)
+    return found
 
 
 def _dot_flops(left: list[int], right: list[int], out: list[int], attributes: str) -> float:

@@ -35,6 +35,7 @@ from muonclip_jax._scale_by_muon import (
     scale_by_muon as scale_by_muon,
     scale_by_shape as scale_by_shape,
 )
+from muonclip_jax._show_plan import sharding_plan as sharding_plan
 
 if TYPE_CHECKING:
     from muonclip_jax import linen as linen, nnx as nnx
@@ -65,6 +66,7 @@ __all__ = [  # linen and nnx are there on first use
     "routing_table",
     "scale_by_muon",
     "scale_by_shape",
+    "sharding_plan",
 ]
 
 

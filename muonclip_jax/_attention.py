@@ -85,21 +85,22 @@ def dot_product_attention(
       implementation: As in `jax.nn`: None, `"xla"` or `"cudnn"`.
       return_residual: Whether the output is a pair, with the log-sum-exp of each query.
       max_logit: Where the statistic comes from.
-        `"exact"`: one more q . k, by `max_attention_logit`; the output keeps every bit.
-        `"lse_bound"`: the largest log-sum-exp of a query, rounded up: an upper bound, by at most
-        the log of the number of visible keys. No further product; XLA computes the exponentials
-        twice and may round the output otherwise in its last bit. Not in float16. Sow it as
-        `max_logits_bound`.
-        `"tokamax"`: the row maxima of the splash attention kernel of tokamax, which also computes
-        the output, at no cost. TPU only. No `bias`, `mask` or `implementation`, and lengths t and
-        s that are multiples of 128. Queries are scaled in their own dtype, which rounds bfloat16
-        unless the scale is a power of two. A query that sees no key gives zero. On several devices,
-        call it inside `jax.shard_map(..., check_vma=False)`.
+        `"exact"`: one more q . k, by `max_attention_logit`. The output keeps every bit.
+        `"lse_bound"`: an upper bound, from the log-sum-exp that `jax.nn` gives, rounded up. Too
+        large by at most the log of the number of keys that a query sees; sow it under the name
+        `max_logits_bound`. No further product, but XLA computes the exponentials twice, and the
+        last bits of the output may differ. A bound on the logits as `jax.nn` computed them, in the
+        default precision. Not in float16.
+        `"tokamax"`: row maxima from the splash attention kernel of tokamax, which then computes
+        the output as well. For TPUs; on several, inside `jax.shard_map(..., check_vma=False)`.
+        Without `bias`, `mask` and `implementation`, and for lengths t and s that are multiples of
+        128. Queries are scaled in their own dtype, which rounds bfloat16 unless the scale is a
+        power of two. A query that sees no key gives zero.
         A function: called as `f(query, key, value, bias, mask, scale=, is_causal=,
-        query_seq_lengths=, key_value_seq_lengths=, local_window_size=)`, with four axes and a
-        number as scale, it returns the output `[batch, t, heads, value_width]` and the statistic
-        `[batch, heads]`. That must be the signed maximum: after scale and bias, without masked
-        pairs, before any soft cap, in units of e and not of 2, and never a constant or an estimate.
+        query_seq_lengths=, key_value_seq_lengths=, local_window_size=)`, arrays with four axes and
+        the scale a number, it returns the output and a statistic `[batch, heads]`. That must be the
+        signed maximum after scale and bias, without masked pairs, before any soft cap, in natural
+        units (kernels may give it in base 2), and never a constant estimate.
 
     Returns:
       `(out, max_logits)`: output, or output and residual; and float32 `[batch, heads]`, -inf where

@@ -13,8 +13,8 @@ from muonclip_jax._attention_sites import Path, Site, Survey
 
 _IF_MISSING = (
     'A statistic is missing when "intermediates" is not in `mutable` of `apply`, or not in '
-    "`variable_axes` of `nn.scan` or `nn.vmap`, or when attention with `linen.attention_fn` was "
-    "called without `sow_weights=True`."
+    "`variable_axes` of `nn.scan` or `nn.vmap`, or when attention with `attention_fn` was called "
+    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` was around the call."
 )
 _IF_ADAPTERS = "Pass the whole parameter tree: a clip of adapters alone cannot hold."
 _IF_UNKNOWN = (

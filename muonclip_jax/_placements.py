@@ -15,10 +15,9 @@ from muonclip_jax._types import ArrayTree
 
 _EXPLICIT = AxisType.Explicit
 
-_CURE = (
-    "Pass the shardings of the parameters: shardings=jax.tree.map(lambda x: x.sharding, params)."
-)
-_CURE_OF_MESHES = "Put all of them on one mesh: jax.device_put(params, shardings)."
+# Cures.
+_SAY = "Pass the shardings of the parameters: shardings=jax.tree.map(lambda x: x.sharding, params)."
+_PUT = "Put all leaves on one mesh: params = jax.device_put(params, shardings)."
 
 
 class Placements(NamedTuple):
@@ -89,9 +88,9 @@ def placements(
         try:
             found.append(_sharding_of(path, x, typed, shardings))
         except ValueError as error:
-            faults.append(f"  {path}: {x.dtype}{list(x.shape)}: {error}")
-    _refuse(where, len(flat), faults, _CURE)
-    _refuse(where, len(flat), list(_on_another_mesh(flat, found)), _CURE_OF_MESHES)
+            fault, cure = (*error.args, _SAY)[:2]
+            faults.append((f"  {path}: {x.dtype}{list(x.shape)}: {fault}", cure))
+    _refuse(where, len(flat), faults or list(_on_another_mesh(flat, found)))
     if not found or math.prod(found[0].mesh.shape.values()) == 1:
         return None
     mesh = _mesh(flat, found)
@@ -109,9 +108,11 @@ def _sharding_of(
     said, mesh = shardings.get(path), typed.mesh
     explicit = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == _EXPLICIT}
     if said is None and len(explicit) < max(1, len(mesh.axis_names)):
-        raise ValueError(_nothing_known(mesh, shardings))
+        raise ValueError(*_nothing_known(mesh, shardings))
     if said is not None and not isinstance(said, NamedSharding):
         raise ValueError(f"got {said}, expected a NamedSharding.")
+    if said is not None and not explicit and _EXPLICIT in said.mesh.axis_types:
+        raise ValueError("it is not on the Explicit mesh of `shardings`.", _PUT)
     sharding = typed if said is None else said
     by_type, by_axis = _mesh_axes(typed, x.ndim), _mesh_axes(sharding, x.ndim)
     if explicit and by_type != tuple(tuple(n for n in names if n in explicit) for names in by_axis):
@@ -122,13 +123,13 @@ def _sharding_of(
     return NamedSharding(mesh, sharding.spec) if explicit else sharding
 
 
-def _nothing_known(mesh: Any, shardings: Mapping[str, Any]) -> str:
-    """Says why it is not known where a leaf lies."""
+def _nothing_known(mesh: Any, shardings: Mapping[str, Any]) -> tuple[str, str]:
+    """Says why it is not known where a leaf lies, and the cure."""
     if shardings:
-        return f"`shardings` has none at this path; its first one is at {min(shardings)}."
+        return f"`shardings` has none at this path; its first one is at {min(shardings)}.", _SAY
     if mesh.axis_names:
-        return f"its type does not tell how it lies on the Auto axes of {dict(mesh.shape)}."
-    return "it is on no mesh, and other leaves are."
+        return f"its type does not tell how it lies on the Auto axes of {dict(mesh.shape)}.", _SAY
+    return "it is on no mesh, and other leaves are.", _PUT
 
 
 def _mesh_axes(sharding: NamedSharding, ndim: int) -> tuple[MeshAxes, ...]:
@@ -144,18 +145,19 @@ def _mesh_axes(sharding: NamedSharding, ndim: int) -> tuple[MeshAxes, ...]:
 
 def _on_another_mesh(
     flat: Sequence[tuple[str, jax.Array]], found: Sequence[NamedSharding]
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
     """Names the leaves that are on another mesh than the first one."""
     for (path, _), sharding in zip(flat, found, strict=True):
         if sharding.mesh.abstract_mesh != found[0].mesh.abstract_mesh:
-            yield f"  {path}: is on {sharding.mesh}, {flat[0][0]} is on {found[0].mesh}."
+            yield f"  {path}: is on {sharding.mesh}, {flat[0][0]} is on {found[0].mesh}.", _PUT
 
 
-def _refuse(where: str, count: int, faults: Sequence[str], cure: str) -> None:
-    """Raises if there are faults."""
+def _refuse(where: str, count: int, faults: Sequence[tuple[str, str]]) -> None:
+    """Raises if there are faults, each of them with its cure."""
     if faults:
+        texts, cures = zip(*faults, strict=True)
         head = f"{where}: {len(faults)} of {count} leaves cannot be planned."
-        raise ValueError("\n".join([head, *faults, cure]))
+        raise ValueError("\n".join([head, *texts, *dict.fromkeys(cures)]))
 
 
 def _mesh(flat: Sequence[tuple[str, jax.Array]], found: Sequence[NamedSharding]) -> Any:

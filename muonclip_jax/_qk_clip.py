@@ -70,8 +70,8 @@ def qk_clip(
 
     Args:
       params: The parameters, in any containers, with or without a root key `params`.
-      max_logits: The statistics, as `linen.sow_max_logits` leaves them: at the path of each
-        attention module, `max_logits`: an array or a tuple of arrays `[*stack, ..., heads]`.
+      max_logits: The statistics, as `sow_max_logits` of `linen` and `nnx` leave them: at the path
+        of each attention module, `max_logits`: an array or a tuple of `[*stack, ..., heads]`.
         All axes but stacks of layers and heads are reduced with the maximum. What is called
         `max_logits_bound` is an upper bound, which may clip early and is counted.
       layout: Where queries and keys are. Of several, each module is taken by the first that fits.

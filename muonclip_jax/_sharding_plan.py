@@ -258,7 +258,7 @@ class _Matrix(NamedTuple):
     def bytes(self) -> int:
         return self.m * self.n * self.item
 
-    def exchanged(self) -> float:
+    def exchanged(self) -> int:
         """Bytes that a member of a team sends: two sums of X Xᴴ, and fourteen products' rows."""
         # Five steps in Gram form: two windows; 3 A B for each step but the first, which has 1, and
         # the last, which needs no new R. Sums are unrounded and go round twice.

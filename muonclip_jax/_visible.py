@@ -126,7 +126,7 @@ def visible(
         marks &= ((lo <= ahead) & (ahead <= hi))[None, None, None]
     for length, block, axis in zip(rules.lengths, (own, other), (-1, -2), strict=True):
         if length is not None:
-            inside = block.positions[None, :] < length.astype(jnp.int32)[:, None]
+            inside = block.positions[None, :] < length[:, None]
             marks &= jnp.expand_dims(inside, (1, 2, axis))
     if rules.ids is not None:
         marks &= _same_segment(rules.ids, own, other)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from muonclip_jax._flax_attention import (
     MaxLogit,
@@ -87,6 +87,7 @@ def attention_fn(
     qk_attn_weights_einsum: Callable[..., Array] | None = None,
     attn_weights_value_einsum: Callable[..., Array] | None = None,
     *,
+    is_causal: bool = False,
     block_size: int = 512,
     max_logit: MaxLogit = "exact",
     implementation: str | None = None,
@@ -116,7 +117,9 @@ def attention_fn(
       einsum_dot_general: As in Flax.
       qk_attn_weights_einsum: As in Flax.
       attn_weights_value_einsum: As in Flax.
-      block_size: Of `max_attention_logit`. Set this and the next two with `functools.partial`.
+      is_causal: Whether query i sees only keys j <= i. Kernels do this with less work than for a
+        mask. Set this and what follows with `functools.partial`.
+      block_size: Of `max_attention_logit`.
       max_logit: As in `dot_product_attention`. All but `"exact"` takes the output from there too,
         and cannot do dropout. An upper bound is sown as `max_logits_bound`.
       implementation: As in `jax.nn.dot_product_attention`; not None takes the output from there.
@@ -162,7 +165,7 @@ def attention_fn(
             jnp.repeat(key, group, axis=-2) if group > 1 else key,
             jnp.repeat(value, group, axis=-2) if group > 1 else value,
             bias=bias,
-            mask=mask,
+            mask=_causal_mask(mask, query, key) if is_causal else mask,
             broadcast_dropout=broadcast_dropout,
             dropout_rng=dropout_rng,
             dropout_rate=dropout_rate,
@@ -181,12 +184,25 @@ def attention_fn(
         mask,
         flax_attention=flax_attention,
         sow=sow,
+        is_causal=is_causal,
         block_size=block_size,
         max_logit=max_logit,
         implementation=implementation,
         dropout_rate=None if deterministic or not dropout_rate else dropout_rate,
         **hooks,
     )
+
+
+def _causal_mask(
+    mask: Shaped[Array, "..."] | None,
+    query: Float[Array, "*batch t heads width"],
+    key: Float[Array, "*batch s key_heads width"],
+) -> Bool[Array, "..."]:
+    """Adds causality to a mask, as Flax's function takes it in no other way."""
+    causal = jnp.tri(query.shape[-3], key.shape[-3], dtype=bool)
+    if mask is None:
+        return jnp.expand_dims(causal, range(query.ndim - 2))
+    return jnp.expand_dims(causal, range(mask.ndim - 2)) & (mask != 0)
 
 
 def _where(module: nn.Module) -> str:

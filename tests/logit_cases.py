@@ -25,6 +25,11 @@ def queries_and_keys(b=2, t=13, s=13, n=4, k=4, h=8, dtype: Any = np.float32):
     return draw(0, b, t, n, h, dtype=dtype), draw(1, b, s, k, h, dtype=dtype)
 
 
+def inputs(k=2, dtype: Any = np.float32, **shapes):
+    q, key = queries_and_keys(k=k, dtype=dtype, **shapes)
+    return q, key, draw(4, *key.shape, dtype=dtype)
+
+
 def boolean(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).random(shape) < 0.5)
 

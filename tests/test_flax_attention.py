@@ -13,7 +13,7 @@ from flax import nnx
 
 import muonclip_jax as mc
 from attention_cases import draw, same_bits
-from flax_cases import CALLS, X, capture, linen_attention, nnx_attention, run
+from flax_cases import CALLS, X, capture, linen_attention, linen_call, nnx_attention, run
 
 MASKS = {"no mask": None, "a mask": jnp.tri(7)}
 
@@ -295,3 +295,17 @@ def test_linen_nnx_and_plain_functions_clip_to_the_same_bits():
         other = nnx.to_pure_dict(other) if isinstance(other, nnx.State) else other
         assert jax.tree.structure(other) == jax.tree.structure(new)
         assert all(map(same_bits, jax.tree.leaves(other), jax.tree.leaves(new)))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_logit": "lse_bound"}, {"implementation": "xla"}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal_option_of_linen_is_a_causal_mask(options, masked):
+    padding = jnp.arange(X.shape[1])[None, None, None] < 5 if masked else None
+    causal = nn.make_causal_mask(X[..., 0])
+    both = nn.combine_masks(causal, padding)
+    expected, stats = linen_call(X, both, options=options)
+    actual, causal_stats = linen_call(X, padding, options={"is_causal": True, **options})
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(causal_stats, stats, rtol=1e-6)
+    plain, _ = linen_call(X, padding, options=options)
+    assert not np.allclose(plain, expected)

@@ -126,7 +126,9 @@ def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
     module = linen_attention()
     variables = module.init(jax.random.key(0), X)
     _, state = module.apply(variables, X, mutable=["intermediates"])
-    with pytest.raises(ValueError, match="was called without `sow_weights=True`"):
+    with pytest.raises(
+        ValueError, match="with `attention_fn` was called without `sow_weights=True`"
+    ):
         mc.qk_clip(variables["params"], state)
 
 

@@ -59,7 +59,10 @@ def test_window_without_any_pair_gives_minus_infinity(block_size):
 
 def test_nan_in_padding_does_not_count():
     q, key = queries_and_keys()
-    rules = {"query_seq_lengths": lengths(9, 13), "key_value_seq_lengths": lengths(13, 5)}
+    rules: dict[str, Any] = {
+        "query_seq_lengths": lengths(9, 13),
+        "key_value_seq_lengths": lengths(13, 5),
+    }
     expected = reference.max_logits(q, key, **rules)
     q, key = q.at[0, 9:].set(jnp.nan), key.at[1, 5:].set(jnp.nan)
     close(largest(q, key, block_size=4, **rules), expected)

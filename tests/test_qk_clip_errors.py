@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("no_typecheck")
 LAYOUT = "MultiHeadLayout(query='query', key='key')"
 CAUSES = (
     'A statistic is missing when "intermediates" is not in `mutable` of `apply`, or not in '
-    "`variable_axes` of `nn.scan` or `nn.vmap`, or when attention with `linen.attention_fn` was "
-    "called without `sow_weights=True`."
+    "`variable_axes` of `nn.scan` or `nn.vmap`, or when attention with `attention_fn` was called "
+    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` was around the call."
 )
 
 

@@ -1,0 +1,110 @@
+"""Meshes, leaves of every kind that lie on them, and what a compiled program sends."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import muonclip_jax as mc
+
+NAMES = ("x", "y", "z")
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make_mesh(sizes, kind="explicit"):
+    """Makes a mesh of the axes x, y, z, as many as there are sizes."""
+    return jax.make_mesh(sizes, NAMES[: len(sizes)], axis_types=(KINDS[kind],) * len(sizes))
+
+
+def on(mesh, spec):
+    """Keeps of a spec what this mesh has: P(("x", "z"), "y") is P("x") on the mesh of x alone."""
+    entries = (e if isinstance(e, tuple) else (e,) for e in spec)
+    kept = (tuple(name for name in names if name in mesh.axis_names) for names in entries)
+    return P(*(names or None for names in kept))
+
+
+class Leaf(NamedTuple):
+    """A leaf of the test trees: its shape, how it lies, and which axes are its matrices."""
+
+    shape: tuple[int, ...]
+    spec: P
+    numbers: mc.MuonDimensionNumbers = mc.MuonDimensionNumbers(-2, -1)
+
+
+def draw(leaves, seed=0, dtype=jnp.float32):
+    """Draws an array for each leaf of a tree."""
+    rng = np.random.default_rng(seed)
+
+    def normal(leaf):
+        x = rng.normal(size=leaf.shape)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            x = x + 1j * rng.normal(size=leaf.shape)
+        return jnp.asarray(x, dtype)
+
+    return jax.tree.map(normal, leaves, is_leaf=is_leaf)
+
+
+def shardings_of(mesh, leaves):
+    """Says how each leaf of a tree lies on a mesh."""
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, on(mesh, leaf.spec)), leaves, is_leaf=is_leaf
+    )
+
+
+def numbers_of(leaves):
+    """Says which axes of each leaf are its matrices."""
+    return jax.tree.map(lambda leaf: leaf.numbers, leaves, is_leaf=is_leaf)
+
+
+def is_leaf(x):
+    return isinstance(x, Leaf)
+
+
+class Collective(NamedTuple):
+    """What one instruction sends; `bytes` are those of its result on each device."""
+
+    kind: str
+    bytes: int
+    in_loop: bool
+
+
+_COLLECTIVES = "|".join(
+    ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+    + ("collective-broadcast", "ragged-all-to-all")
+)
+_INSTRUCTION = re.compile(rf" = (\(.*?\)|\S+) ({_COLLECTIVES})(?:-start)?\(")
+_ARRAY = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\[([\d,]*)\]")
+_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
+
+
+def collectives(function, *args: Any, **jit: Any) -> list[Collective]:
+    """Lists the communication in a function, compiled for the CPU; a combined one counts once."""
+    compiled = function if hasattr(function, "lower") else jax.jit(function, **jit)
+    text = str(compiled.lower(*args).compile().as_text())
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found, computation = [], ""
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            computation = header[1]
+        elif match := _INSTRUCTION.search(line):
+            found.append(Collective(match[2], _size(match[1]), computation in bodies))
+    return found
+
+
+def _size(shapes):
+    """Counts the bytes of all arrays in the text of a shape."""
+    total = 0
+    for dtype, bits, dimensions in _ARRAY.findall(shapes):
+        item = _BYTES[dtype] if dtype in _BYTES else int(bits) // 8
+        total += item * int(np.prod([int(d) for d in dimensions.split(",") if d]))
+    return total
+
+
+def sent(found, kind):
+    """Adds up the bytes of one kind of collective."""
+    return sum(c.bytes for c in found if c.kind == kind)
