@@ -160,8 +160,13 @@ class _Instruction:
     name: str
     shape: str
     opcode: str
-    operands: tuple[str, ...]
+    arguments: str
     attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names what it works on; in some programs each shape stands before its name."""
+        return re.findall(r"%([\w.\-]+)", self.arguments)
 
     def called(self, *keys: str) -> list[str]:
         """Lists the functions that stand under some attributes."""
@@ -179,8 +184,7 @@ class _Program:
         for line in _NOT_COUNTED.sub("", text).splitlines():
             if inside is not None and (match := _INSTRUCTION.match(line)):
                 name, shape, opcode, rest = match.groups()
-                operands, attributes = _cut(rest)
-                inside[name] = _Instruction(name, shape, opcode, operands, attributes)
+                inside[name] = _Instruction(name, shape, opcode, *_cut(rest))
             elif match := _FUNCTION.match(line):
                 inside = self.functions.setdefault(match[2], {})
                 self.entry = match[2] if match[1] else self.entry
@@ -226,11 +230,15 @@ class _Program:
         return total
 
     def _times(self, i: _Instruction) -> int | None:
-        """Tells how often a loop runs; None if it does not say so."""
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes)
-        if not known:
-            return None
-        return int(known[1]) if self.loops else 1
+        """Tells how often a loop runs: while a counter is below a constant; None if not so."""
+        if not self.loops:
+            return 1
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes):
+            return int(known[1])
+        condition = self.functions[i.called("condition")[0]].values()
+        limits = [j.arguments for j in condition if j.opcode == "constant"]
+        below = any("direction=LT" in j.attributes for j in condition)
+        return int(limits[0]) if below and len(limits) == 1 and limits[0].isdigit() else None
 
     def _collective(self, function: str, i: _Instruction, kind: str) -> Mapping[Any, float]:
         """Counts a collective, unless its groups are of one device."""
@@ -243,6 +251,20 @@ class _Program:
         return {("count", kind): 1, ("sent", kind): max(put_in, sum(got_out))}
 
     def _dimensions(self, function: str, name: str) -> list[int]:
+        return _dimensions(self.functions[function][name].shape)
+
+
+def _cut(rest: str) -> tuple[str, str]:
+    """Separates `arguments), attributes`."""
+    depth = 1
+    for end, character in enumerate(rest):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return rest[:end], rest[end + 1 :]
+    return rest, ""
+
+
+def _dimensions(self, function: str, name: str) -> list[int]:
         return _dimensions(self.functions[function][name].shape)
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from compiled_cost import REMATERIALISATION, captured_stderr, compiled_cost, tpu_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from sharded_step import about, rounded
+from sharded_step import placed_like
 
 import muonclip_jax as mc
 from muonclip_jax._placements import placements, shardings_by_path
@@ -112,7 +112,8 @@ class Model:
             spec, back = P(None, "expert", "fsdp", None), P(None, "expert", None, "fsdp")
             side = leaf(*stack, self.experts, d, self.expert, spec=spec)
             down = leaf(*stack, self.experts, self.expert, d, spec=back)
-            router = {"kernel": leaf(*stack, d, self.experts), "bias": leaf(*stack, self.experts)}
+            kernel = leaf(*stack, d, self.experts, spec=P(None, "fsdp", None))
+            router = {"kernel": kernel, "bias": leaf(*stack, self.experts)}
             experts = {"gate_proj": side, "up_proj": side, "down_proj": down}
             return found | {"router": router, "experts": experts, "shared": mlp(self.expert)}
 
@@ -151,20 +152,6 @@ def trace(model: Model, mesh: Mesh) -> Any:
         params, seen = mc.qk_clip(params, statistics, model.layout(), threshold=100.0)
         return params, state, mc.qk_clip_metrics(seen)
 
-    def like(s: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
-
-    def masked(s: Any) -> bool:  # what the other of the two optimizers has
-        return isinstance(s, optax.MaskedNode)
-
-    everywhere = NamedSharding(mesh, P())
-    state = optax.tree.map_params(
-        tx,
-        lambda s, p: s if masked(s) else like(s, p.sharding),
-        jax.eval_shape(tx.init, params),
-        params,
-        transform_non_params=lambda s: like(s, everywhere),
-        is_leaf=masked,
-    )
+    state = placed_like(params, jax.eval_shape(tx.init, params))
     step = jax.jit(step, donate_argnums=(1, 2))
     return step.trace(params, state, params, model.statistics(mesh))

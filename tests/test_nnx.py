@@ -132,7 +132,7 @@ def test_shared_keys_and_a_bias_count_as_in_flax():
 def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
     module = nnx_attention()
     _, stats = capture(module, X)
-    with pytest.raises(ValueError, match="in NNX, when no `nnx[.]capture"):
+    with pytest.raises(ValueError, match=r"in NNX, when no `nnx[.]capture"):
         mc.qk_clip(nnx.state(module, nnx.Param), stats)
 
 

@@ -4,6 +4,9 @@ Where the defect is a formula the test has it too, so that it fails if the situa
 right from wrong. File names: MaxText is AI-Hypercomputer/maxtext, read at commit 03bf39d.
 """
 
+import functools
+from typing import Any
+
 import chex
 import flax.linen as nn
 import jax
@@ -28,7 +31,7 @@ def statistic(*maxima):
     return {"max_logits": jnp.asarray(maxima, jnp.float32)}
 
 
-def unchanged(old, new, head=slice(None)):
+def unchanged(old, new, head: int | slice = slice(None)):
     """Whether the query and key weights, or those of one head, kept every bit."""
     return all(
         same_bits(old[name]["kernel"][..., head, :], new[name]["kernel"][..., head, :])
@@ -137,13 +140,14 @@ def test_biases_that_were_not_scaled_kept_the_logits_above_the_threshold():
 
 
 def test_maxtext_direct_query_of_mla_was_not_recognised():
-    # MaxText, src/maxtext/utils/qk_clip_utils.py: only wq_b and wkv_b; q_lora_rank 0 has neither.
-    widths = {"nope_dim": 2, "rope_dim": 1, "value_dim": 2}
+    # MaxText, src/maxtext/utils/qk_clip_utils.py: of wq_b and wkv_b; q_lora_rank 0 has no wq_b.
+    layout = functools.partial(mc.MLALayout, nope_dim=2, rope_dim=1, value_dim=2)
     params = {"q": {"kernel": jnp.ones((3, 1, 3))}, "kv_b": {"kernel": jnp.ones((3, 1, 4))}}
     with pytest.raises(ValueError, match=r"Name the modules: MLALayout\(query='q', "):
-        mc.qk_clip(params, statistic(400.0), mc.MLALayout(**widths))
-    new, _ = mc.qk_clip(params, statistic(400.0), mc.MLALayout(query="q", **widths))
-    # On the key alone the nope part would land at 200 of 400, and the rotary part stay.
+        mc.qk_clip(params, statistic(400.0), layout())
+    new, _ = mc.qk_clip(params, statistic(400.0), layout(query="q"))
+    # On the key alone the nope part lands at 200, and the rotary part stays at its 400.
+    assert 400 * jnp.sqrt(peer_gamma(400.0)) == 200
     assert new["kv_b"]["kernel"][0, 0].tolist() == [0.5, 0.5, 1, 1]
     assert new["q"]["kernel"][0, 0].tolist() == [0.5, 0.5, 0.25]
 
@@ -202,10 +206,10 @@ def test_float32_causal_mask_of_flax_was_refused_by_jax():
     module = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=mc.linen.attention_fn)
     params = module.init(jax.random.key(0), x)["params"]
     settings = {"mask": mask, "sow_weights": True, "mutable": ["intermediates"]}
-    _, state = module.apply({"params": params}, x, **settings)
+    result: Any = module.apply({"params": params}, x, **settings)
     query, key = (reference.project(x, params[n]["kernel"], 2) for n in ("query", "key"))
     expected = reference.max_logits(query, key, is_causal=True)
-    np.testing.assert_allclose(state["intermediates"]["max_logits"][0], expected, rtol=2e-6)
+    np.testing.assert_allclose(result[1]["intermediates"]["max_logits"][0], expected, rtol=2e-6)
 
 
 # How it travels.
@@ -242,7 +246,7 @@ def test_optax_multi_steps_shows_its_inner_optimizer_only_the_last_micro_batch()
         inside = optax.apply_updates(inside, updates)
         joined = mc.merge_max_logits(joined, stats)
     assert unchanged(params, inside)
-    after, _ = mc.qk_clip(params, joined, where=optimizer.has_updated(state))
+    after, _ = mc.qk_clip(params, joined, where=jnp.asarray(optimizer.has_updated(state)))
     np.testing.assert_array_equal(after["query"]["kernel"], params["query"]["kernel"] / 2)
 
 
