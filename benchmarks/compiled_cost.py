@@ -4,20 +4,15 @@
     print(compiled_cost(traced.lower().compile()))
 
 The program that XLA has made is text: functions of instructions, each with its shapes. Here those
-that matter are counted, and what is in a loop as often as the loop runs. Works for CPU, and ahead
-of time for a TPU that is not there (`tpu_mesh`).
+that matter are counted, and what is in a loop as often as the loop runs. Works for CPU and TPU.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import math
-import os
 import re
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,9 +25,6 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-# What XLA says on stderr where it could not go from one sharding to another but by gathering all.
-REMATERIALISATION = "Involuntary full rematerialization"
-
 _FUNCTION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 # %name = shape opcode(%operand, ...), attributes
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
@@ -108,51 +100,6 @@ def program_cost(text: str, loops: bool = True) -> Cost:
         argument_bytes=None,
         temporary_bytes=None,
     )
-
-
-def tpu_mesh(topology: str, shape: Sequence[int], names: Sequence[str]) -> Any:
-    """Makes a mesh of TPU chips that need not be there, to compile for.
-
-    Call it before JAX looks for devices. `libtpu` must be installed.
-
-    Args:
-      topology: Generation and chips along each axis of the torus, such as `"v5p:4x4x4"`.
-      shape: Size of each mesh axis.
-      names: Of the mesh axes.
-
-    Returns:
-      A `jax.sharding.Mesh`, whose axes are Auto.
-    """
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks the network what machine this is
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    import jax
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return jax.sharding.Mesh(np.array(devices).reshape(shape), names)
-
-
-@contextlib.contextmanager
-def captured_stderr() -> Iterator[list[str]]:
-    """Catches what is written to stderr, by C++ too; the list has it afterwards, in one piece."""
-    log: list[str] = []
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield log
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            log.append(file.read().decode(errors="replace"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,20 +209,6 @@ def _cut(rest: str) -> tuple[str, str]:
         if not depth:
             return rest[:end], rest[end + 1 :]
     return rest, ""
-
-
-def _dimensions(self, function: str, name: str) -> list[int]:
-        return _dimensions(self.functions[function][name].shape)
-
-
-def _cut(rest: str) -> tuple[tuple[str, ...], str]:
-    """Separates `%operand, ...), attributes`; an operand may have its shape before its name."""
-    depth = 1
-    for end, character in enumerate(rest):
-        depth += (character == "(") - (character == ")")
-        if not depth:
-            return tuple(re.findall(r"%([\w.\-]+)", rest[:end])), rest[end + 1 :]
-    return (), ""
 
 
 def _dimensions(shape: str) -> list[int]:

@@ -2,6 +2,7 @@
 
     python examples/train_lm.py
     python examples/train_lm.py --optimizer adamw --data my_texts/
+    python examples/train_lm.py --aot-topology v5p:2x2x1
 
 Everything lands in one run folder: metrics.jsonl, summary.json, loss.png, max_logits.png and the
 checkpoints. Exit codes: 0 done, or stopped by SIGTERM or SIGINT after saving; 2 bad input;
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = settings.parse(arguments)
     stop = StopFlag()
     try:
+        if config.aot_topology is not None:
+            print(compile_ahead(config))
+            return 0
         corpus = data.load(config.data, config.seq_len)
         run = rundir.open_run(config, corpus)
         if run.done:
@@ -66,6 +70,14 @@ def train(config: settings.Config, corpus: data.Corpus, path: pathlib.Path, stop
     ended = (path / rundir.SUMMARY).exists()
     print(report(path) if ended else f"stopped after step {done}; --resume --out {path} goes on")
     return 0
+
+
+def compile_ahead(config: settings.Config) -> str:
+    """Says what a step would cost on a TPU slice; reads no text and writes nothing."""
+    from lm import ahead
+    from lm.training import MODELS
+
+    return ahead.report(config, MODELS[config.model]())
 
 
 def report(path: pathlib.Path) -> str:

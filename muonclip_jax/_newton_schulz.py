@@ -25,7 +25,7 @@ from muonclip_jax._iterations import (
     standard,
     standard_cost,
 )
-from muonclip_jax._products import accumulator
+from muonclip_jax._products import accumulator, multiply
 from muonclip_jax._settings import check_choice
 from muonclip_jax._team import Team
 from muonclip_jax._types import Row, Scalar
@@ -169,6 +169,8 @@ class Orthogonaliser(NamedTuple):
     def flops(self, shape: Sequence[int], dtype: Any) -> float:
         """Counts the FLOPs of one matrix of this shape and dtype (a multiply-add is two)."""
         n, m = sorted(shape[-2:])
+        if n == 0:
+            return 0.0
         computed = self.compute_dtype(dtype)
         blocks = block_count(n, self.platform)
         rows = self._rows(computed)
@@ -321,7 +323,10 @@ def _normalise(x: jax.Array, preconditioning: str, eps: jax.Array, team: Team | 
     largest = team.max(largest) if team else largest
     shift = jnp.where(largest > 1, 1 / _SHIFT, _SHIFT).astype(largest.dtype)
     x = (x * shift.astype(x.dtype)) / nonzero(largest * shift).astype(x.dtype)
-    if preconditioning == "spectral":
+    if preconditioning == "spectral" and team:
+        A = team.sum(multiply(x, x.mT.conj()))
+        norm = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(A)[..., -1:, None], 0))
+    elif preconditioning == "spectral":
         norm = jnp.linalg.svd(x, compute_uv=False)[..., :1, None]
     elif team:
         norm = jnp.sqrt(team.sum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True)))

@@ -144,23 +144,40 @@ def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
 def _largest(sites: Sequence[Site]) -> dict[str, Float[Array, "*stack heads"]]:
     """Reduces each statistic to `[*stack, heads]`, all modules of one leading shape at a time."""
     # One reduction, and so one all-reduce where the batch is sharded, for the whole model.
-    groups = defaultdict(list)
+    groups, parts = defaultdict(list), _parts(site.heads(site.statistics[0]) for site in sites)
     for site in sites:
         for entry in site.statistics:
-            # Heads before stacks: a reshape keeps the sharding of the major axis that it merges.
             x = jnp.moveaxis(entry, site.stat_axes, range(-site.stack, 0)).astype(jnp.float32)
             leading, shape = x.shape[: -site.stack - 1], x.shape[-site.stack - 1 :]
-            x = x.reshape(*leading, math.prod(shape))
+            x = _split(x, len(leading), parts)
             groups[leading, jax.typeof(x).sharding].append((site.name, shape, x))
     largest = {}
     for (leading, _), members in groups.items():
         joined = jnp.concatenate([x for _, _, x in members], axis=-1)
         maxima = jnp.max(joined, axis=tuple(range(len(leading))), initial=-jnp.inf)
         ends = np.cumsum([x.shape[-1] for _, _, x in members])
-        for (name, shape, _), part in zip(members, jnp.split(maxima, ends[:-1]), strict=True):
-            part = jnp.moveaxis(part.reshape(shape), 0, -1)
-            largest[name] = jnp.maximum(largest.get(name, part), part)
+        pieces = jnp.split(maxima, ends[:-1], axis=-1)
+        for (name, (heads, *stack), _), x in zip(members, pieces, strict=True):
+            x = x.reshape(parts, heads // parts, *stack).reshape(heads, *stack)
+            x = jnp.moveaxis(x, 0, -1)
+            largest[name] = jnp.maximum(largest.get(name, x), x)
     return {site.name: largest[site.name] for site in sites}
+
+
+def _parts(heads: Iterable[int]) -> int:
+    """The largest number of equal parts that the heads of every module divide into."""
+    return math.gcd(*heads) or 1
+
+
+def _split(x: Float[Array, "..."], axis: int, parts: int) -> Float[Array, "..."]:
+    """Splits heads, at `axis`, into `[parts, rest]`, with all that is behind them in the rest.
+
+    Where heads are sharded they are so along the parts, a number that all modules have: joined
+    along the rest nothing moves between devices, whatever the numbers of heads.
+    """
+    before, (heads, *behind) = x.shape[:axis], x.shape[axis:]
+    x = x.reshape(*before, parts, heads // parts, *behind)
+    return x.reshape(*before, parts, heads // parts * math.prod(behind))
 
 
 def _gamma(
@@ -196,29 +213,39 @@ def _info(
 ) -> QKClipInfo:
     """Sums up, after the one reduction over the batch."""
     s, g = _joined(largest.values()), _joined(gamma.values())
-    clipped = sum((jnp.sum(x < 1, dtype=jnp.int32) for x in g), jnp.int32(0))
-    nonfinite = (jnp.sum(_nonfinite(x), dtype=jnp.int32) for x in s)
+    # One reduction of each kind: each is an all-reduce where heads are sharded.
+    largest_of_all = functools.reduce(
+        jnp.maximum,
+        (jnp.max(jnp.stack([a, -b]), axis=(1, 2)) for a, b in zip(s, g, strict=True)),
+        jnp.asarray([-jnp.inf, -1], jnp.float32),
+    )
+    counts = (
+        jnp.sum(jnp.stack([b < 1, _nonfinite(a)]), axis=(1, 2), dtype=jnp.int32)
+        for a, b in zip(s, g, strict=True)
+    )
+    clipped, nonfinite = sum(counts, jnp.zeros(2, jnp.int32))
     heads = sum(x.size for x in g)
     return QKClipInfo(
         max_logits=largest,
         gamma=gamma,
-        max_logit=functools.reduce(jnp.maximum, map(jnp.max, s), jnp.float32(-jnp.inf)),
-        min_gamma=functools.reduce(jnp.minimum, map(jnp.min, g), jnp.float32(1)),
+        max_logit=largest_of_all[0],
+        min_gamma=-largest_of_all[1],
         clipped_heads=clipped,
         clipped_fraction=clipped.astype(jnp.float32) / max(heads, 1),
-        nonfinite_heads=sum(nonfinite, jnp.int32(0)),
+        nonfinite_heads=nonfinite,
         skipped_modules=jnp.int32(skipped),
         bound_modules=jnp.int32(bounds),
     )
 
 
-def _joined(arrays: Iterable[Float[Array, "*stack heads"]]) -> list[Float[Array, " n"]]:
+def _joined(arrays: Iterable[Float[Array, "*stack heads"]]) -> list[Float[Array, "parts n"]]:
     """Joins all numbers, those of one sharding in one array: others cannot be concatenated."""
-    groups = defaultdict(list)
+    arrays = list(arrays)
+    groups, parts = defaultdict(list), _parts(x.shape[-1] for x in arrays)
     for x in arrays:
-        x = jnp.moveaxis(x, -1, 0).ravel()
+        x = _split(jnp.moveaxis(x, -1, 0), 0, parts)
         groups[jax.typeof(x).sharding].append(x)
-    return [jnp.concatenate(group) for group in groups.values()]
+    return [jnp.concatenate(group, axis=-1) for group in groups.values()]
 
 
 def _check_settings(

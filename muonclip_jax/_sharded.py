@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from muonclip_jax._grouping import in_groups
 from muonclip_jax._iterations import nonzero
@@ -62,32 +63,36 @@ def _as_planned(
 ) -> list[jax.Array]:
     """Carries out a plan, group by group."""
     results: list[Any] = [None] * len(leaves)
+    eps = jnp.asarray(orthogonalise.eps)  # an argument: what is traced must not be closed over
     for group in plan.groups:
         indices = [member.leaf for member in group.members]
         own = tuple(where.specs[i] for i in indices)
         run = jax.shard_map(
             functools.partial(_run, group=group, plan=plan, orthogonalise=orthogonalise),
             mesh=where.mesh,
-            in_specs=own,
+            in_specs=(PartitionSpec(), *own),
             out_specs=own,
             # What replicas gather is equal on all of them, which the type system cannot see.
             check_vma=False,
         )
-        for i, result in zip(indices, run(*(leaves[i] for i in indices)), strict=True):
+        # jit: outside of one, shard_map would compile every operation on its own.
+        done = jax.jit(run)(eps, *(leaves[i] for i in indices))
+        for i, result in zip(indices, done, strict=True):
             results[i] = result
     return results
 
 
 def _run(
-    *blocks: jax.Array, group: Group, plan: Plan, orthogonalise: Orthogonaliser
+    eps: jax.Array, *blocks: jax.Array, group: Group, plan: Plan, orthogonalise: Orthogonaliser
 ) -> tuple[jax.Array, ...]:
     """Orthogonalises the matrices of a group, seen from one device."""
+    orthogonalise = orthogonalise._replace(eps=eps)
     moves = bool(group.axes or group.replicas)
     wire = orthogonalise.compute_dtype(blocks[0].dtype) if moves else blocks[0].dtype
     stacks = []
     for member, block in zip(group.members, blocks, strict=True):
         x = to_matrices(block, plan.leaves[member.leaf].axes)
-        x = x.reshape(-1, *x.shape[-2:])
+        x = x.reshape(member.count, *x.shape[-2:])
         stacks.append(_to_wire(x.mT if member.transposed else x, wire, group))
     x = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
     x = _shared_by_replicas(x, group, plan, orthogonalise)
@@ -102,8 +107,8 @@ def _run(
 
 
 def _to_wire(x: jax.Array, wire: Any, group: Group) -> jax.Array:
-    """Casts to the dtype in which matrices move; float16 has no room for every scale."""
-    if wire == jnp.float16 and x.dtype != wire:
+    """Casts to the dtype in which matrices move, which may not have room for every scale."""
+    if jnp.finfo(wire).maxexp < jnp.finfo(x.dtype).maxexp:
         largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
         x = x / nonzero(jax.lax.pmax(largest, group.axes) if group.axes else largest)
     return x.astype(wire)
@@ -129,7 +134,7 @@ def _orthogonalised(
 ) -> jax.Array:
     """Orthogonalises a stack of pieces."""
     R, C = (math.prod(plan.mesh[name] for name in axes) for axes in (group.rows, group.columns))
-    if R * C == 1:
+    if R * C == 1 or x.size == 0:
         return orthogonalise(x)
     if group.stays:
         team = Team(group.axes, group.team, None)

@@ -90,8 +90,6 @@ def trained_on_one_device(name):
     ("name", "mesh", "kind", "spec_of"),
     [
         ("adamw", "data", AxisType.Auto, replicated),
-        ("adamw", "data", AxisType.Explicit, replicated),
-        ("adamw", "data and model", AxisType.Auto, replicated),
         ("adamw", "data and model", AxisType.Explicit, replicated),
         ("adamw", "data and model", AxisType.Auto, heads_over_model),
         ("muon", "data", AxisType.Explicit, replicated),
@@ -262,3 +260,26 @@ def test_training_under_shard_map_equals_one_device(start):
     expected, expected_infos = trained_on_one_device("adamw")
     chex.assert_trees_all_close(infos, expected_infos, rtol=1e-5)  # measured 4e-7
     chex.assert_trees_all_close(params, expected, rtol=0, atol=1e-5)  # measured 4e-7
+
+
+@each_kind
+def test_heads_over_devices_cost_no_more_communication(kind):
+    params, stats = mixed_model()
+    params = {
+        name: {n: {"kernel": layer[n]["kernel"]} for n in ("query", "key", "q", "k") if n in layer}
+        for name, layer in params.items()
+    }
+    mesh = make_mesh("data and model", kind)
+
+    def of_statistic(path, leaf):
+        return P(
+            *(None, "data", "model")
+            if path[0] == "c"
+            else ("data", *[None] * (leaf.ndim - 2), "model")
+        )
+
+    with jax.set_mesh(mesh):
+        inputs = put(mesh, params, heads_over_model), put(mesh, stats, of_statistic)
+        assert collectives(lambda *args: clip(*args)[0], *inputs) == ["all-reduce"]
+        # The scalars of the info are a maximum and a sum over all heads.
+        assert collectives(clip, *inputs) == ["all-reduce"] * 3

@@ -1,4 +1,4 @@
-"""QK-clip under jit, vmap, scan, donation, sharding, and JAX's own checks."""
+"""QK-clip under jit, vmap, scan, donation, and JAX's own checks."""
 
 import chex
 import jax

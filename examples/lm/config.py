@@ -89,6 +89,8 @@ class Config:
       resume: Whether to go on with the run in `out`.
       no_progress: Whether to hide the progress bar.
       accumulate: Micro-batches for each optimizer step; 1 takes the batch in one piece.
+      aot_topology: TPU slice for which to compile a step and print what it costs, instead of
+        training; needs libtpu, but no TPU.
     """
 
     model: str = field(default="gqa", metadata={"help": "architecture", "choices": MODELS})
@@ -146,6 +148,13 @@ class Config:
         metadata={
             "help": "micro-batches for each optimizer step; 1 takes the batch in one piece",
             "type": integer(1),
+        },
+    )
+    aot_topology: str | None = field(
+        default=None,
+        metadata={
+            "help": "only print what a step costs on a TPU slice that need not be there, such as"
+            " v5p:2x2x1; needs libtpu"
         },
     )
 

@@ -39,14 +39,28 @@ def make_schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Builds the optimizer that the settings name, without the clip."""
+def make_optimizer(config: Config, shardings: Any = None) -> optax.GradientTransformation:
+    """Builds the optimizer that the settings name, without the clip.
+
+    Args:
+      config: Settings.
+      shardings: Of the weights, where several devices divide them.
+
+    Returns:
+      The optimizer.
+    """
     schedule = make_schedule(config)
     if config.optimizer == "adamw":
         return optax.adamw(schedule, b2=ADAM_B2, weight_decay=WEIGHT_DECAY)
     # Algorithm 1 of Kimi K2 but for the clip: as a function of the parameters after the update, it
     # can also say which heads it scaled.
-    return mc.muonclip(schedule, weight_decay=WEIGHT_DECAY, adam_b2=ADAM_B2, threshold=None)
+    return mc.muonclip(
+        schedule,
+        weight_decay=WEIGHT_DECAY,
+        adam_b2=ADAM_B2,
+        threshold=None,
+        shardings=shardings,
+    )
 
 
 def make_loss(model: nn.Module) -> Callable[..., tuple[jax.Array, Any]]:

@@ -1,0 +1,258 @@
+"""Reads what a compiled step costs on each device; nothing is run.
+
+    traced = jax.jit(step).trace(*arguments)
+    print(compiled_cost(traced.lower().compile()))
+
+The program that XLA has made is text: functions of instructions, each with its shapes. Here those
+that matter are counted, and what is in a loop as often as the loop runs. Works for CPU and TPU.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_FUNCTION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
+# %name = shape opcode(%operand, ...), attributes
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_NOT_COUNTED = re.compile(r"/\*.*?\*/|(?<=\])\{[\d:][^{}]*\}")  # comments, and layouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one device does in one step.
+
+    Attributes:
+      flops: Of all matrix products; a multiply-add is two.
+      counts: Number of collectives of each kind, but those of one device.
+      sent: Bytes of each kind: the larger of what a device puts in and what it gets out.
+      cycles: Cycles that the TPU compiler expects each of its kernels to take; 0 elsewhere.
+      seconds: The TPU compiler's estimate for the step, without the time of links; None elsewhere.
+      unknown_loops: Loops that do not tell how often they run: counted once, so that the figures
+        are then too small.
+      argument_bytes: Memory of the arguments.
+      temporary_bytes: Memory that is needed besides arguments and results.
+    """
+
+    flops: float
+    counts: dict[str, int]
+    sent: dict[str, float]
+    cycles: float
+    seconds: float | None
+    unknown_loops: int
+    argument_bytes: int | None
+    temporary_bytes: int | None
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes of all collectives."""
+        return sum(self.sent.values())
+
+
+def compiled_cost(compiled: Any) -> Cost:
+    """Counts what a `jax.stages.Compiled` costs."""
+    cost, once = program_cost(compiled.as_text()), program_cost(compiled.as_text(), loops=False)
+    memory = compiled.memory_analysis()
+    seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
+    # The compiler takes each loop as if it ran once. On CPU its figure is negative.
+    repeated = cost.flops / once.flops if once.flops else 1.0
+    return dataclasses.replace(
+        cost,
+        seconds=seconds * repeated if seconds > 0 else None,
+        argument_bytes=getattr(memory, "argument_size_in_bytes", None),
+        temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
+    )
+
+
+def program_cost(text: str, loops: bool = True) -> Cost:
+    """Counts the same from the text alone, without what is only in the compiler.
+
+    Args:
+      text: Of the compiled program.
+      loops: Whether a loop counts as often as it runs, or once.
+
+    Raises:
+      ValueError: if this is no such text.
+    """
+    program = _Program(text, loops)
+    found = program.total(program.entry)
+    return Cost(
+        flops=found["flops"],
+        counts={kind: int(found["count", kind]) for kind in COLLECTIVES if found["count", kind]},
+        sent={kind: found["sent", kind] for kind in COLLECTIVES if found["count", kind]},
+        cycles=found["cycles"],
+        seconds=None,
+        unknown_loops=int(found["unknown"]),
+        argument_bytes=None,
+        temporary_bytes=None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    arguments: str
+    attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names what it works on; in some programs each shape stands before its name."""
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+    def called(self, *keys: str) -> list[str]:
+        """Lists the functions that stand under some attributes."""
+        found = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+        return [name for names in found for name in re.findall(r"[\w.\-]+", names)]
+
+
+class _Program:
+    """The functions of a program; figures of each are found once."""
+
+    def __init__(self, text: str, loops: bool) -> None:
+        self.loops = loops
+        self.functions: dict[str, dict[str, _Instruction]] = {}
+        self.entry, inside = "", None
+        for line in _NOT_COUNTED.sub("", text).splitlines():
+            if inside is not None and (match := _INSTRUCTION.match(line)):
+                name, shape, opcode, rest = match.groups()
+                inside[name] = _Instruction(name, shape, opcode, *_cut(rest))
+            elif match := _FUNCTION.match(line):
+                inside = self.functions.setdefault(match[2], {})
+                self.entry = match[2] if match[1] else self.entry
+            elif line.startswith("}"):
+                inside = None
+        if not self.entry:
+            raise ValueError("program_cost: no ENTRY; expected what compiled.as_text() gives.")
+        self.total = functools.cache(self._total)
+
+    def _total(self, function: str) -> Mapping[Any, float]:
+        """Adds up one run of a function."""
+        total: collections.Counter = collections.Counter()
+        for instruction in self.functions[function].values():
+            for key, value in self._figures(function, instruction).items():
+                total[key] += value
+        return total
+
+    def _figures(self, function: str, i: _Instruction) -> Mapping[Any, float]:
+        """Gives the figures of one instruction and of all that it calls."""
+        kind = i.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            return self._collective(function, i, kind)
+        if i.opcode in ("dot", "convolution"):
+            left, right = (self._dimensions(function, name) for name in i.operands)
+            flops = _dot_flops if i.opcode == "dot" else _convolution_flops
+            return {"flops": flops(left, right, _dimensions(i.shape), i.attributes)}
+        if i.opcode == "while":
+            times = self._times(i)
+            body = {k: v * (times or 1) for k, v in self.total(*i.called("body")).items()}
+            return collections.Counter(body) + collections.Counter(unknown=times is None)
+        if i.opcode == "conditional":  # the dearest branch, figure by figure
+            names = i.called("branch_computations", "true_computation", "false_computation")
+            branches = [self.total(name) for name in names]
+            return {k: max(b[k] for b in branches) for branch in branches for k in branch}
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+        total = collections.Counter(cycles=int(cycles[1]) if cycles else 0)
+        if i.opcode in ("fusion", "call", "async-start"):
+            for name in i.called("calls", "to_apply"):
+                inner = dict(self.total(name))
+                if i.opcode == "fusion":  # its cycles are those of all that is in it
+                    inner.pop("cycles", None)
+                total.update(inner)
+        return total
+
+    def _times(self, i: _Instruction) -> int | None:
+        """Tells how often a loop runs: while a counter is below a constant; None if not so."""
+        if not self.loops:
+            return 1
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes):
+            return int(known[1])
+        condition = self.functions[i.called("condition")[0]].values()
+        limits = [j.arguments for j in condition if j.opcode == "constant"]
+        below = any("direction=LT" in j.attributes for j in condition)
+        return int(limits[0]) if below and len(limits) == 1 and limits[0].isdigit() else None
+
+    def _collective(self, function: str, i: _Instruction, kind: str) -> Mapping[Any, float]:
+        """Counts a collective, unless its groups are of one device."""
+        if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", i.attributes):
+            return {}
+        put_in = sum(sum(_bytes(self.functions[function][name].shape)) for name in i.operands)
+        got_out = _bytes(i.shape)
+        if i.opcode.endswith("-start") and kind != "all-reduce":  # inputs, outputs and others
+            got_out = got_out[len(i.operands) : 2 * len(i.operands)]
+        return {("count", kind): 1, ("sent", kind): max(put_in, sum(got_out))}
+
+    def _dimensions(self, function: str, name: str) -> list[int]:
+        return _dimensions(self.functions[function][name].shape)
+
+
+def _cut(rest: str) -> tuple[str, str]:
+    """Separates `arguments), attributes`."""
+    depth = 1
+    for end, character in enumerate(rest):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return rest[:end], rest[end + 1 :]
+    return rest, ""
+
+
+def _dimensions(shape: str) -> list[int]:
+    return [int(size) for size in _ARRAY.findall(shape)[0][1].split(",") if size]
+
+
+def _bytes(shape: str) -> list[float]:
+    """Lists the bytes of each array of a shape, which may be a tuple."""
+    found = []
+    for dtype, sizes in _ARRAY.findall(shape):
+        width = re.search(r"\d+", dtype)  # of f8e4m3fn the first, too
+        bits = int(width[0]) if width else 8  # pred
+        found.append(math.prod(int(size) for size in sizes.split(",") if size) * bits / 8)
+    return found
+
+
+def _dot_flops(left: list[int], right: list[int], out: list[int], attributes: str) -> float:
+    del right
+    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)
+    contracted = (left[int(axis)] for axis in axes[1].split(",") if axis) if axes else ()
+    return 2.0 * math.prod(out) * math.prod(contracted)
+
+
+def _convolution_flops(left: list[int], right: list[int], out: list[int], attributes: str) -> float:
+    """Counts as products those of an entry that is there: a batch is a window full of holes."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None
+    of_left, of_right, of_out = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    settings = dict(pair.split("=") for pair in window[1].split()) if window else {}
+    flops = 2.0 * right[of_right.index("i")]
+    flops *= out[of_out.index("b")] * out[of_out.index("f")]
+    for axis in range(sum(label.isdigit() for label in of_out)):
+
+        def setting(key: str, default: str, axis: int = axis) -> str:
+            return settings[key].split("x")[axis] if key in settings else default
+
+        stride, holes_left, holes_right = (
+            int(setting(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        before = int(setting("pad", "0_0").split("_")[0])
+        o = np.arange(out[of_out.index(str(axis))])[:, None]
+        k = np.arange(right[of_right.index(str(axis))])[None, :]
+        at = o * stride + k * holes_right - before
+        last = (left[of_left.index(str(axis))] - 1) * holes_left
+        flops *= np.count_nonzero((at >= 0) & (at <= last) & (at % holes_left == 0))
+    return float(flops)
