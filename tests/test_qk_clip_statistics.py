@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
@@ -86,21 +85,6 @@ def test_micro_batches_are_joined_under_a_scan():
     rest = jax.tree.map(lambda x: x[1:], stacked)
     joined, _ = jax.lax.scan(lambda a, b: (mc.merge_max_logits(a, b), None), first, rest)
     np.testing.assert_array_equal(joined["max_logits"][0], [400, np.nan])
-
-
-def test_recipe_for_multi_steps_clips_once_with_the_worst_micro_batch():
-    optimizer = optax.MultiSteps(optax.sgd(0.0), every_k_schedule=2)
-    params, running = attention(1), {"max_logits": jnp.full(1, -jnp.inf)}
-    state, gammas = optimizer.init(params), []
-    for s in (400.0, 50.0, 50.0, 50.0):
-        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
-        params = optax.apply_updates(params, updates)
-        running = mc.merge_max_logits(running, {"max_logits": jnp.asarray([s])})
-        emit = jnp.asarray(optimizer.has_updated(state))
-        params, info = mc.qk_clip(params, running, where=emit)
-        running = jax.tree.map(lambda x, e=emit: jnp.where(e, -jnp.inf, x), running)
-        gammas.append(float(info.gamma[""][0]))
-    assert gammas == [1, 0.25, 1, 1]
 
 
 @pytest.mark.parametrize("traced", [False, True])

@@ -156,8 +156,9 @@ def update_of_few(kind="explicit", dtype=jnp.float32, **settings):
 
 
 def on_mesh(grads, **settings):
+    """Updates on the mesh; gives the result on the host."""
     compiled, state, shardings = update_of_few(**settings)
-    return compiled(jax.device_put(grads, shardings), state)[0]
+    return jax.tree.map(np.asarray, compiled(jax.device_put(grads, shardings), state)[0])
 
 
 def test_these_leaves_need_every_strategy(dear_work):
@@ -219,7 +220,7 @@ def test_sixteen_bits_lose_no_more_than_without_a_mesh(ns_dtype):
         assert reference.relative_error(g, e) < 1.5 * reference.relative_error(p, e)
 
 
-@pytest.mark.parametrize("scale", [1e30, 1e-30])
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])
 @pytest.mark.parametrize("ns_dtype", [jnp.float32, jnp.float16])
 def test_the_scale_of_a_gradient_does_not_matter(scale, ns_dtype):
     grads = draw(FEW)
@@ -261,17 +262,17 @@ def test_a_broken_matrix_loses_only_itself(bad, ns_dtype):
         "local": [7],
     }
     for name, where in lost.items():
-        np.testing.assert_array_equal(np.asarray(got[name])[~where], clean[name][~where])
+        np.testing.assert_array_equal(got[name][~where], clean[name][~where])
 
 
 def test_zero_matrices_stay_zero():
     grads = draw(FEW)
-    zero = {"moved": [0, 8, 10], "held": (), "shared": [2], "local": [1]}
+    zero = {"moved": np.array([0, 8, 10]), "shared": 2, "local": 1, "held": slice(None)}
     for name, which in zero.items():
         grads[name] = grads[name].at[which].set(0)
     got = on_mesh(grads)
     for name, which in zero.items():
-        np.testing.assert_array_equal(got[name][which], jnp.zeros_like(grads[name])[which])
+        np.testing.assert_array_equal(got[name][which], np.zeros_like(got[name][which]))
     expected = step(grads)
     del got["held"], expected["held"]
     assert_close(got, expected, 1e-5)
