@@ -84,7 +84,7 @@ def trace(tx: optax.GradientTransformation, params: Any) -> Any:
 
 
 def placed_like(params: Any, state: Any) -> Any:
-    """Lays each leaf of a state as the parameter whose path its own ends with; others everywhere."""
+    """Lays a leaf as the parameter whose path its own ends with, and others everywhere."""
     flat = jax.tree_util.tree_leaves_with_path(params)
     where = {path: p.sharding for path, p in flat}
     everywhere = NamedSharding(flat[0][1].sharding.mesh, P())

@@ -86,57 +86,70 @@ class Model:
 
     def parameters(self, mesh: Mesh) -> Any:
         """Gives the parameters: every large one is divided by all chips."""
+        embedding = (self.vocabulary, self.hidden)
+        tree = {
+            "embed": (embedding, ("expert", "fsdp")),
+            "dense_layer": self._layer((), {"mlp": self._mlp((), self.dense)}),
+            "layers": self._layer((self.layers - 1,), self._experts((self.layers - 1,))),
+            "norm": {"scale": ((self.hidden,), ())},
+            "lm_head": (embedding[::-1], ("fsdp", "expert")),
+        }
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf[0], jnp.float32, sharding=NamedSharding(mesh, P(*leaf[1]))
+            ),
+            tree,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
 
-        def leaf(*sizes: int, spec: P = P()) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, spec))
+    def _layer(self, stack: tuple[int, ...], mlp: dict[str, Any]) -> dict[str, Any]:
+        """Lists the leaves of a layer, or of a stack of them, as (shape, mesh axes)."""
+        d, q, kv, heads = self.hidden, self.q_rank, self.kv_rank, self.heads
+        attention = {
+            "q_a": _into(stack, d, q),
+            "q_b": _into(stack, q, heads * (self.nope + self.rope)),
+            "kv_a": _into(stack, d, kv + self.rope),
+            "kv_b": _into(stack, kv, heads * (self.nope + self.value)),
+            "out": _back(stack, heads * self.value, d),
+        }
+        norms = {"attn_norm": d, "mlp_norm": d, "q_norm": q, "kv_norm": kv}
+        scales = {name: {"scale": ((*stack, size), ())} for name, size in norms.items()}
+        return {"attn": {name: {"kernel": x} for name, x in attention.items()}, **scales, **mlp}
 
-        def layer(*stack: int) -> dict[str, Any]:
-            none = (None,) * len(stack)
-            wide, tall = P(*none, "fsdp", "expert"), P(*none, "expert", "fsdp")
+    def _mlp(self, stack: tuple[int, ...], units: int) -> dict[str, Any]:
+        side = {"kernel": _into(stack, self.hidden, units)}
+        down = {"kernel": _back(stack, units, self.hidden)}
+        return {"gate_proj": side, "up_proj": side, "down_proj": down}
 
-            def mlp(hidden: int) -> dict[str, Any]:
-                side = {"kernel": leaf(*stack, self.hidden, hidden, spec=wide)}
-                down = {"kernel": leaf(*stack, hidden, self.hidden, spec=tall)}
-                return {"gate_proj": side, "up_proj": side, "down_proj": down}
-
-            d, q, kv = self.hidden, self.q_rank, self.kv_rank
-            attention = {
-                "q_a": leaf(*stack, d, q, spec=wide),
-                "q_b": leaf(*stack, q, self.heads * (self.nope + self.rope), spec=wide),
-                "kv_a": leaf(*stack, d, kv + self.rope, spec=wide),
-                "kv_b": leaf(*stack, kv, self.heads * (self.nope + self.value), spec=wide),
-                "out": leaf(*stack, self.heads * self.value, d, spec=tall),
-            }
-            norms = {"attn_norm": d, "mlp_norm": d, "q_norm": q, "kv_norm": kv}
-            found: dict[str, Any] = {n: {"scale": leaf(*stack, s)} for n, s in norms.items()}
-            found["attn"] = {name: {"kernel": x} for name, x in attention.items()}
-            if not stack:
-                return found | {"mlp": mlp(self.dense)}
-            spec, back = P(None, "expert", "fsdp", None), P(None, "expert", None, "fsdp")
-            side = leaf(*stack, self.experts, d, self.expert, spec=spec)
-            down = leaf(*stack, self.experts, self.expert, d, spec=back)
-            kernel = leaf(*stack, d, self.experts, spec=P(None, "fsdp", None))
-            router = {"kernel": kernel, "bias": leaf(*stack, self.experts)}
-            experts = {"gate_proj": side, "up_proj": side, "down_proj": down}
-            return found | {"router": router, "experts": experts, "shared": mlp(self.expert)}
-
+    def _experts(self, stack: tuple[int, ...]) -> dict[str, Any]:
+        d, units, many = self.hidden, self.expert, (*stack, self.experts)
+        side = ((*many, d, units), (None, "expert", "fsdp", None))
+        down = ((*many, units, d), (None, "expert", None, "fsdp"))
+        router = {"kernel": ((*stack, d, self.experts), (None, "fsdp")), "bias": (many, ())}
         return {
-            "embed": leaf(self.vocabulary, self.hidden, spec=P("expert", "fsdp")),
-            "dense_layer": layer(),
-            "layers": layer(self.layers - 1),
-            "norm": {"scale": leaf(self.hidden)},
-            "lm_head": leaf(self.hidden, self.vocabulary, spec=P("fsdp", "expert")),
+            "router": router,
+            "experts": {"gate_proj": side, "up_proj": side, "down_proj": down},
+            "shared": self._mlp(stack, units),
         }
 
     def statistics(self, mesh: Mesh) -> Any:
         """Gives the largest logits as the forward pass leaves them, for each sequence."""
 
         def leaf(*stack: int) -> dict[str, Any]:
-            where = NamedSharding(mesh, P(*(None,) * len(stack), mesh.axis_names, None))
+            where = NamedSharding(mesh, P(*(None for _ in stack), mesh.axis_names, None))
             shape = (*stack, self.batch, self.heads)
-            return {"attn": {"max_logits": (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where),)}}
+            x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+            return {"attn": {"max_logits": (x,)}}
 
         return {"dense_layer": leaf(), "layers": leaf(self.layers - 1)}
+
+
+def _into(stack: tuple[int, ...], rows: int, columns: int) -> tuple[Any, Any]:
+    return (*stack, rows, columns), (*(None for _ in stack), "fsdp", "expert")
+
+
+def _back(stack: tuple[int, ...], rows: int, columns: int) -> tuple[Any, Any]:
+    return (*stack, rows, columns), (*(None for _ in stack), "expert", "fsdp")
 
 
 def trace(model: Model, mesh: Mesh) -> Any:
@@ -207,7 +220,9 @@ def measure(model: Model, mesh: Mesh) -> dict[str, Any]:
         "rematerialisations": compilation.rematerialisations,
         "compile_seconds": compilation.seconds,
         "compile_cpu_seconds": compilation.cpu_seconds,
+        # By the sum of what is allocated, and by the most that is in use at any time.
         "temporaries_by_arguments": (cost.temporary_bytes or 0) / (cost.argument_bytes or 1),
+        "peak_by_arguments": (cost.peak_bytes or 0) / (cost.argument_bytes or 1),
         "standard_flops": floor,
         "flops_by_standard": cost.flops / floor,
         "training_step": training_step(cost, mesh.size),
@@ -240,16 +255,18 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         *results["plan"],
         f"{results['parameters'] / 1e12:.3f}e12 parameters; {results['note']}",
-        f"compiled in {results['compile_seconds']:.0f} s, {results['compile_cpu_seconds']:.0f} s of "
-        f"processors; load before {results['load_before']:.1f}",
+        f"compiled in {results['compile_seconds']:.0f} s, that is "
+        f"{results['compile_cpu_seconds']:.0f} s of processors; load before "
+        f"{results['load_before']:.1f}",
         f"each chip: arguments {memory[0] / 1e9:.2f} GB, temporaries {memory[1] / 1e9:.2f} GB, "
-        f"{results['temporaries_by_arguments']:.1%} of them",
+        f"{results['temporaries_by_arguments']:.1%} of them; most in use at any time "
+        f"{(results['peak_bytes'] or 0) / 1e9:.2f} GB, {results['peak_by_arguments']:.3f} of them",
         f"FLOPs {results['flops']:.3g}, by standard steps {results['flops_by_standard']:.3f}",
         f"GB of collectives: {sent}",
         f"unknown loops {results['unknown_loops']}, "
         f"whole arrays gathered {results['rematerialisations']}",
-        f"optimizer {step['optimizer_seconds']:.3f} s by {step['model_seconds']:.1f} s of the model "
-        f"at {UTILISATION:.0%} utilisation: {step['optimizer_share']:.2%} of a training step",
+        f"optimizer {step['optimizer_seconds']:.3f} s, model {step['model_seconds']:.1f} s at "
+        f"{UTILISATION:.0%} utilisation: {step['optimizer_share']:.2%} of a training step",
     ]
     return "\n".join(lines)
 

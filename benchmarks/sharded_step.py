@@ -87,9 +87,9 @@ CASES = {
     "stacks": Case("v5p:4x4x4", (16, 4), 32, True),
     "layers": Case("v5p:4x4x4", (16, 4), 32, False),
     "few_layers": Case("v5p:4x4x4", (16, 4), 8, False),
-    "v5e": Case("v5e:4x4", (8, 2), 4, True),
-    "v6e": Case("v6e:4x4", (8, 2), 4, True),
-    "7x": Case("tpu7x:2x2x2", (8, 2), 4, True),
+    "v5e": Case("v5e:4x4", (8, 2), 16, True),
+    "v6e": Case("v6e:4x4", (8, 2), 16, True),
+    "7x": Case("tpu7x:2x2x2", (8, 2), 16, True),
 }
 
 

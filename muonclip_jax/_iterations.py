@@ -37,6 +37,7 @@ from muonclip_jax._products import (
     hermitian_share,
     join,
     mean_diagonal,
+    mean_square,
     multiply,
     product,
     split,
@@ -74,7 +75,7 @@ def standard(
     X = split(x, blocks)
     for step, (a, b, c) in enumerate(rows):
         if step > 0:
-            A = _shifted(_gram_matrix(X, team), x.dtype)
+            A = _shifted_gram_matrix(X, team)
         z, Z = _even_part(A, b, c, team)
         X = _combine(x.dtype, (a + z, X), (1.0, product(Z, X)))
     return join(X)
@@ -87,7 +88,7 @@ def gram(
     x, R = _preconditioned(x, preconditioning, blocks, team)
     for index, window in enumerate(windows):
         if index > 0:
-            R = _shifted(_gram_matrix(split(x, blocks), team), x.dtype)
+            R = _shifted_gram_matrix(split(x, blocks), team)
         q, Q = _accumulated(R, window, team)
         x = _combine(x.dtype, (q, x), (1.0, multiply(join(Q), x)))
     return x
@@ -231,9 +232,9 @@ def _preconditioned(
     x: jax.Array, preconditioning: str, blocks: int, team: Team | None
 ) -> tuple[jax.Array, Shifted]:
     """Forms X Xᴴ, and for two preconditionings scales X by diag(s), and it on both sides."""
-    A = _gram_matrix(split(x, blocks), team)
     if preconditioning not in ("schatten", "aol"):
-        return x, _shifted(A, x.dtype)
+        return x, _shifted_gram_matrix(split(x, blocks), team)
+    A = _gram_matrix(split(x, blocks), team)
     whole = join(block_rows(A))
     if preconditioning == "schatten":  # s = ‖A‖^(-1/2), and ‖A‖^(1/2) is the Schatten-4 norm of X
         total = jnp.linalg.norm(whole, axis=(-2, -1), keepdims=True)
@@ -245,11 +246,21 @@ def _preconditioned(
     return _combine(x.dtype, (join(s), x)), _shifted(A, x.dtype)
 
 
-def _shifted(A: Hermitian, dtype: Any) -> Shifted:
-    """Rounds an unrounded matrix to `dtype`, and for 16 bits takes its mean diagonal out."""
+def _shifted_gram_matrix(X: Rows, team: Team | None) -> Shifted:
+    """Forms X Xᴴ, in the dtype of X."""
+    A = _gram_matrix(X, team)
+    if team or not _is_narrow(X[0].dtype):
+        return _shifted(A, X[0].dtype)
+    # The trace of X Xᴴ from X: known before the product, it is taken out as that is rounded, and
+    # the unrounded matrix need not be kept.
+    return _shifted(A, X[0].dtype, mean_square(X))
+
+
+def _shifted(A: Hermitian, dtype: Any, s: Any = None) -> Shifted:
+    """Rounds an unrounded matrix to `dtype`, and for 16 bits takes its mean diagonal s out."""
     if not _is_narrow(dtype):
         return 0.0, _combine(dtype, (1.0, A))
-    s = mean_diagonal(A)
+    s = mean_diagonal(A) if s is None else s
     return s, _combine(dtype, (1.0, add_identity(-s, A)))
 
 

@@ -70,8 +70,8 @@ def placements(
       shardings: What the user says, by path; empty if nothing.
 
     Returns:
-      Where they are. None where there is nothing to plan: one device, or nothing known, or inside
-      of the user's own `jax.shard_map`, where every device has whole leaves.
+      Where they are. None where there is nothing to plan: an Auto mesh of one device, or nothing
+      known, or inside of the user's own `jax.shard_map`, where every device has whole leaves.
 
     Raises:
       ValueError: for leaves whose place is not known or cannot be planned, all of them at once.
@@ -91,7 +91,8 @@ def placements(
             fault, cure = (*error.args, _SAY)[:2]
             faults.append((f"  {path}: {x.dtype}{list(x.shape)}: {fault}", cure))
     _refuse(where, len(flat), faults or list(_on_another_mesh(flat, found)))
-    if not found or math.prod(found[0].mesh.shape.values()) == 1:
+    # With types that name a mesh axis, even of one device, XLA takes no products by itself.
+    if not found or (math.prod(found[0].mesh.shape.values()) == 1 and _EXPLICIT not in kinds):
         return None
     mesh = _mesh(flat, found)
     leaves = tuple(

@@ -106,6 +106,13 @@ def mean_diagonal(A: Hermitian) -> jax.Array:
     return _sum(jnp.trace(block, axis1=-2, axis2=-1) for block in diagonal)[..., None, None] / n
 
 
+def mean_square(X: Rows) -> jax.Array:
+    """Averages the squared length of the rows, which is the diagonal of X Xᴴ; axes as above."""
+    wide = (x.astype(accumulator(x.dtype)) for x in X)
+    total = _sum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True) for x in wide)
+    return total / sum(x.shape[-2] for x in X)
+
+
 def add_identity(s: Any, A: Hermitian) -> Hermitian:
     """Computes s I + A."""
 

@@ -158,8 +158,8 @@ def _by_whole_matrices(
 
     def there_and_back(pieces):
         moved = _exchange(pieces.reshape(devices, group.chunk, *pieces.shape[1:]), group)
-        X = orthogonalise(_assembled(moved.swapaxes(0, 1), grid))
-        home = _exchange(_taken_apart(X, grid).swapaxes(0, 1), group)
+        X = orthogonalise(_kept(_assembled(moved.swapaxes(0, 1), grid)))
+        home = _exchange(_taken_apart(_kept(X), grid).swapaxes(0, 1), group)
         return home.reshape(pieces.shape)
 
     def step(i, x):
@@ -183,14 +183,19 @@ def _by_teams(
     moved = _exchange(x.reshape(devices, rows, columns), group)
     members = tuple(tuple(range(i * p, (i + 1) * p)) for i in range(teams))
     team = Team(group.axes, p, members)
-    X = orthogonalise.shared(_assembled(moved, grid), team, (group.m, group.n))
-    home = _exchange(_taken_apart(X, grid), group).reshape(teams, p, rows, columns)
+    X = orthogonalise.shared(_kept(_assembled(moved, grid)), team, (group.m, group.n))
+    home = _exchange(_taken_apart(_kept(X), grid), group).reshape(teams, p, rows, columns)
     return home.swapaxes(1, 2).reshape(teams, rows, p * columns)[:count]
 
 
 def _exchange(x: jax.Array, group: Group) -> jax.Array:
     """Sends entry i to device i, and puts what device j has sent at j."""
     return jax.lax.all_to_all(x, group.axes, 0, 0, tiled=True)
+
+
+def _kept(X: jax.Array) -> jax.Array:
+    """Makes the compiler lay pieces together in 16 bits; it would cast them to float32 first."""
+    return jax.lax.optimization_barrier(X)
 
 
 def _assembled(pieces: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -220,15 +220,15 @@ def _group(
     batch = leaf.mesh_axes(leaf.axes.batch)
     matrix = _Matrix(m, n, work(m, n, leaf.dtype), wire(leaf.dtype).itemsize)
     count = sum(member.count for member in members)
+    pieces = math.prod(mesh[name] for name in (*rows, *columns))
     replicas = tuple(name for name in mesh if name not in (*rows, *columns, *batch))
-    if count == 1 or matrix.flops < FLOPS_PER_BYTE * matrix.bytes:
-        replicas = ()  # nothing to share, or not worth the sending
     copies = math.prod(mesh[name] for name in replicas)
     mine = -(-count // copies)
-    pieces = math.prod(mesh[name] for name in (*rows, *columns))
+    gathered = mine * (copies - 1) * matrix.bytes / pieces
+    if (count - mine) * matrix.flops / pieces <= FLOPS_PER_BYTE * gathered:
+        replicas, mine, gathered = (), count, 0.0  # nothing to share, or not worth the sending
     width = n // math.prod(mesh[name] for name in columns)
     way = min(_ways(matrix, mine, pieces, width, bool(rows)), key=lambda way: way.cost)
-    gathered = count * matrix.bytes / pieces * (copies - 1) / copies
     return Group(
         members=members,
         m=m,

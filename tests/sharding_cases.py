@@ -11,6 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 import reference
+from muonclip_jax._layout import matrix_axes
+from muonclip_jax._newton_schulz import Orthogonaliser
+from muonclip_jax._placements import placements
+from muonclip_jax._sharded import plan_for
 
 NAMES = ("x", "y", "z")
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -118,3 +122,17 @@ def assert_close(got, expected, tolerance):
     flat = jax.tree_util.tree_leaves_with_path(errors)
     bad = {jax.tree_util.keystr(path): e for path, e in flat if not e < tolerance}
     assert bad == {}
+
+
+def planned(leaves, mesh):
+    """Plans leaves on an Explicit mesh, with the default settings."""
+
+    def shape_of(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=sharding)
+
+    tree = jax.tree.map(shape_of, leaves, shardings_of(mesh, leaves), is_leaf=is_leaf)
+    axes = matrix_axes("test", tree, numbers_of(leaves))
+    found = []
+    jax.eval_shape(lambda tree: found.append(placements("test", tree, axes, {})), tree)
+    rows = mc.ns_coefficients("jordan")
+    return plan_for(found[0], Orthogonaliser(rows, "auto", "auto", "frobenius", 1e-8))

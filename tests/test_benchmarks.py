@@ -1,7 +1,8 @@
-"""The benchmark of a step runs, compares equal work, and counts FLOPs as the formulas do."""
+"""The benchmarks of steps run, compare equal work, and count FLOPs as the formulas do."""
 
 import importlib
 import json
+import math
 import pathlib
 
 import jax
@@ -16,7 +17,9 @@ WIDE, SQUARE = jnp.ones((N, M)), jnp.ones((N, N))
 
 with pytest.MonkeyPatch.context() as patch:  # as `python benchmarks/muon_step.py` finds them
     patch.syspath_prepend(BENCHMARKS)
-    muon_step, trees = map(importlib.import_module, ("muon_step", "trees"))
+    muon_step, trees, sharded_step, kimi_k2 = map(
+        importlib.import_module, ("muon_step", "trees", "sharded_step", "kimi_k2")
+    )
 
 OTHERS = ("optax", "torch") if muon_step.TORCH else ("optax",)
 
@@ -151,3 +154,117 @@ def test_the_floor_is_half_of_every_hermitian_product():
 def test_a_leaf_of_adamw_is_refused():
     with pytest.raises(ValueError, match="must go to Muon"):
         trees.matrices({"layer": {"scale": jax.ShapeDtypeStruct((N,), jnp.float32)}})
+
+
+WHAT_AND_WHEN = {"command", "date", "versions", "machine", "load_before", "note"}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    sharded_step.main(["--quick", "--out", str(folder)])
+    return json.loads((folder / "sharded_step.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def kimi(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kimi")
+    kimi_k2.main(["--quick", "--out", str(folder)])
+    return json.loads((folder / "kimi_k2.json").read_text())
+
+
+def test_runs_ahead_of_time_say_what_they_were(sharded, kimi):
+    assert set(sharded) == WHAT_AND_WHEN | {"goals", "cases"}
+    assert set(kimi) > WHAT_AND_WHEN | {"topology", "plan", "model"}
+    for results in (sharded, kimi):
+        assert {"python", "muonclip-jax", "jax", "optax"} <= set(results["versions"])
+        assert "leave out the links" in results["note"]
+
+
+@pytest.mark.parametrize("name", sorted(sharded_step.QUICK))
+def test_ratios_of_sharded_steps_are_those_of_the_figures(name, sharded):
+    case = sharded["cases"][name]
+    for key, ratio in case["ours_by_optax"].items():
+        assert ratio == pytest.approx(case["ours"][key] / case["optax"][key], rel=1e-2)
+    assert {"flops", "sent_bytes", "temporary_bytes"} <= set(case["ours_by_optax"])
+    for figures in (case["ours"], case["optax"]):
+        assert figures["sent_bytes"] == pytest.approx(sum(figures["sent"].values()), rel=1e-3)
+        assert figures["unknown_loops"] == 0
+
+
+def test_our_sharded_step_sends_less_and_gathers_nothing(sharded):
+    """Eight layers on eight devices: every matrix is moved whole."""
+    case = sharded["cases"]["stacks"]
+    assert case["ours_by_optax"]["sent_bytes"] < 0.2  # measured: 0.03
+    assert set(case["ours"]["counts"]) == {"all-to-all"}
+
+
+def test_goals_are_shown_with_what_was_reached(sharded):
+    shown = sharded_step.table(sharded)
+    assert "stacks sent_bytes: 0.0" in shown
+    missed = sharded | {"goals": {}}
+    missed["cases"] = {"stacks": {"topology": "", "ours_by_optax": {"flops": 0.61}}}
+    assert "stacks flops: 0.610, at most 0.60: MISSED" in sharded_step.table(missed)
+
+
+def test_one_case_alone_leaves_the_others_as_they_were(tmp_path, monkeypatch):
+    path = tmp_path / "sharded_step.json"
+    path.write_text(json.dumps({"cases": {"v5e": {"topology": "old", "ours_by_optax": {}}}}))
+    monkeypatch.setattr(sharded_step, "LIBTPU", True)
+    monkeypatch.setattr(sharded_step, "measure", lambda case, n: {"ours_by_optax": {}} | vars(case))
+    sharded_step.main(["--case", "v6e", "--out", str(tmp_path)])
+    assert {k: v["topology"] for k, v in json.loads(path.read_text())["cases"].items()} == {
+        "v5e": "old",
+        "v6e": "v6e:4x4",
+    }
+
+
+@pytest.mark.parametrize("benchmark_", [sharded_step, kimi_k2], ids=["sharded_step", "kimi_k2"])
+def test_without_libtpu_a_run_says_what_to_install(benchmark_, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_, "LIBTPU", False)
+    with pytest.raises(SystemExit):
+        benchmark_.main([])
+    assert 'pip install "muonclip-jax[tpu]"' in capsys.readouterr().err
+
+
+def test_the_tree_of_kimi_has_its_parameters():
+    mesh = jax.sharding.AbstractMesh((16, 64), ("expert", "fsdp"))
+    leaves = jax.tree.leaves(kimi_k2.Model().parameters(mesh))
+    experts = 60 * 384 * 3 * 7168 * 2048
+    assert sum(leaf.size for leaf in leaves) == pytest.approx(1.0264e12, rel=1e-4)
+    assert sum(leaf.size for leaf in leaves if leaf.ndim == 4) == experts
+
+
+def test_no_large_leaf_of_kimi_is_on_all_chips():
+    mesh = jax.sharding.AbstractMesh((16, 64), ("expert", "fsdp"))
+    for leaf in jax.tree.leaves(kimi_k2.Model().parameters(mesh)):
+        held = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        assert held <= max(2**22, leaf.size // 1024)
+
+
+def test_the_floor_of_kimi_is_five_standard_steps_once():
+    where = jax.sharding.NamedSharding(jax.make_mesh((8,), ("x",)), jax.sharding.PartitionSpec())
+    leaf = jax.ShapeDtypeStruct((3, 4 * N, N), jnp.float32, sharding=where)
+    assert kimi_k2.standard_flops({"layer": {"kernel": leaf}}) == 3 * 5 * (4 * 4 + 2) * N**3
+
+
+def test_a_step_of_kimi_is_planned_and_every_loop_is_known(kimi):
+    assert kimi["plan"][0].startswith("mesh expert=2, fsdp=4")
+    assert kimi["unknown_loops"] == 0
+    assert kimi["flops_by_standard"] == pytest.approx(kimi["flops"] / kimi["standard_flops"], 1e-3)
+
+
+def test_the_share_of_the_optimizer_counts_kernels_and_links():
+    cost = kimi_k2.Cost(
+        flops=0.0,
+        counts={},
+        sent={"all-to-all": 600e9},
+        cycles=3.5e9,
+        seconds=1.0,
+        unknown_loops=0,
+    )
+    share = kimi_k2.training_step(cost, 1024)
+    model = 6 * 32.6e9 * 67e6 / (1024 * 459e12 * 0.4)
+    assert share["model_seconds"] == pytest.approx(model)
+    assert share["optimizer_seconds"] == pytest.approx(2.0 + 1.0)
+    assert share["optimizer_share"] == pytest.approx(3 / (3 + model))

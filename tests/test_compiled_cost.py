@@ -110,10 +110,9 @@ def test_memory_is_what_the_compiler_says():
 
 def test_a_batch_that_is_a_window_full_of_holes_is_counted_once():
     """As TPUs write a batch of products: of the 2 x 2 pairs only the equal ones are there."""
-    shape = "f32[2,4096,4096]{2,1,0:T(8,128)}"
     cost = text_cost(
-        f"%a = {shape} parameter(0)",
-        f"%b = f32[2,4096,4096]{{2,1,0:T(8,128)}} convolution(%a, %a), "
+        "%a = f32[2,4096,4096]{2,1,0:T(8,128)} parameter(0)",
+        "%b = f32[2,4096,4096]{2,1,0:T(8,128)} convolution(%a, %a), "
         "window={size=2 lhs_dilate=2}, dim_labels=0bf_0io->0bf",
     )
     assert cost.flops == 2 * 2 * 4096**3
@@ -135,7 +134,7 @@ def test_kernels_bring_their_cycles_and_the_products_inside():
 %fused (p: bf16[8,4], q: bf16[4,6]) -> bf16[8,6] {
   %p = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
   %q = bf16[4,6]{1,0:T(8,128)(2,1)} parameter(1)
-  %inner = bf16[8,4]{1,0} fusion(%p), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"5"}
+  %inner = bf16[8,4]{1,0} fusion(%p), calls=%other, backend_config={"estimated_cycles":"5"}
   ROOT %dot = bf16[8,6]{1,0} convolution(%inner, %q), dim_labels=bf_io->bf
 }
 

@@ -1,4 +1,4 @@
-"""Sharded parameters give the same updates, and keep their shardings."""
+"""On a mesh of which nothing is said, updates are the same, and keep their shardings."""
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,8 @@ def _params():
     }
 
 
-# A sharded matrix on an Explicit mesh needs a plan for the products, which is not there yet.
-@pytest.mark.parametrize(
-    ("kind", "specs"),
-    [(AxisType.Auto, SHARDED), (AxisType.Auto, REPLICATED), (AxisType.Explicit, REPLICATED)],
-    ids=["auto, sharded", "auto, replicated", "explicit, replicated"],
-)
+@pytest.mark.parametrize("specs", [SHARDED, REPLICATED], ids=["sharded", "replicated"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_mesh_changes_no_update_and_no_sharding(kind, specs):
     params, tx = _params(), mc.muon(0.1, weight_decay=0.1)
     expected, _ = tx.update(params, tx.init(params), params)
@@ -51,5 +47,5 @@ def test_a_mesh_changes_no_update_and_no_sharding(kind, specs):
         updates, new_state = jax.jit(tx.update)(params, state, params)
     for u, p, e in zip(*map(jax.tree.leaves, (updates, params, expected)), strict=True):
         assert u.sharding.is_equivalent_to(p.sharding, u.ndim)
-        assert reference.relative_error(u, e) < 1e-5  # measured: 1.3e-7
+        assert reference.relative_error(u, e) < 1e-5  # measured: 7e-7
     assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)

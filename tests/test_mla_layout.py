@@ -245,11 +245,21 @@ def test_a_direct_query_is_named_instead_of_half_clipped():
     assert "Name the modules: MLALayout(query='q', key_value='kv_b', nope_dim=3," in text
 
 
-def test_the_names_of_other_libraries_are_proposed():
-    names = "q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj"
+@pytest.mark.parametrize(
+    ("names", "query", "key_value"),
+    [
+        (
+            "q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj",
+            "q_b_proj",
+            "kv_b_proj",
+        ),
+        ("q_norm q_up_proj kv_norm kv_up_proj", "q_up_proj", "kv_up_proj"),
+    ],
+)
+def test_the_names_of_other_libraries_are_proposed(names, query, key_value):
     params = {name: {"kernel": np.ones((2, 2))} for name in names.split()}
     text = text_of({"attn": params}, {"attn": {"max_logits": jnp.ones(N)}})
-    assert "Name the modules: MLALayout(query='q_b_proj', key_value='kv_b_proj'," in text
+    assert f"Name the modules: MLALayout(query={query!r}, key_value={key_value!r}," in text
 
 
 def test_norms_of_the_latent_vectors_are_no_reason_to_refuse():

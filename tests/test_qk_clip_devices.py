@@ -1,7 +1,6 @@
 """QK-clip on several devices: equal to one device, equal on all, one reduction for the model."""
 
 import functools
-import re
 
 import chex
 import jax
@@ -14,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import muonclip_jax as mc
 from attention_cases import attention, draw
 from device_cases import apply, batch_of, init, loss_fn, train
+from sharding_cases import collectives
 
 MESHES = {"data": ((8,), ("data",)), "data and model": ((4, 2), ("data", "model"))}
 each_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -57,13 +57,9 @@ def assert_replicas_agree(tree):
         assert [len(bits) for bits in parts.values()] == [1] * len(parts)
 
 
-def collectives(function, *args):
-    """Names the communication in a compiled function; a combined one counts once."""
-    names = (
-        "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
-    )
-    text = str(jax.jit(function).lower(*args).compile().as_text())
-    return re.findall(rf" ({names})(?:-start)?\(", text)
+def communication(function, *args):
+    """Names the collectives in a compiled function; a combined one counts once."""
+    return [c.kind for c in collectives(jax.jit(function).lower(*args).compile())]
 
 
 # Training.
@@ -162,7 +158,7 @@ def test_one_all_reduce_for_the_whole_model_and_nothing_else(mesh, kind):
     mesh = make_mesh(mesh, kind)
     with jax.set_mesh(mesh):
         inputs = put(mesh, params, replicated), put(mesh, stats, batch_over_data)
-        assert collectives(clip, *inputs) == ["all-reduce"]
+        assert communication(clip, *inputs) == ["all-reduce"]
 
 
 @each_kind
@@ -172,7 +168,7 @@ def test_forward_pass_and_clip_cost_one_all_reduce(start, mesh, kind):
     mesh = make_mesh(mesh, kind)
     with jax.set_mesh(mesh):
         inputs = put(mesh, params, replicated), jax.device_put(x, NamedSharding(mesh, P("data")))
-        assert collectives(lambda p, x: mc.qk_clip(p, apply(p, x)[1]), *inputs) == ["all-reduce"]
+        assert communication(lambda p, x: mc.qk_clip(p, apply(p, x)[1]), *inputs) == ["all-reduce"]
 
 
 def test_statistics_of_one_leading_shape_are_reduced_once():
@@ -280,6 +276,6 @@ def test_heads_over_devices_cost_no_more_communication(kind):
 
     with jax.set_mesh(mesh):
         inputs = put(mesh, params, heads_over_model), put(mesh, stats, of_statistic)
-        assert collectives(lambda *args: clip(*args)[0], *inputs) == ["all-reduce"]
+        assert communication(lambda *args: clip(*args)[0], *inputs) == ["all-reduce"]
         # The scalars of the info are a maximum and a sum over all heads.
-        assert collectives(clip, *inputs) == ["all-reduce"] * 3
+        assert communication(clip, *inputs) == ["all-reduce"] * 3

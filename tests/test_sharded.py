@@ -1,7 +1,6 @@
 """Sharded matrices are orthogonalised to the same numbers, and stay where they are."""
 
 import functools
-from typing import Any
 
 import chex
 import jax
@@ -13,10 +12,6 @@ from jax.sharding import AxisType, PartitionSpec as P
 import muonclip_jax as mc
 import reference
 from muonclip_jax import _sharding_plan
-from muonclip_jax._layout import matrix_axes
-from muonclip_jax._newton_schulz import Orthogonaliser
-from muonclip_jax._placements import placements
-from muonclip_jax._sharded import plan_for
 from sharding_cases import (
     Leaf,
     assert_close,
@@ -26,6 +21,7 @@ from sharding_cases import (
     make_mesh,
     no_rematerialisation,  # noqa: F401  (of every test here)
     numbers_of,
+    planned,
     shardings_of,
 )
 
@@ -67,7 +63,7 @@ EXPLICIT = [(8,), (2, 4), (4, 2), (1, 8), (8, 1), (2, 2, 2)]
 AUTO = [(2, 4), (8, 1), (2, 2, 2)]
 
 DEAR = 1e-9  # FLOPs that cost as much as a byte
-QUICKLY = {"xla_backend_optimization_level": 0}  # compiles in three fifths of the time
+QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}  # compiles in three fifths of the time
 
 
 @pytest.fixture
@@ -124,22 +120,6 @@ FEW = {
 }
 
 
-def planned(leaves, mesh, **settings):
-    """Plans leaves on an Explicit mesh."""
-    tree = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=s),
-        leaves,
-        shardings_of(mesh, leaves),
-        is_leaf=lambda x: isinstance(x, Leaf),
-    )
-    axes = matrix_axes("test", tree, numbers_of(leaves))
-    found: list[Any] = []
-    jax.eval_shape(lambda tree: found.append(placements("test", tree, axes, {})) or tree, tree)
-    rows = mc.ns_coefficients("jordan")
-    settings = {"method": "auto", "dtype": "auto", "preconditioning": "frobenius"} | settings
-    return plan_for(found[0], Orthogonaliser(rows=rows, eps=1e-8, **settings))
-
-
 @functools.cache
 def update_of_few(kind="explicit", dtype=jnp.float32, **settings):
     """Compiles the update of these leaves; gives it with the state and how they lie."""
@@ -153,6 +133,18 @@ def update_of_few(kind="explicit", dtype=jnp.float32, **settings):
         patch.setattr(_sharding_plan, "FLOPS_PER_BYTE", DEAR)
         lowered = jax.jit(tx.update).lower(params, state)
     return lowered.compile(compiler_options=QUICKLY), state, shardings
+
+
+@functools.cache
+def update_without(**settings):
+    tx = mc.scale_by_muon(**settings)
+    return tx.init, jax.jit(tx.update, compiler_options=QUICKLY)
+
+
+def without_mesh(grads, **settings):
+    """Updates these leaves on one device."""
+    init, update = update_without(**settings)
+    return update(grads, init(grads))[0]
 
 
 def on_mesh(grads, **settings):
@@ -187,33 +179,33 @@ def test_these_leaves_need_every_strategy(dear_work):
 )
 def test_settings_do_on_a_mesh_what_they_do_without(settings):
     grads = draw(FEW)
-    got = on_mesh(grads, **settings)
-    assert_close(got, step(grads, **{k: v for k, v in settings.items() if k != "kind"}), 1e-5)
+    plain = {name: value for name, value in settings.items() if name != "kind"}
+    assert_close(on_mesh(grads, **settings), without_mesh(grads, **plain), 1e-5)
 
 
 def test_complex_matrices():
     grads = draw(FEW, dtype=jnp.complex64)
-    assert_close(on_mesh(grads, dtype=jnp.complex64), step(grads), 1e-5)
+    assert_close(on_mesh(grads, dtype=jnp.complex64), without_mesh(grads), 1e-5)
 
 
 def test_float64_matrices():
     with jax.enable_x64(True):
         grads = draw(FEW, dtype=jnp.float64)
-        assert_close(on_mesh(grads, dtype=jnp.float64), step(grads), 1e-12)
+        assert_close(on_mesh(grads, dtype=jnp.float64), without_mesh(grads), 1e-12)
 
 
 def test_bfloat16_parameters_are_rounded_once():
     grads = draw(FEW, dtype=jnp.bfloat16)
-    got, expected = on_mesh(grads, dtype=jnp.bfloat16), step(grads)
+    got, expected = on_mesh(grads, dtype=jnp.bfloat16), without_mesh(grads)
     chex.assert_trees_all_equal_dtypes(got, grads)
-    # 2⁻⁹ would be one wrong rounding of every number.
-    assert_close(got, expected, 1e-3)
+    # Measured: 2e-5, of numbers between two neighbours; another rounding would be 1e-3.
+    assert_close(got, expected, 1e-4)
 
 
 @pytest.mark.parametrize("ns_dtype", [jnp.bfloat16, jnp.float16])
 def test_sixteen_bits_lose_no_more_than_without_a_mesh(ns_dtype):
     grads = draw(FEW)
-    exact, plain = step(grads), step(grads, ns_dtype=ns_dtype)
+    exact, plain = without_mesh(grads), without_mesh(grads, ns_dtype=ns_dtype)
     got = on_mesh(grads, ns_dtype=ns_dtype)
     for g, p, e in zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True):
         assert np.vdot(g, p) > 0.999 * np.linalg.norm(g) * np.linalg.norm(p)
@@ -233,7 +225,7 @@ def test_float64_that_moves_as_float32_does_not_overflow():
         grads = draw(FEW, dtype=jnp.float64)
         settings = {"dtype": jnp.float64, "ns_dtype": jnp.float32}
         got = on_mesh(jax.tree.map(lambda g: g * 1e100, grads), **settings)
-        assert_close(got, step(grads), 1e-5)
+        assert_close(got, without_mesh(grads), 1e-5)
 
 
 def broken(grads, value):
@@ -273,7 +265,7 @@ def test_zero_matrices_stay_zero():
     got = on_mesh(grads)
     for name, which in zero.items():
         np.testing.assert_array_equal(got[name][which], np.zeros_like(got[name][which]))
-    expected = step(grads)
+    expected = without_mesh(grads)
     del got["held"], expected["held"]
     assert_close(got, expected, 1e-5)
 

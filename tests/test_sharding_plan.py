@@ -1,6 +1,7 @@
 """Who orthogonalises which matrix, from shapes and shardings alone: no device is used here."""
 
 import math
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,7 +12,7 @@ from muonclip_jax import _sharding_plan
 from muonclip_jax._layout import Axes, sides
 from muonclip_jax._sharding_plan import Placed, make_plan
 
-F32, BF16_BYTES = np.dtype(np.float32), np.dtype(np.float16)
+F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 
 
 def work(m, n, dtype):
@@ -20,7 +21,7 @@ def work(m, n, dtype):
     return 20.0 * m * m * n
 
 
-def leaf(path, shape, *spec, axes=None, dtype=F32):
+def leaf(path, shape, *spec, axes=None, dtype: Any = F32):
     """A leaf whose matrices are its last two axes, and the mesh axes that divide each axis."""
     axes = axes or Axes(tuple(range(len(shape) - 2)), (len(shape) - 2,), (len(shape) - 1,))
     names = [tuple(entry.split()) for entry in (*spec, *[""] * (len(shape) - len(spec)))]
@@ -137,8 +138,8 @@ def test_many_long_thin_matrices_stay():
 def test_replicas_share_large_matrices():
     group = only_group(leaf("w", (3, 2048, 2048)), x=4)
     assert (group.strategy(), group.replicas, group.whole) == ("replicas share", ("x",), 1)
-    # The three are gathered from four replicas, one of which had a zero.
-    assert (group.flops, group.sent) == (work(2048, 2048, F32), 3 * 2048**2 * 4 * 3 / 4)
+    # Each gets one from each of three others, and one of those is padding.
+    assert (group.flops, group.sent) == (work(2048, 2048, F32), 3 * 2048**2 * 4)
 
 
 def test_replicas_share_what_moves_over_other_axes():
@@ -153,6 +154,13 @@ def test_replicas_share_what_moves_over_other_axes():
 def test_each_replica_works_alone_on_one_matrix_and_on_small_ones(shape):
     group = only_group(leaf("w", shape), x=4)
     assert (group.strategy(), group.replicas, group.sent) == ("local", (), 0)
+
+
+def test_many_replicas_of_two_matrices_would_mostly_send_padding():
+    shape = (2, 1024, 1024)
+    # One matrix less, 20 · 2³⁰ FLOPs, for matrices of 2²² bytes from one other device, or from 63.
+    assert only_group(leaf("w", shape), x=2).strategy() == "replicas share"
+    assert only_group(leaf("w", shape), x=64).strategy() == "local"
 
 
 # Groups.
@@ -218,7 +226,7 @@ def test_a_leaf_that_fills_the_memory_of_a_move_is_alone(monkeypatch):
     monkeypatch.setattr(_sharding_plan, "MOST_BYTES_MOVED", 8 * 8 * 16 * 4 // 2)
     p = plan(*leaves, x=2)
     assert paths_of(p) == [[("a", False), ("d", False)], [("b", False)], [("c", False)]]
-    halved = plan(*leaves, x=2, wire=lambda dtype: BF16_BYTES)
+    halved = plan(*leaves, x=2, wire=lambda dtype: F16)
     assert len(halved.groups) == 1
 
 
@@ -230,7 +238,7 @@ def test_chunks_are_equal_and_fit(monkeypatch, fit, chunk):
 
 def test_the_wire_halves_what_is_sent():
     w = leaf("w", (8, 512, 1024), "", "x")
-    wide, narrow = (plan(w, x=8, wire=lambda _, d=d: d).groups[0].sent for d in (F32, BF16_BYTES))
+    wide, narrow = (plan(w, x=8, wire=lambda _, d=d: d).groups[0].sent for d in (F32, F16))
     assert narrow == wide / 2
 
 
