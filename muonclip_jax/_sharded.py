@@ -101,7 +101,7 @@ def _run(
         part = jax.lax.slice_in_dim(x, start, start + member.count)
         part = part.mT if member.transposed else part
         axes = plan.leaves[member.leaf].axes
-        results.append(from_matrices(part, axes, block.shape).astype(block.dtype))
+        results.append(_kept(from_matrices(part, axes, block.shape)).astype(block.dtype))
         start += member.count
     return tuple(results)
 
@@ -139,22 +139,23 @@ def _orthogonalised(
     if group.stays:
         team = Team(group.axes, group.team, None)
         return jax.lax.map(lambda X: orthogonalise.shared(X, team, (group.m, group.n)), x)
-    cut = min(len(x), group.whole * R * C)
-    parts = []
+    # One buffer for all: what has been orthogonalised is put back where it was.
+    cut = group.whole * R * C
+    done = _padded(x, max(len(x), cut))
     if group.whole:
-        parts.append(_by_whole_matrices(x[:cut], group, (R, C), orthogonalise))
+        done = _by_whole_matrices(done, group, (R, C), orthogonalise)
     if group.rest:
-        parts.append(_by_teams(x[cut:], group, (R, C), orthogonalise))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        rest = _by_teams(done[cut:], group, (R, C), orthogonalise)
+        done = jax.lax.dynamic_update_slice_in_dim(done, rest, cut, 0)
+    return done[: len(x)]
 
 
 def _by_whole_matrices(
     x: jax.Array, group: Group, grid: tuple[int, int], orthogonalise: Orthogonaliser
 ) -> jax.Array:
-    """Moves whole matrices to the devices, some at a time, and back."""
+    """Moves the first matrices to the devices whole, some at a time, and back."""
     devices = math.prod(grid)
     height = group.chunk * devices
-    count, x = len(x), _padded(x, group.whole * devices)
 
     def there_and_back(pieces):
         moved = _exchange(pieces.reshape(devices, group.chunk, *pieces.shape[1:]), group)
@@ -163,13 +164,14 @@ def _by_whole_matrices(
         return home.reshape(pieces.shape)
 
     def step(i, x):
-        # In place: the loop carries one buffer, of which each step takes a part and puts it back.
         pieces = jax.lax.dynamic_slice_in_dim(x, i * height, height)
         return jax.lax.dynamic_update_slice_in_dim(x, there_and_back(pieces), i * height, 0)
 
+    if height == len(x):
+        return there_and_back(x)
     if group.chunk == group.whole:
-        return there_and_back(x)[:count]
-    return jax.lax.fori_loop(0, group.whole // group.chunk, step, x)[:count]
+        return step(0, x)
+    return jax.lax.fori_loop(0, group.whole // group.chunk, step, x)
 
 
 def _by_teams(

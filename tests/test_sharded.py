@@ -59,7 +59,7 @@ LEAVES = {
     "rows": Leaf((3, 1, 16), P(None, None, ("x", "y"))),
     "column": Leaf((16, 1), P("y")),
 }
-EXPLICIT = [(8,), (2, 4), (4, 2), (1, 8), (8, 1), (2, 2, 2)]
+EXPLICIT = [(8,), (2, 4), (4, 2), (1, 8), (2, 2, 2)]
 AUTO = [(2, 4), (8, 1), (2, 2, 2)]
 
 DEAR = 1e-9  # FLOPs that cost as much as a byte
