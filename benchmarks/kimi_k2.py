@@ -24,11 +24,6 @@ from compiled_cost import Cost
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._layout import matrix_axes
-from muonclip_jax._newton_schulz import Orthogonaliser
-from muonclip_jax._placements import placements
-from muonclip_jax._sharded import plan_for
-from muonclip_jax._sharding_plan import Plan
 
 TOPOLOGY, MESH = "v5p:8x8x16", (16, 64)  # expert x fsdp
 # FLOPs of bfloat16 products and bytes over all links of a chip, each second: Google, "TPU v5p",
@@ -178,24 +173,6 @@ def muon_leaves(params: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {route.path: leaves[route.path] for route in routes if route.optimizer == "muon"}
 
 
-def plan(params: Any) -> Plan:
-    """Plans the step as `muonclip` does while it is traced."""
-    leaves = muon_leaves(params)
-    shardings = {path: x.sharding for path, x in leaves.items()}
-    orthogonaliser = Orthogonaliser(
-        mc.ns_coefficients("jordan"), "auto", jnp.bfloat16, "frobenius", 1e-8
-    )
-    plans = []
-
-    def planned(tree: dict[str, jax.Array]) -> None:
-        where = placements("kimi_k2", tree, matrix_axes("kimi_k2", tree, None), shardings)
-        assert where is not None
-        plans.append(plan_for(where, orthogonaliser._replace(platform=where.platform)))
-
-    jax.eval_shape(planned, leaves)
-    return plans[0]
-
-
 def standard_flops(params: Any, steps: int = 5) -> float:
     """Counts five standard steps on every matrix once: T (4 n/m + 2) m³ each, m <= n."""
     total = 0.0
@@ -214,7 +191,7 @@ def measure(model: Model, mesh: Mesh) -> dict[str, Any]:
         "model": dataclasses.asdict(model),
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
         "mesh": dict(mesh.shape),
-        "plan": str(plan(params)).splitlines(),
+        "plan": str(mc.sharding_plan(params, ns_dtype=jnp.bfloat16)).splitlines(),
         **dataclasses.asdict(cost),
         "sent_bytes": cost.sent_bytes,
         "rematerialisations": compilation.rematerialisations,

@@ -40,9 +40,9 @@ _COMPUTE_DTYPES = {"cpu": jnp.float32, "tpu": jnp.bfloat16, "gpu": jnp.bfloat16}
 # FLOPs, where that has been measured to be faster: benchmarks/results/blocks.json.
 _SMALLEST_IN_BLOCKS = {"cpu": 384}
 
-# The short side from which a TPU takes matrices one after the other: by the estimate of the compiler
-# 2.44 million cycles instead of 3.18 for each of eight 2048 x 7168 matrices on v5p, 10.1 instead of
-# 11.9 for each of two of 4096, and a tenth of the temporary memory.
+# The short side from which a TPU takes matrices one after the other. Its compiler estimates 2.44
+# million cycles instead of 3.18 for each of eight 2048 x 7168 matrices on v5p, 10.1, not 11.9, for
+# each of two of 4096, with a tenth of the temporary memory.
 _ALONE_ON_TPU = 1024
 
 # 2⁶⁴ is exact in every dtype we normalise in, and takes the reciprocal of the largest and smallest

@@ -1,7 +1,6 @@
 """Reads what a compiled step costs on each device; nothing is run.
 
-    traced = jax.jit(step).trace(*arguments)
-    print(compiled_cost(traced.lower().compile()))
+    print(compiled_cost(jax.jit(step).lower(*arguments).compile()))
 
 The program that XLA has made is text: functions of instructions, each with its shapes. Here those
 that matter are counted, and what is in a loop as often as the loop runs. Works for CPU and TPU.
@@ -12,24 +11,22 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import numpy as np
 
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
+    *("all-gather", "all-reduce", "all-to-all"),
+    *("collective-permute", "ragged-all-to-all", "reduce-scatter"),
 )
+# Sums under "flops", "cycles", "unknown", ("count", kind) and ("sent", kind).
+Figures: TypeAlias = dict[Any, float]
+
 _FUNCTION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 # %name = shape opcode(%operand, ...), attributes
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_NOT_COUNTED = re.compile(r"/\*.*?\*/|(?<=\])\{[\d:][^{}]*\}")  # comments, and layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +42,8 @@ class Cost:
       unknown_loops: Loops that do not tell how often they run: counted once, so that the figures
         are then too small.
       argument_bytes: Memory of the arguments.
-      temporary_bytes: Memory that is needed besides arguments and results.
+      temporary_bytes: Memory besides arguments and results, as the compiler adds it up.
+      peak_bytes: Most memory in use at any time, arguments included.
     """
 
     flops: float
@@ -54,8 +52,9 @@ class Cost:
     cycles: float
     seconds: float | None
     unknown_loops: int
-    argument_bytes: int | None
-    temporary_bytes: int | None
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
+    peak_bytes: int | None = None
 
     @property
     def sent_bytes(self) -> float:
@@ -65,16 +64,17 @@ class Cost:
 
 def compiled_cost(compiled: Any) -> Cost:
     """Counts what a `jax.stages.Compiled` costs."""
-    cost, once = program_cost(compiled.as_text()), program_cost(compiled.as_text(), loops=False)
+    cost, once = (program_cost(compiled.as_text(), loops=loops) for loops in (True, False))
     memory = compiled.memory_analysis()
     seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
     # The compiler takes each loop as if it ran once. On CPU its figure is negative.
-    repeated = cost.flops / once.flops if once.flops else 1.0
+    repeated = cost.cycles / once.cycles if once.cycles else 1.0
     return dataclasses.replace(
         cost,
         seconds=seconds * repeated if seconds > 0 else None,
         argument_bytes=getattr(memory, "argument_size_in_bytes", None),
         temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
+        peak_bytes=getattr(memory, "peak_memory_in_bytes", None),
     )
 
 
@@ -89,7 +89,7 @@ def program_cost(text: str, loops: bool = True) -> Cost:
       ValueError: if this is no such text.
     """
     program = _Program(text, loops)
-    found = program.total(program.entry)
+    found = collections.defaultdict(float, program.total(program.entry))
     return Cost(
         flops=found["flops"],
         counts={kind: int(found["count", kind]) for kind in COLLECTIVES if found["count", kind]},
@@ -97,8 +97,6 @@ def program_cost(text: str, loops: bool = True) -> Cost:
         cycles=found["cycles"],
         seconds=None,
         unknown_loops=int(found["unknown"]),
-        argument_bytes=None,
-        temporary_bytes=None,
     )
 
 
@@ -128,7 +126,7 @@ class _Program:
         self.loops = loops
         self.functions: dict[str, dict[str, _Instruction]] = {}
         self.entry, inside = "", None
-        for line in _NOT_COUNTED.sub("", text).splitlines():
+        for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
             if inside is not None and (match := _INSTRUCTION.match(line)):
                 name, shape, opcode, rest = match.groups()
                 inside[name] = _Instruction(name, shape, opcode, *_cut(rest))
@@ -141,40 +139,32 @@ class _Program:
             raise ValueError("program_cost: no ENTRY; expected what compiled.as_text() gives.")
         self.total = functools.cache(self._total)
 
-    def _total(self, function: str) -> Mapping[Any, float]:
+    def _total(self, function: str) -> Figures:
         """Adds up one run of a function."""
-        total: collections.Counter = collections.Counter()
-        for instruction in self.functions[function].values():
-            for key, value in self._figures(function, instruction).items():
-                total[key] += value
-        return total
+        return _sum(self._figures(function, i) for i in self.functions[function].values())
 
-    def _figures(self, function: str, i: _Instruction) -> Mapping[Any, float]:
+    def _figures(self, function: str, i: _Instruction) -> Figures:
         """Gives the figures of one instruction and of all that it calls."""
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             return self._collective(function, i, kind)
         if i.opcode in ("dot", "convolution"):
-            left, right = (self._dimensions(function, name) for name in i.operands)
+            left, right = (_dimensions(self.functions[function][x].shape) for x in i.operands)
             flops = _dot_flops if i.opcode == "dot" else _convolution_flops
             return {"flops": flops(left, right, _dimensions(i.shape), i.attributes)}
         if i.opcode == "while":
-            times = self._times(i)
-            body = {k: v * (times or 1) for k, v in self.total(*i.called("body")).items()}
-            return collections.Counter(body) + collections.Counter(unknown=times is None)
+            times, body = self._times(i), self.total(*i.called("body"))
+            repeated = {key: value * (times or 1) for key, value in body.items()}
+            return _sum([repeated, {"unknown": float(times is None)}])
         if i.opcode == "conditional":  # the dearest branch, figure by figure
             names = i.called("branch_computations", "true_computation", "false_computation")
             branches = [self.total(name) for name in names]
-            return {k: max(b[k] for b in branches) for branch in branches for k in branch}
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
-        total = collections.Counter(cycles=int(cycles[1]) if cycles else 0)
-        if i.opcode in ("fusion", "call", "async-start"):
-            for name in i.called("calls", "to_apply"):
-                inner = dict(self.total(name))
-                if i.opcode == "fusion":  # its cycles are those of all that is in it
-                    inner.pop("cycles", None)
-                total.update(inner)
-        return total
+            return {k: max(b.get(k, 0.0) for b in branches) for branch in branches for k in branch}
+        calls = ("calls", "to_apply") if i.opcode in ("fusion", "call", "async-start") else ()
+        inner = _sum(self.total(name) for name in (i.called(*calls) if calls else ()))
+        expected = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+        # Those of a fusion are for all that is in it.
+        return inner | {"cycles": float(expected[1])} if expected else inner
 
     def _times(self, i: _Instruction) -> int | None:
         """Tells how often a loop runs: while a counter is below a constant; None if not so."""
@@ -187,7 +177,7 @@ class _Program:
         below = any("direction=LT" in j.attributes for j in condition)
         return int(limits[0]) if below and len(limits) == 1 and limits[0].isdigit() else None
 
-    def _collective(self, function: str, i: _Instruction, kind: str) -> Mapping[Any, float]:
+    def _collective(self, function: str, i: _Instruction, kind: str) -> Figures:
         """Counts a collective, unless its groups are of one device."""
         if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", i.attributes):
             return {}
@@ -197,8 +187,14 @@ class _Program:
             got_out = got_out[len(i.operands) : 2 * len(i.operands)]
         return {("count", kind): 1, ("sent", kind): max(put_in, sum(got_out))}
 
-    def _dimensions(self, function: str, name: str) -> list[int]:
-        return _dimensions(self.functions[function][name].shape)
+
+def _sum(parts: Iterable[Figures]) -> Figures:
+    """Adds up figures of the same name."""
+    total: dict[Any, float] = collections.defaultdict(float)
+    for part in parts:
+        for key, value in part.items():
+            total[key] += value
+    return dict(total)
 
 
 def _cut(rest: str) -> tuple[str, str]:
@@ -225,8 +221,7 @@ def _bytes(shape: str) -> list[float]:
     return found
 
 
-def _dot_flops(left: list[int], right: list[int], out: list[int], attributes: str) -> float:
-    del right
+def _dot_flops(left: list[int], _: list[int], out: list[int], attributes: str) -> float:
     axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)
     contracted = (left[int(axis)] for axis in axes[1].split(",") if axis) if axes else ()
     return 2.0 * math.prod(out) * math.prod(contracted)
@@ -241,18 +236,15 @@ def _convolution_flops(left: list[int], right: list[int], out: list[int], attrib
     settings = dict(pair.split("=") for pair in window[1].split()) if window else {}
     flops = 2.0 * right[of_right.index("i")]
     flops *= out[of_out.index("b")] * out[of_out.index("f")]
-    for axis in range(sum(label.isdigit() for label in of_out)):
+    for axis, label in enumerate(sorted(label for label in of_out if label.isdigit())):
 
-        def setting(key: str, default: str, axis: int = axis) -> str:
-            return settings[key].split("x")[axis] if key in settings else default
+        def setting(key: str, default: str, axis: int = axis) -> int:
+            return int(settings.get(key, "x".join([default] * 9)).split("x")[axis].split("_")[0])
 
-        stride, holes_left, holes_right = (
-            int(setting(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate")
-        )
-        before = int(setting("pad", "0_0").split("_")[0])
-        o = np.arange(out[of_out.index(str(axis))])[:, None]
-        k = np.arange(right[of_right.index(str(axis))])[None, :]
-        at = o * stride + k * holes_right - before
-        last = (left[of_left.index(str(axis))] - 1) * holes_left
-        flops *= np.count_nonzero((at >= 0) & (at <= last) & (at % holes_left == 0))
+        o = np.arange(out[of_out.index(label)])[:, None]
+        k = np.arange(right[of_right.index(label)])[None, :]
+        at = o * setting("stride", "1") + k * setting("rhs_dilate", "1") - setting("pad", "0")
+        holes = setting("lhs_dilate", "1")
+        last = (left[of_left.index(label)] - 1) * holes
+        flops *= np.count_nonzero((at >= 0) & (at <= last) & (at % holes == 0))
     return float(flops)
