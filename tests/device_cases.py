@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 
@@ -99,6 +100,25 @@ def train(
         params, state, info = step(params, state, x)
         infos.append(info)
     return params, infos
+
+
+def divided(params: Any, mesh: Mesh) -> Any:
+    """Divides each kernel along the first axis that all devices divide, but stacks of layers."""
+
+    def place(path, leaf):
+        start = path[0].key == "stack"
+        axes = [a for a in range(start, leaf.ndim) if leaf.shape[a] % mesh.size == 0]
+        spec = [None] * leaf.ndim
+        if path[-1].key == "kernel":
+            spec[axes[0]] = mesh.axis_names[0]
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def muon_of(shardings: Any = None) -> optax.GradientTransformation:
+    """Makes the Muon of these tests."""
+    return mc.muon(0.01, consistent_rms=0.2, adam_learning_rate=1e-3, shardings=shardings)
 
 
 def named_leaves(tree: Any) -> dict[str, np.ndarray]:
