@@ -134,7 +134,7 @@ def _orthogonalised(
 ) -> jax.Array:
     """Orthogonalises a stack of pieces."""
     R, C = (math.prod(plan.mesh[name] for name in axes) for axes in (group.rows, group.columns))
-    if R * C == 1 or x.size == 0:
+    if R * C == 1:
         return orthogonalise(x)
     if group.stays:
         team = Team(group.axes, group.team, None)

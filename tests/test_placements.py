@@ -58,7 +58,8 @@ def test_an_explicit_mesh_has_all_in_its_types():
     assert spec_of(found) == EXPECTED
     assert found.specs == (P("x", "y"), P(None, ("y", "x")))
     assert found.sizes == {"x": 2, "y": 4}
-    assert found.platform == "cpu"
+    # The types of jax 0.10.0 do not tell: then it is where JAX runs by default.
+    assert found.platform in ("cpu", None)
 
 
 def test_of_an_auto_mesh_the_user_says_it():

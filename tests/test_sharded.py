@@ -59,11 +59,12 @@ LEAVES = {
     "rows": Leaf((3, 1, 16), P(None, None, ("x", "y"))),
     "column": Leaf((16, 1), P("y")),
 }
-EXPLICIT = [(8,), (2, 4), (4, 2), (1, 8), (2, 2, 2)]
-AUTO = [(2, 4), (8, 1), (2, 2, 2)]
+EXPLICIT = [(8,), (2, 4), (1, 8), (2, 2, 2)]
+AUTO = [(4, 2), (8, 1), (2, 2, 2)]
 
 DEAR = 1e-9  # FLOPs that cost as much as a byte
-QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}  # compiles in three fifths of the time
+# Compiles in three fifths of the time.
+QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 
 @pytest.fixture
@@ -79,11 +80,6 @@ def step(params, **settings):
     return update(params, tx.init(params))[0]
 
 
-@functools.cache
-def expected(dtype=jnp.float32, **settings):
-    return step(draw(LEAVES, dtype=dtype), weight_dimension_numbers=numbers_of(LEAVES), **settings)
-
-
 def assert_lie_alike(got, params):
     for g, p in zip(*map(jax.tree.leaves, (got, params)), strict=True):
         assert g.sharding.is_equivalent_to(p.sharding, g.ndim)
@@ -92,6 +88,12 @@ def assert_lie_alike(got, params):
 
 # One step of Newton-Schulz instead of five: what is tested is what goes where.
 ONE_STEP = ((1.5, -0.5, 0.1),)
+
+
+@functools.cache
+def without_a_mesh():
+    numbers = numbers_of(LEAVES)
+    return step(draw(LEAVES), weight_dimension_numbers=numbers, ns_coeffs=ONE_STEP)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_sharded_equals_unsharded(kind, sizes, dear_work):
     with jax.set_mesh(mesh):
         got = step(params, shardings=shardings if kind == "auto" else None, **settings)
     assert_lie_alike(got, params)
-    assert_close(got, expected(ns_coeffs=ONE_STEP), 1e-5)
+    assert_close(got, without_a_mesh(), 1e-5)
 
 
 # Numbers, with every strategy in one tree.
@@ -209,15 +211,21 @@ def test_sixteen_bits_lose_no_more_than_without_a_mesh(ns_dtype):
     got = on_mesh(grads, ns_dtype=ns_dtype)
     for g, p, e in zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True):
         assert np.vdot(g, p) > 0.999 * np.linalg.norm(g) * np.linalg.norm(p)
+        # Measured: 1.2; the sums of a team are taken in another order, before they are rounded.
         assert reference.relative_error(g, e) < 1.5 * reference.relative_error(p, e)
 
 
+each_wire = pytest.mark.parametrize(
+    "wire", [{}, {"ns_dtype": jnp.float16}], ids=["float32", "float16"]
+)
+
+
 @pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])
-@pytest.mark.parametrize("ns_dtype", [jnp.float32, jnp.float16])
-def test_the_scale_of_a_gradient_does_not_matter(scale, ns_dtype):
+@each_wire
+def test_the_scale_of_a_gradient_does_not_matter(scale, wire):
     grads = draw(FEW)
-    got = on_mesh(jax.tree.map(lambda g: g * scale, grads), ns_dtype=ns_dtype)
-    assert_close(got, on_mesh(grads, ns_dtype=ns_dtype), 1e-5)
+    got = on_mesh(jax.tree.map(lambda g: g * scale, grads), **wire)
+    assert_close(got, on_mesh(grads, **wire), 1e-5)
 
 
 def test_float64_that_moves_as_float32_does_not_overflow():
@@ -240,11 +248,10 @@ def broken(grads, value):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("ns_dtype", [jnp.float32, jnp.float16])
-def test_a_broken_matrix_loses_only_itself(bad, ns_dtype):
+@each_wire
+def test_a_broken_matrix_loses_only_itself(bad, wire):
     grads = draw(FEW)
-    clean = on_mesh(grads, ns_dtype=ns_dtype)
-    got = on_mesh(broken(grads, bad), ns_dtype=ns_dtype)
+    clean, got = on_mesh(grads, **wire), on_mesh(broken(grads, bad), **wire)
     lost = jax.tree.map(lambda g: np.any(np.isnan(g), axis=(-2, -1)), got)
     assert {name: np.flatnonzero(where).tolist() for name, where in lost.items()} == {
         "moved": [2, 9],
@@ -290,9 +297,20 @@ def test_without_jit_too(kind, dear_work):
     assert_close(got, step(draw(leaves), ns_coeffs=ONE_STEP), 1e-5)
 
 
+def test_what_moved_in_sixteen_bits_is_as_wide_as_before(strict_promotion):
+    shardings = shardings_of(make_mesh((2, 4)), FEW)
+    params = jax.device_put(draw(FEW), shardings)
+    tx = mc.scale_by_muon(ns_dtype=jnp.bfloat16, adaptive=True)
+    got = jax.eval_shape(tx.update, params, tx.init(params))[0]
+    chex.assert_trees_all_equal_dtypes(got, params)
+
+
 def test_leaves_without_a_number():
-    leaves = {str(shape): Leaf(shape, P(None, None, "y")) for shape in [(0, 8, 8), (3, 0, 8)]}
-    leaves["long"] = Leaf((3, 8, 0), P(None, None, "y"))
+    leaves = {
+        "none": Leaf((0, 8, 8), P(None, "x")),
+        "low": Leaf((3, 0, 8), P(None, None, "y")),
+        "narrow": Leaf((3, 8, 0), P(None, "x")),
+    }
     params = jax.device_put(draw(leaves), shardings_of(make_mesh((2, 4)), leaves))
     chex.assert_trees_all_equal(step(params), params)
 
@@ -302,8 +320,12 @@ def test_a_mesh_with_axes_of_both_kinds(dear_work):
     shardings = shardings_of(mesh, FEW)
     params = jax.device_put(draw(FEW), shardings)
     got = step(params, shardings=shardings, ns_coeffs=ONE_STEP)
-    assert_lie_alike(got, params)
     assert_close(got, step(draw(FEW), ns_coeffs=ONE_STEP), 1e-5)
+    # The types of jax 0.12 cannot say that an Auto axis divides what an Explicit one then divides:
+    # of such an update the Auto axis is XLA's choice.
+    for tree in (got, params):
+        del tree["held_odd"], tree["local"]
+    assert_lie_alike(got, params)
 
 
 # Parts that fit into memory.

@@ -1,15 +1,12 @@
 """Who orthogonalises which matrix, from shapes and shardings alone: no device is used here."""
 
-import math
 from typing import Any
 
-import hypothesis
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 
 from muonclip_jax import _sharding_plan
-from muonclip_jax._layout import Axes, sides
+from muonclip_jax._layout import Axes
 from muonclip_jax._sharding_plan import Placed, make_plan
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
@@ -272,87 +269,3 @@ def test_the_table():
         tp=2,
     )
     assert str(p) == GOLDEN
-
-
-# Whatever the tree.
-
-MESH_SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=3)
-
-
-@st.composite
-def trees(draw):
-    """A mesh of up to three axes and leaves that it divides evenly, some large, in any order."""
-    mesh = dict(zip("xyz", draw(MESH_SIZES), strict=False))
-    leaves = []
-    for i in range(draw(st.integers(1, 6))):
-        ndim = draw(st.integers(2, 4))
-        order = draw(st.permutations(range(ndim)))
-        cut = draw(st.integers(1, ndim - 1))
-        start = draw(st.integers(0, cut - 1))
-        axes = Axes(*(tuple(sorted(a)) for a in (order[:start], order[start:cut], order[cut:])))
-        places = {
-            name: draw(st.integers(-1, ndim - 1)) for name in draw(st.permutations(list(mesh)))
-        }
-        spec = [tuple(n for n, axis in places.items() if axis == a) for a in range(ndim)]
-        scale = draw(st.sampled_from([1, 2, 3, 512]))
-        shape = tuple(
-            draw(st.integers(1, 3))
-            * math.prod(mesh[n] for n in names)
-            * (1 if a in axes.batch else scale)
-            for a, names in enumerate(spec)
-        )
-        spec = tuple(tuple(n for n in names if mesh[n] > 1) for names in spec)
-        leaves.append(Placed(f"leaf_{i}", shape, F32, axes, spec))
-    return mesh, leaves
-
-
-@hypothesis.given(trees())
-@hypothesis.settings(max_examples=300)
-def test_every_matrix_is_orthogonalised_once_and_sizes_fit(tree):
-    mesh, leaves = tree
-    p = make_plan(leaves, mesh, work, lambda dtype: dtype)
-    assert sorted(m.leaf for g in p.groups for m in g.members) == list(range(len(leaves)))
-    for group in p.groups:
-        copies, pieces, wide = (
-            math.prod(mesh[n] for n in names)
-            for names in (group.replicas, group.axes, group.columns)
-        )
-        share = -(-group.count // copies)
-        for member in group.members:
-            it = leaves[member.leaf]
-            batch = it.mesh_axes(it.axes.batch)
-            assert member.count * math.prod(
-                mesh[n] for n in batch
-            ) * group.m * group.n == math.prod(it.shape)
-            m, n = sides(it.shape, it.axes)
-            rows, columns = it.mesh_axes(it.axes.reduction), it.mesh_axes(it.axes.output)
-            if member.transposed:
-                m, n, rows, columns = n, m, columns, rows
-            assert (m, n, rows, columns) == (group.m, group.n, group.rows, group.columns)
-            assert not set(group.replicas) & {*rows, *columns, *batch}
-        assert group.m <= group.n
-        assert share <= group.whole * pieces + group.rest < share + pieces
-        assert group.whole == 0 or group.whole % group.chunk == 0
-        if group.rest:
-            assert pieces % group.team == 0
-            assert group.n // wide % group.team == 0 or group.stays
-            assert group.rest * group.team <= pieces or group.stays
-        # Never more than whole matrices padded, never less than an equal share.
-        each = work(group.m, group.n, F32)
-        assert share * each / pieces <= group.flops * (1 + 1e-9)
-        assert group.flops <= -(-share // pieces) * each
-
-
-@hypothesis.given(trees(), st.randoms(use_true_random=False))
-def test_the_order_of_leaves_does_not_matter(tree, random):
-    mesh, leaves = tree
-
-    def groups(leaves):
-        p = make_plan(leaves, mesh, work, lambda dtype: dtype)
-        plain = (
-            (sorted((leaves[m.leaf].path, m.transposed) for m in g.members), g._replace(members=()))
-            for g in p.groups
-        )
-        return sorted(plain, key=lambda pair: pair[0])
-
-    assert groups(leaves) == groups(random.sample(leaves, len(leaves)))
