@@ -43,4 +43,6 @@ def main(port: str, count: int, rank: int, devices: int, file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])
+    own_port, *numbers, own_file = sys.argv[1:]
+    count, rank, devices = map(int, numbers)
+    main(own_port, count, rank, devices, own_file)
