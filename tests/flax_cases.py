@@ -53,7 +53,7 @@ def largest(params, x):
     return np.max(recomputed(params, x), axis=0)
 
 
-def linen_call(x, mask=None, *, kept=True, options=None, **settings):
+def linen_call(x, mask=None, *, kept=True, options=None, **settings) -> tuple[Any, Any]:
     """Calls Linen attention whose `attention_fn` has options; gives output and statistics."""
     attention_fn = functools.partial(mc.linen.attention_fn, **(options or {}))
     module = linen_attention(attention_fn=attention_fn, **settings)
@@ -63,7 +63,7 @@ def linen_call(x, mask=None, *, kept=True, options=None, **settings):
     return module.apply(variables, x, mask=mask, sow_weights=True), {}
 
 
-def nnx_call(x, mask=None, *, kept=True, options=None, **settings):
+def nnx_call(x, mask=None, *, kept=True, options=None, **settings) -> tuple[Any, Any]:
     """Calls NNX attention likewise, with a capture if the statistics are to be kept."""
     attention_fn = functools.partial(mc.nnx.attention_fn, **(options or {}))
     module = nnx_attention(attention_fn=attention_fn, **settings)
