@@ -120,7 +120,7 @@ def measure(
     ratios = {
         key: figures["ours"][key] / figures["optax"][key]
         for key in (*SHOWN, "compile_seconds")
-        if figures["optax"][key]
+        if figures["ours"][key] and figures["optax"][key]
     }
     return dataclasses.asdict(case) | {"ours_by_optax": ratios} | figures
 
