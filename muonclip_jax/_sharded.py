@@ -7,7 +7,7 @@ each other does not matter: NS(P X Q) = P NS(X) Q for permutations, and the way 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,42 +66,65 @@ def _as_planned(
     eps = jnp.asarray(orthogonalise.eps)  # an argument: what is traced must not be closed over
     for group in plan.groups:
         indices = [member.leaf for member in group.members]
-        own = tuple(where.specs[i] for i in indices)
-        run = jax.shard_map(
-            functools.partial(_run, group=group, plan=plan, orthogonalise=orthogonalise),
+        done = _run(
+            eps,
+            tuple(leaves[i] for i in indices),
             mesh=where.mesh,
-            in_specs=(PartitionSpec(), *own),
-            out_specs=own,
-            # What replicas gather is equal on all of them, which the type system cannot see.
-            check_vma=False,
+            specs=tuple(where.specs[i] for i in indices),
+            axes=tuple(plan.leaves[i].axes for i in indices),
+            group=group,
+            orthogonalise=orthogonalise._replace(eps=0.0),
         )
-        # jit: outside of one, shard_map would compile every operation on its own.
-        done = jax.jit(run)(eps, *(leaves[i] for i in indices))
         for i, result in zip(indices, done, strict=True):
             results[i] = result
     return results
 
 
+# jit: outside of one, shard_map would compile every operation on its own.
+@functools.partial(jax.jit, static_argnames=("mesh", "specs", "axes", "group", "orthogonalise"))
 def _run(
-    eps: jax.Array, *blocks: jax.Array, group: Group, plan: Plan, orthogonalise: Orthogonaliser
+    eps: jax.Array,
+    leaves: tuple[jax.Array, ...],
+    *,
+    mesh: Any,
+    specs: tuple[PartitionSpec, ...],
+    **settings: Any,
+) -> tuple[jax.Array, ...]:
+    """Orthogonalises the matrices of a group."""
+    return jax.shard_map(
+        functools.partial(_on_one_device, sizes=mesh.shape, **settings),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *specs),
+        out_specs=specs,
+        # What replicas gather is equal on all of them, which the type system cannot see.
+        check_vma=False,
+    )(eps, *leaves)
+
+
+def _on_one_device(
+    eps: jax.Array,
+    *blocks: jax.Array,
+    sizes: Mapping[str, int],
+    axes: tuple[Axes, ...],
+    group: Group,
+    orthogonalise: Orthogonaliser,
 ) -> tuple[jax.Array, ...]:
     """Orthogonalises the matrices of a group, seen from one device."""
     orthogonalise = orthogonalise._replace(eps=eps)
     moves = bool(group.axes or group.replicas)
     wire = orthogonalise.compute_dtype(blocks[0].dtype) if moves else blocks[0].dtype
     stacks = []
-    for member, block in zip(group.members, blocks, strict=True):
-        x = to_matrices(block, plan.leaves[member.leaf].axes)
+    for member, a, block in zip(group.members, axes, blocks, strict=True):
+        x = to_matrices(block, a)
         x = x.reshape(member.count, *x.shape[-2:])
         stacks.append(_to_wire(x.mT if member.transposed else x, wire, group))
     x = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
-    x = _shared_by_replicas(x, group, plan, orthogonalise)
+    x = _shared_by_replicas(x, group, sizes, orthogonalise)
     results, start = [], 0
-    for member, block in zip(group.members, blocks, strict=True):
+    for member, a, block in zip(group.members, axes, blocks, strict=True):
         part = jax.lax.slice_in_dim(x, start, start + member.count)
         part = part.mT if member.transposed else part
-        axes = plan.leaves[member.leaf].axes
-        results.append(_kept(from_matrices(part, axes, block.shape)).astype(block.dtype))
+        results.append(_kept(from_matrices(part, a, block.shape)).astype(block.dtype))
         start += member.count
     return tuple(results)
 
@@ -115,25 +138,25 @@ def _to_wire(x: jax.Array, wire: Any, group: Group) -> jax.Array:
 
 
 def _shared_by_replicas(
-    x: jax.Array, group: Group, plan: Plan, orthogonalise: Orthogonaliser
+    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalise: Orthogonaliser
 ) -> jax.Array:
     """Lets each replica orthogonalise its part of the stack, and gathers the parts."""
     if not group.replicas:
-        return _orthogonalised(x, group, plan, orthogonalise)
-    copies = math.prod(plan.mesh[name] for name in group.replicas)
+        return _orthogonalised(x, group, sizes, orthogonalise)
+    copies = math.prod(sizes[name] for name in group.replicas)
     mine = -(-len(x) // copies)
     padded = _padded(x, mine * copies)
     start = mine * jax.lax.axis_index(group.replicas)
     part = jax.lax.dynamic_slice_in_dim(padded, start, mine)
-    part = _orthogonalised(part, group, plan, orthogonalise)
+    part = _orthogonalised(part, group, sizes, orthogonalise)
     return jax.lax.all_gather(part, group.replicas, tiled=True)[: len(x)]
 
 
 def _orthogonalised(
-    x: jax.Array, group: Group, plan: Plan, orthogonalise: Orthogonaliser
+    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalise: Orthogonaliser
 ) -> jax.Array:
     """Orthogonalises a stack of pieces."""
-    R, C = (math.prod(plan.mesh[name] for name in axes) for axes in (group.rows, group.columns))
+    R, C = (math.prod(sizes[name] for name in axes) for axes in (group.rows, group.columns))
     if R * C == 1:
         return orthogonalise(x)
     if group.stays:

@@ -261,6 +261,19 @@ def test_a_mesh_need_not_be_set(kind):
     assert_close(params, trained("muon", kind)[2].values[0], 1e-5)
 
 
+@each_kind
+def test_a_second_step_without_jit_compiles_nothing(kind, caplog):
+    mesh = mesh_of(kind)
+    with use(mesh):
+        params = jax.device_put(draw(SMALL), shardings_of(mesh, SMALL))
+        tx = mc.scale_by_muon(shardings=shardings_of(mesh, SMALL))
+        tx = optax.masked(tx, {"w": True, "bias": False})
+        _, state = tx.update(params, tx.init(params))
+        with jax.log_compiles():
+            tx.update(params, state)
+    assert "Compiling" not in caplog.text
+
+
 # Other transforms around it.
 
 SMALL = {"w": Leaf((3, 16, 24), P(None, "x", "y")), "bias": Leaf((24,), P("y"))}
