@@ -1,4 +1,4 @@
-"""Where a leaf is, in the plain strings that messages show and rules are matched against."""
+"""Where a leaf is, in the plain strings that messages and tables show and rules match."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,3 +32,22 @@ def components(path: Sequence[Any]) -> tuple[str, ...]:
 def path_string(path: Sequence[Any]) -> str:
     """Names a leaf in one string, components joined by slashes."""
     return "/".join(components(path))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lays out a table, a line for each row.
+
+    Args:
+      rows: Its cells, as many in each.
+
+    Returns:
+      The rows, with columns that begin below each other.
+
+    Example:
+      >>> print(aligned([("path", "rows"), ("attn/query", "64")]))
+      path        rows
+      attn/query  64
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -18,7 +18,7 @@ from muonclip_jax._layout import (
     sides,
     update_scale,
 )
-from muonclip_jax._paths import components
+from muonclip_jax._paths import aligned, components
 from muonclip_jax._settings import check_settings
 from muonclip_jax._types import ArrayTree
 
@@ -100,11 +100,7 @@ class RoutingTable:
             matrices = f"{r.batch} x {r.rows} x {r.columns}" if r.optimizer == "muon" else "-"
             scale = f"{r.scale:.4g}" if r.optimizer == "muon" else "-"
             lines.append((r.path, str(r.shape), r.optimizer, matrices, scale, r.reason))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return aligned(lines)
 
 
 def routing_table(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from muonclip_jax._layout import Axes, sides
+from muonclip_jax._paths import aligned
 
 MeshAxes: TypeAlias = tuple[str, ...]
 
@@ -142,12 +143,7 @@ class Plan(NamedTuple):
             leaves = first + (f" and {others} more" if others else "")
             work = (g.strategy(), f"{g.flops:.3g}", f"{g.sent / 1e6:,.1f}")
             lines.append((str(g.count), rows, columns, *work, leaves))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        table = (
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
-        return "\n".join([head, *table])
+        return f"{head}\n{aligned(lines)}"
 
 
 def make_plan(

@@ -170,12 +170,13 @@ def sharded(tmp_path_factory):
 def kimi(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kimi")
     kimi_k2.main(["--quick", "--out", str(folder)])
-    return json.loads((folder / "kimi_k2.json").read_text())
+    results = json.loads((folder / "kimi_k2.json").read_text())
+    return results | results["slices"]["here"]
 
 
 def test_runs_ahead_of_time_say_what_they_were(sharded, kimi):
     assert set(sharded) == WHAT_AND_WHEN | {"goals", "cases"}
-    assert set(kimi) > WHAT_AND_WHEN | {"topology", "plan", "model"}
+    assert set(kimi) > WHAT_AND_WHEN | {"model", "slices"}
     for results in (sharded, kimi):
         assert {"python", "muonclip-jax", "jax", "optax"} <= set(results["versions"])
         assert "leave out the links" in results["note"]
@@ -205,6 +206,25 @@ def test_goals_are_shown_with_what_was_reached(sharded):
     missed = sharded | {"goals": {}}
     missed["cases"] = {"stacks": {"topology": "", "ours_by_optax": {"flops": 0.61}}}
     assert "stacks flops: 0.610, at most 0.60: MISSED" in sharded_step.table(missed)
+
+
+@pytest.mark.parametrize(
+    ("case", "figure"), [(c, f) for c, goals in sharded_step.GOALS.items() for f in goals]
+)
+def test_committed_figures_reach_the_goals(case, figure):
+    path = BENCHMARKS / "results" / "sharded_step.json"
+    got = json.loads(path.read_text())["cases"][case]
+    assert got["ours_by_optax"][figure] <= sharded_step.GOALS[case][figure]
+    assert got["ours"]["rematerialisations"] == got["ours"]["unknown_loops"] == 0
+
+
+def test_the_committed_step_of_kimi_fits_its_chips():
+    slices = json.loads((BENCHMARKS / "results" / "kimi_k2.json").read_text())["slices"]
+    assert slices.keys() == kimi_k2.MESHES.keys()
+    for figures in slices.values():
+        assert figures["argument_bytes"] + figures["temporary_bytes"] < kimi_k2.MEMORY
+        assert figures["rematerialisations"] == figures["unknown_loops"] == 0
+    assert slices["v5p:8x8x16"]["compile_cpu_seconds"] < 300
 
 
 def test_one_case_alone_leaves_the_others_as_they_were(tmp_path, monkeypatch):
