@@ -117,7 +117,8 @@ def _on_one_device(
     for member, a, block in zip(group.members, axes, blocks, strict=True):
         x = to_matrices(block, a)
         x = x.reshape(member.count, *x.shape[-2:])
-        stacks.append(_to_wire(x.mT if member.transposed else x, wire, group))
+        x = _kept(_to_wire(x, wire, group))
+        stacks.append(x.mT if member.transposed else x)
     x = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
     x = _shared_by_replicas(x, group, sizes, orthogonalise)
     results, start = [], 0
@@ -219,7 +220,10 @@ def _exchange(x: jax.Array, group: Group) -> jax.Array:
 
 
 def _kept(X: jax.Array) -> jax.Array:
-    """Makes the compiler lay pieces together in 16 bits; it would cast them to float32 first."""
+    """Makes the compiler lay pieces together in 16 bits, by copies alone.
+
+    It would cast them to float32 first, and compile what is before the rounding into each copy.
+    """
     return jax.lax.optimization_barrier(X)
 
 

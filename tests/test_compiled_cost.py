@@ -189,6 +189,21 @@ def test_a_collective_in_two_halves_is_one():
     assert (cost.counts, cost.sent) == ({"all-gather": 1}, {"all-gather": 128 * 256 * 2})
 
 
+def test_a_collective_on_a_sparse_core_is_counted():
+    functions = """
+%gathered (p: bf16[2,8]) -> bf16[4,8] {
+  %p = bf16[2,8]{1,0} parameter(0)
+  ROOT %g = bf16[4,8]{1,0} all-gather(%p), replica_groups=[1,2]<=[2], dimensions={0}
+}
+"""
+    cost = text_cost(
+        "%s = ((bf16[2,8]{1,0}, token[]), bf16[4,8]{1,0}) call-start(%a, %t), "
+        'async_execution_thread="sparsecore", to_apply=%gathered',
+        functions=functions,
+    )
+    assert (cost.counts, cost.sent) == ({"all-gather": 1}, {"all-gather": 4 * 8 * 2})
+
+
 def test_a_collective_of_several_arrays_sends_all_of_them():
     cost = text_cost(
         "%a = f32[8]{0} parameter(0)",

@@ -27,6 +27,8 @@ _FUNCTION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 # %name = shape opcode(%operand, ...), attributes
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+# What runs another function once. The collectives of TPU7x run on its SparseCores: call-start.
+_CALLS = ("fusion", "call", "async-start", "call-start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +162,7 @@ class _Program:
             names = i.called("branch_computations", "true_computation", "false_computation")
             branches = [self.total(name) for name in names]
             return {k: max(b.get(k, 0.0) for b in branches) for branch in branches for k in branch}
-        calls = ("calls", "to_apply") if i.opcode in ("fusion", "call", "async-start") else ()
+        calls = ("calls", "to_apply") if i.opcode in _CALLS else ()
         inner = _sum(self.total(name) for name in (i.called(*calls) if calls else ()))
         expected = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
         # Those of a fusion are for all that is in it.
