@@ -232,9 +232,7 @@ def _preconditioned(
     x: jax.Array, preconditioning: str, blocks: int, team: Team | None
 ) -> tuple[jax.Array, Shifted]:
     """Forms X Xᴴ, and for two preconditionings scales X by diag(s), and it on both sides."""
-    if preconditioning == "frobenius":  # the diagonal of X Xᴴ adds up to ‖X‖², which is one
-        return x, _shifted_gram_matrix(split(x, blocks), team, 1 / x.shape[-2])
-    if preconditioning == "spectral":
+    if preconditioning not in ("schatten", "aol"):
         return x, _shifted_gram_matrix(split(x, blocks), team)
     A = _gram_matrix(split(x, blocks), team)
     whole = join(block_rows(A))
@@ -248,13 +246,14 @@ def _preconditioned(
     return _combine(x.dtype, (join(s), x)), _shifted(A, x.dtype)
 
 
-def _shifted_gram_matrix(X: Rows, team: Team | None, s: float | None = None) -> Shifted:
-    """Forms X Xᴴ, in the dtype of X; s is its mean diagonal, if that is known."""
+def _shifted_gram_matrix(X: Rows, team: Team | None) -> Shifted:
+    """Forms X Xᴴ, in the dtype of X."""
     A = _gram_matrix(X, team)
-    # From X: before the product it is there to be taken out as that is rounded, and the unrounded
-    # matrix need not be kept. A team has the unrounded one, of its sum.
-    from_X = s is None and team is None and _is_narrow(X[0].dtype)
-    return _shifted(A, X[0].dtype, mean_square(X) if from_X else s)
+    if team or not _is_narrow(X[0].dtype):
+        return _shifted(A, X[0].dtype)
+    # The trace of X Xᴴ from X: known before the product, it is taken out as that is rounded, and
+    # the unrounded matrix need not be kept.
+    return _shifted(A, X[0].dtype, mean_square(X))
 
 
 def _shifted(A: Hermitian, dtype: Any, s: Any = None) -> Shifted:
