@@ -124,6 +124,45 @@ def test_the_default_rule_is_the_one_the_page_says():
     assert f'| `"{rule}"`, the default |' in (ROOT / "docs" / "qk_clip.md").read_text()
 
 
+# --- sharding.md ----------------------------------------------------------------------------------
+
+
+def _result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_costs_of_a_sharded_step_are_the_committed_ones():
+    figures = ("seconds", "cycles", "flops", "sent_bytes", "temporary_bytes", "compile_seconds")
+    expected = [
+        [
+            f"{case['layers']} {'in stacks' if case['stacked'] else 'apart'}",
+            case["topology"],
+            " x ".join(map(str, case["mesh"])),
+            *(f"{by[f]:.2g}" if (by := case["ours_by_optax"]).get(f) else "-" for f in figures),
+        ]
+        for case in _result("sharded_step")["cases"].values()
+    ]
+    assert _table("sharding.md", "| layers | slice |") == expected
+
+
+def test_costs_of_a_step_of_kimi_are_the_committed_ones():
+    def gigabytes(bytes_):
+        return f"{bytes_ / 1e9:.1f} GB"
+
+    expected = [
+        [
+            name,
+            " x ".join(map(str, x["mesh"].values())),
+            *(gigabytes(x[f"{memory}_bytes"]) for memory in ("argument", "temporary", "peak")),
+            f"{x['flops_by_standard']:.2f}",
+            gigabytes(x["sent_bytes"]),
+            f"{100 * x['training_step']['optimizer_share']:.2f} %",
+        ]
+        for name, x in _result("kimi_k2")["slices"].items()
+    ]
+    assert _table("sharding.md", "| slice | expert x fsdp |") == expected
+
+
 # --- choosing.md ----------------------------------------------------------------------------------
 
 
