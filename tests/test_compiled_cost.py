@@ -173,6 +173,16 @@ def test_a_loop_that_counts_up_to_a_constant_is_known():
     assert cost.unknown_loops == 0
 
 
+@pytest.mark.parametrize(("step", "times"), [(1, 11), (2, 6)])
+def test_a_loop_of_two_turns_in_one_runs_half_as_often(step, times):
+    counter = "  %i = s32[]{:T(128)} get-tuple-element(%p), index=0\n"
+    added = f"  %s = s32[]{{:T(128)}} constant({step})\n  %j = s32[]{{:T(128)}} add(%i, %s)\n"
+    loop = LOOP.replace("  ROOT %t", f"{counter}{added}  ROOT %t").replace("tuple(%i", "tuple(%j")
+    loop = loop.replace("  ROOT %less", f"{counter}  ROOT %less")
+    line = "%w = (s32[], f32[4]{0}) while(%t), condition=%condition, body=%body"
+    assert text_cost(line, functions=loop).counts == {"all-reduce": times}
+
+
 def test_a_loop_counts_once_where_loops_are_left_out():
     head = f"HloModule m\n{LOOP}\nENTRY %main (p: f32[]) -> f32[] {{\n"
     line = "  %w = (s32[], f32[4]{0}) while(%t), condition=%condition, body=%body\n}\n"

@@ -174,10 +174,24 @@ class _Program:
             return 1
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes):
             return int(known[1])
-        condition = self.functions[i.called("condition")[0]].values()
-        limits = [j.arguments for j in condition if j.opcode == "constant"]
-        below = any("direction=LT" in j.attributes for j in condition)
-        return int(limits[0]) if below and len(limits) == 1 and limits[0].isdigit() else None
+        condition = self.functions[i.called("condition")[0]]
+        limits = [j.arguments for j in condition.values() if j.opcode == "constant"]
+        below = [j for j in condition.values() if "direction=LT" in j.attributes]
+        if not (below and len(limits) == 1 and limits[0].isdigit()):
+            return None
+        return math.ceil(int(limits[0]) / self._step(i, condition.get(below[0].operands[0])))
+
+    def _step(self, i: _Instruction, counter: _Instruction | None) -> int:
+        """Tells what a loop adds to its counter: 2 where XLA has put two turns into one."""
+        body = self.functions[i.called("body")[0]]
+        place = re.match(r"\W*index=(\d+)", counter.attributes) if counter else None
+        root = list(body.values())[-1]
+        if place is None or root.opcode != "tuple":
+            return 1
+        added = body[root.operands[int(place[1])]]
+        terms = [body[name] for name in added.operands] if added.opcode == "add" else []
+        steps = [int(term.arguments) for term in terms if term.opcode == "constant"]
+        return steps[0] if steps else 1
 
     def _collective(self, function: str, i: _Instruction, kind: str) -> Figures:
         """Counts a collective, unless its groups are of one device."""
