@@ -4,15 +4,17 @@
     python examples/train_lm.py --optimizer adamw --data my_texts/
     python examples/train_lm.py --aot-topology v5p:2x2x1
 
-Everything lands in one run folder: metrics.jsonl, summary.json, loss.png, max_logits.png and the
-checkpoints. Exit codes: 0 done, or stopped by SIGTERM or SIGINT after saving; 2 bad input;
+Everything lands in one run folder: metrics.jsonl, TensorBoard events, summary.json, three plots and
+the checkpoints. Exit codes: 0 done, or stopped by SIGTERM or SIGINT after saving; 2 bad input;
 1 failed while running.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lm import config as settings, data, rundir
 from lm.stop import StopFlag
@@ -34,66 +36,115 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(compile_ahead(config))
             return 0
         corpus = data.load(config.data, config.seq_len)
-        run = rundir.open_run(config, corpus)
-        if run.done:
-            print(f"{run.path}: this run has ended; nothing was changed")
-            return 0
-        return train(config, corpus, run.path, stop)
+        if config.mesh or config.simulate_devices or config.distributed:
+            return train_on_devices(config, corpus, stop)
+        return train(config, corpus, rundir.open_run(config, corpus), stop)
     except settings.BadInput as error:
         settings.refuse(error)
 
 
-def train(config: settings.Config, corpus: data.Corpus, path: pathlib.Path, stop: StopFlag) -> int:
-    """Trains, and tells how it ended.
+def train_on_devices(config: settings.Config, corpus: data.Corpus, stop: StopFlag) -> int:
+    """Trains after a look at the devices: a mesh that they do not fit makes no run folder.
 
     Args:
       config: Settings.
       corpus: Text.
-      path: Run folder.
       stop: True once the user wants to stop.
 
     Returns:
       Exit code.
     """
-    # Not at the top: a refusal of a flag or a file should not wait for JAX.
-    from lm.training import MODELS, Failed, Trainer
+    from lm import mesh, processes
 
-    print(f"training {config.model} with {config.optimizer} on {corpus.name}; writing to {path}")
-    if corpus.skipped:
-        files = "file that is" if corpus.skipped == 1 else "files that are"
-        print(f"left out {corpus.skipped} {files} not text")
-    try:
-        done = Trainer(config, corpus, path, MODELS[config.model](), lambda: bool(stop)).train()
-    except Failed as error:
-        print(f"train_lm.py: {path}: {error}", file=sys.stderr)
-        return 1
-    ended = (path / rundir.SUMMARY).exists()
-    print(report(path) if ended else f"stopped after step {done}; --resume --out {path} goes on")
+    processes.start(config)
+    silence = contextlib.nullcontext() if processes.is_first() else quietly()
+    with processes.ending_together(), silence:
+        mesh.make(config.mesh)
+        processes.check_agreement(config, corpus)
+        run = processes.from_first(lambda: rundir.open_run(config, corpus))
+        return processes.leave(train(config, corpus, run, stop))
+
+
+def train(config: settings.Config, corpus: data.Corpus, run: rundir.Run, stop: StopFlag) -> int:
+    """Trains, and tells how it ended.
+
+    Args:
+      config: Settings.
+      corpus: Text.
+      run: Run folder.
+      stop: True once the user wants to stop.
+
+    Returns:
+      Exit code.
+    """
+    path = run.path
+    if run.done:
+        print(f"{path}: this run has ended; nothing was changed")
+        return 0
+    # Not at the top: a refusal of a flag or a file should not wait for JAX.
+    from lm.training import Failed, Trainer, make_model
+
+    with quietly() if config.quiet else contextlib.nullcontext():
+        print(
+            f"training {config.model} with {config.optimizer} on {corpus.name}; writing to {path}"
+        )
+        if corpus.skipped:
+            files = "file that is" if corpus.skipped == 1 else "files that are"
+            print(f"left out {corpus.skipped} {files} not text")
+        made = Trainer(config, corpus, path, make_model(config), lambda: bool(stop))
+        try:
+            done = made.train()
+        except Failed as error:
+            print(f"train_lm.py: {path}: {error}", file=sys.stderr)
+            return 1
+    if not (path / rundir.SUMMARY).exists():
+        print(f"stopped after step {done}; --resume --out {path} goes on")
+        return 0
+    lines = report(path, made.speed.tokens_per_second)
+    print(*lines[:1] if config.quiet else lines, sep="\n")
     return 0
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Prints nothing to stdout."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def compile_ahead(config: settings.Config) -> str:
     """Says what a step would cost on a TPU slice; reads no text and writes nothing."""
     from lm import ahead
-    from lm.training import MODELS
+    from lm.training import make_model
 
-    return ahead.report(config, MODELS[config.model]())
+    return ahead.report(config, make_model(config))
 
 
-def report(path: pathlib.Path) -> str:
-    """Says in a few lines how a run ended."""
+def report(path: pathlib.Path, tokens_per_second: float | None) -> list[str]:
+    """Says in a few lines how a run ended.
+
+    Args:
+      path: Run folder.
+      tokens_per_second: Of its last start; None if that was too short to tell.
+
+    Returns:
+      Lines, the most important first.
+    """
+    from lm.plots import PLOTS
+
     metrics = rundir.read_metrics(path)
     summary = json.loads((path / rundir.SUMMARY).read_bytes())
     clipping = sum(line["heads_clipped"] > 0 for line in metrics)
-    return (
+    speed = f", {tokens_per_second:,.0f} bytes/s" if tokens_per_second else ""
+    return [
         f"validation loss {summary['validation_loss']:.3f} nats per byte"
         f" after {summary['steps']} steps on {summary['tokens']:,} bytes"
-        f" in {summary['seconds']:.0f} s\n"
+        f" in {summary['seconds']:.0f} s{speed}",
         f"largest attention logit {max(line['max_logit'] for line in metrics):.1f};"
         f" {metrics[-1]['heads_ever_clipped']} heads were ever clipped,"
-        f" in {clipping} of {len(metrics)} logged steps\n"
-        f"{path / 'loss.png'}\n{path / 'max_logits.png'}"
-    )
+        f" in {clipping} of {len(metrics)} logged steps",
+        *(str(path / plot) for plot in PLOTS),
+    ]
 
 
 if __name__ == "__main__":

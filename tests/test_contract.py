@@ -285,10 +285,10 @@ def test_no_callback_and_no_transfer(case):
         step(grads, state, params, **extra)
 
 
-def test_tracer_leaks_and_debug_nans(case):
+def test_tracer_leaks_debug_nans_and_internal_checks(case):
     factory, make, extra = case
     tx, params = factory(), make()
-    with jax.checking_leaks(), jax.debug_nans(True):
+    with jax.checking_leaks(), jax.debug_nans(True), jax.enable_checks(True):
         updates, _ = jax.jit(tx.update)(_like(params), tx.init(params), params, **extra)
     chex.assert_tree_all_finite(updates)
 

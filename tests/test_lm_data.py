@@ -1,5 +1,6 @@
 """The text of the training program: how it is read, split and cut into batches."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -152,3 +153,47 @@ def test_standard_library_has_no_third_party_source(standard_library):
     source = standard_library.train.tobytes() + standard_library.validation.tobytes()
     assert b"class TextWrapper" in source  # textwrap.py
     assert b"def newton_schulz" not in source
+
+
+# A batch divided among processes
+
+
+def draw(step):
+    text = data.split("a", TEXT, 0, seq_len=16).train
+    return data.batch(text, 3, step, batch_size=8, seq_len=16)
+
+
+def test_batch_is_the_same_bytes_as_ever():
+    digest = hashlib.sha256(draw(7).tobytes()).hexdigest()
+    assert digest == "2564ae21ff70ba2f2ebc9ae881b562575a95ee595763ded33a0f305d2b748820"
+
+
+@pytest.mark.parametrize("rows", [slice(2, 5), np.array([0, 3, 7]), slice(0, 0)])
+def test_some_rows_are_those_of_the_whole_batch(rows):
+    text = data.split("a", TEXT, 0, seq_len=16).train
+    some = data.batch(text, 3, 7, batch_size=8, seq_len=16, rows=rows)
+    np.testing.assert_array_equal(some, draw(7)[rows])
+
+
+@pytest.mark.parametrize("done", [0, 3, 9, 10])
+def test_reading_ahead_gives_the_batches_after_the_finished_steps(done):
+    with data.read_ahead(draw, done, steps=10) as batches:
+        read = list(batches)
+    assert len(read) == 10 - done
+    for step, batch in enumerate(read, start=done + 1):
+        np.testing.assert_array_equal(batch, draw(step))
+
+
+def test_reading_ahead_stops_where_it_is_left():
+    drawn = []
+    with data.read_ahead(lambda step: drawn.append(step) or draw(step), 0, 1_000_000) as batches:
+        next(batches)
+    assert 1 <= len(drawn) <= 2 * data.READ_AHEAD
+
+
+def test_error_while_reading_ahead_reaches_the_loop():
+    def fail(step):
+        raise OSError(f"step {step}")
+
+    with data.read_ahead(fail, 0, 5) as batches, pytest.raises(OSError, match="step 1"):
+        next(batches)

@@ -1,20 +1,19 @@
 """The command line of the training program: folders, exit codes, messages, signals."""
 
+import io
 import json
 import os
 import pathlib
-import signal
+import re
 import subprocess
 import sys
-import time
 
 import pytest
 
 import train_lm
-from lm import rundir, training
-from lm.checkpoint import Checkpoints
+from lm import config as settings, observe, rundir
 from lm.config import Config
-from lm_cases import TEXT, TINY, compiled_once
+from lm_cases import TEXT, compiled_once, program as run_program
 
 # Compiles in half the time; speed and the last bits do not matter where this is used.
 FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -28,25 +27,35 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
-    """The program in this process, with a tiny model, in an empty folder; signals as before."""
-    monkeypatch.setitem(training.MODELS, "gqa", lambda: TINY)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(TEXT)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    flags = "--data text --steps 4 --batch-size 4 --seq-len 16 --no-progress".split()
-    yield lambda *arguments: train_lm.main([*flags, *arguments])
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    yield from run_program(monkeypatch, tmp_path, "--steps", "4")
 
 
 def test_program_ends_with_the_loss_and_the_plots(program, tmp_path, capsys):
     assert program() == 0
     summary = json.loads((tmp_path / "runs/gqa-muonclip/summary.json").read_text())
-    *_, loss, logits, first, second = capsys.readouterr().out.splitlines()
+    *_, loss, logits, heads, first, second = capsys.readouterr().out.splitlines()
     assert loss.startswith(f"validation loss {summary['validation_loss']:.3f} nats per byte")
     assert "after 4 steps on 256 bytes" in loss
+    assert re.search(r" s, [0-9,]+ bytes/s$", loss)
     assert logits.startswith("largest attention logit ")
+    assert heads == "runs/gqa-muonclip/heads.png"
     assert (first, second) == ("runs/gqa-muonclip/loss.png", "runs/gqa-muonclip/max_logits.png")
+
+
+def test_quiet_program_prints_the_loss_alone(program, tmp_path, capfd):
+    assert program("--quiet", "--out", "run") == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    captured = capfd.readouterr()
+    (line,) = captured.out.splitlines()
+    assert line.startswith(f"validation loss {summary['validation_loss']:.3f} nats per byte")
+    assert captured.err == ""
+
+
+def test_quiet_program_still_says_what_is_wrong(program, capfd):
+    assert program("--quiet", "--learning-rate", "1e30") == 1
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("train_lm.py: runs/gqa-muonclip: loss is nan at step ")
 
 
 def test_taken_default_folder_is_followed_by_the_next(program, tmp_path):
@@ -110,9 +119,9 @@ def test_refused_resume_in_the_program_exits_2(program, capsys):
 
 
 def start(folder, *arguments):
-    """Starts the real program at its default size."""
+    """Starts the program in a process of its own."""
     (folder / "text").write_bytes(TEXT)
-    flags = "--data text --batch-size 1 --seq-len 16 --out run".split()
+    flags = "--preset tiny --data text --batch-size 1 --seq-len 16 --out run".split()
     return subprocess.Popen(
         [sys.executable, "-W", "error", EXAMPLES / "train_lm.py", *flags, *arguments],
         cwd=folder,
@@ -123,14 +132,31 @@ def start(folder, *arguments):
     )
 
 
-def test_twenty_steps_from_the_command_line(tmp_path):
-    process = start(tmp_path, "--steps", "20")
+def test_sixty_steps_from_the_command_line(tmp_path):
+    process = start(tmp_path, "--steps", "60")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.splitlines()[-2:] == ["run/loss.png", "run/max_logits.png"]
-    assert "20/20" in err
-    assert all(word in err for word in ("loss", "tokens/s", "largest logit", "heads clipped"))
-    assert len(rundir.read_metrics(tmp_path / "run")) == 20
+    first, last = err.splitlines()
+    text = r", loss [0-9.]+, [0-9,]+ tokens/s, largest logit [0-9.]+, heads clipped 0, [0-9:]+ left"
+    assert re.fullmatch(f"step 50/60{text}", first)
+    assert re.fullmatch(f"step 60/60{text}", last)
+    assert len(rundir.read_metrics(tmp_path / "run")) == 60
+
+
+def test_terminal_shows_a_bar_with_the_time_left(program, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    config = settings.parse(["--steps", "4"])
+    with observe.Journal(config, pathlib.Path(), 0, observe.Speed()) as journal:
+        for step in (1, 2, 3):
+            journal.log({"step": step, "loss": 1.25, "max_logit": 3.0, "heads_clipped": 2})
+    assert re.search(
+        r"3/4 \[[0-9:]+<[0-9:]+, .*loss 1.250, .*heads clipped 2\]", terminal.getvalue()
+    )
 
 
 @pytest.mark.slow
@@ -143,38 +169,3 @@ def test_default_run_learns_and_holds_its_heads_at_the_threshold(tmp_path):
     assert 1 < max(logits) / Config().threshold < 1.4  # measured 1.23; 2.8 with muon
     clipped = sum(line["heads_clipped"] > 0 for line in rundir.read_metrics(tmp_path / "run"))
     assert clipped > 200  # measured 361 of 600
-
-
-def test_sigterm_saves_the_running_step_and_exits_0(tmp_path):
-    process = start(tmp_path, "--steps", "1000000", "--no-progress")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    limit = time.monotonic() + 200
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < limit:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
-    assert err == ""
-    steps = [line["step"] for line in rundir.read_metrics(tmp_path / "run")]
-    assert out.splitlines()[1:] == [f"stopped after step {steps[-1]}; --resume --out run goes on"]
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        assert checkpoints.steps()[-1] == steps[-1]
-    assert not (tmp_path / "run" / "summary.json").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_second_signal_ends_at_once(number):
-    code = (
-        "import os, time; from lm.stop import StopFlag; flag = StopFlag(); assert not flag\n"
-        f"os.kill(os.getpid(), {number:d}); assert flag; print('first', flush=True)\n"
-        f"os.kill(os.getpid(), {number:d}); time.sleep(60)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES)},
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
-    assert (result.stdout, result.stderr) == ("first\n", "")
-    assert result.returncode == 128 + number

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lm import data, step, training
-from lm_cases import CONFIG, CORPUS, TINY
+from lm_cases import CONFIG, CORPUS, TINY, drawn
 
 
 def test_schedule_rises_to_its_peak_and_ends_at_zero():
@@ -33,40 +33,39 @@ def test_shortest_schedules_are_positive(steps):
 @pytest.fixture(scope="module")
 def random_params():
     """Weights without the zeros of the start, so that every gradient has full rank."""
-    shapes = jax.eval_shape(TINY.init, jax.random.key(0), jnp.zeros((1, 16), jnp.int32))["params"]
-    random = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.float32(0.3 * random.normal(size=x.shape)), shapes)
+    return drawn(TINY, spread=0.3)["params"]
 
 
 def micro_batches(params, count):
     """Loss, statistics and gradients over 8 sequences in `count` micro-batches."""
     text = data.batch(CORPUS.train, 0, 1, batch_size=8, seq_len=16).reshape(count, -1, 17)
-    return jax.jit(functools.partial(step.accumulate, step.make_loss(TINY)))(params, text)
+    loss_fn = functools.partial(step.make_loss(TINY), balance={})
+    return jax.jit(functools.partial(step.accumulate, loss_fn))(params, text)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_micro_batches_equal_one_batch(random_params, count):
-    (loss, stats, grads), one = micro_batches(random_params, count), micro_batches(random_params, 1)
+    (loss, seen, grads), one = micro_batches(random_params, count), micro_batches(random_params, 1)
     chex.assert_trees_all_close(loss, one[0], rtol=1e-5)
     for ours, reference in zip(*map(jax.tree.leaves, (grads, one[2])), strict=True):
         assert jnp.linalg.norm(ours - reference) < 1e-5 * jnp.linalg.norm(reference)
-    (ours,), (reference,) = jax.tree.leaves(stats), jax.tree.leaves(one[1])  # [L B N]
+    (ours,), (reference,) = jax.tree.leaves(seen), jax.tree.leaves(one[1])  # [L B N]
     chex.assert_trees_all_close(ours.max(axis=1), reference.max(axis=1), rtol=1e-6)
 
 
 def test_largest_logits_below_zero_stay_below_zero():
     def loss_fn(params, text):
-        return (params * text).sum(), {"max_logits": -jnp.float32(text)}
+        return (params * text).sum(), step.Seen({"max_logits": -jnp.float32(text)}, text)
 
     text = jnp.array([[[5]], [[3]], [[4]]])  # [A B T]
-    loss, stats, grads = step.accumulate(loss_fn, jnp.float32(2.0), text)
-    assert (loss, stats["max_logits"], grads) == (8.0, -3.0, 4.0)
+    loss, seen, grads = step.accumulate(loss_fn, jnp.float32(2.0), text)
+    assert (loss, seen.max_logits["max_logits"], seen.loads, grads) == (8.0, -3.0, 12, 4.0)
 
 
 def test_statistics_are_the_largest_logits_of_the_model(random_params):
     """Float64 NumPy, from the weights of the first layer."""
     text = data.batch(CORPUS.train, 0, 1, batch_size=2, seq_len=16)
-    _, stats = jax.jit(step.make_loss(TINY))(random_params, text)
+    _, seen = jax.jit(step.make_loss(TINY))(random_params, text, {})
     weights = jax.tree.map(lambda x: np.asarray(x, np.float64), random_params)
     layer = jax.tree.map(lambda x: x[0], weights["blocks"])
     x = weights["embed"]["embedding"][text[:, :-1]]
@@ -78,7 +77,7 @@ def test_statistics_are_the_largest_logits_of_the_model(random_params):
     logits = np.einsum("btnh,bsnh->bnts", query, key.conj()).real / np.sqrt(TINY.head_dim)
     logits = np.where(np.tril(np.ones((16, 16), bool)), logits, -np.inf)
     np.testing.assert_allclose(
-        stats["blocks"]["attn"]["max_logits"][0][0], logits.max((-1, -2)), rtol=1e-4
+        seen.max_logits["blocks"]["attn"]["max_logits"][0][0], logits.max((-1, -2)), rtol=1e-4
     )
 
 

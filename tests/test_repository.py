@@ -14,7 +14,6 @@ import muonclip_jax as mc
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-SOURCES = sorted(p for d in ("muonclip_jax", "examples") for p in (ROOT / d).rglob("*.py"))
 
 
 def test_first_block_of_the_readme_runs_as_it_stands():
@@ -65,28 +64,6 @@ def test_links_in_the_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (ROOT / target).exists(), f"{page.name}: {target}"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
-def test_nothing_executes_data(path):
-    source = path.read_text()
-    tree = ast.parse(source)
-    imported = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in (
-            [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-        )
-    }
-    assert not imported & {"pickle", "marshal", "shelve", "yaml", "subprocess"}
-    called = {
-        n.func.id
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
-    assert not called & {"eval", "exec"}
-    assert not re.search(r"allow_pickle=True|shell=True|os\.system", source)
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,17 @@
-"""A run of the training program: its files, its clip, and that a pause changes no bit of it."""
+"""A run of the training program: its files, its clip, and what can be watched of it."""
 
-import dataclasses
 import json
 
-import chex
-import jax
+import matplotlib
 import numpy as np
 import pytest
 
-from lm import data, rundir, training
-from lm.checkpoint import Checkpoints
+from lm import observe, plots, rundir
 from lm.config import BadInput
-from lm_cases import CONFIG, CORPUS, TEXT, TINY, compiled_once, trainer
+from lm.plots import PLOTS
+from lm_cases import CONFIG, CORPUS, TINY, compiled_once, scalars, trainer
 
 LOW_THRESHOLD = 2.0  # of the largest attention logit
-
-
-class Killed(BaseException):
-    """Ends a run as a kill would: nothing after it is done."""
-
-
-def after(calls, then):
-    """A `should_stop` that calls `then` from its n-th call on."""
-    count = iter(range(1, 1_000))
-    return lambda: next(count) >= calls and then()
-
-
-def final_state(path):
-    made = training.Trainer(CONFIG, CORPUS, path, TINY)
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        return checkpoints.restore(CONFIG.steps, jax.eval_shape(made.initial_state))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +47,8 @@ def clipped_run(tmp_path_factory):
 
 
 def test_run_writes_all_files(whole):
-    files = {"run.json", "metrics.jsonl", "summary.json", "loss.png", "max_logits.png"}
+    (events,) = whole.glob("events.out.tfevents.*")
+    files = {"run.json", "metrics.jsonl", "summary.json", events.name, *PLOTS}
     assert {path.name for path in whole.iterdir()} == files | {"checkpoints"}
 
 
@@ -97,7 +80,8 @@ def test_first_loss_is_that_of_a_uniform_guess(whole):
 
 
 def test_plots_are_images(whole):
-    for name in ("loss.png", "max_logits.png"):
+    assert set(PLOTS) == {"loss.png", "max_logits.png", "heads.png"}
+    for name in PLOTS:
         assert (whole / name).read_bytes().startswith(b"\x89PNG")
         assert (whole / name).stat().st_size > 10_000
 
@@ -176,102 +160,83 @@ def test_adamw_records_but_does_not_clip(tmp_path):
     assert [line["heads_clipped"] for line in lines] == [0, 0, 0]
 
 
-# Pauses
+# What can be watched
 
 
-def test_stopped_run_resumes_bit_for_bit(whole, tmp_path):
-    stopped = trainer(tmp_path, should_stop=after(9, lambda: True))
-    assert stopped.train() == 9
-    assert not (tmp_path / "summary.json").exists()
-    assert (tmp_path / "checkpoints" / "9").exists()
-    trainer(tmp_path, resume=True).train()
-    assert_equal_runs(tmp_path, whole)
+def test_events_are_the_scalars_of_the_metrics(whole):
+    lines, found = rundir.read_metrics(whole), scalars(whole)
+    for tag in ("loss", "learning_rate", "max_logit", "heads_clipped", "heads_ever_clipped"):
+        steps, values = zip(*found.pop(tag), strict=True)
+        assert list(steps) == [line["step"] for line in lines]
+        np.testing.assert_array_equal(values, np.array([line[tag] for line in lines], np.float32))
+    loss = json.loads((whole / "summary.json").read_text())["validation_loss"]
+    assert found.pop("validation_loss") == [(20, np.float32(loss))]
+    assert [step for step, _ in found["tokens_per_second"]] == list(range(2, 21))
+    assert all(value > 0 for _, value in found["tokens_per_second"])
+    assert found.keys() == {"tokens_per_second"}
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"step": 11, "lo'], ids=["clean", "torn"])
-def test_killed_run_resumes_bit_for_bit(whole, tmp_path, torn):
+def test_resumed_run_has_each_step_once_in_the_events(tmp_path):
     def kill():
-        raise Killed
+        raise KeyboardInterrupt
 
-    with pytest.raises(Killed):
-        trainer(tmp_path, should_stop=after(11, kill)).train()
-    with (tmp_path / "metrics.jsonl").open("ab") as log:
-        log.write(torn)
+    calls = iter(range(100))
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, should_stop=lambda: next(calls) == 10 and kill()).train()
     trainer(tmp_path, resume=True).train()
-    assert_equal_runs(tmp_path, whole)
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
+    steps, losses = zip(*scalars(tmp_path)["loss"], strict=True)
+    assert list(steps) == list(range(1, 21))
+    lines = rundir.read_metrics(tmp_path)
+    np.testing.assert_array_equal(losses, np.array([line["loss"] for line in lines], np.float32))
 
 
-def test_run_killed_before_its_first_checkpoint_starts_again(whole, tmp_path, capsys):
-    def kill():
-        raise Killed
-
-    with pytest.raises(Killed):
-        trainer(tmp_path, should_stop=after(3, kill)).train()
-    trainer(tmp_path, resume=True).train()
-    assert "no checkpoint yet: starting at step 0" in capsys.readouterr().out
-    assert_equal_runs(tmp_path, whole)
-
-
-def test_run_killed_before_its_summary_gets_it(whole, tmp_path, monkeypatch):
-    def kill(*_):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lm.plots.draw", kill)
-        with pytest.raises(Killed):
-            trainer(tmp_path).train()
-    trainer(tmp_path, resume=True).train()
-    assert_equal_runs(tmp_path, whole)
+def test_events_before_a_checkpoint_survive_a_kill(tmp_path):
+    """Nothing is closed here, as nothing is at a kill."""
+    journal = observe.Journal(CONFIG, tmp_path, 0, observe.Speed())
+    journal.log({"step": 1, "loss": 1.0, "max_logit": 1.0, "heads_clipped": 0})
+    assert scalars(tmp_path) == {}
+    journal.sync(1)
+    assert scalars(tmp_path)["loss"] == [(1, 1.0)]
+    journal.__exit__()
 
 
-def assert_equal_runs(path, reference):
-    assert (path / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
-    chex.assert_trees_all_equal(final_state(path), final_state(reference))
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (path, reference)]
-    first, second = ({k: v for k, v in s.items() if k != "seconds"} for s in summaries)
-    assert first == second
+@pytest.mark.parametrize("steps", [2, 100], ids=["short", "longer_than_the_run"])
+def test_profile_is_written_into_the_run(tmp_path, steps):
+    trainer(tmp_path, profile=steps, steps=20).train()
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 0
 
 
-CHANGES = {
-    "optimizer": "adamw",
-    "steps": 21,
-    "batch_size": 8,
-    "seq_len": 8,
-    "learning_rate": 0.5,
-    "threshold": 7.0,
-    "seed": 1,
-    "accumulate": 2,
-}
+def test_throughput_leaves_out_the_first_step(monkeypatch):
+    times = iter([10.0, 12.0, 14.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    speed = observe.Speed()
+    speed.update(100)
+    assert speed.tokens_per_second is None
+    speed.update(120)
+    assert speed.tokens_per_second == 10.0
+    speed.update(200)
+    assert speed.tokens_per_second == 25.0
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_changed_setting_is_refused_with_both_values(whole, name):
-    config = dataclasses.replace(CONFIG, out=whole, resume=True, **{name: CHANGES[name]})
-    before = CONFIG.peak if name == "learning_rate" else getattr(CONFIG, name)
-    flag = "--" + name.replace("_", "-")
-    with pytest.raises(BadInput) as error:
-        rundir.open_run(config, CORPUS)
-    assert f"{flag} was {before}, now {CHANGES[name]}" in str(error.value)
-    assert "another --out" in str(error.value)
+def test_heat_map_keeps_the_largest_logit_of_steps_that_share_a_column():
+    metrics = [{"step": n + 1, "max_logits": [[0.0, n == 1_234]]} for n in range(5_000)]
+    steps, logits = plots._columns(metrics)
+    assert len(steps) == 800
+    assert logits.shape == (800, 1, 2)
+    (column,) = np.flatnonzero(logits[:, 0, 1])
+    assert steps[column] <= 1_235 < steps[column + 1]
 
 
-def test_changed_settings_are_listed_together(whole):
-    config = dataclasses.replace(CONFIG, out=whole, resume=True, seed=1, threshold=7.0)
-    with pytest.raises(BadInput) as error:
-        rundir.open_run(config, CORPUS)
-    assert str(error.value) == (
-        f"--resume {whole}: --threshold was {CONFIG.threshold}, now 7.0; --seed was 0, now 1;"
-        " give the old values, or another --out"
-    )
+def test_heat_map_is_white_at_the_threshold_and_red_above():
+    style = plots._colours(15.0, np.array([-2.0, 14.0, 18.0]))
+    white, red = (matplotlib.colormaps[style["cmap"]](style["norm"](x)) for x in (15.0, 18.0))
+    assert min(white) > 0.95
+    assert red[0] > 2 * max(red[1:3])
 
 
-def test_changed_text_is_refused(whole):
-    config = dataclasses.replace(CONFIG, out=whole, resume=True)
-    other = data.split("tiny", TEXT[:-1] + b"!", 0, CONFIG.seq_len)
-    with pytest.raises(BadInput, match=rf"--data was .*{CORPUS.sha256}, now .*{other.sha256}"):
-        rundir.open_run(config, other)
-
-
-def test_default_learning_rate_may_be_named_on_resume(whole):
-    config = dataclasses.replace(CONFIG, out=whole, resume=True, learning_rate=CONFIG.peak)
-    assert rundir.open_run(config, CORPUS).done
+def test_heat_map_below_the_threshold_has_no_red():
+    style = plots._colours(1e30, np.array([-2.0, 14.0, 18.0]))
+    red, _, blue, _ = matplotlib.colormaps[style["cmap"]](style["norm"](np.linspace(-2, 18, 9))).T
+    assert (blue >= red).all()

@@ -1,27 +1,31 @@
 """What a step would cost on chips that are not there: compiled ahead of time, and not run."""
 
+import contextlib
 import importlib.util
 import math
 import os
-import re
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh
 
 import muonclip_jax as mc
+from lm import mesh as meshes
 from lm.compiled_cost import Cost, compiled_cost
 from lm.config import BadInput, Config
+from lm.layers import VOCABULARY
 from lm.step import initial_state, make_optimizer, make_train_step
 
-AXIS = "fsdp"  # the one mesh axis: it divides the batch, and one side of each weight
+# GiB of a chip, by the name that JAX gives its kind. Google, cloud.google.com/tpu/docs/v5e, v5p and
+# v6e, "Key chip specifications", HBM capacity.
+MEMORY = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 
 
 def report(config: Config, model: nn.Module) -> str:
-    """Compiles the train step for `--aot-topology`, weights and batch divided among all chips.
+    """Compiles the train step for `--aot-topology`, on `--mesh` or on `default_mesh`.
 
     Args:
       config: Settings; `aot_topology` is not None.
@@ -33,18 +37,39 @@ def report(config: Config, model: nn.Module) -> str:
     Raises:
       BadInput: if libtpu is not installed, knows no such topology, or cannot divide the batch.
     """
-    mesh = Mesh(np.array(_chips(str(config.aot_topology))), (AXIS,))
-    state = jax.eval_shape(lambda: initial_state(model, make_optimizer(config), config.seed))
-    state = jax.tree_util.tree_map_with_path(lambda path, x: _placed(path, x, mesh), state)
-    tx = make_optimizer(config, jax.tree.map(lambda x: x.sharding, state.params))
+    chips = _chips(str(config.aot_topology))
+    mesh = meshes.make(config.mesh, chips) if config.mesh else default_mesh(model, chips)
+    rows = _rows(config, mesh)
+    places = meshes.places(model, mesh, rows)
+    tx = make_optimizer(config, places.params)
+    shapes = jax.eval_shape(lambda: initial_state(model, tx, config.seed))
+    state = jax.tree.map(_placed, shapes, places.state(tx, shapes))
+    # A vocabulary of bytes is read as bytes; see `training.py`.
+    dtype = jnp.uint8 if getattr(model, "vocabulary", VOCABULARY) <= VOCABULARY else jnp.int32
+    shape = (config.accumulate, rows, config.seq_len + 1)
+    text = jax.ShapeDtypeStruct(shape, dtype, sharding=places.text(shape))
     threshold = config.threshold if config.optimizer == "muonclip" else math.inf
-    step = jax.jit(make_train_step(model, tx, threshold), donate_argnums=0)
-    cost = compiled_cost(step.lower(state, _text(config, mesh)).compile())
-    lines = [f"{config.aot_topology}: {mesh.size} chips, weights and batch divided among them"]
-    lines += _table(cost)
+    step = jax.jit(
+        make_train_step(model, tx, threshold),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), places.everywhere),
+    )
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, text)
+    lines = [*_head(config, mesh, state.params), *places.notes, *_compiled(lowered, chips[0])]
     if config.optimizer != "adamw":
         lines += [str(mc.sharding_plan(state.params))]
     return "\n".join(lines)
+
+
+def default_mesh(model: nn.Module, chips: Sequence[Any]) -> Mesh:
+    """Puts all chips on fsdp, but for experts: as many on expert as can be, below fsdp."""
+    experts, count = model.routed.experts if hasattr(model, "routed") else 1, len(chips)
+    fits = [e for e in range(2, count) if experts % e == count % e == 0 and e**2 < count]
+    for size in reversed(fits):
+        with contextlib.suppress(BadInput):  # the torus has no such side
+            return meshes.make({"fsdp": -1, "expert": size}, chips)
+    return meshes.make(None, chips)
 
 
 def _chips(topology: str) -> list[Any]:
@@ -70,34 +95,56 @@ def _chips(topology: str) -> list[Any]:
         ) from error
 
 
-def _placed(path: Any, x: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Divides a leaf along its longest side that divides evenly; layers are stacked on axis 0."""
-    stacked = re.search(r"\bblocks\b", jax.tree_util.keystr(path)) is not None
-    sides = [i for i in range(stacked, x.ndim) if x.shape[i] % mesh.size == 0 and x.ndim > 1]
-    longest = max(sides, key=lambda i: x.shape[i], default=None)
-    spec = P(*(AXIS if i == longest else None for i in range(x.ndim)))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-
-def _text(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """The text of a step, uint8 [A, B / A, T + 1], divided along B."""
+def _rows(config: Config, mesh: Mesh) -> int:
+    """Gives the sequences of a micro-batch."""
+    ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
     rows = config.batch_size // config.accumulate
-    if rows % mesh.size:
+    if rows % ways:
         raise BadInput(
             f"--batch-size {config.batch_size} in {config.accumulate} micro-batches does not divide"
-            f" among {mesh.size} chips; expected a multiple of {config.accumulate * mesh.size}"
+            f" among {ways} chips; expected a multiple of {config.accumulate * ways}"
         )
-    shape = (config.accumulate, rows, config.seq_len + 1)
-    return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=NamedSharding(mesh, P(None, AXIS)))
+    return rows
 
 
-def _table(cost: Cost) -> list[str]:
-    """Writes out what one chip does in one step."""
+def _placed(x: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _head(config: Config, mesh: Mesh, params: Any) -> list[str]:
+    """Says what is compiled, and for what."""
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    return [
+        f"{config.aot_topology}: {mesh.size} chips{' as ' + axes if axes else ''}",
+        f"{config.model} {config.preset}, {count:,} parameters, {config.dtype}; a step of"
+        f" {config.batch_size} sequences of {config.seq_len} in {config.accumulate} micro-batches",
+    ]
+
+
+def _compiled(lowered: Any, chip: Any) -> list[str]:
+    """Compiles, and writes out what one chip does in one step, or by how much it cannot."""
+    try:
+        cost = compiled_cost(lowered.compile())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        return [f"  does not fit; give more chips, or more --accumulate: {reason}"]
+    return _table(cost, MEMORY.get(chip.device_kind))
+
+
+def _table(cost: Cost, memory: int | None) -> list[str]:
+    """Writes out what one chip does in one step; `memory` is in GiB."""
     rows = [
         ("arguments", f"{(cost.argument_bytes or 0) / 1e6:,.1f} MB"),
         ("temporary memory", f"{(cost.temporary_bytes or 0) / 1e6:,.1f} MB"),
         ("matrix products", f"{cost.flops:.3g} FLOPs"),
     ]
+    if memory is not None:
+        used = ((cost.argument_bytes or 0) + (cost.temporary_bytes or 0)) / 2**30
+        fits = "fits" if used <= memory else "does not fit"
+        rows.insert(2, ("both", f"{used:.1f} of the {memory} GiB of a chip: {fits}"))
     if cost.seconds is not None:
         rows.append(("compiler's estimate", f"{1e3 * cost.seconds:.3g} ms, without links"))
     rows += [(kind, f"{n} of {cost.sent[kind] / 1e6:,.2f} MB") for kind, n in cost.counts.items()]

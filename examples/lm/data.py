@@ -1,18 +1,21 @@
 """Text as bytes: read, checked, split, and cut into batches that depend on (seed, step) only."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
 import stat
 import sysconfig
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 
 from lm.config import BadInput
 
+EVERY_ROW = slice(None)
+READ_AHEAD = 4  # steps; drawing one takes far less time than training on it
 VALIDATION_SHARE = 10  # one byte in ten, the last ones, is never trained on
 # Third-party packages are not the standard library; test files hold tables of odd bytes.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -88,7 +91,14 @@ def split(name: str, text: bytes, skipped: int, seq_len: int) -> Corpus:
     return Corpus(name, data[:cut], data[cut:], hashlib.sha256(text).hexdigest(), skipped)
 
 
-def batch(text: np.ndarray, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
+def batch(
+    text: np.ndarray,
+    seed: int,
+    step: int,
+    batch_size: int,
+    seq_len: int,
+    rows: slice | np.ndarray = EVERY_ROW,
+) -> np.ndarray:
     """Draws the sequences of one step.
 
     Nothing but the arguments decides: there is no reader whose position could disagree with the
@@ -100,13 +110,51 @@ def batch(text: np.ndarray, seed: int, step: int, batch_size: int, seq_len: int)
       step: Counts from 1.
       batch_size: Sequences, B.
       seq_len: Bytes in a sequence, T.
+      rows: Which of them to copy out; a process takes those of its devices.
 
     Returns:
-      Sequences with the byte after each, uint8 [B, T + 1].
+      Sequences with the byte after each, uint8 [B, T + 1], or those of the rows.
     """
     windows = np.lib.stride_tricks.sliding_window_view(text, seq_len + 1)
     starts = np.random.default_rng([seed, step]).integers(len(windows), size=batch_size)
-    return windows[starts]
+    return windows[starts[rows]]
+
+
+@contextlib.contextmanager
+def read_ahead(draw: Callable[[int], np.ndarray], done: int, steps: int) -> Iterator[Any]:
+    """Draws the batches of a run in the background.
+
+    Args:
+      draw: Maps a step, which counts from 1, to its text.
+      done: Finished steps; the first batch is that of the step after them.
+      steps: The last.
+
+    Yields:
+      An iterator over the batches, some of them drawn before they are asked for.
+    """
+    import grain  # not at the top: it imports JAX, for which a refusal should not wait
+
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
+    source = grain.MapDataset.source(_Steps(draw, steps))
+    batches = iter(source[done:].to_iter_dataset(options))
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The batches of a run as grain wants a source: of known length, any of them at any time."""
+
+    draw: Callable[[int], np.ndarray]
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.draw(int(index) + 1)
 
 
 def spread(text: np.ndarray, count: int, seq_len: int) -> np.ndarray:

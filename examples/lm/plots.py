@@ -1,4 +1,4 @@
-"""The two pictures of a run: its loss, and the largest attention logit of every head."""
+"""The pictures of a run: its loss, and the largest attention logit of every head, drawn twice."""
 
 import io
 import pathlib
@@ -7,24 +7,27 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lm import rundir
 from lm.config import Config
 
-LOSS, MAX_LOGITS = "loss.png", "max_logits.png"
+LOSS, MAX_LOGITS, HEADS = "loss.png", "max_logits.png", "heads.png"
+PLOTS = HEADS, LOSS, MAX_LOGITS
 
 _SIZE = (8.0, 4.5)  # inches
 _DPI = 150
 _SMOOTHING = 0.95  # weight of the past in the drawn mean of the loss
+_COLUMNS = 800  # of the heat map; more steps than this share a column, which shows the largest
 _TRAIN, _VALIDATION, _THRESHOLD, _GRID = "#2a6f97", "#e36414", "#c1121f", "#e5e7eb"
 
 
 def draw(
     config: Config, metrics: list[dict[str, Any]], validation_loss: float, path: pathlib.Path
 ) -> None:
-    """Draws `loss.png` and `max_logits.png`.
+    """Draws all of `PLOTS`.
 
     Args:
       config: Settings.
@@ -35,6 +38,7 @@ def draw(
     validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
     _save(_loss(config, metrics, [*validation, (config.steps, validation_loss)]), path / LOSS)
     _save(_max_logits(config, metrics), path / MAX_LOGITS)
+    _save(_heads(config, metrics), path / HEADS)
 
 
 def _save(figure: Figure, path: pathlib.Path) -> None:
@@ -104,6 +108,46 @@ def _max_logits(config: Config, metrics: list[dict[str, Any]]) -> Figure:
     below.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     below.set_xlabel("step")
     return figure
+
+
+def _heads(config: Config, metrics: list[dict[str, Any]]) -> Figure:
+    """A row for each head, layer by layer; red where it is above the threshold."""
+    steps, logits = _columns(metrics)
+    layers, heads = logits.shape[1:]
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="layer, and its heads from the top")
+    axes.set_title("largest attention logit of every head", loc="left")
+    cells = axes.pcolormesh(
+        [*steps, metrics[-1]["step"] + 1],
+        np.arange(layers * heads + 1),
+        logits.reshape(len(steps), -1).T,
+        **_colours(config.threshold, logits),
+    )
+    axes.invert_yaxis()
+    axes.set_yticks(heads * (np.arange(layers) + 0.5), [str(n + 1) for n in range(layers)])
+    for layer in range(1, layers):
+        axes.axhline(heads * layer, color="black", linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    passed = logits.max() > config.threshold
+    label = f"{'white' if passed else 'all below'}: threshold {config.threshold:g}"
+    bar = figure.colorbar(cells, ax=axes, label=label)
+    if passed:
+        bar.ax.axhline(config.threshold, color=_THRESHOLD, linewidth=1.5)
+    return figure
+
+
+def _colours(threshold: float, logits: np.ndarray) -> dict[str, Any]:
+    low, high = min(0.0, float(logits.min())), float(logits.max())
+    if high > threshold:
+        return {"cmap": "RdBu_r", "norm": TwoSlopeNorm(threshold, low, high)}
+    return {"cmap": "Blues_r", "norm": Normalize(low, max(high, low + 1.0))}
+
+
+def _columns(metrics: list[dict[str, Any]]) -> tuple[list[int], np.ndarray]:
+    """First step and largest logits [column L N] of at most `_COLUMNS` columns."""
+    logits = np.array([m["max_logits"] for m in metrics])  # [step L N]
+    starts = np.unique(np.linspace(0, len(logits), _COLUMNS, endpoint=False).astype(int))
+    return [metrics[i]["step"] for i in starts], np.maximum.reduceat(logits, starts)
 
 
 def _verdict(config: Config, heads: np.ndarray, ever_clipped: int) -> str:

@@ -12,7 +12,18 @@ from lm.data import Corpus
 
 SETTINGS, METRICS, SUMMARY, CHECKPOINTS = "run.json", "metrics.jsonl", "summary.json", "checkpoints"
 # --steps is among them as the learning rate falls to zero at the last one.
-PINNED = ("model", "optimizer", "steps", "batch_size", "seq_len", "threshold", "seed", "accumulate")
+PINNED = (
+    "model",
+    "preset",
+    "dtype",
+    "optimizer",
+    "steps",
+    "batch_size",
+    "seq_len",
+    "threshold",
+    "seed",
+    "accumulate",
+)
 LOGGED_WITHOUT_GAP = 1_000  # a curve is read from its start
 LOG_EVERY = 10  # after that; a step that is not logged does not wait for the device
 
