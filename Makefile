@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks clean
 
 demo: .venv/examples
 	$(BIN)/python examples/train_lm.py
@@ -14,6 +14,10 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Executes them; what they print and draw is refreshed by notebooks/refresh.py. No addopts: those are for tests.
+notebooks: .venv/notebooks
+	$(BIN)/python -m pytest -q -o addopts= --nbmake --nbmake-timeout=300 notebooks/*.ipynb
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
