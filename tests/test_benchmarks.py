@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 import muonclip_jax as mc
+from lm import ahead
+from lm.compiled_cost import Cost
+from lm.config import Config
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 N, M = 8, 24
@@ -17,8 +20,8 @@ WIDE, SQUARE = jnp.ones((N, M)), jnp.ones((N, N))
 
 with pytest.MonkeyPatch.context() as patch:  # as `python benchmarks/muon_step.py` finds them
     patch.syspath_prepend(BENCHMARKS)
-    muon_step, trees, sharded_step, kimi_k2 = map(
-        importlib.import_module, ("muon_step", "trees", "sharded_step", "kimi_k2")
+    muon_step, trees, sharded_step, kimi_k2, cloud_tpu = map(
+        importlib.import_module, ("muon_step", "trees", "sharded_step", "kimi_k2", "cloud_tpu")
     )
 
 OTHERS = ("optax", "torch") if muon_step.TORCH else ("optax",)
@@ -239,7 +242,9 @@ def test_one_case_alone_leaves_the_others_as_they_were(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("benchmark_", [sharded_step, kimi_k2], ids=["sharded_step", "kimi_k2"])
+@pytest.mark.parametrize(
+    "benchmark_", [sharded_step, kimi_k2, cloud_tpu], ids=["sharded_step", "kimi_k2", "cloud_tpu"]
+)
 def test_without_libtpu_a_run_says_what_to_install(benchmark_, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_, "LIBTPU", False)
     with pytest.raises(SystemExit):
@@ -288,3 +293,43 @@ def test_the_share_of_the_optimizer_counts_kernels_and_links():
     assert share["model_seconds"] == pytest.approx(model)
     assert share["optimizer_seconds"] == pytest.approx(2.0 + 1.0)
     assert share["optimizer_share"] == pytest.approx(3 / (3 + model))
+
+
+def test_figures_of_a_slice_are_read_off_what_the_training_program_prints():
+    sent = {"all-gather": 1.5e9, "all-reduce": 2e6}
+    cost = Cost(2e13, {"all-gather": 3, "all-reduce": 1}, sent, 0.0, 0.5, 0, 2**30, 3 * 2**30)
+    mesh = jax.sharding.Mesh(jax.devices(), ("fsdp",))
+    config = Config(preset="medium", aot_topology="v5e:4x2")
+    head = ahead._head(config, mesh, {"w": jnp.ones((2, 4))})
+    plan = "mesh fsdp=8; per device and step 1e+11 FLOPs, 0.3 MB sent"
+    read = cloud_tpu.parse("\n".join([*head, *ahead._table(cost, 16), plan]))
+    assert read == {
+        "chips": 8,
+        "mesh": "fsdp=8",
+        "parameters": 8,
+        "fits": True,
+        "used_gib": 4.0,
+        "chip_gib": 16,
+        "refused": "",
+        "flops": 2e13,
+        "muon_flops": 1e11,
+        "counts": {"all-gather": 3, "all-reduce": 1},
+        "sent_mb": {"all-gather": 1500, "all-reduce": 2},
+    }
+
+
+def test_a_slice_that_is_too_small_is_said_to_be():
+    report = "v5e:2x2: 4 chips as fsdp=4\ngqa medium, 9 parameters, float32; a step\n"
+    refused = "  does not fit: Used 20.10G of 15.75G hbm; give more chips, or more --accumulate\n"
+    case = cloud_tpu.Case("v5litepod-4", "v5e:2x2", "gqa", "medium", "")
+    found = cloud_tpu.parse(report + refused)
+    assert not found["fits"]
+    row = cloud_tpu.row(vars(case) | found)
+    assert row.endswith("| fsdp=4 | Used 20.10G of 15.75G hbm: **does not fit** | | | |")
+
+
+def test_what_to_expect_on_a_slice_is_the_committed_table():
+    page = BENCHMARKS.parent / "examples" / "cloud_tpu" / "README.md"
+    results = json.loads((BENCHMARKS / "results" / "cloud_tpu.json").read_text())
+    assert cloud_tpu.table(results) in page.read_text()
+    assert results["cases"]

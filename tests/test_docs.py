@@ -116,6 +116,8 @@ def test_costs_of_the_statistic_are_the_committed_ones():
         f"{row['exact_temporary_bytes'] / 2**20:.0f} MiB"
     )
     assert said in (ROOT / "docs" / "qk_clip.md").read_text().replace("\n", " ")
+    share = f"{causal:.1f} % of attention's FLOPs at {row['length']} positions, causal"
+    assert share in (ROOT / "docs" / "choosing.md").read_text()
     assert row["lse_bound_flops_full"] == row["lse_bound_flops_causal"] == 1
 
 
@@ -192,6 +194,34 @@ def test_presets_in_the_table_of_choices_arrive_where_it_says():
     for _, choice, said in rows:
         name = choice.split('"')[1]
         assert said == "{:.3f} to {:.3f}".format(*RANGES[name][2])
+
+
+def test_figures_of_the_demo_are_the_committed_ones():
+    path = ROOT / "benchmarks" / "results" / "train_lm.json"
+    clip, plain, _ = json.loads(path.read_text())["runs"]
+    said = (
+        f"heads are clipped in {clip['steps_with_a_clip']} of {clip['steps']} steps, the largest"
+        f" logit is {clip['largest_logit']:.1f} instead of {plain['largest_logit']:.1f}, and the"
+        f" validation loss {clip['validation_loss']:.3f} instead of {plain['validation_loss']:.3f}"
+    )
+    assert said in " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+
+
+def test_what_is_sent_without_a_plan_is_the_committed_ratio():
+    path = ROOT / "benchmarks" / "results" / "sharded_step.json"
+    stacks = json.loads(path.read_text())["cases"]["stacks"]
+    assert (stacks["layers"], stacks["side"], stacks["hidden"]) == (32, 4096, 11008)  # 7B
+    times = f"sends {1 / stacks['ours_by_optax']['sent_bytes']:.0f} times as much"
+    assert times in (ROOT / "docs" / "choosing.md").read_text()
+
+
+def test_numbers_to_watch_are_those_of_the_metrics():
+    params = {"attn": {name: {"kernel": jnp.ones((4, 2, 2))} for name in ("query", "key")}}
+    _, info = mc.qk_clip(params, {"attn": {"max_logits": jnp.ones(2)}})
+    rows = _table("choosing.md", "| number | means |")
+    watched = [name.strip("`") for name, *_ in rows if "qk_clip/" in name]
+    assert len(watched) == 5
+    assert set(watched) < set(mc.qk_clip_metrics(info))
 
 
 def test_momentum_weighs_068_of_keller_jordans_at_step_2():

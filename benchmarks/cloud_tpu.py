@@ -1,0 +1,142 @@
+"""What a step of the training program needs on slices of TPUs, compiled without any.
+
+    pip install "muonclip-jax[tpu]"
+    python benchmarks/cloud_tpu.py
+
+Writes results/cloud_tpu.json, and prints the table of examples/cloud_tpu/README.md. Each line is
+what `train_lm.py --aot-topology` prints: memory, FLOPs and what is sent, of one chip in one step.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+from ahead import LIBTPU, about, rounded
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model on a slice.
+
+    Attributes:
+      accelerator: Name of the slice in gcloud and xpk.
+      topology: The same in libtpu: generation, and chips along each axis of the torus.
+      model: Architecture.
+      preset: Its sizes.
+      flags: More flags of the training program.
+    """
+
+    accelerator: str
+    topology: str
+    model: str
+    preset: str
+    flags: str
+
+    @property
+    def command(self) -> str:
+        """What prints the figures."""
+        return (
+            f"python examples/train_lm.py --model {self.model} --preset {self.preset} {self.flags}"
+            f" --aot-topology {self.topology}"
+        )
+
+
+SLICES = {"v5litepod-16": "v5e:4x4", "v6e-16": "v6e:4x4", "v5p-32": "v5p:2x2x4"}
+FLAGS = {"gqa": "--dtype bfloat16 --seq-len 2048 --batch-size 64"}
+FLAGS["moe"] = FLAGS["gqa"] + " --accumulate 2"
+CASES = {
+    f"{model}-{topology.split(':')[0]}": Case(accelerator, topology, model, "medium", flags)
+    for model, flags in FLAGS.items()
+    for accelerator, topology in SLICES.items()
+}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Compiles a step in a process of its own, as libtpu wants to be there before JAX."""
+    words = [sys.executable, *shlex.split(case.command)[1:]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    return dataclasses.asdict(case) | {"command": case.command} | parse(done.stdout)
+
+
+def parse(report: str) -> dict[str, Any]:
+    """Reads the figures of a chip off what the training program prints."""
+
+    def number(pattern: str) -> float | None:
+        found = re.findall(pattern, report, re.MULTILINE)
+        return float(found[0].replace(",", "")) if found else None
+
+    collectives = re.findall(r"^  ([a-z]+-[a-z-]+) +(\d+) of ([\d,.]+) MB$", report, re.MULTILINE)
+    return {
+        "chips": number(r"^\S+: (\d+) chips"),
+        "mesh": re.findall(r"^\S+: \d+ chips as (.*)$", report, re.MULTILINE)[0],
+        "parameters": number(r"([\d,]+) parameters"),
+        "fits": ": fits\n" in report,
+        "used_gib": number(r"^  both +([\d.]+) of"),
+        "chip_gib": number(r"^  both .* the (\d+) GiB of a chip"),
+        "refused": "".join(re.findall(r"^  does not fit: (Used .*?);", report, re.MULTILINE)),
+        "flops": number(r"^  matrix products +([\d.e+]+) FLOPs"),
+        "muon_flops": number(r"^mesh .* per device and step ([\d.e+]+) FLOPs"),
+        "counts": {kind: int(count) for kind, count, _ in collectives},
+        "sent_mb": {kind: float(size.replace(",", "")) for kind, _, size in collectives},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Lays the results out as the table of the page."""
+    head = "| slice | model | mesh | GiB of a chip | TFLOPs | of it Muon | sent, GB |"
+    rows = [row(results["cases"][name]) for name in CASES if name in results["cases"]]
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+
+
+def row(case: dict[str, Any]) -> str:
+    """Writes out one case."""
+    cells = [
+        f"{case['accelerator']}, {case['chips']:g} chips, `{case['topology']}`",
+        f"`{case['model']}` `{case['preset']}`, {case['parameters'] / 1e6:,.0f} M",
+        case["mesh"],
+    ]
+    if case["refused"]:
+        return f"| {' | '.join(cells)} | {case['refused']}: **does not fit** | | | |"
+    verdict = "" if case["fits"] else ": **does not fit**"
+    cells += [
+        f"{case['used_gib']:.1f} of {case['chip_gib']:g}{verdict}",
+        f"{case['flops'] / 1e12:.1f}",
+        f"{100 * case['muon_flops'] / case['flops']:.1f} %",
+        f"{sum(case['sent_mb'].values()) / 1e3:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compiles the cases, one after the other, and writes the results."""
+    parser = argparse.ArgumentParser(description="What a step needs on slices of TPUs.")
+    parser.add_argument("--case", choices=CASES, nargs="*", help="these alone")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path(__file__).parent / "results",
+        help="folder of cloud_tpu.json",
+    )
+    options = parser.parse_args(arguments)
+    if not LIBTPU:
+        parser.error('libtpu is not installed: pip install "muonclip-jax[tpu]"')
+    path = options.out / "cloud_tpu.json"
+    results = about("python benchmarks/cloud_tpu.py") | {"cases": {}}
+    if options.case and path.exists():  # the others stay as they are
+        results["cases"] = json.loads(path.read_text())["cases"]
+    for name in options.case or CASES:
+        results["cases"][name] = rounded(measure(CASES[name]))
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
