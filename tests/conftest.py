@@ -1,6 +1,8 @@
 """Eight CPU devices, no network, strict ranks: the conditions under which every test runs."""
 
+import gc
 import os
+import pathlib
 import socket
 
 # The references are small: threads of NumPy's BLAS only wait for those of XLA.
@@ -25,6 +27,19 @@ def _connect_to_loopback_only(self, address):
     if isinstance(address, tuple) and not str(address[0]).startswith(_LOOPBACK):
         raise OSError(f"tests use no network; a connection to {address} was attempted")
     return _connect(self, address)
+
+
+# A compiled program holds some memory maps, and Linux gives a process 65,530: after as many of them
+# as all tests need, XLA crashes.
+_MAPS, _MOST_MAPS = pathlib.Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
