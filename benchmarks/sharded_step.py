@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "consistent_rms": 0.2}
 # What a step of ours may be at most by one of optax's, on the first two trees.
 GOALS = {
     "stacks": {"seconds": 0.40, "flops": 0.60, "sent_bytes": 0.03, "temporary_bytes": 0.50},
-    "layers": {"compile_seconds": 0.30},
+    "layers": {"compile_seconds": 0.30, "compile_cpu_seconds": 0.30},
 }
 SHOWN = ("seconds", "cycles", "flops", "sent_bytes", "temporary_bytes", "compile_seconds")
 
