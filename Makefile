@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/examples
 	$(BIN)/python examples/train_lm.py
 
+# A process for each core; a file stays in one, as its tests share what they compile.
 test: .venv/test
-	$(BIN)/python -m pytest -q $(PYTEST)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(PYTEST)
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -208,10 +208,12 @@ def test_a_collective_on_a_sparse_core_is_counted():
 """
     cost = text_cost(
         "%s = ((bf16[2,8]{1,0}, token[]), bf16[4,8]{1,0}) call-start(%a, %t), "
-        'async_execution_thread="sparsecore", to_apply=%gathered',
+        'async_execution_thread="sparsecore", to_apply=%gathered, '
+        'backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}',
         functions=functions,
     )
     assert (cost.counts, cost.sent) == ({"all-gather": 1}, {"all-gather": 4 * 8 * 2})
+    assert cost.cycles == 0
 
 
 def test_a_collective_of_several_arrays_sends_all_of_them():

@@ -27,6 +27,8 @@ _FUNCTION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 # %name = shape opcode(%operand, ...), attributes
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+# Cycles that stand for none: 2^63 - 1, at what a SparseCore does.
+_UNKNOWN = 2**62
 # What runs another function once. The collectives of TPU7x run on its SparseCores: call-start.
 _CALLS = ("fusion", "call", "async-start", "call-start")
 
@@ -165,8 +167,9 @@ class _Program:
         calls = ("calls", "to_apply") if i.opcode in _CALLS else ()
         inner = _sum(self.total(name) for name in (i.called(*calls) if calls else ()))
         expected = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
-        # Those of a fusion are for all that is in it.
-        return inner | {"cycles": float(expected[1])} if expected else inner
+        if expected is None or int(expected[1]) >= _UNKNOWN:
+            return inner
+        return inner | {"cycles": float(expected[1])}  # of a fusion, for all that is in it
 
     def _times(self, i: _Instruction) -> int | None:
         """Tells how often a loop runs: while a counter is below a constant; None if not so."""
