@@ -1,6 +1,7 @@
 """One of the processes of `test_lm_processes.py`: the program, with a fault.
 
-lm_process_worker.py FAULT RANK STEP FLAG...: at the end of that step, it happens in that process.
+lm_process_worker.py FAULT RANK STEP FLAG...: at the end of that step, it happens in that process;
+`unreadable` happens when the checkpoint of that step is read.
 """
 
 import os
@@ -10,11 +11,16 @@ import sys
 import jax
 
 import train_lm
-from lm import processes, training
+from lm import checkpoint, processes, training
+from lm.config import Failed
 
 
 def raise_an_error():
     raise RuntimeError("injected")
+
+
+def fail():
+    raise Failed("step 2: metrics.jsonl could not be written (injected)")
 
 
 FAULTS = {
@@ -23,6 +29,8 @@ FAULTS = {
     "sigint": lambda: os.kill(os.getpid(), signal.SIGINT),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "error": raise_an_error,
+    "failed": fail,
+    "unreadable": lambda: None,
 }
 
 
@@ -36,7 +44,15 @@ def main(fault: str, rank: int, at: int, *flags: str) -> int:
             FAULTS[fault]()
         return result
 
+    read = checkpoint.Checkpoints._read_digests
+
+    def read_and_fault(self, step):
+        if fault == "unreadable" and step == at and jax.process_index() == rank:
+            raise checkpoint.Damaged("injected")
+        return read(self, step)
+
     training.Trainer._line = line_and_fault
+    checkpoint.Checkpoints._read_digests = read_and_fault
     processes.HEARTBEAT = 10
     return train_lm.main(flags)
 

@@ -268,6 +268,8 @@ def test_foreign(whole, cut, tmp_path, capfd):
 
 CHANGES = {
     "model": "mla",
+    "preset": "small",
+    "dtype": "bfloat16",
     "optimizer": "adamw",
     "steps": 21,
     "batch_size": 8,

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ WORKER = pathlib.Path(__file__).with_name("lm_process_worker.py")
 ROOT = WORKER.parents[1]
 LIMIT = 400  # seconds; 15 s on two idle cores, and three heartbeats of 10 s where a peer is dead
 FLAGS = "--preset tiny --data text --steps 6 --batch-size 8 --seq-len 16 --out run --no-progress"
+PAIR = "--mesh data=2 --accumulate 2 --checkpoint-every 3".split()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def alone(folder, **changes):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, environment):
     folder = tmp_path_factory.mktemp("pair")
-    ended = together(folder, environment, "--mesh", "data=2", "--accumulate", "2")
+    ended = together(folder, environment, *PAIR)
     assert ended.codes == [0, 0], ended.err
     return folder / "run", ended
 
@@ -158,6 +160,62 @@ def test_error_on_one(tmp_path, environment, rank):
         f"train_lm.py: process {rank} of 2 has to end, and so will all: RuntimeError: injected;"
         " start all again with --resume\n"
     )
+
+
+@pytest.mark.slow
+def test_full_disk_of_the_first(tmp_path, environment):
+    """The metrics are written by process 0 alone."""
+    ended = together(tmp_path, environment, "--optimizer", "adamw", fault=("failed", 0, 2))
+    assert ended.codes[0] == 1
+    assert ended.codes[1] not in (0, None, -signal.SIGKILL), ended.err
+    assert ended.err[0] == (
+        "train_lm.py: run: step 2: metrics.jsonl could not be written (injected)\n"
+    )
+
+
+def flip(path):
+    """Changes one bit of the largest file of a checkpoint."""
+    largest = max((file for file in path.rglob("*") if file.is_file()), key=_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def _size(path):
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "seen", ["by both", pytest.param("by process 1 alone", marks=pytest.mark.slow)]
+)
+def test_damaged_checkpoint(pair, tmp_path, environment, seen):
+    run = shutil.copytree(pair[0], tmp_path / "run")
+    (run / "summary.json").unlink()
+    fault = ("unreadable", 1, 6)
+    if seen == "by both":
+        flip(run / "checkpoints" / "6")
+        fault = ("none", 0, 0)
+    ended = together(tmp_path, environment, *PAIR, "--resume", fault=fault)
+    assert ended.codes == [0, 0], ended.err
+    reason = "not the files that were written" if seen == "by both" else "as process 1 reads it"
+    (line,) = ended.err[0].splitlines()
+    assert f"/run/checkpoints: step 6 is damaged ({reason}" in line
+    assert line.endswith("); resuming from step 3 instead")
+    assert ended.err[1] == ""
+    assert "resumed after step 3\n" in ended.out[0]
+    assert (run / "metrics.jsonl").read_bytes() == (pair[0] / "metrics.jsonl").read_bytes()
+
+
+def test_no_whole_checkpoint_is_refused_by_all(pair, tmp_path, environment):
+    run = shutil.copytree(pair[0], tmp_path / "run")
+    (run / "summary.json").unlink()
+    for step in (3, 6):
+        flip(run / "checkpoints" / str(step))
+    ended = together(tmp_path, environment, *PAIR, "--resume")
+    assert ended.codes == [2, 2]
+    assert ended.err[0] == ended.err[1]
+    assert "no checkpoint is left: step 6 is damaged (not the files" in ended.err[0]
+    assert (run / "checkpoints" / "6").exists()
 
 
 def test_flags_that_differ_are_refused_by_all(tmp_path, environment):

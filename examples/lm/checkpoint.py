@@ -18,7 +18,7 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -178,7 +178,7 @@ class Checkpoints:
           Damaged: if what was read is not what was saved.
         """
         path = self._folder / str(step)
-        saved = self._read_digests(step)
+        saved = _in_all_processes(lambda: self._read_digests(step))
         faults = _differences(saved, _signatures(target))
         if faults:
             raise BadInput(f"--resume {path}: {'; '.join(faults)}; give another --out")
@@ -225,6 +225,22 @@ class Checkpoints:
         for path in sorted(self._numbered()):
             if _is_first() and not _may_be_whole(path):
                 warn(f"{path}: holds no checkpoint of this run; left out")
+
+
+def _in_all_processes(read: Callable[[], Any]) -> Any:
+    """Reads what all processes have to find whole: damage that one of them sees counts for all."""
+    content, damage = None, ""
+    try:
+        content = read()
+    except Damaged as error:
+        damage = str(error)
+    if jax.process_count() > 1:
+        damaged: Any = multihost_utils.process_allgather(np.array(bool(damage)))
+        if not damage and damaged.any():
+            damage = f"as process {int(np.argmax(damaged))} reads it"
+    if damage:
+        raise Damaged(damage)
+    return content
 
 
 def digests(tree: Any) -> dict[str, dict[str, Any]]:
