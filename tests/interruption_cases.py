@@ -16,6 +16,7 @@ import jax
 import train_lm
 from lm import training
 from lm_cases import CONFIG, CORPUS, TEXT
+from strict import STRICT
 
 
 class Killed(BaseException):
@@ -73,7 +74,7 @@ def start(folder, cache, *arguments, **options):
     (folder / "text").write_bytes(TEXT)
     flags = "--preset tiny --data text --batch-size 4 --seq-len 16 --no-progress".split()
     return subprocess.Popen(
-        [sys.executable, "-W", "error", train_lm.__file__, *flags, *arguments],
+        [sys.executable, *STRICT, train_lm.__file__, *flags, *arguments],
         cwd=folder,
         env=os.environ
         | {

@@ -1,7 +1,6 @@
 """Imports only point down, and importing the package costs and changes nothing."""
 
 import ast
-import importlib.metadata
 import pathlib
 import subprocess
 import sys
@@ -9,8 +8,8 @@ import sys
 import pytest
 
 import muonclip_jax as mc
+from strict import STRICT
 
-FLAX = importlib.metadata.version("flax")
 PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = """
 _types _paths _settings _team
@@ -115,10 +114,6 @@ def test_file_sizes():
         assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= 350, module
 
 
-# flax 0.12.6, our lowest, uses what jax 0.10 moved; see also the filters of pytest.
-FLAX_WARNS = ("-W", "ignore:jax.core.:DeprecationWarning") if FLAX == "0.12.6" else ()
-
-
 def test_importing_the_package_is_quiet_and_light():
     code = """
 import sys
@@ -135,7 +130,7 @@ if mc.nnx.__name__ != "muonclip_jax.nnx":
     raise SystemExit("nnx is not loaded on first use")
 """.replace("CHEX", "{'chex'}")  # optax itself imports chex
     run = subprocess.run(
-        [sys.executable, "-W", "error", *FLAX_WARNS, "-c", code],
+        [sys.executable, *STRICT, "-c", code],
         capture_output=True,
         text=True,
         check=False,

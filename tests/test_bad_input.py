@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from lm import config
+from strict import STRICT
 
 PROGRAM = pathlib.Path(__file__).parents[1] / "examples" / "train_lm.py"
 TEXT = "some text that can be trained on\n" * 100
@@ -20,7 +21,7 @@ def run(arguments, folder):
     poison.mkdir(exist_ok=True)
     (poison / "jax.py").write_text("raise ImportError('a refusal must not wait for JAX')\n")
     return subprocess.run(
-        [sys.executable, "-W", "error", PROGRAM, *arguments],
+        [sys.executable, *STRICT, PROGRAM, *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(poison)},
         capture_output=True,

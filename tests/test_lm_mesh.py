@@ -23,9 +23,9 @@ from lm.config import BadInput
 from lm.layers import AXES
 from lm.step import make_loss
 from lm_cases import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
+from strict import STRICT
 
 # flax 0.12.6, our lowest, uses what jax 0.10 moved.
-WARNINGS = ["-W", "error", "-W", "ignore:jax.core.:DeprecationWarning"]
 PROGRAM = pathlib.Path(training.__file__).parents[1] / "train_lm.py"
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
 EXPERT = {"fsdp": 2, "tensor": 2, "expert": 2}
@@ -110,7 +110,7 @@ def program(folder, *flags):
     (folder / "text").write_bytes(TEXT)
     sizes = "--preset tiny --data text --batch-size 8 --seq-len 16 --steps 2 --out run".split()
     return subprocess.run(
-        [sys.executable, *WARNINGS, PROGRAM, "--simulate-devices", "8", *sizes, *flags],
+        [sys.executable, *STRICT, PROGRAM, "--simulate-devices", "8", *sizes, *flags],
         cwd=folder,
         capture_output=True,
         text=True,

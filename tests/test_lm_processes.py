@@ -14,10 +14,9 @@ import pytest
 
 from lm import config, rundir
 from lm_cases import TEXT, compiled_once, trainer
+from strict import STRICT
 from test_processes import free_port
 
-# flax 0.12.6, our lowest, uses what jax 0.10 moved.
-WARNINGS = ["-W", "error", "-W", "ignore:jax.core.:DeprecationWarning"]
 WORKER = pathlib.Path(__file__).with_name("lm_process_worker.py")
 ROOT = WORKER.parents[1]
 LIMIT = 400  # seconds; 15 s on two idle cores, and three heartbeats of 10 s where a peer is dead
@@ -70,7 +69,7 @@ def together(folder, environment, *flags, fault=("none", 0, 0), own=((), ())):
                 (folder / f"{rank}.err").open("wb") as err,
             ):
                 process = subprocess.Popen(
-                    [sys.executable, *WARNINGS, WORKER, *arguments],
+                    [sys.executable, *STRICT, WORKER, *arguments],
                     cwd=folder,
                     env=environment,
                     stdout=out,

@@ -14,6 +14,7 @@ import train_lm
 from lm import config as settings, observe, rundir
 from lm.config import Config
 from lm_cases import TEXT, compiled_once, program as run_program
+from strict import STRICT
 
 # Compiles in half the time; speed and the last bits do not matter where this is used.
 FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -123,7 +124,7 @@ def start(folder, *arguments):
     (folder / "text").write_bytes(TEXT)
     flags = "--preset tiny --data text --batch-size 1 --seq-len 16 --out run".split()
     return subprocess.Popen(
-        [sys.executable, "-W", "error", EXAMPLES / "train_lm.py", *flags, *arguments],
+        [sys.executable, *STRICT, EXAMPLES / "train_lm.py", *flags, *arguments],
         cwd=folder,
         env=os.environ | FAST,
         stdout=subprocess.PIPE,

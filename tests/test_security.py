@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm.checkpoint import Checkpoints
-from test_architecture import FLAX_WARNS
+from strict import STRICT
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = sorted(
@@ -90,7 +90,7 @@ assert not seen, seen
 assert before == jax.config.values
 """
     run = subprocess.run(
-        [sys.executable, "-B", "-W", "error", *FLAX_WARNS, "-c", code],
+        [sys.executable, "-B", *STRICT, "-c", code],
         capture_output=True,
         text=True,
         check=False,

@@ -23,12 +23,14 @@ class Attention(nn.Module):
       kv_heads: Key and value heads, K; divides N.
       head_dim: Width of a head, H; even, as RoPE turns pairs.
       dtype: To compute in.
+      max_logit: `"exact"`, or `"lse_bound"` for the upper bound that flash attention gives.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     dtype: Any = jnp.float32
+    max_logit: str = "exact"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,8 +43,11 @@ class Attention(nn.Module):
         query = rotate(project(self.heads, "heads", "query"))  # [B T N H]
         key = rotate(project(self.kv_heads, "kv_heads", "key"))  # [B T K H]
         value = project(self.kv_heads, "kv_heads", "value")  # [B T K H]
-        mc.linen.sow_max_logits(self, mc.max_attention_logit(query, key, is_causal=True))
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)  # [B T N H]
+        mixed, max_logits = mc.dot_product_attention(
+            query, key, value, is_causal=True, max_logit=self.max_logit
+        )  # [B T N H], [B N]
+        name = "max_logits" if self.max_logit == "exact" else "max_logits_bound"
+        mc.linen.sow_max_logits(self, max_logits, name=name)
         out = linear(
             x.shape[-1],
             ("heads", "head_dim", "embed"),
@@ -63,6 +68,7 @@ class Block(nn.Module):
       head_dim: Width of a head, H.
       hidden: Width inside the MLP, F.
       dtype: To compute in.
+      max_logit: See `Attention`.
     """
 
     heads: int
@@ -70,12 +76,14 @@ class Block(nn.Module):
     head_dim: int
     hidden: int
     dtype: Any = jnp.float32
+    max_logit: str = "exact"
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         """Maps [B T D] to [B T D], in the form that `nn.scan` wants."""
         x = constrain(x, "batch", None, None)
-        attention = Attention(self.heads, self.kv_heads, self.head_dim, self.dtype, name="attn")
+        sizes = (self.heads, self.kv_heads, self.head_dim)
+        attention = Attention(*sizes, self.dtype, self.max_logit, name="attn")
         x = x + attention(nn.RMSNorm(dtype=self.dtype, name="attn_norm")(x))
         mlp = MLP(self.hidden, self.dtype, name="mlp")
         return x + mlp(nn.RMSNorm(dtype=self.dtype, name="mlp_norm")(x)), None
@@ -93,6 +101,7 @@ class GQA(nn.Module):
       hidden: Width inside the MLP, F.
       vocabulary: V.
       dtype: To compute in; parameters, logits and the largest logits are float32.
+      max_logit: See `Attention`.
     """
 
     layers: int
@@ -103,6 +112,7 @@ class GQA(nn.Module):
     hidden: int
     vocabulary: int = VOCABULARY
     dtype: Any = jnp.float32
+    max_logit: str = "exact"
 
     @property
     def layout(self) -> mc.MultiHeadLayout:
@@ -113,7 +123,8 @@ class GQA(nn.Module):
     def __call__(self, text: jax.Array) -> jax.Array:
         """Maps byte values [B T] to logits [B T V]."""
         x = to_sequences(embed(self.vocabulary, self.width, self.dtype)(text))
-        sizes = (self.heads, self.kv_heads, self.head_dim, self.hidden, self.dtype)
-        x, _ = stack(Block, self.layers)(*sizes, name="blocks")(x, None)
+        heads = (self.heads, self.kv_heads, self.head_dim)
+        how = (self.hidden, self.dtype, self.max_logit)
+        x, _ = stack(Block, self.layers)(*heads, *how, name="blocks")(x, None)
         x = constrain(x, "batch", None, None)
         return head(self.vocabulary)(nn.RMSNorm(name="final_norm")(x))

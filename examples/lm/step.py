@@ -112,7 +112,10 @@ def initial_state(model: nn.Module, tx: optax.GradientTransformation, seed: int)
 
 
 def make_train_step(
-    model: nn.Module, tx: optax.GradientTransformation, threshold: float
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    threshold: jax.typing.ArrayLike,
+    shared_key: str = "query",
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Builds the train step, the same for every optimizer.
 
@@ -121,6 +124,7 @@ def make_train_step(
         `layout` says where QK-clip finds the heads.
       tx: Optimizer.
       threshold: Of QK-clip; infinity only records.
+      shared_key: Of QK-clip; how query heads that share a key head are clipped.
 
     Returns:
       A function from a state and text [A, B / A, T + 1] to the next state and its metrics.
@@ -132,7 +136,9 @@ def make_train_step(
         loss, seen, grads = accumulate(micro_loss, state.params, text)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        params, info = mc.qk_clip(params, seen.max_logits, model.layout, threshold=threshold)
+        params, info = mc.qk_clip(
+            params, seen.max_logits, model.layout, threshold=threshold, shared_key=shared_key
+        )
         ever_clipped = mc.heads_ever_clipped(info, state.ever_clipped)
         balance = jax.tree.map(rebalance, state.balance, seen.loads)
         clips = mc.qk_clip_metrics(info, ever_clipped)
