@@ -151,6 +151,8 @@ def test_terminal_shows_a_bar_with_the_time_left(program, monkeypatch):
             return True
 
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "160")  # of the bar, which is cut where the terminal ends
+    monkeypatch.setenv("LINES", "40")
     config = settings.parse(["--steps", "4"])
     with observe.Journal(config, pathlib.Path(), 0, observe.Speed()) as journal:
         for step in (1, 2, 3):
