@@ -163,12 +163,16 @@ def test_terminal_shows_a_bar_with_the_time_left(program, monkeypatch):
 
 
 @pytest.mark.slow
-def test_default_run_learns_and_holds_its_heads_at_the_threshold(tmp_path):
-    arguments = [sys.executable, EXAMPLES / "train_lm.py", "--out", "run", "--no-progress"]
-    subprocess.run(arguments, cwd=tmp_path, check=True, timeout=900)
+@pytest.mark.parametrize(
+    ("model", "loss"),  # measured 1.479, 1.524 and 1.494
+    [("gqa", 1.55), ("mla", 1.6), ("moe", 1.57)],
+)
+def test_default_run_learns_and_holds_its_heads_at_the_threshold(tmp_path, model, loss):
+    arguments = [sys.executable, EXAMPLES / "train_lm.py", "--model", model]
+    subprocess.run([*arguments, "--out", "run", "--quiet"], cwd=tmp_path, check=True, timeout=900)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["validation_loss"] < 1.55  # measured 1.479
+    assert summary["validation_loss"] < loss
     logits = [line["max_logit"] for line in rundir.read_metrics(tmp_path / "run")]
-    assert 1 < max(logits) / Config().threshold < 1.4  # measured 1.23; 2.8 with muon
+    assert 1 < max(logits) / Config().threshold < 1.4  # measured 1.21 to 1.23; gqa 2.8 with muon
     clipped = sum(line["heads_clipped"] > 0 for line in rundir.read_metrics(tmp_path / "run"))
-    assert clipped > 200  # measured 361 of 600
+    assert clipped > 200  # measured 361 to 379 of 600

@@ -1,0 +1,59 @@
+"""How the figures look."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#2a6f97", "#e36414", "#588157", "#8d5a97", "#8d99ae", "#c1121f", "#d4a373", "#1d3557")
+LIMIT = "#c1121f"  # the threshold
+_NAMED = {"adamw": "#8d99ae", "muon": "#2a6f97", "muonclip": "#e36414"}
+_GRID = "#e5e7eb"
+
+
+def colour(name: str) -> str:
+    """Gives an optimizer the same colour in all figures."""
+    return _NAMED.get(name, "#588157")
+
+
+def panels(columns: int, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Makes a figure of axes side by side."""
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained", dpi=120)
+    axes = figure.subplots(rows, columns, **options)
+    for one in np.ravel(axes):
+        one.grid(color=_GRID)
+        one.set_axisbelow(True)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def band(axes: Axes, x: Sequence[float], over: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Draws means over seeds, with a bar of one standard deviation; leaves out what diverged."""
+    kept = [(at, one["mean"], one["sd"]) for at, one in zip(x, over, strict=True) if one["mean"]]
+    if kept:
+        at, means, sds = zip(*kept, strict=True)
+        axes.errorbar(at, means, sds, color=colour(name), label=name, marker="o", ms=3, capsize=2)
+
+
+def bars(axes: Axes, lines: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draws a mean over seeds for each name, one below the other, with one standard deviation."""
+    names = list(reversed(lines))
+    means = [lines[name]["mean"] for name in names]
+    axes.errorbar(
+        means, range(len(names)), xerr=[lines[name]["sd"] for name in names], fmt="o", capsize=3
+    )
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.5, len(names) - 0.5)
+
+
+def smooth(each: Sequence[Sequence[float]], steps: int = 20) -> np.ndarray:
+    """Takes the mean over the trainings and over a window of steps."""
+    mean = np.mean(each, axis=0)
+    return np.convolve(mean, np.ones(steps) / steps, mode="valid")
+
+
+def judge(*held: bool) -> str:
+    """Gives the verdict from what had to hold."""
+    return "reproduced" if all(held) else "partly" if any(held) else "not reproduced"
