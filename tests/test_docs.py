@@ -78,7 +78,7 @@ def test_names_exist(page):
             (ROOT / "tests" / name).exists() if name.endswith(".py") else f"def {name}(" in tests
         )
         assert found, name
-    for name in set(re.findall(r"\bbenchmarks/[\w/.]+\w", text)):
+    for name in set(re.findall(r"\bbenchmarks/[\w/.-]+\w", text)):
         assert (ROOT / name).exists(), name
 
 

@@ -106,6 +106,14 @@ def test_readme_has_the_figures_of_the_results():
     assert page.table(results) in (ROOT / "README.md").read_text()
 
 
+def test_advice_has_the_figures_of_the_results():
+    advice = (ROOT / "docs" / "choosing.md").read_text()
+    you = result_of("exactness")["ours"]["you"]["minus_reference"]
+    assert f"`you` behind it by {measures.text(you)} nats per byte" in advice
+    share = result_of("no-harm")["ours"]["12"]["ever_clipped"]["mean"]
+    assert f"a threshold that {share:.0%} of the heads met at some time did no harm" in advice
+
+
 # How it is made
 
 
@@ -169,7 +177,7 @@ def test_program_writes_the_committed_result_from_the_same_runs(tmp_path, monkey
     monkeypatch.setattr(program, "MEMORY", memory)
     program.main(["no-harm", "--out", str(tmp_path), "--workers", "1"])
     written = json.loads((tmp_path / "no-harm.json").read_text())
-    assert written == result | {"date": written["date"], "versions": runner.versions()}
+    assert written == result | {"versions": runner.versions()}
     assert (tmp_path / "no-harm.png").exists()
     assert capsys.readouterr().out == f"no-harm: {result['verdict']}\n"
 

@@ -1,7 +1,6 @@
 """Runs experiments; writes results/NAME.json, results/NAME.png and docs/evidence.md."""
 
 import argparse
-import datetime
 import io
 import json
 import os
@@ -32,7 +31,7 @@ def conclude(name: str, runner: Runner) -> dict[str, Any]:
         "source": experiment.SOURCE,
         "published": experiment.PUBLISHED,
         "command": f"python -m benchmarks.evidence {name}",
-        "date": datetime.date.today().isoformat(),
+        "date": max(record["date"] for record in runner.records),
         "versions": versions(),
         "seeds": sorted(seeds),
         "ours": ours,
@@ -51,7 +50,7 @@ def write(path: pathlib.Path, content: bytes) -> None:
 def laid_out(result: dict[str, Any]) -> str:
     """Writes a result as JSON, each of its trainings on a line of its own."""
     head = json.dumps(result | {"runs": []}, indent=1, ensure_ascii=False)
-    runs = ",\n".join(f"  {json.dumps(run)}" for run in result["runs"])
+    runs = ",\n".join(f"  {json.dumps(run, separators=(',', ':'))}" for run in result["runs"])
     return head.removesuffix("[]\n}") + f"[\n{runs}\n ]\n}}\n"
 
 

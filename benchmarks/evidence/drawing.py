@@ -18,9 +18,11 @@ def colour(name: str) -> str:
     return _NAMED.get(name, "#588157")
 
 
-def panels(columns: int, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """Makes a figure of axes side by side."""
-    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained", dpi=120)
+def panels(
+    columns: int, rows: int = 1, size: tuple[float, float] = (4.6, 3.6), **options: Any
+) -> tuple[Figure, Any]:
+    """Makes a figure of axes side by side, each of a size in inches."""
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained", dpi=100)
     axes = figure.subplots(rows, columns, **options)
     for one in np.ravel(axes):
         one.grid(color=_GRID)
@@ -35,6 +37,13 @@ def band(axes: Axes, x: Sequence[float], over: Sequence[Mapping[str, Any]], name
     if kept:
         at, means, sds = zip(*kept, strict=True)
         axes.errorbar(at, means, sds, color=colour(name), label=name, marker="o", ms=3, capsize=2)
+
+
+def by_rate(axes: Axes, rates: Sequence[float]) -> None:
+    """Makes the horizontal axis that of a grid of learning rates."""
+    axes.set(xscale="log", xlabel="peak learning rate")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xticks([], minor=True)
 
 
 def bars(axes: Axes, lines: Mapping[str, Mapping[str, Any]]) -> None:

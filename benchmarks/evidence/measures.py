@@ -89,3 +89,9 @@ def text(value: dict[str, Any], digits: int = 3) -> str:
     if value["mean"] is None:
         return "diverged"
     return f"{value['mean']:.{digits}f} ± {value['sd']:.{digits}f}"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Writes a table of Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,8 +1,10 @@
 """Tells the results: docs/evidence.md, and the table of the README."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.evidence import measures
 from benchmarks.evidence.experiments import EXPERIMENTS
 from benchmarks.evidence.tasks import (
     BATCH_SIZE,
@@ -15,6 +17,7 @@ from benchmarks.evidence.tasks import (
     Run,
 )
 
+FILL = 150  # columns, as in the other pages
 Results = Mapping[str, Mapping[str, Any]]
 
 HEAD = f"""# Evidence
@@ -64,16 +67,21 @@ def page(results: Results) -> str:
     parts = [HEAD.format(table=table(results), versions=said)]
     for name, result in results.items():
         experiment = EXPERIMENTS[name]
-        title, text = experiment.TITLE, experiment.tell(result["ours"])
+        title, text = experiment.TITLE, wrapped(experiment.tell(result["ours"]))
         parts.append(SECTION.format(**{**result, "title": title, "name": name, "text": text}))
     return "".join(parts)
 
 
+def wrapped(text: str) -> str:
+    """Fills the lines of the paragraphs, but not those of the tables."""
+    parts = text.split("\n\n")
+    return "\n\n".join(x if x.startswith("|") else textwrap.fill(x, FILL) for x in parts)
+
+
 def table(results: Results) -> str:
     """Writes the table of claims."""
-    rows = ["| claim | published | here | verdict |", "|---|---|---|---|"]
-    for name, result in results.items():
-        experiment = EXPERIMENTS[name]
-        cells = (result["published"], experiment.short(result["ours"]), result["verdict"])
-        rows.append(f"| {experiment.TITLE} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    rows = [
+        [EXPERIMENTS[name].TITLE, r["published"], EXPERIMENTS[name].short(r["ours"]), r["verdict"]]
+        for name, r in results.items()
+    ]
+    return measures.table(["claim", "published", "here", "verdict"], rows)

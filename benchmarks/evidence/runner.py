@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import importlib.metadata
 import itertools
 import json
@@ -52,7 +53,7 @@ class Runner:
 
     Attributes:
       records: Of all tasks that were asked for, in that order, each once: `settings`, which are the
-        fields of the task, and what it measured.
+        fields of the task, the `date` on which it was done, and what it measured.
     """
 
     def __init__(self, memory: pathlib.Path, workers: int) -> None:
@@ -120,4 +121,5 @@ def _pin(cores: Any) -> None:
 
 
 def _measure(tasks: list[Any]) -> list[dict[str, Any]]:
-    return [{"settings": described(task), **task.measure()} for task in tasks]
+    today = datetime.date.today().isoformat()
+    return [{"settings": described(task), "date": today, **task.measure()} for task in tasks]

@@ -19,7 +19,6 @@ from lm.config import Config
 from lm.presets import Latent
 from lm.step import (
     ADAM_B2,
-    WARMUP_SHARE,
     WEIGHT_DECAY,
     TrainState,
     initial_state,
@@ -31,7 +30,7 @@ from lm.step import (
 BATCH_SIZE, SEQ_LEN = 8, 128
 VALIDATION_BYTES = 2**16
 LOGGED = 50  # points of a curve
-DIGITS = 5  # of what is written down
+DIGITS, LOGIT_DIGITS = 5, 4  # of what is written down
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 4, 64, 192, 4, 16
 
@@ -67,7 +66,6 @@ class Run:
         `optax.muon`, both with the defaults that they share.
       threshold: Of QK-clip; None never clips.
       steps: Optimizer steps.
-      decays: Whether the learning rate does; if not, it stays at its peak.
       weight_decay: Of every parameter, times the learning rate.
       consistent_rms: See `mc.muonclip`; None is Keller Jordan's scale.
       per_head: Whether each head of the query, key and value kernels is a matrix of its own.
@@ -85,7 +83,6 @@ class Run:
     optimizer: str = "muon"
     threshold: float | None = None
     steps: int = 400
-    decays: bool = True
     weight_decay: float = WEIGHT_DECAY
     consistent_rms: float | None = 0.2
     per_head: bool = False
@@ -99,9 +96,7 @@ class Run:
     @property
     def program(self) -> "Run":
         """A training that compiles to the same program: numbers that change are arguments."""
-        return dataclasses.replace(
-            self, learning_rate=0.0, seed=0, threshold=None, steps=0, decays=True
-        )
+        return dataclasses.replace(self, learning_rate=0.0, seed=0, threshold=None, steps=0)
 
     def measure(self) -> dict[str, Any]:
         """Trains.
@@ -113,9 +108,7 @@ class Run:
           clipped at each of all steps; `ever_clipped`, the share of heads.
         """
         corpus, init, step, evaluate = _program(self.program)
-        falling = make_schedule(Config(steps=self.steps, learning_rate=self.learning_rate))
-        flat = optax.linear_schedule(0.0, self.learning_rate, round(WARMUP_SHARE * self.steps))
-        schedule = falling if self.decays else flat
+        schedule = make_schedule(Config(steps=self.steps, learning_rate=self.learning_rate))
         threshold = math.inf if self.threshold is None else self.threshold
         state, seen = init(self.seed), []
         for i in range(self.steps):
@@ -135,16 +128,17 @@ def summary(seen: list[dict[str, Any]]) -> dict[str, Any]:
         "logged": logged.tolist(),
         "losses": [finite(losses[part].mean()) for part in parts],
         "max_logits": [
-            [[finite(x) for x in layer] for layer in heads[part].max(axis=0)] for part in parts
+            [[finite(x, LOGIT_DIGITS) for x in layer] for layer in heads[part].max(axis=0)]
+            for part in parts
         ],
         "clipped": [int(step["qk_clip/clipped_heads"]) for step in seen],
         "ever_clipped": finite(seen[-1]["qk_clip/ever_clipped_fraction"]),
     }
 
 
-def finite(x: Any) -> float | None:
+def finite(x: Any, digits: int = DIGITS) -> float | None:
     """Rounds a number for JSON, which has no NaN."""
-    return float(f"{float(x):.{DIGITS}g}") if math.isfinite(x) else None
+    return float(f"{float(x):.{digits}g}") if math.isfinite(x) else None
 
 
 @functools.cache

@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.evidence import drawing
-from benchmarks.evidence.measures import RATES, SEEDS, grid, over_seeds, seeds_of, tune
+from benchmarks.evidence.measures import RATES, SEEDS, grid, over_seeds, seeds_of, table, text, tune
 from benchmarks.evidence.runner import Ask
 from benchmarks.evidence.tasks import Run, finite
 
+TITLE = "Fewer tokens than AdamW"
 CLAIM = "Muon reaches AdamW's loss in about half of its tokens, at a learning rate tuned for AdamW."
 SOURCE = "Moonlight, arXiv 2502.16982, figure 1 and section 2.2; Kimi K2, arXiv 2507.20534"
 PUBLISHED = "52 % of the training FLOPs of AdamW (Moonlight, scaling law)"
@@ -106,14 +107,62 @@ def verdict(ours: Mapping[str, Any]) -> str:
     return drawing.judge(fewer, matched)
 
 
+def short(ours: Mapping[str, Any]) -> str:
+    """Says it in a line."""
+    first = ours["steps_to_adamw_loss"]["muonclip"]["share"]
+    return (
+        f"{percent(first)} of the steps; {percent(ours['steps_to_that_loss']['share'])} of {LONG}"
+    )
+
+
+def percent(share: Mapping[str, Any]) -> str:
+    """Writes a share and its spread."""
+    return f"{share['mean']:.0%} ± {share['sd']:.0%}"
+
+
+def tell(ours: Mapping[str, Any]) -> str:
+    """Says it in three sentences, and a table."""
+    tuned, carried = ours["tuned"], ours["at_adamw_rate"]
+    columns = ("optimizer", "best rate", "by AdamW's", "loss", "more at AdamW's rate")
+    rows = [["adamw", f"{tuned['adamw']['learning_rate']:g}", "", text(tuned["adamw"]["loss"]), ""]]
+    rows += [
+        [
+            name,
+            f"{tuned[name]['learning_rate']:g}",
+            f"{line['rate_by_adamw_rate']:g}",
+            text(tuned[name]["loss"]),
+            f"{line['excess_loss']:.3f}",
+        ]
+        for name, line in carried.items()
+    ]
+    first, second = (
+        percent(one["share"])
+        for one in (ours["steps_to_adamw_loss"]["muonclip"], ours["steps_to_that_loss"])
+    )
+    longer = ours["adamw_twice_as_long"]
+    return f"""\
+MuonClip (τ = {THRESHOLD:g}) reaches the loss of AdamW at {STEPS} steps in {first} of them, and that
+of AdamW at {LONG} steps ({text(longer["loss"])}, rate {longer["learning_rate"]:g}, tuned again) in
+{second}; each share is a training with a whole schedule of its own.
+Matched to AdamW's update size, Muon is best at {carried["muon"]["rate_by_adamw_rate"]:g} times
+AdamW's rate, one place of the grid away, and loses {carried["muon"]["excess_loss"]:.3f} at that
+rate itself; without matching it is {carried["muon, unmatched"]["rate_by_adamw_rate"]:g} times and
+{carried["muon, unmatched"]["excess_loss"]:.3f}. But at its own best rate the unmatched scale,
+Keller Jordan's √max(1, n_out / n_in), trains better here than the matched one: what matching buys
+is a rate that one need not search for, not a lower loss. AdamW's losses say as much about so short
+a training on so small a batch as about AdamW.
+
+{table(columns, rows)}"""
+
+
 def draw(result: Mapping[str, Any]) -> Figure:
     """Draws the loss by learning rate, and by steps of the whole schedule."""
     ours = result["ours"]
     figure, (left, right) = drawing.panels(2)
     for name, tuned in ours["tuned"].items():
         drawing.band(left, RATES, [tuned["losses"][str(rate)] for rate in RATES], name)
-    left.set(xscale="log", xlabel="peak learning rate", title="one grid for all")
-    left.set_ylabel("validation loss, nats per byte")
+    drawing.by_rate(left, RATES)
+    left.set(ylabel="validation loss, nats per byte", title="one grid for all")
     targets = {STEPS: ours["tuned"]["adamw"], LONG: ours["adamw_twice_as_long"]}
     line = ours["steps_to_that_loss"]["losses"]
     drawing.band(right, [int(steps) for steps in line], list(line.values()), "muonclip")
