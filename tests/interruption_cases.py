@@ -78,6 +78,7 @@ def start(folder, cache, *arguments, **options):
         cwd=folder,
         env=os.environ
         | {
+            "JAX_PLATFORMS": "cpu",  # libtpu, where it is installed, writes to stderr
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         },

@@ -121,6 +121,25 @@ def test_experts_get_an_axis_that_the_chips_are_wired_for(monkeypatch):
     assert ahead.default_mesh(training.make_model(Config(model="moe")), range(64)) == "all on fsdp"
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "taken", "notes"),
+    [
+        (8, 1, 8, []),
+        (32, 2, 32, []),
+        (8, 4, 32, ["--batch-size: 32 instead of 8, 1 for each chip and micro-batch"]),
+    ],
+)
+def test_only_the_default_batch_grows_with_the_chips(batch, accumulate, taken, notes):
+    config = Config(batch_size=batch, accumulate=accumulate)
+    divided, told = ahead._divided(config, ahead.meshes.make(None))
+    assert (divided.batch_size, told) == (taken, notes)
+
+
+def test_a_batch_that_was_asked_for_is_refused_if_it_does_not_divide():
+    with pytest.raises(BadInput, match=r"among 8 chips; expected a multiple of 8"):
+        ahead._divided(Config(batch_size=12), ahead.meshes.make(None))
+
+
 COST = Cost(2.5e9, {"all-to-all": 3}, {"all-to-all": 1.5e6}, 0.0, 0.002, 0, 10**9, 2 * 10**9)
 
 

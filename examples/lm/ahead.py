@@ -1,6 +1,7 @@
 """What a step would cost on chips that are not there: compiled ahead of time, and not run."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import math
 import os
@@ -39,7 +40,8 @@ def report(config: Config, model: nn.Module) -> str:
     """
     chips = _chips(str(config.aot_topology))
     mesh = meshes.make(config.mesh, chips) if config.mesh else default_mesh(model, chips)
-    rows = _rows(config, mesh)
+    config, told = _divided(config, mesh)
+    rows = config.batch_size // config.accumulate
     places = meshes.places(model, mesh, rows)
     tx = make_optimizer(config, places.params)
     shapes = jax.eval_shape(lambda: initial_state(model, tx, config.seed))
@@ -56,7 +58,8 @@ def report(config: Config, model: nn.Module) -> str:
     )
     with jax.set_mesh(mesh):
         lowered = step.lower(state, text)
-    lines = [*_head(config, mesh, state.params), *places.notes, *_compiled(lowered, chips[0])]
+    lines = [*_head(config, mesh, state.params), *told, *places.notes]
+    lines += _compiled(lowered, chips[0])
     if config.optimizer != "adamw":
         lines += [str(mc.sharding_plan(state.params))]
     return "\n".join(lines)
@@ -95,16 +98,19 @@ def _chips(topology: str) -> list[Any]:
         ) from error
 
 
-def _rows(config: Config, mesh: Mesh) -> int:
-    """Gives the sequences of a micro-batch."""
+def _divided(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
+    """Gives a batch that divides among the chips; the default one, of a small run, may be grown."""
     ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
-    rows = config.batch_size // config.accumulate
-    if rows % ways:
+    least = config.accumulate * ways
+    if config.batch_size % least == 0:
+        return config, []
+    if config.batch_size != Config.batch_size:
         raise BadInput(
             f"--batch-size {config.batch_size} in {config.accumulate} micro-batches does not divide"
-            f" among {ways} chips; expected a multiple of {config.accumulate * ways}"
+            f" among {ways} chips; expected a multiple of {least}"
         )
-    return rows
+    note = f"--batch-size: {least} instead of {Config.batch_size}, 1 for each chip and micro-batch"
+    return dataclasses.replace(config, batch_size=least), [note]
 
 
 def _placed(x: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
