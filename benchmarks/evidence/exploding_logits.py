@@ -106,6 +106,7 @@ def tell(ours: Mapping[str, Any]) -> str:
     """Says it in three sentences, and a table."""
     rise = [ours[name]["plain_second_half_by_first"]["mean"] for name in UNDECAYED]
     held = [ours[name]["clipped_median_of_clipped_heads"]["mean"] for name in UNDECAYED]
+    gains = [-ours[name]["clipped_minus_plain_loss"]["mean"] for name in UNDECAYED]
     decayed = text(ours["gqa, weight decay 0.1"]["plain_max_logit"], 0)
     rows = [
         [
@@ -124,11 +125,11 @@ def tell(ours: Mapping[str, Any]) -> str:
 At a learning rate of {RATE:g}, three times the best, and without weight decay, the largest logit
 of plain Muon goes on rising: in the second half of {STEPS} steps, while the rate falls to 0, it is
 still {min(rise):.1f} to {max(rise):.1f} times that of the first. With the clip at τ = {THRESHOLD:g}
-each head stays near it, and the loss is better by a quarter of a nat or more; the median of the
-heads that are clipped is {min(held):.0f} to {max(held):.0f}, as one update at this rate adds that
-much before the next clip, and that is more than the {HELD - 1:.0%} that we had allowed. Kimi K2's
-weight decay of 0.1 bends the curves down without any clip, after {decayed}: decay is a brake on
-logits too, and leaves the clip little to do at this scale.
+each head stays near it, and the loss is {min(gains):.2f} to {max(gains):.2f} better; the median of
+the heads that are clipped is {min(held):.0f} to {max(held):.0f}, as one update at this rate adds
+that much before the next clip, and that is more than the {HELD - 1:.0%} that we had allowed. Kimi
+K2's weight decay of 0.1 bends the curves down without any clip, after {decayed}: decay is a brake
+on logits too, and leaves the clip little to do at this scale.
 
 {table(COLUMNS, rows)}"""
 
