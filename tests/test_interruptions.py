@@ -359,7 +359,7 @@ def test_kill_nine(tmp_path, cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["gqa", "moe"])
+@pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
 def test_kill_nine_at_twenty_moments(tmp_path, cache, model):
     kill_and_resume(tmp_path, cache, 20, 240, model)
 

@@ -79,11 +79,14 @@ def _chips(topology: str) -> list[Any]:
     """Gives the chips of a slice that need not be there."""
     if importlib.util.find_spec("libtpu") is None:
         raise BadInput("--aot-topology: libtpu is not installed; pip install '.[tpu]' has it")
-    # Not to look for a TPU here, nor to ask the network what machine this is.
+    # Not to look for a TPU here, nor to ask the network what machine this is, nor to write on
+    # stderr that it is none; what is compiled for is named by the topology.
     settings = {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
