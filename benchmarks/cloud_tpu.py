@@ -57,6 +57,9 @@ CASES = {
     for model, flags in FLAGS.items()
     for accelerator, topology in SLICES.items()
 }
+CASES["kimi-k2"] = Case(
+    "v5p-2048", "v5p:8x8x16", "moe", "kimi-k2", "--dtype bfloat16 --seq-len 4096 --batch-size 1024"
+)
 
 
 def measure(case: Case) -> dict[str, Any]:

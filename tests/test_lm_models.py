@@ -181,7 +181,7 @@ def test_train_step_moves_the_biases_by_their_rate():
     model, tx = tiny("moe"), step.make_optimizer(dataclasses.replace(CONFIG, optimizer="adamw"))
     state = jax.jit(lambda: step.initial_state(model, tx, 0))()
     text = SEQUENCES[None].astype(np.uint8)
-    now, metrics = jax.jit(step.make_train_step(model, tx, 1.0))(state, text)
+    now, metrics = jax.jit(step.make_train_step(model, tx))(state, text, 1.0)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, now)
     (before,), (after,) = map(jax.tree.leaves, (state.balance, now.balance))
     assert not before.any()

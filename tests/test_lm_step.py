@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 
 import chex
@@ -97,15 +98,15 @@ def test_model_does_not_look_ahead(random_params):
     assert (before[:, 9:] != now[:, 9:]).any(axis=-1).all()
 
 
-def test_train_step_compiles_once():
+def test_train_step_compiles_once_whatever_the_threshold():
     made = training.Trainer(CONFIG, CORPUS, pathlib.Path("unused"), TINY)
     state = jax.jit(made.initial_state)()
     tx = step.make_optimizer(CONFIG)
-    train_step = chex.assert_max_traces(step.make_train_step(TINY, tx, 1.0), n=1)
+    train_step = chex.assert_max_traces(step.make_train_step(TINY, tx), n=1)
     compiled = jax.jit(train_step)
     text = data.batch(CORPUS.train, 0, 1, 4, 16)[None]
-    for _ in range(3):
-        state, _ = compiled(state, text)
+    for threshold in (1.0, 2.0, math.inf):
+        state, _ = compiled(state, text, threshold)
 
 
 def test_adamw_is_the_one_of_optax():

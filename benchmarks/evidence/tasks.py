@@ -156,7 +156,7 @@ def _program(run: Run) -> tuple[data.Corpus, Any, Any, Any]:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, text: Any, learning_rate: Any, threshold: Any) -> Any:
-        return make_train_step(model, make(learning_rate), threshold, run.shared_key)(state, text)
+        return make_train_step(model, make(learning_rate), run.shared_key)(state, text, threshold)
 
     loss = jax.jit(lambda state, text: make_loss(model)(state.params, text, state.balance)[0])
     rows = data.spread(corpus().validation, VALIDATION_BYTES // SEQ_LEN, SEQ_LEN)

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 import muonclip_jax as mc
@@ -50,14 +51,13 @@ def report(config: Config, model: nn.Module) -> str:
     dtype = jnp.uint8 if getattr(model, "vocabulary", VOCABULARY) <= VOCABULARY else jnp.int32
     shape = (config.accumulate, rows, config.seq_len + 1)
     text = jax.ShapeDtypeStruct(shape, dtype, sharding=places.text(shape))
-    threshold = config.threshold if config.optimizer == "muonclip" else math.inf
     step = jax.jit(
-        make_train_step(model, tx, threshold),
+        make_train_step(model, tx),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), places.everywhere),
     )
     with jax.set_mesh(mesh):
-        lowered = step.lower(state, text)
+        lowered = step.lower(state, text, np.float32(config.tau))
     lines = [*_head(config, mesh, state.params), *told, *places.notes]
     lines += _compiled(lowered, chips[0])
     if config.optimizer != "adamw":

@@ -252,6 +252,11 @@ class Config:
         """The learning rate at the end of the warm-up."""
         return self.learning_rate or LEARNING_RATES[self.optimizer]
 
+    @property
+    def tau(self) -> float:
+        """The threshold of the clip; infinity where it only records."""
+        return self.threshold if self.optimizer == "muonclip" else math.inf
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line; argparse puts its usage block before them."""

@@ -114,24 +114,24 @@ def initial_state(model: nn.Module, tx: optax.GradientTransformation, seed: int)
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
-    threshold: jax.typing.ArrayLike,
     shared_key: str = "query",
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, Any]]]:
+) -> Callable[[TrainState, jax.Array, jax.typing.ArrayLike], tuple[TrainState, dict[str, Any]]]:
     """Builds the train step, the same for every optimizer.
 
     Args:
       model: Maps tokens [B, T] to logits [B, T, V] and sows its largest attention logits; its
         `layout` says where QK-clip finds the heads.
       tx: Optimizer.
-      threshold: Of QK-clip; infinity only records.
       shared_key: Of QK-clip; how query heads that share a key head are clipped.
 
     Returns:
-      A function from a state and text [A, B / A, T + 1] to the next state and its metrics.
+      A function from a state, text [A, B / A, T + 1] and the threshold of QK-clip, of which
+      infinity only records, to the next state and its metrics. One program for all thresholds:
+      without clips it does bit for bit what it does without a threshold.
     """
     loss_fn = make_loss(model)
 
-    def train_step(state, text):
+    def train_step(state, text, threshold):
         micro_loss = functools.partial(loss_fn, balance=state.balance)
         loss, seen, grads = accumulate(micro_loss, state.params, text)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

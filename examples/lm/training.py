@@ -183,14 +183,14 @@ class Trainer:
         journal: observe.Journal | None,
     ) -> tuple[int, TrainState]:
         config, step = self.config, done
-        train_step = self._compile()
+        train_step, tau = self._compile(), np.float32(self.config.tau)
         with (
             data.read_ahead(self._draw, done, config.steps) as texts,
             observe.Tracer(self.path / observe.PROFILE, done, config.profile) as tracer,
         ):
             for step in range(done + 1, config.steps + 1):
                 with tracer.step(step):
-                    state, metrics = train_step(state, self._text(next(texts)))
+                    state, metrics = train_step(state, self._text(next(texts)), tau)
                 tracer.ended(step, state)
                 if rundir.is_logged(step):
                     line = self._line(step, state, metrics)
@@ -214,9 +214,7 @@ class Trainer:
         return make_evaluation(self.model, self.corpus, self.config.seq_len, self.places)
 
     def _compile(self) -> jax.stages.Wrapped:
-        clips = self.config.optimizer == "muonclip"
-        threshold = self.config.threshold if clips else math.inf
-        train_step = make_train_step(self.model, self._tx, threshold)
+        train_step = make_train_step(self.model, self._tx)
         shardings = jax.tree.map(lambda x: x.sharding, self.target)
         out_shardings = (shardings, self.places.everywhere)
         return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
