@@ -1,6 +1,7 @@
 """What a planned update sends: read off the compiled program, and no more than planned."""
 
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,9 @@ def test_collectives_are_read_off_a_program():
     ]
 
 
+@pytest.mark.skipif(
+    os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3", reason="conftest.py silences jaxlib 0.10.0"
+)
 def test_a_rematerialisation_is_seen(capfd):
     mesh = make_mesh((2, 4), "auto")
     before, after = (NamedSharding(mesh, s) for s in (P(None, "x", "y"), P(("y", "x"))))
