@@ -287,7 +287,7 @@ def advance(made, steps):
         state = state._replace(params=jax.device_put(params, made.places.params))
         step, results = made._compile(), []
         for n in range(1, steps + 1):
-            state, metrics = step(state, made._text(made._draw(n)))
+            state, metrics = step(state, made._text(made._draw(n)), made.config.tau)
             results.append(jax.device_get((state.params, metrics)))
     return results
 
@@ -391,6 +391,6 @@ def test_eight_devices_send_weights_and_gradients_and_not_activations():
     made = on(None, optimizer="adamw")
     text = made._text(made._draw(1))
     with jax.set_mesh(made.places.mesh):
-        cost = compiled_cost(made._compile().lower(made.target, text).compile())
+        cost = compiled_cost(made._compile().lower(made.target, text, made.config.tau).compile())
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(made.target.params))
     assert sum(cost.sent.values()) < 3 * size  # measured 1.8; 8.5 without `rules.constrain`
