@@ -18,6 +18,7 @@ from benchmarks.evidence.runner import Ask, lookup
 from benchmarks.evidence.tasks import LOGGED, SEQ_LEN, Run, corpus, finite, optimizer
 from lm import data, gqa
 from lm.step import make_loss
+from muonclip_jax._newton_schulz import _SMALLEST_IN_BLOCKS
 
 TITLE = "Beside optax, and beside AdamW"
 CLAIM = "At equal settings the loss curve is that of optax.contrib.muon, and the step is faster."
@@ -159,8 +160,9 @@ With the defaults that both have, the training losses differ by at most
 {ours["largest_early_difference"]:.3%} in the first {EARLY * OURS.steps // LOGGED} steps and by
 {ours["largest_difference"]:.3%} in all {OURS.steps}, and the validation losses by
 {text(ours["loss_minus_optax"], 4)}: it is the same optimizer. Faster it is where products are
-formed by blocks, from a side of 384: {widest:.2f} of optax's time at width 512, and less on the
-matrices of [GPT-2 and larger models](../README.md#beside-the-others); {min(times.values()):.2f} to
+formed by blocks, from a side of {_SMALLEST_IN_BLOCKS["cpu"]}: {widest:.2f} of optax's time at
+{ENDS[1].split(",")[0]}, and less on the matrices of
+[GPT-2 and larger models](../README.md#beside-the-others); {min(times.values()):.2f} to
 {max(times.values()):.2f} below that, which is not every time faster. The share of Muon in a step
 grows with the width, {first:.0%} to {wide:.0%}, as its products grow with the cube and those of
 both passes with the square, and falls with the batch, {first:.0%} to {batch:.0%}, on which it does
