@@ -124,9 +124,12 @@ if heavy - CHEX:
 import jax._src.xla_bridge as bridge
 if bridge._backends:
     raise SystemExit("started a backend")
+if not {"linen", "nnx"} <= set(dir(mc)):
+    raise SystemExit("dir(mc) lacks linen or nnx before their first use")
 if "flax" in sys.modules or mc.linen.__name__ != "muonclip_jax.linen" or "flax" not in sys.modules:
     raise SystemExit("linen is not loaded on first use")
-if mc.nnx.__name__ != "muonclip_jax.nnx":
+from muonclip_jax import nnx
+if nnx is not mc.nnx or nnx.__name__ != "muonclip_jax.nnx":
     raise SystemExit("nnx is not loaded on first use")
 """.replace("CHEX", "{'chex'}")  # optax itself imports chex
     run = subprocess.run(
@@ -167,6 +170,11 @@ def test_public_names_are_the_pinned_ones():
     }
     for name in mc.__all__:
         assert getattr(mc, name).__doc__
+
+
+def test_dir_lists_every_public_name():
+    assert set(mc.__all__) <= set(dir(mc))
+    assert "__version__" in dir(mc)
 
 
 def test_an_unknown_name_is_an_attribute_error():
