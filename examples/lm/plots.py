@@ -55,7 +55,12 @@ def _style(axes: Axes, ylabel: str) -> None:
     axes.grid(axis="y", color=_GRID)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.01)
+    _style_steps(axes)
+
+
+def _style_steps(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _loss(
@@ -80,13 +85,14 @@ def _loss(
 def _smooth(steps: Sequence[int], values: Sequence[float]) -> list[float]:
     """Fits a line to the values around each step and takes its value there.
 
-    A straight series comes out as it is, so the curve does not lag behind a falling loss. The
-    window is symmetric, narrower near the first step, and one-sided near the last.
+    A straight series is returned unchanged, so the curve does not lag behind a falling loss. The
+    window is symmetric, narrower in the first steps, where the loss falls fast, and one-sided in
+    the last ones.
     """
     x, y = np.asarray(steps, float), np.asarray(values, float)
 
     def fit(i: int) -> float:
-        half = min(i, _HALF_WINDOW)
+        half = min(i // 4, _HALF_WINDOW)
         part = slice(i - half, i + half + 1)
         dx, dy = x[part] - x[part].mean(), y[part] - y[part].mean()
         slope = (dx @ dy) / max(dx @ dx, 1.0)  # a single step has no slope
@@ -138,7 +144,7 @@ def _heads(config: Config, metrics: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(heads * (np.arange(layers) + 0.5), [str(n + 1) for n in range(layers)])
     for layer in range(1, layers):
         axes.axhline(heads * layer, color="black", linewidth=0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _style_steps(axes)
     passed = logits.max() > config.threshold
     label = f"{'white' if passed else 'all below'}: threshold {config.threshold:g}"
     bar = figure.colorbar(cells, ax=axes, label=f"largest attention logit ({label})")
@@ -162,12 +168,12 @@ def _columns(metrics: list[dict[str, Any]]) -> tuple[list[int], np.ndarray]:
 
 
 def _verdict(config: Config, heads: np.ndarray, ever_clipped: int) -> str:
-    """What the picture shows, in words."""
+    """Returns the title: how many heads were clipped, or exceed the threshold."""
     count, tau, largest = heads[0].size, config.threshold, heads.max()
     if config.optimizer == "muonclip":
         return (
-            f"muonclip: {ever_clipped} of {count} heads ever clipped at {tau:g}; "
-            f"largest logit {largest:.1f}"
+            f"muonclip: {ever_clipped} of {count} heads clipped at least once; "
+            f"largest logit {largest:.1f}, threshold {tau:g}"
         )
     passed = int((heads > config.threshold).any(axis=0).sum())
     return (
