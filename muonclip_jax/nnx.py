@@ -235,8 +235,9 @@ def _check_flax(caller: str) -> None:
     if not hasattr(nnx, "capture"):
         raise ImportError(
             f"{caller}: Flax {flax.__version__} has no nnx.capture, which collects the max logits;"
-            " expected Flax 0.12.6 or later. Run pip install 'flax>=0.12.6', or use"
-            " muonclip_jax.linen, which works with this version."
+            " expected Flax 0.12.6 or later. Run pip install 'flax>=0.12.6'; or, with this version,"
+            " call module.sow(nnx.Intermediate, 'max_logits', max_logits) and after the forward"
+            " pass nnx.pop(model, nnx.Intermediate)."
         )
 
 

@@ -34,6 +34,31 @@ def test_older_flax_is_an_error_when_it_is_used_and_not_at_import(monkeypatch, c
         use[caller]()
     assert str(error.value).startswith(f"nnx.{caller}: Flax {flax.__version__} has no nnx.capture")
     assert "pip install 'flax>=0.12.6'" in str(error.value)
+    assert "nnx.pop(model, nnx.Intermediate)" in str(error.value)
+
+
+# Newer Flax suggests nnx.capture instead.
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_max_logits_popped_from_intermediates_clip_with_any_flax():
+    class Attention(nnx.Module):
+        def __init__(self, rngs):
+            self.query = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
+            self.key = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
+
+        def __call__(self, x):
+            max_logits = mc.max_attention_logit(self.query(x), self.key(x))
+            self.sow(nnx.Intermediate, "max_logits", max_logits)
+            return max_logits
+
+    model = Attention(nnx.Rngs(0))
+    before = np.max(model(X), axis=0)
+    stats = nnx.pop(model, nnx.Intermediate)
+    threshold = float(np.sort(before)[0] + 1e-3)
+    params, info = mc.qk_clip(nnx.state(model, nnx.Param), stats, threshold=threshold)
+    nnx.update(model, params)
+    assert info.clipped_heads == 1
+    after = np.max(model(X), axis=0)
+    np.testing.assert_allclose(after, np.minimum(before, threshold), rtol=1e-5)
 
 
 flax_attention = functools.partial(nnx_attention, attention_fn=nnx.dot_product_attention)
