@@ -8,7 +8,7 @@ Here M is the average (1 − μ) Σ instead of the sum, which has the same direc
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import optax
 
 from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
 from muonclip_jax._coefficients import JORDAN, Coefficients
+from muonclip_jax._injection import injectable
 from muonclip_jax._layout import DimensionNumbersOrFn
 from muonclip_jax._muon import with_adamw
 from muonclip_jax._products import accumulator
@@ -27,11 +28,25 @@ from muonclip_jax._scale_by_muon import (
     plain_nesterov,
     scale_by_momentum,
 )
-from muonclip_jax._settings import check_choice, check_settings
-from muonclip_jax._shared_key import SHARED_KEY_RULES
+from muonclip_jax._settings import SCHEDULES, check_settings
 from muonclip_jax._types import ArrayTree, Scalar
 
+_OPTIONAL = (
+    "threshold",
+    "consistent_rms",
+    "mu_dtype",
+    "adam_weight_decay",
+    "adam_learning_rate",
+    "adam_nesterov",
+)
 
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raises for settings of `muonclip` that are not allowed."""
+    check_settings("muonclip", arguments, optional=_OPTIONAL)
+
+
+@injectable(SCHEDULES, _check)
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -59,6 +74,7 @@ def muonclip(
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
+    adam_nesterov: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains with Muon and keeps the attention logits of every head in bounds with QK-clip.
 
@@ -85,7 +101,7 @@ def muonclip(
       shared_key: See `qk_clip`.
       beta: Decay of the momentum of the matrices, in [0, 1); μ of the paper.
       nesterov: Whether the direction looks one step ahead: G + μ M with M the sum, without the
-        bias correction of `muon`. It reaches AdamW too, which it makes NAdamW.
+        bias correction of `muon`.
       weight_decay: Number or schedule; decay of the matrices, multiplied by the learning rate; λ of
         the paper.
       consistent_rms: See `scale_by_shape`.
@@ -105,6 +121,7 @@ def muonclip(
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
       shardings: See `scale_by_muon`.
+      adam_nesterov: See `muon`.
 
     Returns:
       An optax transformation whose `update` needs the parameters, and `max_logits` unless
@@ -128,6 +145,7 @@ def muonclip(
     References:
       Kimi K2, arXiv 2507.20534, algorithm 1; Liu et al. 2025 (Moonlight), arXiv 2502.16982.
     """
+    _check(locals())
     scale_by = functools.partial(
         scale_by_momentum,
         plain_nesterov if nesterov else momentum,
@@ -143,7 +161,6 @@ def muonclip(
         shardings=shardings,
     )
     optimizer = with_adamw(
-        "muonclip",
         scale_by,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
@@ -157,12 +174,10 @@ def muonclip(
         eps=eps,
         eps_root=adam_eps_root,
         mu_dtype=mu_dtype,
-        nesterov=nesterov,
+        nesterov=nesterov if adam_nesterov is None else adam_nesterov,
     )
     if threshold is None:
         return optimizer
-    check_settings("muonclip", threshold=threshold, alpha=alpha)
-    check_choice("muonclip", "shared_key", shared_key, SHARED_KEY_RULES)
     clip = functools.partial(qk_clip, layout=layout, alpha=alpha, shared_key=shared_key)
     return _then_clip(optimizer, clip, threshold)
 

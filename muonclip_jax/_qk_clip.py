@@ -21,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from muonclip_jax._attention_faults import check_survey
 from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
 from muonclip_jax._attention_sites import Site, survey
-from muonclip_jax._settings import check_choice, check_settings
-from muonclip_jax._shared_key import SHARED_KEY_RULES
+from muonclip_jax._settings import check_settings
 from muonclip_jax._types import ArrayTree, Scalar
 
 
@@ -255,14 +254,9 @@ def _check_settings(
     for layout in layouts:
         if not isinstance(layout, Layout):
             raise TypeError(f"qk_clip: layout must be a layout or a tuple of them, got {layout!r}.")
-    for name, value in (("threshold", threshold), ("alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(
-            value, (int, float, np.generic, np.ndarray, jax.Array)
-        ):
-            raise TypeError(f"qk_clip: {name} must be a number, got {value!r}.")
-        if np.shape(value) != ():
-            raise ValueError(f"qk_clip: {name} must be one number, got shape {np.shape(value)}.")
-    check_settings("qk_clip", threshold=threshold, alpha=alpha)
-    check_choice("qk_clip", "shared_key", shared_key, SHARED_KEY_RULES)
+    if callable(threshold):
+        raise TypeError("qk_clip: threshold must be a number, got a function; pass its value.")
+    given = {"threshold": threshold, "alpha": alpha, "shared_key": shared_key}
+    check_settings("qk_clip", given)
     if np.shape(where) != () or not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
         raise TypeError(f"qk_clip: where must be one boolean, got {where!r}.")
