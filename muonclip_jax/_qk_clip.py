@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from muonclip_jax._attention_faults import check_survey
 from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
 from muonclip_jax._attention_sites import Site, survey
-from muonclip_jax._settings import check_settings
+from muonclip_jax._settings import check_settings, flag, shown
 from muonclip_jax._types import ArrayTree, Scalar
 
 
@@ -103,8 +103,8 @@ def qk_clip(
     References:
       Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1, lines 8 to 17.
     """
+    check_settings("qk_clip", locals(), schedules=False, rules=_RULES)
     layouts = layout if isinstance(layout, tuple) else (layout,)
-    _check_settings(layouts, threshold, alpha, shared_key, where)
     found = survey(params, max_logits, layouts)
     skipped = check_survey(found, strict=strict)
     largest = _largest(found.sites)
@@ -247,16 +247,12 @@ def _joined(arrays: Iterable[Float[Array, "*stack heads"]]) -> list[Float[Array,
     return [jnp.concatenate(group, axis=-1) for group in groups.values()]
 
 
-def _check_settings(
-    layouts: tuple[Any, ...], threshold: Any, alpha: Any, shared_key: Any, where: Any
-) -> None:
-    """Raises for a setting that is wrong; a traced number is taken as it is."""
-    for layout in layouts:
-        if not isinstance(layout, Layout):
-            raise TypeError(f"qk_clip: layout must be a layout or a tuple of them, got {layout!r}.")
-    if callable(threshold):
-        raise TypeError("qk_clip: threshold must be a number, got a function; pass its value.")
-    given = {"threshold": threshold, "alpha": alpha, "shared_key": shared_key}
-    check_settings("qk_clip", given)
-    if np.shape(where) != () or not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
-        raise TypeError(f"qk_clip: where must be one boolean, got {where!r}.")
+def layout_rule(value: Any) -> Exception | None:
+    """Requires a head layout or a tuple of them."""
+    layouts = value if isinstance(value, tuple) and value else (value,)
+    if all(isinstance(layout, Layout) for layout in layouts):
+        return None
+    return TypeError(f"a layout or a tuple of layouts, got {shown(value)}")
+
+
+_RULES = {"layout": layout_rule, "where": functools.partial(flag, array=True)}

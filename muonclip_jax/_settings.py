@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 import reprlib
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax
@@ -75,8 +76,11 @@ def _choice(*choices: str) -> Rule:
     return rule
 
 
-def _flag(value: Any) -> Exception | None:
+def flag(value: Any, *, array: bool = False) -> Exception | None:
+    """Requires True or False, or with `array` a boolean array without axes as well."""
     if isinstance(value, bool | np.bool_):
+        return None
+    if array and _dtype(value) == np.dtype(bool) and np.shape(value) == ():
         return None
     return TypeError(f"True or False, got {shown(value)}")
 
@@ -143,10 +147,10 @@ _RULES: dict[str, Rule] = {
     "mu_dtype": _momentum_dtype,
     "preconditioning": _choice(*PRECONDITIONINGS),
     "shared_key": _choice(*SHARED_KEY_RULES),
-    "nesterov": _flag,
-    "adam_nesterov": _flag,
-    "adaptive": _flag,
-    "strict": _flag,
+    "nesterov": flag,
+    "adam_nesterov": flag,
+    "adaptive": flag,
+    "strict": flag,
 }
 
 # The settings that may be a function of the step.
@@ -156,7 +160,12 @@ SCHEDULES = frozenset(
 
 
 def check_settings(
-    caller: str, settings: Mapping[str, Any], *, optional: Collection[str] = ()
+    caller: str,
+    settings: Mapping[str, Any],
+    *,
+    optional: Collection[str] = (),
+    schedules: bool = True,
+    rules: Mapping[str, Rule] = MappingProxyType({}),
 ) -> None:
     """Raises one error for all settings that are not allowed.
 
@@ -165,6 +174,8 @@ def check_settings(
       settings: Settings by their public names, such as `locals()`. Names without a rule are
         ignored.
       optional: Names of the settings that may be None.
+      schedules: Whether settings may be schedules; False for a function that has no step.
+      rules: Rules of more settings, by their names.
 
     Raises:
       TypeError: if a setting has the wrong type, such as a number given as a string.
@@ -175,8 +186,11 @@ def check_settings(
     """
     faults = []
     for name, value in settings.items():
-        if name in _RULES and not (value is None and name in optional):
-            faults += [(name, fault)] if (fault := _RULES[name](value)) else []
+        rule = rules.get(name, _RULES.get(name))
+        if isinstance(rule, _Number) and not schedules:
+            rule = dataclasses.replace(rule, schedule=False)
+        if rule is not None and not (value is None and name in optional):
+            faults += [(name, fault)] if (fault := rule(value)) else []
     if faults:
         wrong_type = any(isinstance(fault, TypeError) for _, fault in faults)
         text = "; ".join(f"{name} must be {fault}" for name, fault in faults)
