@@ -50,8 +50,7 @@ class _Number:
         if callable(value):
             return None if self.schedule else TypeError(expected + _NOT_A_SCHEDULE)
         dtype = _dtype(value)
-        real = dtype is not None and jnp.isdtype(dtype, ("integral", "real floating"))
-        if dtype is None or not real or (self.integer and not jnp.isdtype(dtype, "integral")):
+        if not is_real(value) or (self.integer and not jnp.isdtype(dtype, "integral")):
             return TypeError(expected + _wrong_kind(value))
         if np.shape(value) != ():
             return ValueError(f"{expected}an array of shape {np.shape(value)}")
@@ -121,7 +120,7 @@ def _coefficients(value: Any) -> Exception | None:
 
 
 _POSITIVE = ("above 0", lambda v: v > 0)
-_COUNT = _Number("of at least 1", lambda v: v >= 1, integer=True)
+COUNT = _Number("of at least 1", lambda v: v >= 1, integer=True)
 
 _RULES: dict[str, Rule] = {
     "learning_rate": _Number(*_NOT_NEGATIVE, schedule=True),
@@ -138,8 +137,8 @@ _RULES: dict[str, Rule] = {
     "alpha": _Number("in [0, 1]", lambda v: 0 <= v <= 1),
     "ns_coeffs": _coefficients,
     "coefficients": _coefficients,
-    "ns_steps": _COUNT,
-    "steps": _COUNT,
+    "ns_steps": COUNT,
+    "steps": COUNT,
     "ns_method": _choice(*METHODS),
     "method": _choice(*METHODS),
     "ns_dtype": _product_dtype,
@@ -239,6 +238,23 @@ class _Short(reprlib.Repr):
         if isinstance(x, jax.Array | np.ndarray) and (np.ndim(x) or isinstance(x, jax.core.Tracer)):
             return f"{x.dtype}{list(x.shape)}"
         return super().repr1(x, level)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number, or an array of them; booleans are not.
+
+    Args:
+      value: Anything.
+
+    Returns:
+      True for numbers and arrays of Python, NumPy and JAX, traced or not.
+
+    Example:
+      >>> is_real(1), is_real(jnp.ones(3)), is_real("1"), is_real(True)
+      (True, True, False, False)
+    """
+    dtype = _dtype(value)
+    return dtype is not None and jnp.isdtype(dtype, ("integral", "real floating"))
 
 
 def _wrong_kind(value: Any) -> str:

@@ -14,7 +14,8 @@ PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = """
 _types _paths _team _injection
 _adamw _coefficients _products _shared_key _visible
-_settings _grouping _polar_express _iterations _layout _max_logit _splash _attention_layouts
+_settings
+_grouping _polar_express _iterations _layout _max_logit _splash _attention_layouts
 _normalize _sharding_plan _routing _mla_layout _fused_qkv_layout _attention _attention_sites
 _newton_schulz _placements _flax_attention _attention_faults
 _sharded _qk_clip linen nnx
