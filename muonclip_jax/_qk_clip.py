@@ -21,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from muonclip_jax._attention_faults import check_survey
 from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
 from muonclip_jax._attention_sites import Site, survey
-from muonclip_jax._settings import check_choice, check_settings
-from muonclip_jax._shared_key import SHARED_KEY_RULES
+from muonclip_jax._settings import check_settings, flag, shown
 from muonclip_jax._types import ArrayTree, Scalar
 
 
@@ -104,8 +103,8 @@ def qk_clip(
     References:
       Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1, lines 8 to 17.
     """
+    check_settings("qk_clip", locals(), schedules=False, rules=_RULES)
     layouts = layout if isinstance(layout, tuple) else (layout,)
-    _check_settings(layouts, threshold, alpha, shared_key, where)
     found = survey(params, max_logits, layouts)
     skipped = check_survey(found, strict=strict)
     largest = _largest(found.sites)
@@ -248,21 +247,12 @@ def _joined(arrays: Iterable[Float[Array, "*stack heads"]]) -> list[Float[Array,
     return [jnp.concatenate(group, axis=-1) for group in groups.values()]
 
 
-def _check_settings(
-    layouts: tuple[Any, ...], threshold: Any, alpha: Any, shared_key: Any, where: Any
-) -> None:
-    """Raises for a setting that is wrong; a traced number is taken as it is."""
-    for layout in layouts:
-        if not isinstance(layout, Layout):
-            raise TypeError(f"qk_clip: layout must be a layout or a tuple of them, got {layout!r}.")
-    for name, value in (("threshold", threshold), ("alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(
-            value, (int, float, np.generic, np.ndarray, jax.Array)
-        ):
-            raise TypeError(f"qk_clip: {name} must be a number, got {value!r}.")
-        if np.shape(value) != ():
-            raise ValueError(f"qk_clip: {name} must be one number, got shape {np.shape(value)}.")
-    check_settings("qk_clip", threshold=threshold, alpha=alpha)
-    check_choice("qk_clip", "shared_key", shared_key, SHARED_KEY_RULES)
-    if np.shape(where) != () or not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
-        raise TypeError(f"qk_clip: where must be one boolean, got {where!r}.")
+def layout_rule(value: Any) -> Exception | None:
+    """Requires a head layout or a tuple of them."""
+    layouts = value if isinstance(value, tuple) and value else (value,)
+    if all(isinstance(layout, Layout) for layout in layouts):
+        return None
+    return TypeError(f"a layout or a tuple of layouts, got {shown(value)}")
+
+
+_RULES = {"layout": layout_rule, "where": functools.partial(flag, array=True)}
