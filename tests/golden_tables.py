@@ -1,4 +1,4 @@
-"""Reads the golden tables in tests/golden: which optimizer each parameter of a public model needs."""
+"""Reads the golden tables in tests/golden: the right optimizer of each parameter of public models."""
 
 import ast
 import dataclasses
@@ -24,7 +24,7 @@ class Expected:
       path: Its path, components joined by `/`.
       shape: Its shape.
       optimizers: The optimizers that are right.
-      matrices: The right `(num_matrices, n_in, n_out)` under Muon; several where each is defensible.
+      matrices: The right `(num_matrices, n_in, n_out)` under Muon; several if all are defensible.
       warned: True if names and shapes cannot decide, so that a warning must name the parameter.
     """
 

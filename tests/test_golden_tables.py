@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from golden_tables import FOLDER, Expected, read
 
 import muonclip_jax as mc
+from golden_tables import FOLDER, Expected, read
 
 MODELS = sorted(path.stem for path in FOLDER.glob("*.txt") if path.stem != "routing")
 
