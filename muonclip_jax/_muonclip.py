@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
+from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._coefficients import JORDAN, Coefficients
 from muonclip_jax._layout import DimensionNumbersOrFn
 from muonclip_jax._muon import with_adamw
+from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._products import accumulator
 from muonclip_jax._qk_clip import qk_clip
 from muonclip_jax._scale_by_muon import (

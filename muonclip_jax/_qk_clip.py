@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from muonclip_jax._attention_faults import check_survey
-from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
+from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._attention_sites import Site, survey
+from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._settings import check_choice, check_settings
 from muonclip_jax._shared_key import SHARED_KEY_RULES
 from muonclip_jax._types import ArrayTree, Scalar
@@ -62,6 +63,7 @@ def qk_clip(
     shared_key: str = "query",
     where: bool | Bool[Array, ""] = True,
     strict: bool = True,
+    ignore: str | Sequence[str] = (),
 ) -> tuple[ArrayTree, QKClipInfo]:
     """Scales down the queries and keys of heads whose largest logit is above the threshold.
 
@@ -106,8 +108,9 @@ def qk_clip(
     """
     layouts = layout if isinstance(layout, tuple) else (layout,)
     _check_settings(layouts, threshold, alpha, shared_key, where)
-    found = survey(params, max_logits, layouts)
-    skipped = check_survey(found, strict=strict)
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    found = survey(params, max_logits, layouts, ignore)
+    skipped = check_survey(found, strict=strict, watching=_is_infinite(threshold))
     largest = _largest(found.sites)
     gamma = {path: _gamma(s, threshold, where) for path, s in largest.items()}
     leaves, treedef = jax.tree.flatten(params)
@@ -190,6 +193,12 @@ def _gamma(
     ratio = jnp.where(over, tau, 1) / jnp.where(over, s, 1)
     # The smallest normal number: a gamma that underflows to 0 would end the head for ever.
     return jnp.where(over, jnp.maximum(ratio, jnp.finfo(jnp.float32).tiny), 1)
+
+
+def _is_infinite(threshold: Any) -> bool:
+    """Returns whether the threshold is the number infinity, known before tracing."""
+    is_number = isinstance(threshold, (int, float, np.generic))
+    return is_number and not isinstance(threshold, bool) and math.isinf(threshold)
 
 
 def _nonfinite(s: Float[Array, "*stack heads"]) -> Bool[Array, "*stack heads"]:
