@@ -5,8 +5,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
-from muonclip_jax._attention_layouts import Layout
-from muonclip_jax._attention_sites import Path, Survey
+from muonclip_jax._attention_sites import Path, Site, Survey, make_site
 from muonclip_jax._layout_proposals import proposal
 from muonclip_jax._site_faults import Fault, site_faults
 
@@ -22,7 +21,7 @@ _IF_ABOVE = (
 )
 
 
-def check_survey(found: Survey, *, strict: bool, watching: bool = False) -> int:
+def check_survey(found: Survey, *, strict: bool, watching: bool = False) -> tuple[list[Site], int]:
     """Raises, or under `strict=False` warns, if modules and max logits do not fit.
 
     Args:
@@ -31,24 +30,36 @@ def check_survey(found: Survey, *, strict: bool, watching: bool = False) -> int:
       watching: Whether nothing is clipped, so that norms of queries and keys are accepted.
 
     Returns:
-      The number of modules and max logits that are skipped.
+      The attention modules, each with the first layout that fits it, and the number of modules and
+      max logits that are skipped.
 
     Raises:
       ValueError: with everything that does not fit.
     """
-    unpaired = [*_missing(found), *_unused(found, watching)]
-    if not found.owners and not found.statistics:
-        unpaired = [_nothing(found, watching)]
-    faults = []
-    for site in found.sites:
-        there = site_faults(site, watching=watching)
-        cure = proposal(found, site.path, watching=watching) if there else ""
-        faults += [Fault(f.path, f.text, f.cure or cure) for f in there]
+    unpaired = [*_missing(found), *_unused(found)]
+    if not (found.owners or found.statistics or found.left_out):
+        unpaired = [_nothing(found)]
+    sites = [_described(found, site, watching) for site in found.sites]
+    faults = [fault for site in sites for fault in site_faults(site, watching=watching)]
     if faults or (strict and unpaired):
-        raise ValueError(_message([*(unpaired if strict else ()), *faults], found.layouts))
+        faults = [*(unpaired if strict else ()), *faults]
+        raise ValueError(_message(found, faults, watching))
     if unpaired:
         _warn_skipped(unpaired)
-    return len(unpaired)
+    return sites, len(unpaired)
+
+
+def _described(found: Survey, site: Site, watching: bool) -> Site:
+    """Describes a module by the first layout that has its names and fits it."""
+    if len(found.layouts) == 1 or not site_faults(site, watching=watching):
+        return site
+    for layout in found.layouts:
+        named = layout.stat == site.layout.stat and {*layout.modules} <= {*site.children}
+        if named and layout != site.layout:
+            other = make_site(found, site.path, layout, site.is_bound, site.statistics)
+            if not site_faults(other, watching=watching):
+                return other
+    return site
 
 
 def _missing(found: Survey) -> Iterator[Fault]:
@@ -66,7 +77,7 @@ def _missing(found: Survey) -> Iterator[Fault]:
             yield Fault(path, f"has no {layout.stat}{near}.", _IF_MISSING)
 
 
-def _unused(found: Survey, watching: bool) -> Iterator[Fault]:
+def _unused(found: Survey) -> Iterator[Fault]:
     """Lists the max logits that belong to no attention module."""
     for path, stat in found.statistics:
         children, owner = found.modules.get(path), found.owners.get(path)
@@ -85,17 +96,15 @@ def _unused(found: Survey, watching: bool) -> Iterator[Fault]:
             absent = " and no ".join(repr(name) for name in layout.modules if name not in children)
             there = ", ".join(repr(name) for name in sorted(children))
             text = f"no module {absent}; there are {there}."
-            yield Fault(path, text, proposal(found, path, watching=watching))
+            yield Fault(path, text)
 
 
-def _nothing(found: Survey, watching: bool) -> Fault:
+def _nothing(found: Survey) -> Fault:
     """Describes what was looked for where neither modules nor max logits were found."""
-    layouts = found.layouts
-    wanted = ", or ".join(" and ".join(map(repr, layout.modules)) for layout in layouts)
-    stats = ", ".join(sorted({repr(layout.stat) for layout in layouts}))
-    cures = (proposal(found, path, watching=watching) for path in found.modules)
+    wanted = ", or ".join(" and ".join(map(repr, layout.modules)) for layout in found.layouts)
+    stats = ", ".join(sorted({repr(layout.stat) for layout in found.layouts}))
     text = f"nothing to clip: no module has {wanted}, and no max logits are named {stats}."
-    return Fault((), text, next(filter(None, cures), ""))
+    return Fault((), text)
 
 
 def _nearest(path: Path, paths: Iterable[Path]) -> str:
@@ -103,14 +112,18 @@ def _nearest(path: Path, paths: Iterable[Path]) -> str:
     return f"; nearest is {near[0]!r}" if near else ""
 
 
-def _message(faults: Sequence[Fault], layouts: Sequence[Layout]) -> str:
+def _message(found: Survey, faults: Sequence[Fault], watching: bool) -> str:
     """Writes the one error: what does not fit, where, and each fix once."""
     count = len({fault.path for fault in faults})
     subject = "1 module does" if count == 1 else f"{count} modules do"
-    plural = "s" if len(layouts) > 1 else ""
-    head = f"qk_clip: {subject} not fit the layout{plural} {', '.join(map(str, layouts))}."
-    cures = dict.fromkeys(fault.cure for fault in faults if fault.cure)
-    return "\n".join([head, *_lines(faults), *cures])
+    plural = "s" if len(found.layouts) > 1 else ""
+    head = f"qk_clip: {subject} not fit the layout{plural} {', '.join(map(str, found.layouts))}."
+    nothing = not (found.owners or found.statistics)
+    wrong = found.modules if nothing else dict.fromkeys(f.path for f in faults if not f.cure)
+    kept = dict.fromkeys(layout for path, layout in found.owners.items() if path not in wrong)
+    paths = [path for path in wrong if path in found.modules]
+    cures = [fault.cure for fault in faults] + [proposal(found, paths, kept, watching=watching)]
+    return "\n".join([head, *_lines(faults), *dict.fromkeys(filter(None, cures))])
 
 
 def _warn_skipped(unpaired: Sequence[Fault]) -> None:

@@ -92,6 +92,7 @@ class Survey(NamedTuple):
       statistics: Everything sown under the name of a layout's max logits, bounds included.
       owners: The attention modules, with the layout that describes each.
       sites: The attention modules that have max logits.
+      left_out: Paths of modules that are hidden or ignored.
     """
 
     layouts: tuple[Layout, ...]
@@ -99,6 +100,7 @@ class Survey(NamedTuple):
     statistics: Statistics
     owners: dict[Path, Layout]
     sites: list[Site]
+    left_out: set[Path]
 
 
 def survey(
@@ -137,7 +139,7 @@ def survey(
     left_out |= _ignored(paths, ignore)
     owners = {path: layout for path, layout in owners.items() if path not in left_out}
     statistics = {key: s for key, s in statistics.items() if key[0] not in left_out}
-    found = Survey(layouts, modules, statistics, owners, [])
+    found = Survey(layouts, modules, statistics, owners, [], left_out)
     for path, layout in owners.items():
         if (path, layout.stat) in statistics:
             found.sites.append(make_site(found, path, layout, (path, layout.stat) in bounds))

@@ -82,9 +82,9 @@ class FusedQKVLayout(Layout):
         each = pattern.literal == 3
         total = heads if each else heads + 2 * key_heads
         if heads % key_heads:
-            yield f"num_kv_heads={key_heads} of {kernel} does not divide {heads}, {self.stat}'s heads."
+            yield f"{kernel}: num_kv_heads={key_heads} does not divide the {heads} of {self.stat}."
         elif each and key_heads != heads:
-            yield f"{kernel}: a pattern with a 3 has {heads} key heads, not num_kv_heads={key_heads}."
+            yield f"{kernel}: a pattern with a 3 has {heads} key heads, not {key_heads}."
         elif sizes is None:
             yield f"{kernel} does not divide into {str(pattern)!r} with head_dim={self.head_dim}."
         elif sizes["heads"] != total:

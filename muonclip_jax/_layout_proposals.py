@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,27 +38,44 @@ _KERNELS = (("kernel", "bias"), ("weight", "bias"), ("w", "b"))
 _MOST = 3  # Layouts in one message. Where more fit, the shapes decide nothing.
 
 
-def proposal(found: Survey, path: Path, *, watching: bool = False) -> str:
-    """Proposes layouts that describe a module without a fault.
+def proposal(
+    found: Survey, paths: Iterable[Path], kept: Iterable[Layout], *, watching: bool = False
+) -> str:
+    """Proposes layouts that describe modules without a fault.
 
     Args:
       found: All modules and max logits.
-      path: The module.
+      paths: The modules to describe.
+      kept: Layouts of other modules, which have to stay.
       watching: See `site_faults`.
 
     Returns:
-      A sentence for the error message; empty if no layout fits, or too many do.
+      Sentences for the error message, or an empty string. Where several layouts fit a module, all
+      are named; where more than three do, none.
     """
-    fitting = dict.fromkeys(
+    fitting = {path: _fitting(found, path, watching) for path in paths}
+    alone = dict.fromkeys(fits[0] for fits in fitting.values() if len(fits) == 1)
+    lines = []
+    if alone:
+        layouts = tuple(dict.fromkeys((*kept, *alone)))
+        lines.append(f"Pass layout={layouts[0] if len(layouts) == 1 else layouts}.")
+    for path, fits in fitting.items():
+        if 1 < len(fits) <= _MOST:
+            shown = " or ".join(map(str, fits))
+            lines.append(f"By its shapes, {'/'.join(path) or 'the root'} fits {shown}.")
+    return "\n".join(dict.fromkeys(lines[:_MOST]))
+
+
+def _fitting(found: Survey, path: Path, watching: bool) -> list[Layout]:
+    """Lists the layouts that describe one module without a fault: the user's patterns first."""
+    fits = dict.fromkeys(
         candidate
         for layout in found.layouts
         for candidate in _candidates(layout, found, path)
         if _fits(candidate, found, path, watching)
     )
-    if not 0 < len(fitting) <= _MOST:
-        return ""
-    shown = " or ".join(map(str, fitting))
-    return f"{'Pass' if len(fitting) == 1 else 'By the shapes, one of these fits:'} {shown}."
+    own = {layout.kernel for layout in found.layouts}
+    return [candidate for candidate in fits if candidate.kernel in own] or [*fits]
 
 
 def _candidates(layout: Layout, found: Survey, path: Path) -> Iterator[Layout]:

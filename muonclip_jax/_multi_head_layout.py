@@ -66,7 +66,8 @@ class MultiHeadLayout(Layout):
 
     Example:
       >>> import muonclip_jax as mc
-      >>> mc.MultiHeadLayout(query="q_proj", key="k_proj", kernel="inputs (heads head_dim)", head_dim=64)
+      >>> flat = "inputs (heads head_dim)"
+      >>> mc.MultiHeadLayout(query="q_proj", key="k_proj", kernel=flat, head_dim=64)
       MultiHeadLayout(query='q_proj', key='k_proj', kernel='inputs (heads head_dim)', head_dim=64)
     """
 

@@ -8,7 +8,7 @@ Here M is the average (1 − μ) Σ instead of the sum, which has the same direc
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ import optax
 from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._coefficients import JORDAN, Coefficients
 from muonclip_jax._layout import DimensionNumbersOrFn
-from muonclip_jax._muon import with_adamw
 from muonclip_jax._multi_head_layout import MultiHeadLayout
+from muonclip_jax._muon import with_adamw
 from muonclip_jax._products import accumulator
 from muonclip_jax._qk_clip import qk_clip
 from muonclip_jax._scale_by_muon import (
@@ -40,6 +40,7 @@ def muonclip(
     threshold: optax.ScalarOrSchedule | None = 100.0,
     alpha: Scalar = 0.5,
     shared_key: str = "query",
+    ignore: str | Sequence[str] = (),
     beta: Scalar = 0.95,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.1,
@@ -84,6 +85,8 @@ def muonclip(
         the optimizer without the clip.
       alpha: See `qk_clip`.
       shared_key: See `qk_clip`.
+      ignore: See `qk_clip`. Modules that `optax.partition` or `optax.masked` hide are left out
+        without it.
       beta: Decay of the momentum of the matrices, in [0, 1); μ of the paper.
       nesterov: Whether the direction looks one step ahead: G + μ M with M the sum, without the
         bias correction of `muon`. It reaches AdamW too, which it makes NAdamW.
@@ -164,7 +167,9 @@ def muonclip(
         return optimizer
     check_settings("muonclip", threshold=threshold, alpha=alpha)
     check_choice("muonclip", "shared_key", shared_key, SHARED_KEY_RULES)
-    clip = functools.partial(qk_clip, layout=layout, alpha=alpha, shared_key=shared_key)
+    clip = functools.partial(
+        qk_clip, layout=layout, alpha=alpha, shared_key=shared_key, ignore=ignore
+    )
     return _then_clip(optimizer, clip, threshold)
 
 

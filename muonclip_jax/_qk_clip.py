@@ -10,7 +10,7 @@ one it destroys the head; here γ is τ / S where S > τ and finite, and otherwi
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from muonclip_jax._attention_faults import check_survey
 from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._attention_sites import Site, survey
+from muonclip_jax._clipped_heads import stuck
 from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._settings import check_choice, check_settings
 from muonclip_jax._shared_key import SHARED_KEY_RULES
@@ -39,7 +40,10 @@ class QKClipInfo(NamedTuple):
       clipped_fraction: The same as a part of all heads.
       nonfinite_heads: Number of heads whose largest logit is NaN or +inf, left alone, int32.
       skipped_modules: Number of modules left out under `strict=False`, int32.
-      bound_modules: Number of modules whose statistic is an upper bound, not exact, int32.
+      bound_modules: Number of modules whose max logits are an upper bound, not exact, int32.
+      stuck_heads: Number of heads that were clipped before and are more than 10 % above the
+        threshold all the same, int32; None unless `qk_clip` is called with `ever_clipped`. A number
+        that stays above 0 shows that the clip does not reach the logits.
     """
 
     max_logits: dict[str, Float[Array, "..."]]
@@ -51,6 +55,7 @@ class QKClipInfo(NamedTuple):
     nonfinite_heads: Int[Array, ""]
     skipped_modules: Int[Array, ""]
     bound_modules: Int[Array, ""]
+    stuck_heads: Int[Array, ""] | None = None
 
 
 def qk_clip(
@@ -64,6 +69,7 @@ def qk_clip(
     where: bool | Bool[Array, ""] = True,
     strict: bool = True,
     ignore: str | Sequence[str] = (),
+    ever_clipped: Mapping[str, Bool[Array, "*stack heads"]] | None = None,
 ) -> tuple[ArrayTree, QKClipInfo]:
     """Scales down the queries and keys of heads whose largest logit is above the threshold.
 
@@ -83,8 +89,12 @@ def qk_clip(
         and a = alpha. `"query"`: queries γ, the key stays, alpha is unused. `"group"`: gᵃ and g¹⁻ᵃ.
         `"min"`: γᵃ and g¹⁻ᵃ. `"exact"`: γ / g¹⁻ᵃ and g¹⁻ᵃ, so that queries of calm heads grow.
       where: False changes nothing and reports γ = 1: for a step that was skipped.
-      strict: Whether a module without a statistic, or the reverse, is an error. False skips it with
+      strict: Whether a module without max logits, or the reverse, is an error. False skips it with
         one warning, and counts it.
+      ignore: Patterns (`fnmatch`) of `/`-joined paths of attention modules to leave out, such as
+        frozen ones: `"encoder/*"`. One that matches nothing is an error. Modules whose queries and
+        keys are hidden by `optax.masked` or `optax.partition` are left out without it.
+      ever_clipped: What `heads_ever_clipped` returned at the step before, for `stuck_heads`.
 
     Returns:
       The parameters, in the same containers, shapes and dtypes; and what was seen and done.
@@ -110,17 +120,18 @@ def qk_clip(
     _check_settings(layouts, threshold, alpha, shared_key, where)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     found = survey(params, max_logits, layouts, ignore)
-    skipped = check_survey(found, strict=strict, watching=_is_infinite(threshold))
-    largest = _largest(found.sites)
+    sites, skipped = check_survey(found, strict=strict, watching=_is_infinite(threshold))
+    largest = _largest(sites)
     gamma = {path: _gamma(s, threshold, where) for path, s in largest.items()}
     leaves, treedef = jax.tree.flatten(params)
-    for site in found.sites:
+    for site in sites:
         factors = site.layout.factors(gamma[site.name], site.kernels, alpha, shared_key)
         for child, leaf in site.scaled:
             factor = site.layout.leaf_factor(factors[child], leaf)
             leaves[leaf.position] = _scaled(jnp.asarray(leaves[leaf.position]), factor)
-    bounds = sum(site.is_bound for site in found.sites)
-    return treedef.unflatten(leaves), _info(largest, gamma, skipped, bounds)
+    bounds = sum(site.is_bound for site in sites)
+    in_vain = None if ever_clipped is None else stuck(gamma, ever_clipped)
+    return treedef.unflatten(leaves), _info(largest, gamma, in_vain, skipped, bounds)
 
 
 def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
@@ -217,6 +228,7 @@ def _scaled(old: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Arra
 def _info(
     largest: dict[str, Float[Array, "..."]],
     gamma: dict[str, Float[Array, "..."]],
+    in_vain: dict[str, Bool[Array, "..."]] | None,
     skipped: int,
     bounds: int,
 ) -> QKClipInfo:
@@ -228,11 +240,12 @@ def _info(
         (jnp.max(jnp.stack([a, -b]), axis=(1, 2)) for a, b in zip(s, g, strict=True)),
         jnp.asarray([-jnp.inf, -1], jnp.float32),
     )
-    counts = (
-        jnp.sum(jnp.stack([b < 1, _nonfinite(a)]), axis=(1, 2), dtype=jnp.int32)
-        for a, b in zip(s, g, strict=True)
-    )
-    clipped, nonfinite = sum(counts, jnp.zeros(2, jnp.int32))
+    masks = [[b < 1, _nonfinite(a)] for a, b in zip(s, g, strict=True)]
+    if in_vain is not None:
+        for mask, c in zip(masks, _joined(in_vain.values()), strict=True):
+            mask.append(c)
+    counts = (jnp.sum(jnp.stack(mask), axis=(1, 2), dtype=jnp.int32) for mask in masks)
+    clipped, nonfinite, *others = sum(counts, jnp.zeros(2 + (in_vain is not None), jnp.int32))
     heads = sum(x.size for x in g)
     return QKClipInfo(
         max_logits=largest,
@@ -244,6 +257,7 @@ def _info(
         nonfinite_heads=nonfinite,
         skipped_modules=jnp.int32(skipped),
         bound_modules=jnp.int32(bounds),
+        stuck_heads=others[0] if others else None,
     )
 
 
@@ -263,7 +277,8 @@ def _check_settings(
     """Raises for a setting that is wrong; a traced number is taken as it is."""
     for layout in layouts:
         if not isinstance(layout, Layout):
-            raise TypeError(f"qk_clip: layout must be a layout or a tuple of them, got {layout!r}.")
+            kind = repr(layout) if isinstance(layout, str) else type(layout).__name__
+            raise TypeError(f"qk_clip: layout must be a layout or a tuple of them, got {kind}.")
     for name, value in (("threshold", threshold), ("alpha", alpha)):
         if isinstance(value, bool) or not isinstance(
             value, (int, float, np.generic, np.ndarray, jax.Array)

@@ -13,7 +13,7 @@ from strict import STRICT
 PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = """
 _types _paths _settings _team _kernel_pattern _child_names
-_coefficients _products _shared_key _visible
+_coefficients _products _shared_key _visible _clipped_heads
 _grouping _polar_express _iterations _layout _max_logit _splash _attention_layouts
 _newton_schulz _sharding_plan _routing _attention _multi_head_layout _mla_layout _fused_qkv_layout \
 _attention_sites
@@ -49,6 +49,7 @@ ATTENTION_HALF = {
     "_attention",
     "_attention_layouts",
     "_kernel_pattern",
+    "_clipped_heads",
     "_child_names",
     "_multi_head_layout",
     "_site_faults",

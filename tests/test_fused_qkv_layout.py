@@ -201,7 +201,7 @@ def test_a_number_of_columns_that_does_not_fit_is_refused():
 def test_key_heads_that_do_not_divide_the_query_heads_are_refused():
     fused = mc.FusedQKVLayout(head_dim=H, num_kv_heads=3)
     assert text_of(fused, (30,)) == (
-        "num_kv_heads=3 of qkv/kernel (6, 30) does not divide 4, max_logits's heads."
+        "qkv/kernel (6, 30): num_kv_heads=3 does not divide the 4 of max_logits."
     )
 
 
@@ -209,7 +209,7 @@ def test_a_kernel_in_the_other_order_is_refused_where_it_shows():
     fused = mc.FusedQKVLayout(head_dim=H, kernel="inputs 3 heads head_dim")
     assert text_of(fused, (N, 3, H)) == (
         "qkv/kernel (6, 4, 3, 3) does not divide into 'inputs 3 heads head_dim' with head_dim=3.\n"
-        "Pass FusedQKVLayout(qkv='qkv', kernel='inputs heads 3 head_dim', head_dim=3)."
+        "Pass layout=FusedQKVLayout(qkv='qkv', kernel='inputs heads 3 head_dim', head_dim=3)."
     )
     interleaved = dataclasses.replace(fused, kernel="inputs heads 3 head_dim")
     assert "does not divide into 'inputs heads 3 head_dim'" in text_of(interleaved, (3, N, H))
@@ -222,7 +222,9 @@ def test_separate_projections_are_not_proposed_as_a_fused_one():
     with pytest.raises(ValueError, match="no module 'qkv'; there are 'k_proj', 'q_proj'") as error:
         mc.qk_clip({"attn": {"q_proj": kernel, "k_proj": kernel}}, stats, layout)
     assert "FusedQKVLayout" not in str(error.value).partition("\n")[2]
-    with pytest.raises(ValueError, match="Pass FusedQKVLayout\\(qkv='query_key_value', head_dim=3"):
+    with pytest.raises(
+        ValueError, match="Pass layout=FusedQKVLayout\\(qkv='query_key_value', head_dim=3"
+    ):
         mc.qk_clip({"attn": {"query_key_value": kernel}}, stats, layout)
 
 

@@ -70,10 +70,11 @@ def test_all_faults_come_at_once_with_paths_and_cures():
         "  blocks_5/attn: has no max_logits; nearest is 'blocks_5/atn/max_logits'.\n"
         "  blocks_5/atn: has max_logits, but the parameters have no such module; nearest is "
         "'blocks_5/attn'.\n"
-        "  blocks_7/attn: no module 'query' and no 'key'; there are 'k_proj', 'out', 'q_proj', 'value'.\n"
+        "  blocks_7/attn: no module 'query' and no 'key'; there are 'k_proj', 'out', 'q_proj', "
+        "'value'.\n"
         "  blocks_3/attn: query/kernel (4, 2, 3) has 2 heads, but its max_logits has 16.\n"
         f"{CAUSES}\n"
-        "Pass MultiHeadLayout(query='q_proj', key='k_proj')."
+        f"Pass layout=({LAYOUT}, MultiHeadLayout(query='q_proj', key='k_proj'))."
     )
 
 
@@ -86,9 +87,12 @@ def test_no_statistic_at_all_is_an_error_that_names_the_causes(stats):
 
 
 def test_nothing_to_clip_says_what_was_looked_for():
-    nothing = "nothing to clip: no module has 'query' and 'key', and no max logits are named 'max_logits'."
+    nothing = (
+        "nothing to clip: no module has 'query' and 'key', and no max logits are named "
+        "'max_logits'."
+    )
     assert text_of({"mlp": {"kernel": jnp.ones((3, 3))}}, {}) == one_fault("(root)", nothing)
-    cure = "Pass MultiHeadLayout(query='q_proj', key='k_proj')."
+    cure = "Pass layout=MultiHeadLayout(query='q_proj', key='k_proj')."
     params = {"attn": attention("q_proj", "k_proj")}
     assert text_of(params, None) == one_fault("(root)", nothing, cure)
     params["attn"]["q_norm"] = {"scale": jnp.ones(3)}
@@ -100,7 +104,7 @@ def test_a_proposed_layout_keeps_the_other_settings():
     params = attention("q_proj", "k_proj", k_proj={"kernel": np.ones((4, 2, 2))})
     text = text_of({"attn": params}, {"attn": sown()}, layout)
     proposed = "query='q_proj', key='k_proj', kept_leaves=('step',), query_dim=2"
-    assert f"Pass MultiHeadLayout({proposed})." in text
+    assert f"Pass layout=MultiHeadLayout({proposed})." in text
 
 
 def test_a_layer_name_that_only_begins_alike_is_another_layer():
@@ -167,13 +171,14 @@ SHAPE_FAULTS = [
         (2, 1),  # the statistic transposed
     ),
     (
-        "key/kernel (4, 3, 3) has 3 key heads, which do not fit the 4 heads of query/kernel (4, 4, 3).",
+        "key/kernel (4, 3, 3) has 3 key heads, which do not fit the 4 heads of query/kernel "
+        "(4, 4, 3).",
         kernels((4, 4, 3), (4, 3, 3)),
         (5, 4),
     ),
     (
-        "key/kernel (4, 2, 3) has heads of 3 columns, query/kernel (4, 2, 5) has 5; query heads that "
-        "hold a gate too need query_dim=.",
+        "key/kernel (4, 2, 3) has heads of 3 columns, query/kernel (4, 2, 5) has 5; query heads "
+        "that hold a gate too need query_dim=.",
         kernels((4, 2, 5), (4, 2, 3)),
         (5, 2),
     ),
@@ -188,8 +193,8 @@ SHAPE_FAULTS = [
         (7, 5, 2),
     ),
     (
-        "key/kernel (4, 2, 3) and query/kernel (7, 4, 2, 3) have unequal numbers of stack axes under "
-        "'inputs heads head_dim' and 'inputs heads head_dim'.",
+        "key/kernel (4, 2, 3) and query/kernel (7, 4, 2, 3) have unequal numbers of stack axes "
+        "under 'inputs heads head_dim' and 'inputs heads head_dim'.",
         kernels((7, 4, 2, 3), (4, 2, 3)),
         (7, 5, 2),
     ),
@@ -226,8 +231,8 @@ FLAT_FAULTS = [
         (5, 4),
     ),
     (
-        "query/kernel (4, 12) has 4 heads of head_dim 3, but its max_logits has 2; query heads that "
-        "hold a gate too need query_dim=.",
+        "query/kernel (4, 12) has 4 heads of head_dim 3, but its max_logits has 2; query heads "
+        "that hold a gate too need query_dim=.",
         kernels((4, 12), (4, 6)),
         (5, 2),
     ),
