@@ -26,7 +26,9 @@ WIDTH, LAYERS, HEADS, LATENT = 64, 2, 4, 32  # D, layers, N, C
 NOPE, ROPE, VALUE = 16, 8, 16  # columns of a head: without and with rotation, and of its value
 BATCH, STEPS, LEARNING_RATE, THRESHOLD = 32, 300, 0.02, 20.0
 
-LAYOUT = mc.MLALayout(nope_dim=NOPE, rope_dim=ROPE, value_dim=VALUE, kernel_ndim=2)
+LAYOUT = mc.MLALayout(
+    nope_dim=NOPE, rope_dim=ROPE, value_dim=VALUE, kernel="inputs (heads head_dim)"
+)
 
 
 def rotate(x: jax.Array) -> jax.Array:

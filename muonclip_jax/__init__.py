@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
 from muonclip_jax._attention import dot_product_attention as dot_product_attention
-from muonclip_jax._attention_layouts import MultiHeadLayout as MultiHeadLayout
 from muonclip_jax._coefficients import ns_coefficients as ns_coefficients
 from muonclip_jax._fused_qkv_layout import FusedQKVLayout as FusedQKVLayout
 from muonclip_jax._max_logit import max_attention_logit as max_attention_logit
@@ -18,6 +17,7 @@ from muonclip_jax._metrics import (
     qk_clip_metrics as qk_clip_metrics,
 )
 from muonclip_jax._mla_layout import MLALayout as MLALayout
+from muonclip_jax._multi_head_layout import MultiHeadLayout as MultiHeadLayout
 from muonclip_jax._muon import muon as muon
 from muonclip_jax._muonclip import muonclip as muonclip
 from muonclip_jax._newton_schulz import newton_schulz as newton_schulz

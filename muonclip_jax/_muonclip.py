@@ -8,17 +8,18 @@ Here M is the average (1 − μ) Σ instead of the sum, which has the same direc
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
+from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._coefficients import JORDAN, Coefficients
 from muonclip_jax._injection import injectable
 from muonclip_jax._layout import DimensionNumbersOrFn
+from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._muon import with_adamw
 from muonclip_jax._products import accumulator
 from muonclip_jax._qk_clip import layout_rule, qk_clip
@@ -54,6 +55,7 @@ def muonclip(
     threshold: optax.ScalarOrSchedule | None = 100.0,
     alpha: Scalar = 0.5,
     shared_key: str = "query",
+    ignore: str | Sequence[str] = (),
     beta: Scalar = 0.95,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.1,
@@ -103,6 +105,8 @@ def muonclip(
         the optimizer without the clip.
       alpha: See `qk_clip`.
       shared_key: See `qk_clip`.
+      ignore: See `qk_clip`. Modules that `optax.partition` or `optax.masked` hide are left out
+        without it.
       beta: Decay of the momentum of the matrices, in [0, 1); μ of the paper.
       nesterov: Whether the direction looks one step ahead: G + μ M with M the sum, without the
         bias correction of `muon`.
@@ -184,7 +188,9 @@ def muonclip(
     )
     if threshold is None:
         return optimizer
-    clip = functools.partial(qk_clip, layout=layout, alpha=alpha, shared_key=shared_key)
+    clip = functools.partial(
+        qk_clip, layout=layout, alpha=alpha, shared_key=shared_key, ignore=ignore
+    )
     return _then_clip(optimizer, clip, threshold)
 
 

@@ -12,16 +12,17 @@ from strict import STRICT
 
 PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = """
-_types _paths _team _injection
-_adamw _coefficients _products _shared_key _visible
+_types _paths _team _injection _kernel_pattern _child_names _resharding
+_adamw _coefficients _products _shared_key _visible _clipped_heads
 _settings
 _grouping _polar_express _iterations _layout _max_logit _splash _attention_layouts
-_normalize _sharding_plan _routing _mla_layout _fused_qkv_layout _attention _attention_sites
-_newton_schulz _placements _flax_attention _attention_faults
-_sharded _qk_clip linen nnx
-_scale_by_muon _show_plan _metrics
-_muon
-_muonclip
+_normalize _sharding_plan _routing _attention _multi_head_layout _mla_layout \
+_fused_qkv_layout _attention_sites
+_newton_schulz _placements _flax_attention _site_faults
+_sharded _layout_proposals linen nnx
+_scale_by_muon _show_plan _attention_faults
+_muon _qk_clip
+_muonclip _metrics
 """.split("\n")[1:-1]
 LAYER = {name: height for height, names in enumerate(LAYERS) for name in names.split()}
 OPTIMIZER_HALF = {
@@ -50,6 +51,12 @@ ATTENTION_HALF = {
     "_max_logit",
     "_attention",
     "_attention_layouts",
+    "_kernel_pattern",
+    "_clipped_heads",
+    "_child_names",
+    "_multi_head_layout",
+    "_site_faults",
+    "_layout_proposals",
     "_mla_layout",
     "_fused_qkv_layout",
     "_attention_sites",
