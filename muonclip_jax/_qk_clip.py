@@ -7,9 +7,10 @@ K2, arXiv 2507.20534, algorithm 1). With a negative S that formula makes NaN, an
 one it destroys the head; here γ is τ / S where S > τ and finite, and otherwise 1.
 """
 
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +19,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from muonclip_jax._attention_faults import check_survey
-from muonclip_jax._attention_layouts import Layout, MultiHeadLayout
+from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._attention_sites import Site, survey
+from muonclip_jax._clipped_heads import stuck
+from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._resharding import placed_like, unsharded
-from muonclip_jax._settings import check_choice, check_settings
-from muonclip_jax._shared_key import SHARED_KEY_RULES
+from muonclip_jax._settings import check_settings, flag, shown
 from muonclip_jax._types import ArrayTree, Scalar
 
 
@@ -38,7 +40,10 @@ class QKClipInfo(NamedTuple):
       clipped_fraction: The same as a part of all heads.
       nonfinite_heads: Number of heads whose largest logit is NaN or +inf, left alone, int32.
       skipped_modules: Number of modules left out under `strict=False`, int32.
-      bound_modules: Number of modules whose statistic is an upper bound, not exact, int32.
+      bound_modules: Number of modules whose max logits are an upper bound, not exact, int32.
+      stuck_heads: Number of heads that were clipped before and are more than 10 % above the
+        threshold all the same, int32; None unless `qk_clip` is called with `ever_clipped`. A number
+        that stays above 0 shows that the clip does not reach the logits.
     """
 
     max_logits: dict[str, Float[Array, "..."]]
@@ -50,6 +55,7 @@ class QKClipInfo(NamedTuple):
     nonfinite_heads: Int[Array, ""]
     skipped_modules: Int[Array, ""]
     bound_modules: Int[Array, ""]
+    stuck_heads: Int[Array, ""] | None = None
 
 
 def qk_clip(
@@ -62,6 +68,8 @@ def qk_clip(
     shared_key: str = "query",
     where: bool | Bool[Array, ""] = True,
     strict: bool = True,
+    ignore: str | Sequence[str] = (),
+    ever_clipped: Mapping[str, Bool[Array, "*stack heads"]] | None = None,
 ) -> tuple[ArrayTree, QKClipInfo]:
     """Scales down the queries and keys of heads whose largest logit is above the threshold.
 
@@ -81,8 +89,12 @@ def qk_clip(
         and a = alpha. `"query"`: queries γ, the key stays, alpha is unused. `"group"`: gᵃ and g¹⁻ᵃ.
         `"min"`: γᵃ and g¹⁻ᵃ. `"exact"`: γ / g¹⁻ᵃ and g¹⁻ᵃ, so that queries of calm heads grow.
       where: False changes nothing and reports γ = 1: for a step that was skipped.
-      strict: Whether a module without a statistic, or the reverse, is an error. False skips it with
+      strict: Whether a module without max logits, or the reverse, is an error. False skips it with
         one warning, and counts it.
+      ignore: Patterns (`fnmatch`) of `/`-joined paths of attention modules to leave out, such as
+        frozen ones: `"encoder/*"`. One that matches nothing is an error. Modules whose queries and
+        keys are hidden by `optax.masked` or `optax.partition` are left out without it.
+      ever_clipped: What `heads_ever_clipped` returned at the step before, for `stuck_heads`.
 
     Returns:
       The parameters, in the same containers, shapes and dtypes; and what was seen and done.
@@ -104,20 +116,22 @@ def qk_clip(
     References:
       Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1, lines 8 to 17.
     """
+    check_settings("qk_clip", locals(), schedules=False, rules=_RULES)
     layouts = layout if isinstance(layout, tuple) else (layout,)
-    _check_settings(layouts, threshold, alpha, shared_key, where)
-    found = survey(params, max_logits, layouts)
-    skipped = check_survey(found, strict=strict)
-    largest = _largest(found.sites)
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    found = survey(params, max_logits, layouts, ignore)
+    sites, skipped = check_survey(found, strict=strict, watching=_is_infinite(threshold))
+    largest = _largest(sites)
     gamma = {path: unsharded(_gamma(s, threshold, where)) for path, s in largest.items()}
     leaves, treedef = jax.tree.flatten(params)
-    for site in found.sites:
+    for site in sites:
         factors = site.layout.factors(gamma[site.name], site.kernels, alpha, shared_key)
         for child, leaf in site.scaled:
             factor = site.layout.leaf_factor(factors[child], leaf)
             leaves[leaf.position] = _scaled(jnp.asarray(leaves[leaf.position]), factor)
-    bounds = sum(site.is_bound for site in found.sites)
-    return treedef.unflatten(leaves), _info(largest, gamma, skipped, bounds)
+    bounds = sum(site.is_bound for site in sites)
+    in_vain = None if ever_clipped is None else stuck(gamma, ever_clipped)
+    return treedef.unflatten(leaves), _info(largest, gamma, in_vain, skipped, bounds)
 
 
 def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
@@ -207,6 +221,12 @@ def _gamma(
     return jnp.where(over, jnp.maximum(ratio, jnp.finfo(jnp.float32).tiny), 1)
 
 
+def _is_infinite(threshold: Any) -> bool:
+    """Returns whether the threshold is the number infinity, known before tracing."""
+    is_number = isinstance(threshold, (int, float, np.generic))
+    return is_number and not isinstance(threshold, bool) and math.isinf(threshold)
+
+
 def _nonfinite(s: Float[Array, "*stack heads"]) -> Bool[Array, "*stack heads"]:
     """Marks NaN and +inf, which say nothing about weights; -inf is a head that is all masked."""
     return jnp.isnan(s) | (s == jnp.inf)
@@ -224,6 +244,7 @@ def _scaled(old: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Arra
 def _info(
     largest: dict[str, Float[Array, "..."]],
     gamma: dict[str, Float[Array, "..."]],
+    in_vain: dict[str, Bool[Array, "..."]] | None,
     skipped: int,
     bounds: int,
 ) -> QKClipInfo:
@@ -240,6 +261,9 @@ def _info(
         nonfinite_heads=jnp.sum(_nonfinite(s), dtype=jnp.int32),
         skipped_modules=jnp.int32(skipped),
         bound_modules=jnp.int32(bounds),
+        stuck_heads=None
+        if in_vain is None
+        else jnp.sum(_joined(in_vain.values()), dtype=jnp.int32),
     )
 
 
@@ -248,21 +272,12 @@ def _joined(arrays: Iterable[Float[Array, "..."]]) -> Float[Array, " n"]:
     return jnp.concatenate([jnp.zeros(0, jnp.float32), *(x.reshape(-1) for x in arrays)])
 
 
-def _check_settings(
-    layouts: tuple[Any, ...], threshold: Any, alpha: Any, shared_key: Any, where: Any
-) -> None:
-    """Raises for a setting that is wrong; a traced number is taken as it is."""
-    for layout in layouts:
-        if not isinstance(layout, Layout):
-            raise TypeError(f"qk_clip: layout must be a layout or a tuple of them, got {layout!r}.")
-    for name, value in (("threshold", threshold), ("alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(
-            value, (int, float, np.generic, np.ndarray, jax.Array)
-        ):
-            raise TypeError(f"qk_clip: {name} must be a number, got {value!r}.")
-        if np.shape(value) != ():
-            raise ValueError(f"qk_clip: {name} must be one number, got shape {np.shape(value)}.")
-    check_settings("qk_clip", threshold=threshold, alpha=alpha)
-    check_choice("qk_clip", "shared_key", shared_key, SHARED_KEY_RULES)
-    if np.shape(where) != () or not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
-        raise TypeError(f"qk_clip: where must be one boolean, got {where!r}.")
+def layout_rule(value: Any) -> Exception | None:
+    """Requires a head layout or a tuple of them."""
+    layouts = value if isinstance(value, tuple) and value else (value,)
+    if all(isinstance(layout, Layout) for layout in layouts):
+        return None
+    return TypeError(f"a layout or a tuple of layouts, got {shown(value)}")
+
+
+_RULES = {"layout": layout_rule, "where": functools.partial(flag, array=True)}

@@ -38,7 +38,8 @@ def draw(key_heads, stack, flat, seed=0):
 
 
 def clip_of(flat, shared_key):
-    layout = mc.MultiHeadLayout(kernel_ndim=2) if flat else mc.MultiHeadLayout()
+    pattern = "inputs (heads head_dim)" if flat else "inputs heads head_dim"
+    layout = mc.MultiHeadLayout(kernel=pattern, head_dim=HEAD_DIM)
 
     def clip(query, key, max_logits):
         params = {"attn": {"query": {"kernel": query}, "key": {"kernel": key}}}
