@@ -130,7 +130,7 @@ def routing_table(
       up/bias    (16,)    adamw      -           -      leaf name 'bias'
       up/kernel  (4, 16)  muon       1 x 4 x 16  2      last two axes
     """
-    check_settings("routing_table", consistent_rms=consistent_rms)
+    check_settings("routing_table", locals(), optional=("consistent_rms",))
     rows = []
     for path, shape, numbers, reason in _routes(params, muon_weight_dimension_numbers):
         if numbers is None:

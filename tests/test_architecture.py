@@ -12,11 +12,12 @@ from strict import STRICT
 
 PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = """
-_types _paths _settings _team
-_coefficients _products _shared_key _visible
+_types _paths _team _injection
+_adamw _coefficients _products _shared_key _visible
+_settings
 _grouping _polar_express _iterations _layout _max_logit _splash _attention_layouts
-_newton_schulz _sharding_plan _routing _mla_layout _fused_qkv_layout _attention _attention_sites
-_placements _flax_attention _attention_faults
+_normalize _sharding_plan _routing _mla_layout _fused_qkv_layout _attention _attention_sites
+_newton_schulz _placements _flax_attention _attention_faults
 _sharded _qk_clip linen nnx
 _scale_by_muon _show_plan _metrics
 _muon
@@ -24,6 +25,7 @@ _muonclip
 """.split("\n")[1:-1]
 LAYER = {name: height for height, names in enumerate(LAYERS) for name in names.split()}
 OPTIMIZER_HALF = {
+    "_adamw",
     "_coefficients",
     "_polar_express",
     "_products",
@@ -35,6 +37,7 @@ OPTIMIZER_HALF = {
     "_show_plan",
     "_grouping",
     "_newton_schulz",
+    "_normalize",
     "_layout",
     "_routing",
     "_scale_by_muon",
