@@ -7,6 +7,7 @@ K2, arXiv 2507.20534, algorithm 1). With a negative S that formula makes NaN, an
 one it destroys the head; here γ is τ / S where S > τ and finite, and otherwise 1.
 """
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
