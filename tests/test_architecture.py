@@ -12,11 +12,12 @@ from strict import STRICT
 
 PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = """
-_types _paths _settings _team
-_coefficients _products _shared_key _visible
-_grouping _polar_express _iterations _layout _max_logit _splash _attention_layouts
-_newton_schulz _sharding_plan _routing _mla_layout _fused_qkv_layout _attention _attention_sites
-_placements _flax_attention _attention_faults
+_types _paths _settings _team _folding _overrides _role_names
+_coefficients _products _shared_key _visible _evidence
+_grouping _polar_express _iterations _layout _kernels _max_logit _splash _attention_layouts
+_head_kernels _window_kernels
+_newton_schulz _sharding_plan _roles _mla_layout _fused_qkv_layout _attention _attention_sites
+_placements _routing _flax_attention _attention_faults
 _sharded _qk_clip linen nnx
 _scale_by_muon _show_plan _metrics
 _muon
@@ -37,6 +38,14 @@ OPTIMIZER_HALF = {
     "_newton_schulz",
     "_layout",
     "_routing",
+    "_roles",
+    "_kernels",
+    "_head_kernels",
+    "_window_kernels",
+    "_evidence",
+    "_role_names",
+    "_overrides",
+    "_folding",
     "_scale_by_muon",
     "_muon",
 }
