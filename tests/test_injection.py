@@ -123,7 +123,7 @@ def test_bfloat16_settings_never_give_nan_silently():
     if optax.__version__ >= "0.2.8":
         chex.assert_tree_all_finite(updates_of(tx, weights(jnp.bfloat16))[0])
     else:
-        with pytest.raises(TypeError, match="hyperparam_dtype=jnp.float32"):
+        with pytest.raises(TypeError, match=r"hyperparam_dtype=jnp\.float32"):
             tx.init(weights(jnp.bfloat16))
 
 

@@ -1,5 +1,6 @@
 """`muon` and `muonclip`: both sides of the partition, and the clip on top."""
 
+import functools
 from typing import Any
 
 import chex
@@ -81,6 +82,68 @@ def test_the_other_leaves_follow_adamw():
     for a, b in zip(ours, theirs, strict=True):
         chex.assert_trees_all_close(a["embed"], b["embed"], rtol=1e-6)
         chex.assert_trees_all_close(a["up"]["bias"], b["up"]["bias"], rtol=1e-6)
+
+
+# KellerJordan/Muon, muon.py, and MoonshotAI/Moonlight, examples/toy_train.py: Nesterov momentum for
+# the matrices, plain AdamW for the rest.
+RECIPES = {
+    "optax": (mc.muon, {}, {"nesterov": "optax"}, {"nesterov": True}),
+    "plain AdamW": (mc.muon, {"adam_nesterov": False}, {"nesterov": "optax"}, {}),
+    "Keller Jordan": (
+        mc.muonclip,
+        {
+            "nesterov": True,
+            "adam_nesterov": False,
+            "consistent_rms": None,
+            "weight_decay": 0.0,
+            "adam_b2": 0.95,
+        },
+        {"nesterov": "plain"},
+        {"b2": 0.95},
+    ),
+    "Moonlight": (
+        mc.muonclip,
+        {"nesterov": True, "adam_nesterov": False, "adam_b2": 0.95},
+        {"nesterov": "plain", "consistent_rms": 0.2, "weight_decay": 0.1},
+        {"weight_decay": 0.1, "b2": 0.95},
+    ),
+    "Kimi K2": (
+        mc.muonclip,
+        {},
+        {"nesterov": None, "consistent_rms": 0.2, "weight_decay": 0.1},
+        {"weight_decay": 0.1},
+    ),
+    "only AdamW": (
+        mc.muon,
+        {"nesterov": False, "adam_nesterov": True},
+        {"nesterov": None},
+        {"nesterov": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_leaves_follow_the_recipe(name):
+    factory, settings, matrix, vector = RECIPES[name]
+    tree = _tree()
+    g = _tree_gradients(tree)
+    settings = {**settings, **({"threshold": None} if factory is mc.muonclip else {})}
+    got = train(factory(0.1, **settings), tree, g)
+
+    def column(trees, *path):
+        for key in path:
+            trees = [x[key] for x in trees]
+        return trees
+
+    expected = {
+        ("up", "kernel"): functools.partial(reference.muon, **matrix),
+        ("up", "bias"): functools.partial(reference.adamw, **vector),
+        ("embed", "embedding"): functools.partial(reference.adamw, **vector),
+    }
+    for path, follow in expected.items():
+        start = column([tree], *path)[0]
+        way = follow(start, column(g, *path), learning_rate=0.1)
+        assert_same_way(column(got, *path), way, start)
 
 
 @pytest.mark.parametrize("adam_weight_decay", [None, 0.0, 0.3])
@@ -186,12 +249,11 @@ def test_muonclip_lands_where_muon_and_qk_clip_land(dtype, alpha):
         unit = 2.0 ** (np.floor(np.log2(np.maximum(abs(old), abs(target)))) - bits)
         assert np.all(abs(landed - target) <= unit)
         near = (abs(target) >= abs(old) / 2) & (abs(target) <= 2 * abs(old)) & (old * target > 0)
-        if dtype != jnp.float32:  # there the difference is exact too, but old + (new - old) is used
-            np.testing.assert_array_equal(landed[near], target[near])
+        np.testing.assert_array_equal(landed[near], target[near])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("factor", [0.999, 0.97, 0.8, 0.55])
+@pytest.mark.parametrize("factor", [0.99, 0.55])
 def test_16_bit_weights_land_exactly_on_the_clip_of_an_ordinary_step(dtype, factor):
     """Sterbenz: a number within a factor of two of another is the other plus their difference."""
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(500, 2, 40)), dtype)
