@@ -37,23 +37,24 @@ def test_leaves_without_a_gradient_do_not_move(dtype, eps):
     params = draw(dtype)
     grads = jax.tree.map(jnp.zeros_like, params)
     grads["embed"]["embedding"] = grads["embed"]["embedding"].at[0].set(0.5)
-    for factory in (mc.muon, mc.muonclip):
-        threshold = {"threshold": None, "weight_decay": 0.0} if factory is mc.muonclip else {}
-        tx = factory(0.1, eps=eps, **threshold)
-        updates, state = tx.update(grads, tx.init(params), params)
-        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, grads), state, params)
-        moved = updates["embed"]["embedding"]
-        assert np.all(moved[0] != 0)
-        np.testing.assert_array_equal(moved[1:], 0)
-        np.testing.assert_array_equal(updates["up"]["bias"], 0)
+    tx = mc.muonclip(0.1, eps=eps, threshold=None, adam_weight_decay=0.0)
+    update = jax.jit(tx.update)
+    updates, state = update(grads, tx.init(params), params)
+    updates, _ = update(jax.tree.map(jnp.zeros_like, grads), state, params)
+    moved = updates["embed"]["embedding"]
+    assert np.all(moved[0] != 0)
+    np.testing.assert_array_equal(moved[1:], 0)
+    np.testing.assert_array_equal(updates["up"]["bias"], 0)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_200_steps_of_adamw_in_16_bits_follow_float64(dtype):
-    """With its second moment in bfloat16, AdamW forgets all gradients but the first few."""
+def test_2000_steps_of_adamw_in_16_bits_follow_float64(dtype):
+    """A second moment in bfloat16 never decays: 0.999 of it rounds to itself."""
     rng = np.random.default_rng(1)
     bias = jnp.zeros(8, dtype)
-    gradients = jnp.asarray(rng.normal(size=(200, 8)) * np.linspace(0.01, 1, 200)[:, None], dtype)
+    gradients = jnp.asarray(
+        rng.normal(size=(2000, 8)) * np.geomspace(1, 0.01, 2000)[:, None], dtype
+    )
     tx = mc.muon(1.0, nesterov=False)
 
     def step(state, g):
@@ -63,7 +64,7 @@ def test_200_steps_of_adamw_in_16_bits_follow_float64(dtype):
     _, updates = jax.jit(lambda: jax.lax.scan(step, tx.init({"bias": bias}), gradients))()
     way = reference.adamw(np.zeros(8), gradients, learning_rate=1.0)
     expected = way[-1] - way[-2]
-    # Measured: 0.012 in bfloat16, whose first moment is rounded at every step; 0.5 in optax.
+    # Measured: 0.014 in bfloat16 and 0.0023 in float16; with optax's AdamW, 0.54 and 0.049.
     assert reference.relative_error(updates[-1], expected) < 0.03
 
 
