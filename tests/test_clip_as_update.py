@@ -1,6 +1,6 @@
 """What may come after or around `muonclip`, whose clip is part of its update.
 
-Each case is a row of the table in docs/qk_clip.md. One head, with logit 400 before the step and
+The table in docs/qk_clip.md has these cases. One head, with logit 400 before the step and
 threshold 100; learning rate 0, so that only the clip moves weights.
 """
 
