@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax._src import core
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -21,24 +22,29 @@ _PUT = "Put all leaves on one mesh: params = jax.device_put(params, shardings)."
 
 
 class Placements(NamedTuple):
-    """Where all leaves of a tree lie.
+    """How all leaves of a pytree are sharded.
 
     Attributes:
       mesh: The mesh, concrete where it is known.
       platform: What its devices are; None if it is not known.
-      specs: How each leaf lies on it.
+      specs: How each leaf is sharded over it.
       leaves: The same for the planner.
+      axis_names: The mesh axes that `jax.shard_map` makes manual: all that are not manual yet.
+      members: The mesh axes over which `jax.vmap` shards its members. No plan may use them.
     """
 
     mesh: Any
     platform: str | None
     specs: tuple[PartitionSpec, ...]
     leaves: tuple[Placed, ...]
+    axis_names: frozenset[str] = frozenset()
+    members: frozenset[str] = frozenset()
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Size of each mesh axis."""
-        return dict(self.mesh.shape)
+        """Size of each mesh axis that a plan may use."""
+        usable = self.axis_names - self.members
+        return {name: size for name, size in self.mesh.shape.items() if name in usable}
 
 
 def shardings_by_path(shardings: ArrayTree) -> dict[str, Any]:
@@ -71,7 +77,8 @@ def placements(
 
     Returns:
       Where they are. None where there is nothing to plan: an Auto mesh of one device, or nothing
-      known, or inside of the user's own `jax.shard_map`, where every device has whole leaves.
+      known, or inside the user's own `jax.shard_map`, where every device has full matrices, unless
+      a type shards them over an Explicit axis that this `shard_map` leaves out.
 
     Raises:
       ValueError: for leaves whose place is not known or cannot be planned, all of them at once.
@@ -79,7 +86,10 @@ def placements(
     flat = [(path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
     types = [jax.typeof(x).sharding for _, x in flat]
     kinds = {kind for t in types for kind in t.mesh.axis_types}
-    if AxisType.Manual in kinds or not (shardings or AxisType.Explicit in kinds):
+    is_manual = AxisType.Manual in kinds
+    if is_manual:
+        shardings = {}  # of the arrays outside
+    if not (any(any(t.spec) for t in types) if is_manual else shardings or _EXPLICIT in kinds):
         return None
     if all(isinstance(shardings.get(path), SingleDeviceSharding) for path, _ in flat):
         return None
@@ -99,16 +109,37 @@ def placements(
         Placed(path, x.shape, x.dtype, a, _mesh_axes(s, x.ndim))
         for (path, x), a, s in zip(flat, axes, found, strict=True)
     )
-    return Placements(mesh, _platform(mesh), tuple(s.spec for s in found), leaves)
+    specs = tuple(s.spec for s in found)
+    members = _axes_of_members("explicit_mesh_axis_names")  # which JAX hides from shard_map
+    names = (_explicit(found[0].mesh) if is_manual else frozenset(mesh.axis_names)) - members
+    return Placements(
+        mesh, _platform(mesh), specs, leaves, names, members | _axes_of_members("spmd_axis_names")
+    )
+
+
+def _explicit(mesh: Any) -> frozenset[str]:
+    """Lists the Explicit axes of a mesh."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in kinds if kind == _EXPLICIT)
+
+
+def _axes_of_members(kind: str) -> frozenset[str]:
+    """Lists the mesh axes over which a `jax.vmap` around the call shards its members.
+
+    A device that shared work over such an axis would mix members. JAX has no public function for
+    this; where a version keeps the names elsewhere, none are found.
+    """
+    env = getattr(core, "get_axis_env", lambda: None)()
+    return frozenset(getattr(env, kind, None) or ())
 
 
 def _sharding_of(
     path: str, x: jax.Array, typed: NamedSharding, shardings: Mapping[str, Any]
 ) -> NamedSharding:
     """Gives the sharding of one leaf: its type's, or what the user says of the Auto axes."""
-    said, mesh = shardings.get(path), typed.mesh
-    explicit = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == _EXPLICIT}
-    if said is None and len(explicit) < max(1, len(mesh.axis_names)):
+    said, mesh, explicit = shardings.get(path), typed.mesh, _explicit(typed.mesh)
+    is_manual = AxisType.Manual in mesh.axis_types
+    if said is None and not is_manual and len(explicit) < max(1, len(mesh.axis_names)):
         raise ValueError(*_nothing_known(mesh, shardings))
     if said is not None and not isinstance(said, NamedSharding):
         raise ValueError(f"got {said}, expected a NamedSharding.")
