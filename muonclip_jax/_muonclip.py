@@ -8,6 +8,7 @@ Here M is the average (1 − μ) Σ instead of the sum, which has the same direc
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ import optax
 from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._coefficients import JORDAN, Coefficients
 from muonclip_jax._injection import injectable
+from muonclip_jax._kernels import Settings
 from muonclip_jax._layout import DimensionNumbersOrFn
 from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._muon import with_adamw
+from muonclip_jax._overrides import Overrides
 from muonclip_jax._products import accumulator
 from muonclip_jax._qk_clip import layout_rule, qk_clip
 from muonclip_jax._scale_by_muon import (
@@ -77,6 +80,8 @@ def muonclip(
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
     adam_nesterov: bool | None = None,
+    overrides: Overrides | None = None,
+    outputs_first: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains with Muon and keeps the attention logits of every head in bounds with QK-clip.
 
@@ -130,6 +135,8 @@ def muonclip(
       ns_dtype: See `newton_schulz`.
       shardings: See `scale_by_muon`.
       adam_nesterov: See `muon`.
+      overrides: See `muon`.
+      outputs_first: See `muon`.
 
     Returns:
       An optax transformation whose `update` needs the parameters, and `max_logits` unless
@@ -171,12 +178,17 @@ def muonclip(
         shardings=shardings,
     )
     optimizer = with_adamw(
+        "muonclip",
         scale_by,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
         consistent_rms=consistent_rms,
         muon_weight_dimension_numbers=muon_weight_dimension_numbers,
+        overrides=overrides,
+        settings=Settings(
+            outputs_first, consistent_rms is None, {} if threshold is None else _heads(layout)
+        ),
         adam_learning_rate=adam_learning_rate,
         adam_b1=adam_b1,
         adam_b2=adam_b2,
@@ -192,6 +204,18 @@ def muonclip(
         qk_clip, layout=layout, alpha=alpha, shared_key=shared_key, ignore=ignore
     )
     return _then_clip(optimizer, clip, threshold)
+
+
+def _heads(layout: Layout | tuple[Layout, ...]) -> dict[str, tuple[str, ...]]:
+    """Lists the modules that project into heads, with the axes of their kernels."""
+    layouts = layout if isinstance(layout, tuple) else (layout,)
+    return {name: _axes(one) for one in layouts for name in one.modules}
+
+
+def _axes(layout: Layout) -> tuple[str, ...]:
+    """Returns the names of the axes of a kernel; a flat axis is one."""
+    kernel = getattr(layout, "kernel", "")
+    return tuple(re.findall(r"\([^)]*\)|[^\s()]+", kernel))
 
 
 def _then_clip(

@@ -11,7 +11,7 @@ from muonclip_jax._layout import DimensionNumbersOrFn, matrix_axes
 from muonclip_jax._newton_schulz import orthogonaliser
 from muonclip_jax._paths import path_string
 from muonclip_jax._placements import placements, shardings_by_path
-from muonclip_jax._routing import leaf_numbers
+from muonclip_jax._routing import route
 from muonclip_jax._settings import check_settings
 from muonclip_jax._sharded import plan_for
 from muonclip_jax._sharding_plan import Plan
@@ -57,7 +57,7 @@ def sharding_plan(
       matrices  rows        columns  on each device  FLOPs     MB sent  leaves
       4         256 / fsdp  512      move: 1 whole   7.05e+08  0.8      up/kernel
     """
-    numbers = leaf_numbers(params, muon_weight_dimension_numbers)
+    numbers = route(params, muon_weight_dimension_numbers, caller="sharding_plan").numbers
     structure = jax.tree.structure(params)
     check_settings("sharding_plan", locals())
     steps = ns_steps if is_single_row(ns_coeffs) else None

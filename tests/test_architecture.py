@@ -12,13 +12,15 @@ from strict import STRICT
 
 PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = """
-_types _paths _team _injection _kernel_pattern _child_names _resharding
-_adamw _coefficients _products _shared_key _visible _clipped_heads
+_types _paths _team _injection _kernel_pattern _child_names \
+_resharding _folding _overrides _role_names
+_adamw _coefficients _products _shared_key _visible _clipped_heads _evidence
 _settings
-_grouping _polar_express _iterations _layout _max_logit _splash _attention_layouts
-_normalize _sharding_plan _routing _attention _multi_head_layout _mla_layout \
+_grouping _polar_express _iterations _layout _kernels _max_logit _splash _attention_layouts
+_head_kernels _window_kernels
+_normalize _sharding_plan _roles _attention _multi_head_layout _mla_layout \
 _fused_qkv_layout _attention_sites
-_newton_schulz _placements _flax_attention _site_faults
+_newton_schulz _placements _routing _flax_attention _site_faults
 _sharded _layout_proposals linen nnx
 _scale_by_muon _show_plan _attention_faults
 _muon _qk_clip
@@ -41,6 +43,14 @@ OPTIMIZER_HALF = {
     "_normalize",
     "_layout",
     "_routing",
+    "_roles",
+    "_kernels",
+    "_head_kernels",
+    "_window_kernels",
+    "_evidence",
+    "_role_names",
+    "_overrides",
+    "_folding",
     "_scale_by_muon",
     "_muon",
 }

@@ -245,7 +245,7 @@ def test_exceptions_leave_the_routing_of_the_other_leaves_alone():
     got = mc.routing_table(params, by_role_but(exceptions, params)).rows
     for old, new in zip(expected, got, strict=True):
         if old.path == "Conv_0/kernel":
-            assert (new.batch, new.rows, new.columns) == (1, 96, 64)
+            assert (new.num_matrices, new.n_in, new.n_out) == (1, 96, 64)
         elif old.path.endswith("/up/kernel"):
             assert new.optimizer == "adamw"
         else:
