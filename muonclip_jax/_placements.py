@@ -11,13 +11,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 from muonclip_jax._layout import Axes
 from muonclip_jax._paths import path_string
-from muonclip_jax._sharding_plan import MeshAxes, Placed
+from muonclip_jax._sharding_plan import PASS_SHARDINGS, MeshAxes, Placed
 from muonclip_jax._types import ArrayTree
 
 _EXPLICIT = AxisType.Explicit
 
 # Cures.
-_SAY = "Pass the shardings of the parameters: shardings=jax.tree.map(lambda x: x.sharding, params)."
 _PUT = "Put all leaves on one mesh: params = jax.device_put(params, shardings)."
 
 
@@ -98,7 +97,7 @@ def placements(
         try:
             found.append(_sharding_of(path, x, typed, shardings))
         except ValueError as error:
-            fault, cure = (*error.args, _SAY)[:2]
+            fault, cure = (*error.args, PASS_SHARDINGS)[:2]
             faults.append((f"  {path}: {x.dtype}{list(x.shape)}: {fault}", cure))
     _refuse(where, len(flat), faults or list(_on_another_mesh(flat, found)))
     # With types that name a mesh axis, even of one device, XLA takes no products by itself.
@@ -158,9 +157,15 @@ def _sharding_of(
 def _nothing_known(mesh: Any, shardings: Mapping[str, Any]) -> tuple[str, str]:
     """Says why it is not known where a leaf lies, and the cure."""
     if shardings:
-        return f"`shardings` has none at this path; its first one is at {min(shardings)}.", _SAY
+        return (
+            f"`shardings` has none at this path; its first one is at {min(shardings)}.",
+            PASS_SHARDINGS,
+        )
     if mesh.axis_names:
-        return f"its type does not tell how it lies on the Auto axes of {dict(mesh.shape)}.", _SAY
+        return (
+            f"its type does not tell how it lies on the Auto axes of {dict(mesh.shape)}.",
+            PASS_SHARDINGS,
+        )
     return "it is on no mesh, and other leaves are.", _PUT
 
 

@@ -11,8 +11,6 @@ import jax
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from muonclip_jax._types import ArrayTree
-
 
 def unsharded(x: jax.Array) -> jax.Array:
     """Copies an array to every device of its mesh.
@@ -61,7 +59,7 @@ def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
     return x if jax.typeof(x).sharding == target else jax.sharding.reshard(x, target)
 
 
-def placed_like_tree(tree: ArrayTree, like: ArrayTree) -> ArrayTree:
+def placed_like_tree(tree: Any, like: Any) -> Any:
     """Gives each array of a pytree the sharding of the same one in another pytree.
 
     Args:
