@@ -5,8 +5,9 @@ norm is a vector, so that its rank counts the axes of the stack. The sizes of th
 widths of the activations, which enter a projection on its input side.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from muonclip_jax._role_names import (
@@ -83,6 +84,8 @@ class Group:
         depth = min(map(len, vectors)) - 1
         if depth <= 0:
             return Stack((), True)
+        if vectors is self.biases and depth > 1:
+            return None  # (layers, heads, head_dim) as well as (layers, layers, outputs)
         if len(self.lead) >= depth:
             return Stack(tuple(range(depth)), True)
         if len(self.second) >= depth:
@@ -102,6 +105,7 @@ class Evidence:
       groups: The parameters of each module.
       children: The names of the children of each module.
       by_core: The parameters by path.
+      sizes: How often each size occurs in the shapes.
       vocabulary: The long side of the largest embedding; 0 without one.
       embedded: Its short side.
       convention: Whether matrices are outputs first, by the name of the parameter, where shapes
@@ -119,9 +123,11 @@ class Evidence:
         for index, leaf in enumerate(self.leaves):
             self._add(index, leaf)
         self.by_core = {leaf.core: leaf for leaf in self.leaves}
+        self.sizes = collections.Counter(n for shape in shapes for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
         self.convention: dict[str, bool] = {}
         self._stacks: dict[Path, Stack] = {}
+        self._widths: dict[Path, set[int]] = {}
         self._shared: dict[Path, bool] = {}
         self._experts: dict[Path, Experts] = {}
 
@@ -174,6 +180,18 @@ class Evidence:
                     return stack
                 if stack is not None:
                     break
+        return self._second_axis(prefix)
+
+    def _second_axis(self, prefix: Path) -> Stack:
+        """Finds layers on axis 1, which all parameters of a module share, but not their first."""
+        for depth in range(len(prefix) + 1):
+            group = self.groups[prefix[:depth]]
+            if group.lead or not group.second:
+                continue
+            shapes = {self.leaves[i].shape for i in group.leaves}
+            flat = [i for i in group.leaves if len(self.leaves[i].shape) == 3]
+            if len(shapes) > 2 and any(not _is_attention(self.leaves[i]) for i in flat):
+                return Stack((1,), True)
         return Stack((), False)
 
     def _is_local(self, prefix: Path, depth: int) -> bool:
@@ -224,20 +242,26 @@ class Evidence:
         return self._experts[prefix]
 
     def widths(self, leaf: Leaf) -> set[int]:
-        """Lists the widths of the activations around a parameter, from gains and embeddings."""
-        for depth in range(len(leaf.core) - 1, -1, -1):
-            prefix = leaf.core[:depth]
-            if gains := self.groups[prefix].gains:
-                second = self.stack_of(leaf).axes[:1] == (1,)
-                return {shape[0] if second else shape[-1] for shape in gains if shape}
-        return {self.embedded} - {0}
+        """Lists the widths of the activations around a parameter.
 
-    def siblings(self, leaf: Leaf, up: int = 1) -> Iterator[Leaf]:
-        """Lists the other parameters below the module that is `up` components above."""
-        prefix = leaf.core[: max(len(leaf.core) - up, 0)]
-        for index in self.groups[prefix].leaves if prefix in self.groups else ():
-            if self.leaves[index] is not leaf:
-                yield self.leaves[index]
+        These are the sizes of the gains in its block; the width of the embedding alone if that is
+        among them, or if there is no gain.
+        """
+        prefix = leaf.core[:-1]
+        if prefix not in self._widths:
+            second = self.stack_of(leaf).axes[:1] == (1,)
+            found = {shape[0] if second else shape[-1] for shape in self._block_gains(prefix)}
+            embedded = {self.embedded} - {0}
+            self._widths[prefix] = embedded if not found or found & embedded else found
+        return self._widths[prefix]
+
+    def _block_gains(self, prefix: Path) -> set[Shape]:
+        """Lists the gains of the innermost module that has some, and of its block."""
+        inner = next((d for d in range(len(prefix), -1, -1) if self.groups[prefix[:d]].gains), 0)
+        outer = inner
+        while outer > max(inner - 2, 0) and not (outer and is_numbered(prefix[outer - 1])):
+            outer -= 1
+        return self.groups[prefix[:outer]].gains
 
     def bias_of(self, leaf: Leaf) -> Leaf | None:
         """Finds the bias that is added to what a kernel puts out."""

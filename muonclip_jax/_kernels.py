@@ -101,13 +101,23 @@ def partners(module: Path, side: str, evidence: Evidence) -> dict[str, Leaf]:
     return found
 
 
+def fused_axis(name: str, shape: Shape) -> int | None:
+    """Finds the axis that numbers queries, keys and values in one kernel."""
+    count = next((n for fused, n in names.FUSED.items() if fused in name.lower()), None)
+    if count is None or len(shape) < 3 or names.matches(r"w?kv_b(_proj)?", name):
+        return None
+    return next((axis for axis, n in enumerate(shape[:-1]) if n == count), None)
+
+
 def is_expert(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a parameter named `wo` or the like stacks the matrices of experts."""
     if any(names.matches(names.EXPERTS, name) for name in leaf.core):
         return True
     module, _ = module_and_name(leaf)
-    if partners(module, "in", evidence):
+    if partners(module, "in", evidence) or any("att" in name.lower() for name in leaf.core):
         return False
+    if any(names.matches(names.FEED_FORWARD, name) for name in leaf.core):
+        return True
     _, shape = layer_of(leaf, evidence)
     if len(shape) < 3:
         return False
@@ -190,6 +200,8 @@ def by_bias(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | No
         return None
     if len(fit.inputs) == len(fit.outputs) == 1:
         return None  # a stack of matrices: `last_two_axes` decides which side is which
+    fused = fused_axis(module_and_name(leaf)[1], shape)
+    fit = fit._replace(outputs=tuple(axis for axis in fit.outputs if axis != fused))
     reason = "inputs x outputs, as its bias shows"
     if fit.outputs_first or (both and settings.outputs_first):
         reason += ", outputs first"
@@ -223,10 +235,24 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: Settings) -> tuple[bo
     if convention is not None:
         return convention, _reason(convention, "as others in this pytree"), ""
     shape = layer_of(leaf, evidence)[1]
-    doubt = ""
+    doubt = _gate_like_down(leaf, shape, evidence) if settings.scale_by_sides else ""
     if leaf.core[-1] == "weight" and settings.scale_by_sides and shape[-1] != shape[-2]:
         doubt = "nothing shows whether it is stored (inputs, outputs); see outputs_first"
     return False, "last two axes", doubt
+
+
+def _gate_like_down(leaf: Leaf, shape: Shape, evidence: Evidence) -> str:
+    """Doubts a projection from the residual stream whose shape is that of the one back to it."""
+    module, name = module_and_name(leaf)
+    if not names.matches(names.FROM_RESIDUAL, name) or shape[-1] == shape[-2]:
+        return ""
+    for child in evidence.children.get(module, ()):
+        if names.matches(f"{names.TO_RESIDUAL}|linear", child):
+            for path in ((*module, child), *((*module, child, k) for k in ("kernel", "w"))):
+                back = evidence.by_core.get(path)
+                if back and layer_of(back, evidence)[1][-2:] == shape[-2:]:
+                    return f"its shape is that of '{child}', which leads back"
+    return ""
 
 
 def _reason(outputs_first: bool, why: str) -> str:

@@ -63,7 +63,7 @@ ADAMW_ROLES = (
     Role(
         "output head",
         "any",
-        r"lm_head|un_?embed(d(ing|er))?|output_head|(to_)?logits(_(dense|proj\w*|layer|linear|head))?"
+        r"lm_head|un_?embed(d(ing|er))?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
         r"|vocab_(proj\w*|head)|output_logits",
         "HF, MaxText, lucidrains",
     ),
@@ -92,16 +92,22 @@ ADAMW_ROLES = (
         "RWKV",
     ),
     Role(
-        "hyper-connection vector",
+        "hyper-connection",
+        "any",
+        r"m?hc(_\w+)?|(\w+_)?hyper_?connections?(_\w+)?",
+        "Hyper-Connections, mHC, DeepSeek-V4, MaxText",
+    ),
+    Role(
+        "gate vector",
         "leaf",
-        r"(m?hc_\w*|static_)?(alpha|beta|base)(_\w+)?|(m?hc|gate|gating)_\w*factors?",
-        "Hyper-Connections, mHC, DeepSeek-V4",
+        r"(static_)?(alpha|beta)(_\w+)?|(gate|gating)_\w*factors?",
+        "Hyper-Connections, Flamingo",
     ),
     Role("bias", "leaf", r"(\w+_)?bias(es)?(_\w+)?", "all"),
     Role(
         "scale",
         "leaf",
-        r"(\w+_)?(scales?|gains?|gamma|offset|temperature|lambdas?)(_[a-z]+)?|skip_weights?|g"
+        r"(\w+_)?(scales?|scalars?|gains?|gamma|offset|temperature|lambdas?)(_[a-z]+)?|skip_weights?|g"
         r"|scale_shift_\w+",
         "all",
     ),
@@ -132,6 +138,7 @@ OUT_OF_HEADS = (
 )
 # Names of an output projection only beside queries, keys and values.
 PERHAPS_OUT = r"dense|linear|proj|c_proj|projection"
+FROM_LOW_RANK = r"w?(q|kv|k|v)_b(_proj)?"
 HEADS_FIRST = r"(q|k|v|kv|qkv)_einsum"
 FUSED = {"qkv": 3, "kv": 2, "query_key_value": 3}
 
@@ -145,7 +152,13 @@ TO_RESIDUAL = (
 )
 GATED_PAIR = r"wi|(\w+_)?gate_?up(_\w+)?|(\w+_)?gating(_\w+)?|gate_and_up\w*|w13|fc1|linear_fc1"
 
-GATE = r"gate|gating|wg|w_gate|gate_(w|weights?|kernel|linear|proj)|switch|g"
+GATE = r"gate|gating|wg|w_gate|gate_(w|weights?|kernel|linear|proj)|switch"
+# Modules beside which `gate` is that of a gated MLP or of attention.
+BESIDE_GATE = r"(\w*_)?(up|down|value|query|key|v|q|k|o|out|fc|proj|wi|wo|in|w)(_\w*)?|w[123qkvo]|fc[12]|linear\w*"
+MIXTURES = r"\w*moe\w*|sparse_?mlp\w*|routed_?experts?"
+# Names that show nothing about a dense layer, so that the last of a network may be its head.
+GENERIC = r"|dense|linear|fc|layers?|out|output|final|last|sequential"
+FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?)(_?block)?|ff"
 EXPERTS = r"(shared_)?experts?(_\w*)?"
 CONVOLUTION = r"\w*conv\w*"
 PATCHES = r"(\w+_)?(patch\w*|stem)(_\w+)?|embeddings?|conv_?proj|proj(ection)?"
