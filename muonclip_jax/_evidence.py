@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from muonclip_jax._role_names import (
+    BIAS_SUFFIXES,
     INTO_HEADS,
+    OUT_OF_HEADS,
     Role,
     adamw_role,
     core,
@@ -19,6 +21,7 @@ from muonclip_jax._role_names import (
     is_qk_norm,
     matches,
     near,
+    stem,
 )
 
 Path: TypeAlias = tuple[str, ...]
@@ -108,6 +111,7 @@ class Evidence:
       sizes: How often each size occurs in the shapes.
       vocabulary: The long side of the largest embedding; 0 without one.
       embedded: Its short side.
+      usual_width: The most frequent size of the gains of norms; 0 without one.
       convention: Whether matrices are outputs first, by the name of the parameter, where shapes
         show it.
     """
@@ -130,6 +134,15 @@ class Evidence:
         self._widths: dict[Path, set[int]] = {}
         self._shared: dict[Path, bool] = {}
         self._experts: dict[Path, Experts] = {}
+        self.usual_width = self._find_usual_width()
+
+    def _find_usual_width(self) -> int:
+        """Finds the most frequent size of the gains of norms; 0 if there is none."""
+        gains = (leaf for leaf in self.leaves if _vector_kind(leaf) == "gain")
+        sizes = collections.Counter(
+            n for leaf in gains for n in self.stack_of(leaf).without(leaf.shape)[-1:]
+        )
+        return max(sizes, key=sizes.__getitem__, default=0)
 
     def _add(self, index: int, leaf: Leaf) -> None:
         shape, kind = leaf.shape, _vector_kind(leaf)
@@ -184,14 +197,14 @@ class Evidence:
 
     def _second_axis(self, prefix: Path) -> Stack:
         """Finds layers on axis 1, which all parameters of a module share, but not their first."""
-        for depth in range(len(prefix) + 1):
+        for depth in range(len(prefix), -1, -1):
             group = self.groups[prefix[:depth]]
             if group.lead or not group.second:
                 continue
             shapes = {self.leaves[i].shape for i in group.leaves}
-            flat = [i for i in group.leaves if len(self.leaves[i].shape) == 3]
-            if len(shapes) > 2 and any(not _is_attention(self.leaves[i]) for i in flat):
-                return Stack((1,), True)
+            large = [i for i in group.leaves if len(self.leaves[i].shape) > 2]
+            if len(shapes) > 2 and any(not self._is_attention(self.leaves[i]) for i in large):
+                return Stack(tuple(range(1, len(group.second) + 1)), True)
         return Stack((), False)
 
     def _is_local(self, prefix: Path, depth: int) -> bool:
@@ -236,7 +249,7 @@ class Evidence:
             found: Experts = {}
             for leaf in (self.leaves[i] for i in self.groups[prefix].leaves):
                 shape = self.stack_of(leaf).without(leaf.shape)
-                if len(shape) > 2 and leaf.role is None and not _is_attention(leaf):
+                if len(shape) > 2 and leaf.role is None and not self._is_attention(leaf):
                     found.setdefault((shape[:-3], shape[-3]), []).append({*shape[-2:]})
             self._experts[prefix] = found
         return self._experts[prefix]
@@ -263,10 +276,21 @@ class Evidence:
             outer -= 1
         return self.groups[prefix[:outer]].gains
 
+    def _is_attention(self, leaf: Leaf) -> bool:
+        """Returns whether a parameter has the name of a projection into or out of heads."""
+        own = near(leaf.core)
+        if any(matches(INTO_HEADS, stem(name)) for name in own):
+            return True
+        if not any(matches(OUT_OF_HEADS, stem(name)) for name in own):
+            return False
+        module = leaf.core[: len(leaf.core) - len(own)]
+        return any(matches(INTO_HEADS, stem(child)) for child in self.children[module])
+
     def bias_of(self, leaf: Leaf) -> Leaf | None:
         """Finds the bias that is added to what a kernel puts out."""
         *module, name = leaf.core
-        names = [f"{name}_bias", f"b_{name[2:]}" if name.startswith("w_") else "b", "bias"]
+        names = [f"{stem(name)}{end}" for end in BIAS_SUFFIXES]
+        names += [ f"b_{name[2:]}" if name.startswith("w_") else "b", "bias"]
         if name[:1] == "w" and name[1:].isdigit():
             names.insert(0, f"b{name[1:]}")
         for candidate in names:
@@ -277,10 +301,6 @@ class Evidence:
     def is_numbered(self, leaf: Leaf) -> bool:
         """Returns whether the parameter is in a list or a numbered series of layers."""
         return any(map(is_numbered, leaf.core[:-2]))
-
-
-def _is_attention(leaf: Leaf) -> bool:
-    return any(matches(INTO_HEADS, name) for name in near(leaf.core))
 
 
 def _common(a: Shape, b: Shape) -> Shape:
@@ -301,7 +321,8 @@ def _vector_kind(leaf: Leaf) -> str:
         inside = leaf.core[leaf.core.index(name) + 1 :]
         return "gain" if len(inside) <= 1 and not _is_dense(inside) else ""
     if role.name == "bias" or (role.name == "scale" and matches("scale|gain", leaf.core[-1])):
-        return "bias" if not any(map(is_qk_norm, leaf.core)) else ""
+        may_have_heads = len(leaf.shape) > 1 and matches(INTO_HEADS, stem(near(leaf.core)[0]))
+        return "" if may_have_heads or any(map(is_qk_norm, leaf.core)) else "bias"
     return ""
 
 

@@ -34,22 +34,22 @@ def attention(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | 
     if len(sub) < 2 or (len(sub) == 2 and fused is None):
         # Flat projections; a doubt stays with them.
         return last_two_axes(leaf, evidence, settings)._replace(doubt=doubt) if doubt else None
-    inner = _residual_axis(leaf, sub, side, evidence, settings)
+    inner, why = _residual_axis(leaf, sub, side, evidence, settings)
     others = tuple(axis for i, axis in enumerate(axes) if i != inner)
     sides = ((axes[inner],), others) if side == "in" else (others, (axes[inner],))
     reason = f"attention '{name}'" + (f", {shape[fused]} in one" if fused is not None else "")
-    return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
+    return Decision(numbers_of(leaf, stack, *sides), reason, doubt or why)
 
 
 def _residual_axis(
     leaf: Leaf, shape: Shape, side: str, evidence: Evidence, settings: Settings
-) -> int:
-    """Finds the axis of a projection that is as wide as the activations outside of the heads."""
+) -> tuple[int, str]:
+    """Finds the axis that is as wide as the activations outside of the heads, and a doubt."""
     _, name = module_and_name(leaf)
     last = len(shape) - 1
     pattern = settings.heads.get(name, ())
     if "inputs" in pattern and len(pattern) == len(shape):
-        return pattern.index("inputs")
+        return pattern.index("inputs"), ""
     usual = 0 if side == "in" else last
     if settings.outputs_first:
         usual = last - usual
@@ -57,14 +57,17 @@ def _residual_axis(
         usual = last - 1
     widths = _low_rank(leaf, evidence) or evidence.widths(leaf)
     hits = [axis for axis, n in enumerate(shape) if n in widths]
-    if not hits or usual in hits:
-        return usual
-    middle = [axis for axis in hits if 0 < axis < last]
-    if middle:
-        return middle[0]
-    opposite = last - usual
+    if usual in hits:
+        return usual, ""
+    if middle := [axis for axis in hits if 0 < axis < last]:
+        return middle[0], ""
     convention = evidence.convention.get(leaf.core[-1], settings.outputs_first)
-    return opposite if convention and opposite in hits else usual
+    if convention and last - usual in hits:
+        return last - usual, ""
+    confirmed = settings.outputs_first is not None or _fits_beside(leaf, shape, side, evidence)
+    is_lora = any("lora" in part.lower() for part in leaf.core)
+    doubtful = not confirmed and shape[usual] < max(shape) and not is_lora
+    return usual, "nothing shows which of its axes are heads" if doubtful else ""
 
 
 def _low_rank(leaf: Leaf, evidence: Evidence) -> set[int]:

@@ -60,12 +60,14 @@ def _by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
 
 def _short_bias(leaf: Leaf, evidence: Evidence) -> Decision | None:
     """`b` beside `w` or `kernel` is a bias, as in Haiku; LoRA has matrices `a` and `b`."""
-    if not names.matches("b", leaf.core[-1]) or leaf.core[-1][0] != "b":
+    name, beside = leaf.core[-1], evidence.children[leaf.core[:-1]]
+    if name.endswith("_b") and any(name[:-2] + end in beside for end in names.MATRIX_SUFFIXES):
+        return Decision(None, f"bias '{name}'")
+    if not names.matches("b", name) or name[0] != "b":
         return None
-    beside = evidence.children[leaf.core[:-1]]
-    if not any(name in beside for name in ("w", "kernel", "weight", f"w{leaf.core[-1][1:]}")):
+    if not any(name in beside for name in ("w", "kernel", "weight", f"w{name[1:]}")):
         return None
-    return Decision(None, f"bias '{leaf.core[-1]}'")
+    return Decision(None, f"bias '{name}'")
 
 
 def _router(leaf: Leaf, evidence: Evidence) -> Decision | None:
@@ -187,6 +189,8 @@ def _checked(leaf: Leaf, evidence: Evidence, decision: Decision) -> Decision:
     if _is_dead_end(leaf, evidence, n_in, n_out):
         doubt = "its name does not show that it is the last layer"
         return Decision(None, f"output head: nothing has {n_out} inputs", doubt)
+    if _is_long(leaf, small, large):
+        return Decision(None, "output head", f"a side of {large} may be a vocabulary")
     if decision.doubt:
         return decision
     if 0 < small <= _SMALL_SIDE and large >= _MUCH_LARGER * small and not _is_lora(leaf):
@@ -205,16 +209,22 @@ def _may_be_a_head(leaf: Leaf, evidence: Evidence, sides: tuple[int, int]) -> bo
     return len(leaf.shape) == 2 and sides == sizes and sizes[0] < sizes[1] and is_top
 
 
+def _is_long(leaf: Leaf, small: int, large: int) -> bool:
+    """Returns whether a matrix outside of the blocks has a side as long as a vocabulary."""
+    is_top = not names.is_in_block(leaf.core[:-1])
+    return len(leaf.shape) == 2 and is_top and large >= 16384 and large > 16 * small
+
+
 def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
     """Returns whether a dense layer without a name of its own has outputs that nothing takes."""
     module, name = _kernels.module_and_name(leaf)
-    if len(leaf.shape) != 2 or not names.matches(names.GENERIC, name) or "att" in str(module):
+    if len(leaf.shape) != 2 or not names.matches(names.GENERIC, name):
+        return False
+    if any(map(names.is_numbered, module)) or n_out % n_in == 0:
         return False
     if name == leaf.core[-1]:
         return False
     own = {n_in: 1, n_out: 1 if evidence.bias_of(leaf) is None else 2}
-    if n_in == n_out:
-        return False
     return evidence.sizes[n_out] == own[n_out] and evidence.sizes[n_in] > own[n_in]
 
 
