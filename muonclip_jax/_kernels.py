@@ -70,7 +70,7 @@ def module_and_name(leaf: Leaf) -> tuple[Path, str]:
     """Splits a path into the attention module and the name of the projection."""
     if len(leaf.core) > 1 and names.matches(names.MATRIX_NAMES, leaf.core[-1]):
         return leaf.core[:-2], leaf.core[-2]
-    return leaf.core[:-1], leaf.core[-1]
+    return leaf.core[:-1], names.stem(leaf.core[-1])
 
 
 def heads_name(leaf: Leaf, evidence: Evidence, settings: Settings = DEFAULTS) -> str | None:
@@ -92,7 +92,7 @@ def partners(module: Path, side: str, evidence: Evidence) -> dict[str, Leaf]:
         pattern = f"{names.OUT_OF_HEADS}|{names.PERHAPS_OUT}"
     found = {}
     for child in evidence.children.get(module, ()):
-        if not names.matches(pattern, child):
+        if not names.matches(pattern, names.stem(child)):
             continue
         paths = [(*module, child), *((*module, child, k) for k in ("kernel", "w", "weight"))]
         for path in paths:
@@ -101,13 +101,23 @@ def partners(module: Path, side: str, evidence: Evidence) -> dict[str, Leaf]:
     return found
 
 
+def fused_axis(name: str, shape: Shape) -> int | None:
+    """Finds the axis that numbers queries, keys and values in one kernel."""
+    count = next((n for fused, n in names.FUSED.items() if fused in name.lower()), None)
+    if count is None or len(shape) < 3 or names.matches(r"w?kv_b(_proj)?", name):
+        return None
+    return next((axis for axis, n in enumerate(shape[:-1]) if n == count), None)
+
+
 def is_expert(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a parameter named `wo` or the like stacks the matrices of experts."""
     if any(names.matches(names.EXPERTS, name) for name in leaf.core):
         return True
     module, _ = module_and_name(leaf)
-    if partners(module, "in", evidence):
+    if partners(module, "in", evidence) or any("att" in name.lower() for name in leaf.core):
         return False
+    if any(names.matches(names.FEED_FORWARD, name) for name in leaf.core):
+        return True
     _, shape = layer_of(leaf, evidence)
     if len(shape) < 3:
         return False
@@ -154,7 +164,7 @@ def bias_fit(leaf: Leaf, evidence: Evidence) -> tuple[_Fit | None, bool]:
     first = [] if convolution else _fits(shape, size, outputs_first=False)
     last = _fits(shape, size, outputs_first=True)
     if not first:
-        return (last[0], False) if last else (None, False)
+        return (last[-1], False) if last else (None, False)
     fit = first[0] if heads_name(leaf, evidence) else first[-1]
     both = any({*f.inputs, *f.outputs} == {*fit.inputs, *fit.outputs} for f in last)
     return fit, both
@@ -190,6 +200,8 @@ def by_bias(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | No
         return None
     if len(fit.inputs) == len(fit.outputs) == 1:
         return None  # a stack of matrices: `last_two_axes` decides which side is which
+    fused = fused_axis(module_and_name(leaf)[1], shape)
+    fit = fit._replace(outputs=tuple(axis for axis in fit.outputs if axis != fused))
     reason = "inputs x outputs, as its bias shows"
     if fit.outputs_first or (both and settings.outputs_first):
         reason += ", outputs first"
@@ -203,8 +215,20 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decisio
     stack, shape = layer_of(leaf, evidence)
     last = len(shape) - 1
     outputs_first, reason, doubt = _orientation(leaf, evidence, settings)
+    if stack.known and last > 1 and not doubt and not _is_batch(leaf, evidence):
+        doubt = f"nothing shows whether the axes {shape} are matrices or heads"
     sides = ((last,), (last - 1,)) if outputs_first else ((last - 1,), (last,))
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
+
+
+def _is_batch(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether something shows that the first axes of one layer number matrices."""
+    if is_expert(leaf, evidence) or bias_fit(leaf, evidence)[0] is not None:
+        return True
+    module, name = module_and_name(leaf)
+    shape = layer_of(leaf, evidence)[1]
+    beside = evidence.experts(module).get((shape[:-3], shape[-3]), [])
+    return len(beside) > 1 or shape[-3] <= 4 or "lora" in name.lower()
 
 
 def _orientation(leaf: Leaf, evidence: Evidence, settings: Settings) -> tuple[bool, str, str]:
@@ -217,16 +241,34 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: Settings) -> tuple[bo
         return settings.outputs_first, _reason(settings.outputs_first, "as set"), doubt
     if by_bias is not None:
         return by_bias, _reason(by_bias, "as its bias shows"), ""
+    convention = evidence.convention.get(leaf.core[-1])
+    if _is_inputs_first_by_custom(leaf):
+        by_name = None
+    elif convention is not None and names.matches(names.FROM_OTHERS, module_and_name(leaf)[1]):
+        by_name = None  # cross-attention: another width goes in
     if by_name is not None:
         return by_name, _reason(by_name, "as its name and the widths show"), ""
-    convention = evidence.convention.get(leaf.core[-1])
     if convention is not None:
         return convention, _reason(convention, "as others in this pytree"), ""
     shape = layer_of(leaf, evidence)[1]
-    doubt = ""
+    doubt = _gate_like_down(leaf, shape, evidence) if settings.scale_by_sides else ""
     if leaf.core[-1] == "weight" and settings.scale_by_sides and shape[-1] != shape[-2]:
         doubt = "nothing shows whether it is stored (inputs, outputs); see outputs_first"
     return False, "last two axes", doubt
+
+
+def _gate_like_down(leaf: Leaf, shape: Shape, evidence: Evidence) -> str:
+    """Doubts a projection from the residual stream whose shape is that of the one back to it."""
+    module, name = module_and_name(leaf)
+    if not names.matches(names.FROM_RESIDUAL, name) or shape[-1] == shape[-2]:
+        return ""
+    for child in evidence.children.get(module, ()):
+        if names.matches(f"{names.TO_RESIDUAL}|linear", child):
+            for path in ((*module, child), *((*module, child, k) for k in ("kernel", "w"))):
+                back = evidence.by_core.get(path)
+                if back and layer_of(back, evidence)[1][-2:] == shape[-2:]:
+                    return f"its shape is that of '{child}', which leads back"
+    return ""
 
 
 def _reason(outputs_first: bool, why: str) -> str:
@@ -240,11 +282,17 @@ def _orientation_by_bias(leaf: Leaf, evidence: Evidence) -> bool | None:
     return fit.outputs_first
 
 
+def _is_inputs_first_by_custom(leaf: Leaf) -> bool:
+    """Returns whether the name of a parameter is that of Flax or Haiku, (inputs, outputs)."""
+    name = module_and_name(leaf)[1]
+    return leaf.core[-1] in ("kernel", "w") and not name.endswith("einsum")
+
+
 def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
     """Compares the sides of projections from and to the residual stream with its width."""
     _, name = module_and_name(leaf)
     shape = layer_of(leaf, evidence)[1][-2:]
-    widths = evidence.widths(leaf)
+    widths = evidence.widths(leaf) & {evidence.embedded, evidence.usual_width}
     inside = [n in widths for n in shape]
     if sum(inside) != 1:
         return None
@@ -262,7 +310,8 @@ def find_convention(evidence: Evidence) -> dict[str, bool]:
         if leaf.role is None and len(layer_of(leaf, evidence)[1]) == 2:
             by_bias, by_name = found.setdefault(leaf.core[-1], (set(), set()))
             by_bias.add(_orientation_by_bias(leaf, evidence))
-            by_name.add(_orientation_by_name(leaf, evidence))
+            if not _is_inputs_first_by_custom(leaf):
+                by_name.add(_orientation_by_name(leaf, evidence))
     convention = {}
     for name, votes in found.items():
         for vote in votes:

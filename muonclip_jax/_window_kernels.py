@@ -16,15 +16,22 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision 
     """(*window, inputs, outputs) is one matrix, (window x inputs) x outputs."""
     stack, shape = layer_of(leaf, evidence)
     named = any(names.matches(names.CONVOLUTION, name) for name in leaf.core[-2:])
-    if len(shape) < 3 or is_expert(leaf, evidence):
+    if len(shape) < 3 or (not named and is_expert(leaf, evidence)):
         return None
-    if not stack.known and named and len(shape) > 3 and evidence.shared_axis(leaf):
+    is_square = is_window(shape[:-2], shape[-2:], square=True)
+    if (
+        not stack.known
+        and named
+        and len(shape) > 3
+        and not is_square
+        and evidence.shared_axis(leaf)
+    ):
         stack, shape = Stack((0,), True), shape[1:]
     doubt = ""
     if not named:
         if len(shape) != 4 or not (
-            _is_window(shape[:2], shape[2:], square=True)
-            or _is_window(shape[2:], shape[:2], square=True)
+            is_window(shape[:2], shape[2:], square=True)
+            or is_window(shape[2:], shape[:2], square=True)
         ):
             return None
         doubt = "its shape is that of a convolution, its name is not"
@@ -32,8 +39,8 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision 
     outputs_first = settings.outputs_first
     if outputs_first is None:
         front, back = (
-            _is_window(shape[:-2], shape[-2:]),
-            _is_window(shape[2:], shape[:2]),
+            is_window(shape[:-2], shape[-2:]),
+            is_window(shape[2:], shape[:2]),
         )
         outputs_first = back and not front
         if front == back and not doubt and leaf.core[-1] == "weight":
@@ -45,7 +52,7 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision 
     return Decision(numbers_of(leaf, stack, tuple(range(last)), (last,)), "convolution", doubt)
 
 
-def _is_window(window: Shape, channels: Shape, square: bool = False) -> bool:
+def is_window(window: Shape, channels: Shape, square: bool = False) -> bool:
     small = max(window) <= 16 and max(window) < max(channels)
     if square:
         return small and len({*window}) == 1 and 1 < window[0] < min(channels)
