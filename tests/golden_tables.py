@@ -136,12 +136,12 @@ def _nested(leaves: Leaves) -> dict[str, Any]:
 
 
 def _with_lists(node: Any, make: Callable[[dict[str, Any]], Any] = dict) -> Any:
-    """Turns dictionaries with keys 0, 1, ... into lists, and other ones by `make`."""
+    """Turns dictionaries with numbers as keys into lists, other ones by `make`; gaps are None."""
     if not isinstance(node, dict):
         return node
     children = {key: _with_lists(child, make) for key, child in node.items()}
     if all(key.isdigit() for key in children):
-        return [children[str(i)] for i in range(len(children))]
+        return [children.get(str(i)) for i in range(max(map(int, children)) + 1)]
     return make(children)
 
 
