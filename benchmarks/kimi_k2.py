@@ -78,7 +78,10 @@ class Model:
     def layout(self) -> mc.MLALayout:
         """Tells QK-clip what the columns of the attention kernels are."""
         return mc.MLALayout(
-            nope_dim=self.nope, rope_dim=self.rope, value_dim=self.value, kernel_ndim=2
+            nope_dim=self.nope,
+            rope_dim=self.rope,
+            value_dim=self.value,
+            kernel="inputs (heads head_dim)",
         )
 
     def parameters(self, mesh: Mesh) -> Any:

@@ -1,98 +1,110 @@
-"""Says what does not fit between parameters, statistics and layouts: everything, once."""
+"""One error that lists everything that does not fit between parameters, max logits and layouts."""
 
-import dataclasses
 import difflib
+import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
-import jax.numpy as jnp
-
-from muonclip_jax._attention_layouts import Layout
-from muonclip_jax._attention_sites import Path, Site, Survey
+from muonclip_jax._attention_sites import Path, Site, Survey, make_site
+from muonclip_jax._layout_proposals import proposal
+from muonclip_jax._site_faults import Fault, site_faults
 
 _IF_MISSING = (
-    'A statistic is missing when "intermediates" is not in `mutable` of `apply`, or not in '
-    "`variable_axes` of `nn.scan` or `nn.vmap`, or when attention with `attention_fn` was called "
-    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` was around the call."
+    'Max logits are missing when "intermediates" is not in `mutable` of `apply`, or not in '
+    "`variable_axes` of `nn.scan` or `nn.vmap`; when attention with `attention_fn` is called "
+    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the call. "
+    "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
 )
-_IF_ADAPTERS = "Pass the whole parameter tree: a clip of adapters alone cannot hold."
-_IF_UNKNOWN = (
-    "List a leaf that carries the columns of the heads in `scaled_leaves` of the layout, any other "
-    "in `kept_leaves`."
-)
-_IF_INERT = (
-    "A norm of queries and keys bounds the logits by itself: leave the clip out, or pass "
-    "`qk_norm=()` to the layout if these children are something else."
+_IF_ABOVE = (
+    "Sow in the attention module itself, the one whose children are queries and keys: max logits "
+    "belong to the weights at the same path."
 )
 
 
-class Fault(NamedTuple):
-    """One thing that does not fit: at which module, what, and what to do about it."""
-
-    path: Path
-    text: str
-    cure: str = ""
-
-
-def check_survey(found: Survey, *, strict: bool) -> int:
-    """Raises, or under `strict=False` warns, if modules and statistics do not fit.
+def check_survey(found: Survey, *, strict: bool, watching: bool = False) -> tuple[list[Site], int]:
+    """Raises, or under `strict=False` warns, if modules and max logits do not fit.
 
     Args:
       found: What was found.
-      strict: Whether a module without a statistic, or the reverse, is an error or skipped.
+      strict: Whether a module without max logits, or the reverse, is an error or skipped.
+      watching: Whether nothing is clipped, so that norms of queries and keys are accepted.
 
     Returns:
-      How many modules and statistics are skipped.
+      The attention modules, each with the first layout that fits it, and the number of modules and
+      max logits that are skipped.
 
     Raises:
       ValueError: with everything that does not fit.
     """
     unpaired = [*_missing(found), *_unused(found)]
-    if not found.owners and not found.statistics:
+    if not (found.owners or found.statistics or found.left_out):
         unpaired = [_nothing(found)]
-    faults = [fault for site in found.sites for fault in _leaf_faults(site) or _shape_faults(site)]
+    sites = [_described(found, site, watching) for site in found.sites]
+    faults = [fault for site in sites for fault in site_faults(site, watching=watching)]
     if faults or (strict and unpaired):
-        raise ValueError(_message([*(unpaired if strict else ()), *faults], found.layouts))
+        faults = [*(unpaired if strict else ()), *faults]
+        raise ValueError(_message(found, faults, watching))
     if unpaired:
         _warn_skipped(unpaired)
-    return len(unpaired)
+    return sites, len(unpaired)
+
+
+def _described(found: Survey, site: Site, watching: bool) -> Site:
+    """Describes a module by the first layout that has its names and fits it."""
+    if len(found.layouts) == 1 or not site_faults(site, watching=watching):
+        return site
+    for layout in found.layouts:
+        named = layout.stat == site.layout.stat and {*layout.modules} <= {*site.children}
+        if named and layout != site.layout:
+            other = make_site(found, site.path, layout, site.is_bound, site.statistics)
+            if not site_faults(other, watching=watching):
+                return other
+    return site
 
 
 def _missing(found: Survey) -> Iterator[Fault]:
-    """Lists the attention modules without statistic."""
+    """Lists the attention modules without max logits."""
     free = [(*path, stat) for path, stat in found.statistics if path not in found.owners]
     for path, layout in found.owners.items():
-        if (path, layout.stat) not in found.statistics:
+        if (path, layout.stat) in found.statistics:
+            continue
+        above = [key for key in free if key[-1] == layout.stat and key[:-1] == path[: len(key) - 1]]
+        if above:
+            at = "/".join(above[0][:-1]) or "the root"
+            yield Fault(path, f"has no {layout.stat}, but {at} above it has.", _IF_ABOVE)
+        else:
             near = _nearest((*path, layout.stat), free)
-            yield Fault(path, f"no statistic {layout.stat!r}{near}.", _IF_MISSING)
+            yield Fault(path, f"has no {layout.stat}{near}.", _IF_MISSING)
 
 
 def _unused(found: Survey) -> Iterator[Fault]:
-    """Lists the statistics that belong to no attention module."""
+    """Lists the max logits that belong to no attention module."""
     for path, stat in found.statistics:
         children, owner = found.modules.get(path), found.owners.get(path)
-        if children is None:
+        below = next((other for other in found.owners if other[: len(path)] == path), None)
+        if owner is not None:
+            if owner.stat != stat:
+                yield Fault(path, f"has {stat}, but its layout {owner} reads {owner.stat}.")
+        elif children is None:
             near = _nearest(path, found.owners)
-            yield Fault(path, f"has {stat!r}, but the parameters have no such module{near}.")
-        elif owner is None:
+            yield Fault(path, f"has {stat}, but the parameters have no such module{near}.")
+        elif below is not None:
+            text = f"has {stat}, but queries and keys are in {'/'.join(below)!r}."
+            yield Fault(path, text, _IF_ABOVE)
+        else:
             layout = next(layout for layout in found.layouts if layout.stat == stat)
             absent = " and no ".join(repr(name) for name in layout.modules if name not in children)
             there = ", ".join(repr(name) for name in sorted(children))
             text = f"no module {absent}; there are {there}."
-            yield Fault(path, text, _renaming(layout, children))
-        elif owner.stat != stat:
-            yield Fault(path, f"has {stat!r}, but its layout {owner} reads {owner.stat!r}.")
+            yield Fault(path, text)
 
 
 def _nothing(found: Survey) -> Fault:
-    """Says what was looked for where neither modules nor statistics were found."""
-    layouts, modules = found.layouts, found.modules
-    wanted = ", or ".join(" and ".join(map(repr, layout.modules)) for layout in layouts)
-    stats = ", ".join(sorted({repr(layout.stat) for layout in layouts}))
-    cures = (_renaming(layout, modules[path]) for path in modules for layout in layouts)
-    text = f"nothing to clip: no module has {wanted}, and no statistic is called {stats}."
-    return Fault((), text, next(filter(None, cures), ""))
+    """Describes what was looked for where neither modules nor max logits were found."""
+    wanted = ", or ".join(" and ".join(map(repr, layout.modules)) for layout in found.layouts)
+    stats = ", ".join(sorted({repr(layout.stat) for layout in found.layouts}))
+    text = f"nothing to clip: no module has {wanted}, and no max logits are named {stats}."
+    return Fault((), text)
 
 
 def _nearest(path: Path, paths: Iterable[Path]) -> str:
@@ -100,104 +112,35 @@ def _nearest(path: Path, paths: Iterable[Path]) -> str:
     return f"; nearest is {near[0]!r}" if near else ""
 
 
-def _renaming(layout: Layout, children: Collection[str]) -> str:
-    """Proposes the layout with the children that are there, where each name has a likely one."""
-    names = {}
-    for field, letters in zip(layout.module_fields, layout.initials, strict=True):
-        named = [c for c in children if c[:1] == letters[0] and set(letters) <= set(c)]
-        likely = [c for c in named if "norm" not in c and c not in layout.qk_norm]
-        near = difflib.get_close_matches(getattr(layout, field), likely, n=1, cutoff=0.0)
-        names[field] = next(iter(near), None)
-    if None in names.values():
-        return ""
-    return f"Name the modules: {dataclasses.replace(layout, **names)}."
-
-
-def _leaf_faults(site: Site) -> list[Fault]:
-    """Lists norms that undo a clip, unknown leaves, and kernels that are missing or no numbers."""
-    layout, faults = site.layout, []
-    for name in layout.qk_norm:
-        if name in site.children:
-            faults.append(Fault(site.path, f"{name!r} undoes the clip.", _IF_INERT))
-    for child, leaves in site.leaves.items():
-        names = [leaf.name for leaf in leaves]
-        if names.count(layout.scaled_leaves[0]) != 1:
-            text = f"{child} has {', '.join(sorted(names))}, not one {layout.scaled_leaves[0]!r}."
-            adapters = set(names) <= {*layout.scaled_leaves[1:], *layout.kept_leaves}
-            faults.append(Fault(site.path, text, _IF_ADAPTERS if adapters else ""))
-        for leaf in leaves:
-            if leaf.name not in (*layout.scaled_leaves, *layout.kept_leaves):
-                text = f"{leaf.path} is in neither scaled_leaves nor kept_leaves."
-                faults.append(Fault(site.path, text, _IF_UNKNOWN))
-            elif leaf.name in layout.scaled_leaves and not jnp.issubdtype(leaf.dtype, jnp.floating):
-                text = f"{leaf.path} is {leaf.dtype.name}, which cannot be scaled."
-                faults.append(Fault(site.path, text))
-    return faults
-
-
-def _shape_faults(site: Site) -> list[Fault]:
-    """Lists leaves and statistics whose shapes do not fit each other."""
-    texts = list(_rank_faults(site)) or list(_stack_faults(site))
-    if not texts:
-        texts = list(site.layout.faults(site.kernels, site.stack, site.heads(site.statistics[0])))
-    return [Fault(site.path, text) for text in texts]
-
-
-def _rank_faults(site: Site) -> Iterator[str]:
-    """Says which leaves, or statistics, have too few axes or too many."""
-    layout, stat = site.layout, site.layout.stat
-    first = site.kernels[layout.modules[0]]
-    if site.stack < 0:
-        yield f"{first} has fewer axes than kernel_ndim={layout.kernel_ndim}; 2 is a flat kernel."
-        return
-    for _, leaf in site.scaled:
-        kernel = leaf.name == first.name
-        if kernel and len(leaf.shape) != len(first.shape):
-            yield f"{leaf} and {first} differ in rank."
-        elif not layout.fits(leaf.shape, site.stack):
-            yield f"{leaf} has no rank that fits {first} and stack_axis={layout.stack_axis}."
-    for entry in site.statistics:
-        if not all(-entry.ndim <= axis < entry.ndim for axis in (*site.stat_axes, site.stack)):
-            yield f"{stat} {entry.shape} has too few axes for {site.stack} stack axes and heads."
-
-
-def _stack_faults(site: Site) -> Iterator[str]:
-    """Says which sizes of stacks, columns or heads differ that should be equal."""
-    layout, stat = site.layout, site.layout.stat
-    first = site.kernels[layout.modules[0]]
-    stack, _ = layout.column_shape(first.shape, site.stack)
-    for child, leaf in site.scaled:
-        kernel = site.kernels[child]
-        sizes = layout.column_shape(leaf.shape, site.stack)
-        if sizes[0] != stack:
-            yield f"{first} stacks {stack} layers, {leaf} stacks {sizes[0]}."
-        elif sizes != layout.column_shape(kernel.shape, site.stack):
-            yield f"{leaf} does not have the columns of {kernel}."
-    heads = site.heads(site.statistics[0])
-    for entry in site.statistics:
-        sizes = tuple(entry.shape[axis] for axis in site.stat_axes)
-        if sizes != stack:
-            yield f"{first} stacks {stack} layers, its {stat} {entry.shape} stacks {sizes}."
-        if site.heads(entry) != heads:
-            yield f"calls have {stat} of {heads} and of {site.heads(entry)} heads."
-
-
-def _message(faults: Sequence[Fault], layouts: Sequence[Layout]) -> str:
-    """Writes the one error: what does not fit, where, and each cure once."""
+def _message(found: Survey, faults: Sequence[Fault], watching: bool) -> str:
+    """Writes the one error: what does not fit, where, and each fix once."""
     count = len({fault.path for fault in faults})
     subject = "1 module does" if count == 1 else f"{count} modules do"
-    plural = "s" if len(layouts) > 1 else ""
-    head = f"qk_clip: {subject} not fit the layout{plural} {', '.join(map(str, layouts))}."
-    cures = dict.fromkeys(fault.cure for fault in faults if fault.cure)
-    return "\n".join([head, *map(_line, faults), *cures])
+    plural = "s" if len(found.layouts) > 1 else ""
+    head = f"qk_clip: {subject} not fit the layout{plural} {', '.join(map(str, found.layouts))}."
+    nothing = not (found.owners or found.statistics)
+    wrong = found.modules if nothing else dict.fromkeys(f.path for f in faults if not f.cure)
+    kept = dict.fromkeys(layout for path, layout in found.owners.items() if path not in wrong)
+    paths = [path for path in wrong if path in found.modules]
+    cures = [fault.cure for fault in faults] + [proposal(found, paths, kept, watching=watching)]
+    return "\n".join([head, *_lines(faults), *dict.fromkeys(filter(None, cures))])
 
 
 def _warn_skipped(unpaired: Sequence[Fault]) -> None:
     count = "1 module" if len(unpaired) == 1 else f"{len(unpaired)} modules"
-    lines = [f"qk_clip: {count} skipped, as strict=False.", *map(_line, unpaired)]
+    lines = [f"qk_clip: {count} skipped because of strict=False.", *_lines(unpaired)]
     # The line of the user's call: this, attention_sites and qk_clip are above it.
     warnings.warn("\n".join(lines), stacklevel=4)
 
 
-def _line(fault: Fault) -> str:
-    return f"  {'/'.join(fault.path) or '(root)'}: {fault.text}"
+def _lines(faults: Sequence[Fault]) -> Iterator[str]:
+    """Writes one line per fault, and one for all layers that differ in their numbers alone."""
+    groups: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        path = re.sub(r"\d+", "#", "/".join(fault.path))
+        quoted = re.sub(r"'[^']*'", lambda m: re.sub(r"\d+", "#", m[0]), fault.text)
+        groups.setdefault((path, quoted), []).append(fault)
+    for first, *others in groups.values():
+        where = "/".join(first.path) or "(root)"
+        more = f" and {len(others)} more layer{'s' * (len(others) > 1)}" if others else ""
+        yield f"  {where}{more}: {first.text}"

@@ -1,15 +1,17 @@
-"""Where the query and key columns of each head live in the parameters of an attention module."""
+"""Where the query and key columns of each head are in the parameters of an attention module."""
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, NamedTuple, TypeAlias
+import operator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from muonclip_jax._shared_key import query_and_key_factors
+from muonclip_jax._child_names import normalizes
+from muonclip_jax._kernel_pattern import KernelPattern, kernel_pattern
 from muonclip_jax._types import Scalar
 
 Shape: TypeAlias = tuple[int, ...]
@@ -21,7 +23,7 @@ class Leaf(NamedTuple):
     Attributes:
       name: Last component of its path, such as `kernel`.
       path: Its path from the attention module on, such as `query/kernel`.
-      position: Where it is among the flattened parameters.
+      position: Its index among the flattened parameters.
       shape: Its shape, stack axes included.
       dtype: Its dtype.
     """
@@ -37,51 +39,60 @@ class Leaf(NamedTuple):
         return f"{self.path} {self.shape}"
 
 
+class Columns(NamedTuple):
+    """The factors of one module's output columns.
+
+    Attributes:
+      factors: `[*stack, *names]`, such as `[*stack, heads, head_dim]`.
+      names: Names of the last axes: all names of the pattern but `inputs`.
+      pattern: The axes of one layer's kernel.
+    """
+
+    factors: Float[Array, "..."]
+    names: tuple[str, ...]
+    pattern: KernelPattern
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Layout(abc.ABC):
-    """The axes and leaf names that every layout has. The layouts in use are its subclasses.
+    """The fields that every head layout has.
 
-    A subclass says which children of the attention module it needs (`module_fields`), what in them
-    does not fit the statistic (`faults`), and by what each column is multiplied (`factors`).
+    A subclass names the children of the attention module (`module_fields`), lists what in them does
+    not fit the max logits (`faults`), and gives the factor of each column (`factors`).
 
     Attributes:
       module_fields: The fields that hold names of children.
-      initials: For each of them, the letters that a likely name has, the first in front.
-      kernel_ndims: The ranks that `kernel_ndim` may have.
-      kernel_ndim: This and all others: see `MultiHeadLayout`.
+      literals: The literal numbers that `kernel` may contain.
+      kernel: This and all others: see `MultiHeadLayout`.
     """
 
     module_fields: ClassVar[tuple[str, ...]] = ()
-    initials: ClassVar[tuple[str, ...]] = ()
-    kernel_ndims: ClassVar[tuple[int, ...]] = (2, 3)
+    literals: ClassVar[tuple[str, ...]] = ()
+    axis_names: ClassVar[tuple[str, ...]] = ("inputs", "heads", "head_dim")
 
-    kernel_ndim: int = 3
-    head_axis: int = -2
+    kernel: str = "inputs heads head_dim"
     stack_axis: int = 0
     stat_stack_axis: int = 0
     stat: str = "max_logits"
     scaled_leaves: tuple[str, ...] = ("kernel", "bias", "lora_b")
     kept_leaves: tuple[str, ...] = ("lora_a",)
-    qk_norm: tuple[str, ...] = (
-        "query_ln",
-        "key_ln",
-        "query_norm",
-        "key_norm",
-        "q_norm",
-        "k_norm",
-    )
+    qk_norm: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        if self.kernel_ndim not in self.kernel_ndims:
-            ranks = " or ".join(map(str, self.kernel_ndims))
-            raise ValueError(f"{self}: kernel_ndim must be {ranks}.")
-        if self.head_axis not in (-2, -3):
-            raise ValueError(f"{self}: head_axis must be -2 or -3.")
-        if not self.scaled_leaves:
-            raise ValueError(f"{self}: scaled_leaves needs the name of the kernel.")
+        self._parse("kernel", self.literals, self.axis_names)
+        if isinstance(self.scaled_leaves, str) or not self.scaled_leaves:
+            raise ValueError(f"{self}: scaled_leaves must be a tuple, the kernel's name first.")
+        for field in ("kept_leaves", "qk_norm"):
+            if isinstance(getattr(self, field), str):
+                raise ValueError(f"{self}: {field} must be a tuple of names, not one string.")
+        for field in ("stack_axis", "stat_stack_axis"):
+            self._check_int(field)
+        names = self.modules
+        if len(set(names)) != len(names):
+            raise ValueError(f"{self}: {' and '.join(self.module_fields)} must be two modules.")
 
     def __repr__(self) -> str:
-        """Shows the module names, and what differs from its default."""
+        """Shows the module names, and each field that differs from its default."""
         others = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         names = dict.fromkeys((*self.module_fields, *others))
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
@@ -92,9 +103,27 @@ class Layout(abc.ABC):
         """Names of the children that the attention module must have."""
         return tuple(getattr(self, field) for field in self.module_fields)
 
+    @property
+    def patterns(self) -> dict[str, KernelPattern]:
+        """The pattern of one layer's kernel, by module name."""
+        pattern = kernel_pattern(self.kernel, self.literals, self.axis_names)
+        return dict.fromkeys(self.modules, pattern)
+
     @abc.abstractmethod
-    def faults(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> Iterator[str]:
-        """Says what in the kernels, by module name, does not fit a statistic of so many heads."""
+    def faults(
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Collection[str]
+    ) -> Iterator[str]:
+        """Lists what does not fit.
+
+        Args:
+          kernels: The kernels by module name, with `stack` axes of layers each.
+          stack: Number of stack axes.
+          heads: Number of heads of the max logits.
+          children: Names of all children of the attention module.
+
+        Yields:
+          One text per fault.
+        """
 
     @abc.abstractmethod
     def factors(
@@ -103,142 +132,76 @@ class Layout(abc.ABC):
         kernels: Mapping[str, Leaf],
         alpha: Scalar,
         shared_key: str,
-    ) -> dict[str, Float[Array, "*stack some_heads width"]]:
-        """Gives, by module name, the factor of each column of each head."""
+    ) -> dict[str, Columns]:
+        """Returns, by module name, the factor of each column of each head."""
+
+    def normalizes(self, child: str) -> str | None:
+        """Returns what a child of the attention module normalizes, by its name.
+
+        Args:
+          child: Its name.
+
+        Returns:
+          See `muonclip_jax._child_names.normalizes`.
+        """
+        return normalizes(child)
 
     def stack_axes(self, axis: int, count: int) -> tuple[int, ...]:
         """Lists `count` stack axes, outermost first: a scan of a scan inserts twice at `axis`."""
         return tuple(axis + i if axis >= 0 else axis - i for i in range(count))
 
-    def fits(self, shape: Shape, stack: int) -> bool:
-        """Tells whether a leaf's rank is that of a kernel or of its bias, so many layers deep."""
+    def fits(self, child: str, shape: Shape, stack: int) -> bool:
+        """Returns whether a leaf has the rank of the child's kernel or of its bias."""
         axes = self.stack_axes(self.stack_axis, stack)
         in_range = all(-len(shape) <= axis < len(shape) for axis in axes)
-        return in_range and self.kernel_ndim + stack - len(shape) in (0, 1)
+        return in_range and len(self.patterns[child].axes) + stack - len(shape) in (0, 1)
 
-    def column_shape(self, shape: Shape, stack: int) -> tuple[Shape, Shape]:
-        """Splits a leaf's shape into stack sizes and the axes of its columns.
-
-        Those are `(heads, width)` or, flat, `(heads * width,)`. The input axis of a kernel is
-        dropped; a bias has none.
-        """
+    def split(self, shape: Shape, stack: int) -> tuple[Shape, Shape]:
+        """Splits a leaf's shape into the sizes of its stack and of one layer."""
         axes = self.stack_axes(self.stack_axis, stack)
-        sizes = [shape[axis] for axis in axes_first(axes, len(shape))]
-        if len(shape) == self.kernel_ndim + stack:
-            del sizes[self._input_axis]
-        return tuple(sizes[:stack]), tuple(sizes[stack:])
+        sizes = tuple(shape[axis] for axis in axes_first(axes, len(shape)))
+        return sizes[:stack], sizes[stack:]
 
-    def leaf_factor(
-        self, columns: Float[Array, "*stack heads width"], leaf: Leaf
-    ) -> Float[Array, "..."]:
-        """Gives factors per column the axes of a leaf, all but the columns and stacks of size 1."""
-        stack = columns.ndim - 2
-        columns = columns.reshape(*columns.shape[:-2], *self.column_shape(leaf.shape, stack)[1])
-        if len(leaf.shape) == self.kernel_ndim + stack:
-            columns = jnp.expand_dims(columns, self._input_axis)
-        return jnp.moveaxis(columns, range(stack), self.stack_axes(self.stack_axis, stack))
+    def column_shape(self, child: str, shape: Shape, stack: int) -> tuple[Shape, Shape]:
+        """Splits a leaf's shape into the sizes of its stack and of its output axes."""
+        pattern = self.patterns[child]
+        stacked, layer = self.split(shape, stack)
+        if len(layer) == len(pattern.axes):
+            layer = layer[: pattern.input_axis] + layer[pattern.input_axis + 1 :]
+        return stacked, layer
 
-    def head_count(
-        self, kernel: Leaf, stack: int, *, heads: int = 0, width: int = 0
-    ) -> tuple[int, int, int]:
-        """Counts the heads, their columns, and columns left over; a flat kernel needs one given."""
-        columns = self.column_shape(kernel.shape, stack)[1]
-        if len(columns) == 2:
-            return columns[0], columns[1], 0
-        count, rest = divmod(columns[0], heads or width)
-        return (heads, count, rest) if heads else (count, width, rest)
+    def leaf_factor(self, columns: Columns, leaf: Leaf) -> Float[Array, "..."]:
+        """Gives factors the axes of a leaf; the axis of the inputs has size 1."""
+        stack = columns.factors.ndim - len(columns.names)
+        is_kernel = len(leaf.shape) == len(columns.pattern.axes) + stack
+        x = columns.pattern.arrange(columns.factors, columns.names, is_kernel=is_kernel)
+        return jnp.moveaxis(x, range(stack), self.stack_axes(self.stack_axis, stack))
 
-    @property
-    def _input_axis(self) -> int:
-        heads_first = self.kernel_ndim == 3 and self.head_axis == -3
-        return -2 if heads_first else -self.kernel_ndim
+    def sizes(self, child: str, kernel: Leaf, stack: int, **known: int) -> dict[str, int] | None:
+        """Infers the sizes of the axes of one layer's kernel; None if they do not fit."""
+        return self.patterns[child].sizes(self.split(kernel.shape, stack)[1], known)
 
+    def _parse(self, field: str, literals: tuple[str, ...], names: tuple[str, ...]) -> None:
+        """Checks a pattern, and that `head_dim` is given where its size cannot be read."""
+        value = getattr(self, field)
+        if not isinstance(value, str):
+            raise TypeError(f"{self}: {field} must be a string of axis names.")
+        try:
+            pattern = kernel_pattern(value, literals, names)
+        except ValueError as error:
+            raise ValueError(f"{self}: {field}={error}.") from None
+        if pattern.is_flat and getattr(self, "head_dim", 0) is None:
+            raise ValueError(f"{self}: {field} has a flattened head axis and needs head_dim=.")
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class MultiHeadLayout(Layout):
-    """Attention with one module for the queries and one for the keys: MHA, GQA, MQA.
-
-    The heads are read off: those of the queries are the last axis of the statistic, which a kernel
-    of rank 3 confirms and a flat one must believe; those of the keys follow from the kernel. Query
-    head h uses key head `h // (heads // key_heads)`. The defaults are the names that
-    `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention` give. Immutable and
-    hashable.
-
-    Attributes:
-      query: Name of the query module inside the attention module.
-      key: Name of the key module.
-      query_dim: Leading columns of each query head that are query, where the rest is something else
-        that is not scaled, such as an output gate. None is all of them.
-      kernel_ndim: Rank of one layer's kernel: 3 is `(d, heads, head_dim)`, 2 is
-        `(d, heads * head_dim)` with the columns of a head side by side.
-      head_axis: Head axis of a kernel of rank 3; -3 is `(heads, d, head_dim)`. A bias is
-        `(heads, head_dim)` either way.
-      stack_axis: Where stacked layers lie in every leaf: `variable_axes={"params": stack_axis}`.
-      stat_stack_axis: Where they lie in the statistic.
-      stat: Leaf name of the statistic.
-      scaled_leaves: Leaves that carry the columns of the heads. The first name is the kernel.
-      kept_leaves: Leaves that are known and left alone.
-      qk_norm: Children of the attention module that would divide a clip out again; `()` for none.
-
-    Raises:
-      ValueError: if an axis, a rank or `query_dim` is impossible.
-
-    Example:
-      >>> import muonclip_jax as mc
-      >>> mc.MultiHeadLayout(query="q_proj", key="k_proj", kernel_ndim=2)
-      MultiHeadLayout(query='q_proj', key='k_proj', kernel_ndim=2)
-    """
-
-    module_fields: ClassVar[tuple[str, ...]] = ("query", "key")
-    initials: ClassVar[tuple[str, ...]] = ("q", "k")
-
-    query: str = "query"
-    key: str = "key"
-    query_dim: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.query == self.key:
-            raise ValueError(f"{self}: query and key must be two modules.")
-        if self.query_dim is not None and self.query_dim < 1:
-            raise ValueError(f"{self}: query_dim must be at least 1.")
-
-    def faults(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> Iterator[str]:
-        """Says what in the kernels does not fit a statistic of so many heads."""
-        query, key = kernels[self.query], kernels[self.key]
-        found, width, rest = self.head_count(query, stack, heads=heads)
-        if found != heads:
-            yield f"{query} has {found} heads, its {self.stat} has {heads}."
-        elif rest:
-            yield f"{query} does not divide into {heads} heads, as its {self.stat} has."
-        elif (self.query_dim or 0) > width:
-            yield f"{query} has heads of {width} columns, query_dim is {self.query_dim}."
-        else:
-            width = self.query_dim or width
-            key_heads, key_width, rest = self.head_count(key, stack, width=width)
-            if key_width != width or rest:
-                yield f"{key} does not have heads of {width} columns, as {query}; see query_dim."
-            elif heads % key_heads:
-                yield f"{key} has {key_heads} heads, no divisor of the {heads} query heads."
-
-    def factors(
-        self,
-        gamma: Float[Array, "*stack heads"],
-        kernels: Mapping[str, Leaf],
-        alpha: Scalar,
-        shared_key: str,
-    ) -> dict[str, Float[Array, "*stack some_heads width"]]:
-        """Gives, by module name, the factor of each column of each head."""
-        stack, heads = gamma.ndim - 1, gamma.shape[-1]
-        _, width, _ = self.head_count(kernels[self.query], stack, heads=heads)
-        key_width = self.query_dim or width
-        key_heads, _, _ = self.head_count(kernels[self.key], stack, width=key_width)
-        query, key = query_and_key_factors(gamma, key_heads, alpha, shared_key)
-        is_query = jnp.arange(width) < key_width
-        return {
-            self.query: jnp.where(is_query, query[..., None], 1),
-            self.key: jnp.broadcast_to(key[..., None], (*key.shape, key_width)),
-        }
+    def _check_int(self, field: str, minimum: int | None = None) -> None:
+        """Raises if a field is not a whole number, or below the minimum."""
+        value: Any = getattr(self, field)
+        try:
+            whole = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{self}: {field} must be a whole number.") from None
+        if isinstance(value, bool) or (minimum is not None and whole < minimum):
+            raise ValueError(f"{self}: {field} must be at least {minimum}.")
 
 
 def axes_first(axes: Shape, ndim: int) -> list[int]:

@@ -1,10 +1,12 @@
-"""Joins statistics to the weights that caused them, by module path."""
+"""Joins max logits to the weights that caused them, by module path."""
 
+import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
 
 from muonclip_jax._attention_layouts import Layout, Leaf, Shape, axes_first
@@ -14,21 +16,23 @@ from muonclip_jax._types import ArrayTree
 Path: TypeAlias = tuple[str, ...]
 # By path of a module, then by name of a child: path, position and value of each leaf below it.
 Modules: TypeAlias = dict[Path, dict[str, list[tuple[Path, int, Any]]]]
-# By path of a module and name of a statistic: what was sown there, one entry per call.
+# By path of a module and name of its max logits: what was sown there, one entry per call.
 Statistics: TypeAlias = dict[tuple[Path, str], list[Array]]
 
-# What follows the name of a statistic that is an upper bound and not exact.
+# Suffix of the name of max logits that are an upper bound and not exact.
 BOUND = "_bound"
 
 
 class Site(NamedTuple):
-    """An attention module of the parameters, with its statistic.
+    """An attention module of the parameters, with its max logits.
 
     Attributes:
       path: Its path.
       layout: The layout that describes it.
       children: Names of all its children.
+      paths: Paths of all leaves below it, from the module on; not those of attention modules in it.
       leaves: The leaves at or below the children that the layout names.
+      hidden: Paths of leaves at or below these children that a mask hides.
       statistics: What was sown, each with its stack axes at `layout.stat_stack_axis`, heads last.
       is_bound: Whether any of them is an upper bound.
     """
@@ -36,7 +40,9 @@ class Site(NamedTuple):
     path: Path
     layout: Layout
     children: tuple[str, ...]
+    paths: tuple[Path, ...]
     leaves: dict[str, list[Leaf]]
+    hidden: tuple[str, ...]
     statistics: list[Array]
     is_bound: bool
 
@@ -61,27 +67,32 @@ class Site(NamedTuple):
     @property
     def stack(self) -> int:
         """Number of stack axes."""
-        return len(self.kernels[self.layout.modules[0]].shape) - self.layout.kernel_ndim
+        return self.stack_of(self.layout.modules[0])
+
+    def stack_of(self, child: str) -> int:
+        """Returns the number of stack axes of a child's kernel."""
+        return len(self.kernels[child].shape) - len(self.layout.patterns[child].axes)
 
     @property
     def stat_axes(self) -> Shape:
-        """The stack axes of each statistic."""
+        """The stack axes of each array of max logits."""
         return self.layout.stack_axes(self.layout.stat_stack_axis, self.stack)
 
     def heads(self, statistic: Array) -> int:
-        """Number of query heads: the last axis that is no stack axis."""
+        """Number of query heads: the last axis that is not a stack axis."""
         return statistic.shape[axes_first(self.stat_axes, statistic.ndim)[-1]]
 
 
 class Survey(NamedTuple):
-    """All that was found in the parameters and the statistics, whether or not it fits.
+    """All attention modules and max logits, whether or not they fit.
 
     Attributes:
-      layouts: What was looked for.
+      layouts: The layouts that were looked for.
       modules: Every module of the parameters, with its children.
-      statistics: Everything sown under the name of a layout's statistic, bounds included.
+      statistics: Everything sown under the name of a layout's max logits, bounds included.
       owners: The attention modules, with the layout that describes each.
-      sites: Those of them that have a statistic.
+      sites: The attention modules that have max logits.
+      left_out: Paths of modules that are hidden or ignored.
     """
 
     layouts: tuple[Layout, ...]
@@ -89,54 +100,157 @@ class Survey(NamedTuple):
     statistics: Statistics
     owners: dict[Path, Layout]
     sites: list[Site]
+    left_out: set[Path]
 
 
-def survey(params: ArrayTree, max_logits: ArrayTree, layouts: tuple[Layout, ...]) -> Survey:
-    """Finds the attention modules of `params` and joins each to its statistic.
+def survey(
+    params: ArrayTree,
+    max_logits: ArrayTree,
+    layouts: tuple[Layout, ...],
+    ignore: Sequence[str] = (),
+) -> Survey:
+    """Finds the attention modules of `params` and joins each to its max logits.
 
-    Whole path components are compared. Root keys `params` and `intermediates` are left out; beside
-    them, other collections are not looked at. What does not fit is for `check_survey` to say.
+    Whole path components are compared. Root keys `params` and `intermediates` are dropped; beside
+    them, other collections are not read. Modules whose queries and keys are all hidden
+    (`optax.MaskedNode`, or None) are left out together with their max logits.
 
     Args:
       params: The parameters.
-      max_logits: The statistics.
-      layouts: Each module is taken by the first layout whose children it has.
+      max_logits: The max logits.
+      layouts: Each module is described by the first layout whose children it has.
+      ignore: Patterns (`fnmatch`) of paths of modules to leave out.
 
     Returns:
       What was found.
+
+    Raises:
+      ValueError: for patterns of `ignore` that match no attention module and no max logits.
     """
-    modules = _modules(params)
+    modules, masked, absent = _modules(params)
     statistics, bounds = _statistics(max_logits, {layout.stat for layout in layouts})
     owners = {path: owner for path in modules if (owner := _owner(modules[path], layouts))}
-    sites = [
-        _site(
-            path,
-            layout,
-            modules[path],
-            statistics[path, layout.stat],
-            (path, layout.stat) in bounds,
-        )
-        for path, layout in owners.items()
-        if (path, layout.stat) in statistics
-    ]
-    return Survey(layouts, modules, statistics, owners, sites)
+    paths = {*owners, *(path for path, _ in statistics)}
+    left_out = {
+        path
+        for path in paths
+        if _is_hidden(path, owners.get(path), modules.get(path, {}), layouts, masked, absent)
+    }
+    left_out |= _ignored(paths, ignore)
+    owners = {path: layout for path, layout in owners.items() if path not in left_out}
+    statistics = {key: s for key, s in statistics.items() if key[0] not in left_out}
+    found = Survey(layouts, modules, statistics, owners, [], left_out)
+    for path, layout in owners.items():
+        if (path, layout.stat) in statistics:
+            found.sites.append(make_site(found, path, layout, (path, layout.stat) in bounds))
+    return found
 
 
-def _modules(params: ArrayTree) -> Modules:
-    """Lists the children of every module, and the leaves at or below each."""
+def make_site(
+    found: Survey,
+    path: Path,
+    layout: Layout,
+    is_bound: bool = False,
+    statistics: list[Array] | None = None,
+) -> Site:
+    """Collects what belongs to one attention module.
+
+    Args:
+      found: The survey that it is part of.
+      path: Path of the module.
+      layout: The layout that describes it.
+      is_bound: Whether its max logits are an upper bound.
+      statistics: Its max logits; None takes those of the survey.
+
+    Returns:
+      The module.
+    """
+    children, depth = found.modules[path], len(path)
+
+    def leaf(child: str, full_path: Path, index: int, value: Any) -> Leaf:
+        below = full_path[depth + 1 :]
+        # A child that is itself an array is a kernel without a module around it.
+        name = below[-1] if below else layout.scaled_leaves[0]
+        relative = "/".join((child, *below))
+        return Leaf(name, relative, index, jnp.shape(value), jnp.result_type(value))
+
+    leaves, hidden = {}, []
+    for name in layout.modules:
+        there = [entry for entry in children[name] if not _hides(entry[2])]
+        leaves[name] = [leaf(name, *entry) for entry in there]
+        hidden += ["/".join(full[depth:]) for full, _, value in children[name] if _hides(value)]
+    paths = tuple(
+        full[depth:]
+        for entries in children.values()
+        for full, _, _ in entries
+        if not any(full[:end] in found.owners for end in range(depth + 1, len(full)))
+    )
+    stats = found.statistics[path, layout.stat] if statistics is None else statistics
+    return Site(path, layout, tuple(children), paths, leaves, tuple(hidden), stats, is_bound)
+
+
+def _modules(params: ArrayTree) -> tuple[Modules, set[Path], set[Path]]:
+    """Lists the children of every module and the leaves below each, then masked and None paths."""
     modules: Modules = {}
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None or _hides(x))[0]
+    masked, absent, position = set(), set(), 0
+    positions = []
+    for _, value in flat:
+        positions.append(position)
+        position += value is not None and not _hides(value)
     for index, path in _below("params", [components(path) for path, _ in flat]):
+        value = flat[index][1]
+        if value is None:
+            absent.add(path)
+            continue
+        if _hides(value):
+            masked.add(path)
         for depth, child in enumerate(path):
             leaves = modules.setdefault(path[:depth], {}).setdefault(child, [])
-            leaves.append((path, index, flat[index][1]))
-    return modules
+            leaves.append((path, positions[index], value))
+    return modules, masked, absent
+
+
+def _hides(value: Any) -> bool:
+    """Returns whether a mask of optax took the parameters away."""
+    return isinstance(value, optax.MaskedNode)
+
+
+def _is_hidden(
+    path: Path,
+    owner: Layout | None,
+    children: Mapping[str, list[tuple[Path, int, Any]]],
+    layouts: Iterable[Layout],
+    masked: Collection[Path],
+    absent: Collection[Path],
+) -> bool:
+    """Returns whether the queries and keys of a module are there, but all of them hidden."""
+    if any(path[:end] in masked | absent for end in range(len(path) + 1)):
+        return True
+    if owner is not None:
+        return all(_hides(value) for name in owner.modules for _, _, value in children[name])
+    starts = {other[: len(path) + 1] for other in absent}
+    return any(all((*path, name) in starts for name in layout.modules) for layout in layouts)
+
+
+def _ignored(paths: Collection[Path], patterns: Sequence[str]) -> set[Path]:
+    """Returns the paths that match one of the patterns."""
+    names = {"/".join(path): path for path in paths}
+    matches = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
+    unused = [pattern for pattern, found in matches.items() if not found]
+    if unused:
+        shown = ", ".join(map(repr, sorted(names)[:4])) + (", ..." if len(names) > 4 else "")
+        raise ValueError(
+            f"qk_clip: ignore={', '.join(map(repr, unused))} matches no attention module; there "
+            f"are {shown or 'none'}."
+        )
+    return {names[name] for found in matches.values() for name in found}
 
 
 def _statistics(
     max_logits: ArrayTree, names: Collection[str]
 ) -> tuple[Statistics, set[tuple[Path, str]]]:
-    """Collects what was sown under these names, and tells which have upper bounds among it."""
+    """Collects what was sown under these names, and which of it has upper bounds."""
     statistics: Statistics = {}
     bounds = set()
     stats = {suffixed: name for name in names for suffixed in (name + BOUND, name)}
@@ -151,7 +265,7 @@ def _statistics(
 
 
 def _without_index(path: Sequence[Any]) -> Path:
-    """Names a statistic without its place in the tuple that `sow` makes of several calls."""
+    """Names max logits without their index in the tuple that `sow` makes of several calls."""
     keys = tuple(path)
     while keys and isinstance(keys[-1], jax.tree_util.SequenceKey):
         keys = keys[:-1]
@@ -169,26 +283,6 @@ def _below(root: str, paths: Sequence[Path]) -> Iterator[tuple[int, Path]]:
 
 
 def _owner(children: Collection[str], layouts: Iterable[Layout]) -> Layout | None:
-    """Gives the first layout whose modules are all there."""
+    """Returns the first layout whose modules are all there."""
     fitting = (layout for layout in layouts if all(name in children for name in layout.modules))
     return next(fitting, None)
-
-
-def _site(
-    path: Path,
-    layout: Layout,
-    children: Mapping[str, list[tuple[Path, int, Any]]],
-    statistics: list[Array],
-    is_bound: bool,
-) -> Site:
-    """Puts together what belongs to one attention module."""
-
-    def leaf(child: str, full_path: Path, index: int, value: Any) -> Leaf:
-        below = full_path[len(path) + 1 :]
-        # A child that is itself an array is a kernel without a module around it.
-        name = below[-1] if below else layout.scaled_leaves[0]
-        relative = "/".join((child, *below))
-        return Leaf(name, relative, index, jnp.shape(value), jnp.result_type(value))
-
-    leaves = {name: [leaf(name, *entry) for entry in children[name]] for name in layout.modules}
-    return Site(path, layout, tuple(children), leaves, statistics, is_bound)

@@ -89,6 +89,9 @@ class Group:
             return Stack((), True)
         if vectors is self.biases and depth > 1:
             return None  # (layers, heads, head_dim) as well as (layers, layers, outputs)
+        both = len(self.lead) >= depth and len(self.second) >= depth == 1
+        if both and len(self.leaves) > 1 and self.lead[0] > self.second[0]:
+            return Stack((1,), True)  # vectors (width, layers): layers are fewer than the width
         if len(self.lead) >= depth:
             return Stack(tuple(range(depth)), True)
         if len(self.second) >= depth:
@@ -290,7 +293,7 @@ class Evidence:
         """Finds the bias that is added to what a kernel puts out."""
         *module, name = leaf.core
         names = [f"{stem(name)}{end}" for end in BIAS_SUFFIXES]
-        names += [ f"b_{name[2:]}" if name.startswith("w_") else "b", "bias"]
+        names += [f"b_{name[2:]}" if name.startswith("w_") else "b", "bias"]
         if name[:1] == "w" and name[1:].isdigit():
             names.insert(0, f"b{name[1:]}")
         for candidate in names:

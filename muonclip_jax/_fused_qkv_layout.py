@@ -1,14 +1,13 @@
 """Queries, keys and values of all heads from one kernel."""
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._attention_layouts import Layout, Leaf, Shape
+from muonclip_jax._attention_layouts import Columns, Layout, Leaf
 from muonclip_jax._shared_key import query_and_key_factors
 from muonclip_jax._types import Scalar
 
@@ -19,22 +18,25 @@ _ORDERS = ("sectioned", "interleaved")
 class FusedQKVLayout(Layout):
     """Attention with one module for queries, keys and values: MHA, GQA, MQA.
 
-    Its columns, all axes after d read in order, are `N + 2K` heads of `head_dim` for N query heads
-    and K key heads. Those of the values are never touched. Immutable and hashable.
+    Without a literal number in `kernel`, its `heads` are `N + 2K` heads of `head_dim` for N query
+    heads and K key heads. With a 3, they are N heads, and the 3 is the axis of queries, keys and
+    values. Values are never scaled. Immutable and hashable.
 
     Attributes:
-      head_dim: Columns of a head.
-      num_kv_heads: Key heads, K; None is one for each query head.
+      head_dim: Width of a head.
+      num_kv_heads: Number of key heads, K; None is one for each query head.
       qkv: Name of the module inside the attention module.
       order: `"sectioned"` is all queries, all keys, all values. `"interleaved"` is, for each key
         head, its N / K queries, its key, its value: the order of Megatron-LM, and with K = N that
-        of GPT-NeoX.
-      kernel_ndim: Rank of one layer's kernel: 2 is flat, 3 has any two axes of columns, such as
-        `(d, N + 2K, head_dim)`, 4 is `(d, 3, N, head_dim)`, or interleaved `(d, N, 3, head_dim)`.
-      head_axis: This and all others: see `MultiHeadLayout`.
+        of GPT-NeoX. Where `kernel` has a 3, the position of the 3 is the order.
+      kernel: Pattern of one layer's kernel, of names `inputs`, `heads`, `head_dim` and a literal 3:
+        `"inputs (heads head_dim)"`, `"(heads head_dim) inputs"`, `"inputs heads head_dim"`,
+        `"inputs 3 heads head_dim"`, `"inputs heads 3 head_dim"`, `"3 heads inputs head_dim"`,
+        `"inputs (heads head_dim 3)"`, or any other order.
+      stack_axis: This and all others: see `MultiHeadLayout`.
 
     Raises:
-      ValueError: if a width, an axis, a rank or the order is impossible.
+      ValueError: if a pattern, a width, an axis or the order is impossible.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,41 +53,47 @@ class FusedQKVLayout(Layout):
     """
 
     module_fields: ClassVar[tuple[str, ...]] = ("qkv",)
-    initials: ClassVar[tuple[str, ...]] = ("qkv",)
-    kernel_ndims: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    literals: ClassVar[tuple[str, ...]] = ("3",)
 
     head_dim: int
     num_kv_heads: int | None = None
     qkv: str = "qkv"
     order: str = "sectioned"
-    kernel_ndim: int = 2
+    kernel: str = "inputs (heads head_dim)"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.head_dim < 1:
-            raise ValueError(f"{self}: head_dim must be at least 1.")
-        if self.num_kv_heads is not None and self.num_kv_heads < 1:
-            raise ValueError(f"{self}: num_kv_heads must be at least 1.")
+        self._check_int("head_dim", 1)
+        if self.num_kv_heads is not None:
+            self._check_int("num_kv_heads", 1)
         if self.order not in _ORDERS:
             raise ValueError(f"{self}: order must be one of {', '.join(map(repr, _ORDERS))}.")
+        names = self.patterns[self.qkv].names
+        if self.order == "interleaved" and "3" in names and names.index("3") < names.index("heads"):
+            raise ValueError(f"{self}: a 3 before the heads is not interleaved.")
 
-    def faults(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> Iterator[str]:
-        """Says what in the kernel does not fit a statistic of so many heads."""
+    def faults(
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Collection[str]
+    ) -> Iterator[str]:
+        """Lists what does not fit. Arguments: see `Layout`."""
         kernel, key_heads = kernels[self.qkv], self.num_kv_heads or heads
-        columns = self.column_shape(kernel.shape, stack)[1]
-        total = heads + 2 * key_heads
+        pattern = self.patterns[self.qkv]
+        sizes = self.sizes(self.qkv, kernel, stack, head_dim=self.head_dim)
+        each = pattern.literal == 3
+        total = heads if each else heads + 2 * key_heads
         if heads % key_heads:
-            yield f"{kernel}: num_kv_heads={key_heads} does not divide {heads}, as {self.stat} has."
-        elif math.prod(columns) != total * self.head_dim:
-            yield (
-                f"{kernel} has {math.prod(columns)} columns, not the {total * self.head_dim} of "
-                f"{heads} query heads, as its {self.stat} has, and 2 x {key_heads} heads of "
-                f"head_dim {self.head_dim}."
+            yield f"{kernel}: num_kv_heads={key_heads} does not divide the {heads} of {self.stat}."
+        elif each and key_heads != heads:
+            yield f"{kernel}: a pattern with a 3 has {heads} key heads, not {key_heads}."
+        elif sizes is None:
+            yield f"{kernel} does not divide into {str(pattern)!r} with head_dim={self.head_dim}."
+        elif sizes["heads"] != total:
+            parts = (
+                "queries, of keys and of values" if each else f"queries and 2 x {key_heads} others"
             )
-        elif len(columns) == 3 and columns != self._three_axes(heads):
             yield (
-                f"{kernel} has columns {columns}, not {self._three_axes(heads)}, as {self.order} "
-                f"ones of {heads} heads have."
+                f"{kernel} has {sizes['heads']} heads of head_dim {self.head_dim}, not {total}: "
+                f"{heads} of {parts}, by its {self.stat}."
             )
 
     def factors(
@@ -94,20 +102,18 @@ class FusedQKVLayout(Layout):
         kernels: Mapping[str, Leaf],
         alpha: Scalar,
         shared_key: str,
-    ) -> dict[str, Float[Array, "*stack some_heads width"]]:
-        """Gives, by module name, the factor of each column of each head."""
+    ) -> dict[str, Columns]:
+        """Returns, by module name, the factor of each column of each head."""
         key_heads = self.num_kv_heads or gamma.shape[-1]
         query, key = query_and_key_factors(gamma, key_heads, alpha, shared_key)
-        value = jnp.ones_like(key)
-        if self.order == "interleaved":
+        value, pattern, names = jnp.ones_like(key), self.patterns[self.qkv], ("heads", "head_dim")
+        if pattern.literal == 3:
+            heads, names = jnp.stack((query, key, value), axis=-2), ("3", *names)
+        elif self.order == "interleaved":
             # By key head: its queries, itself, its value.
             groups = query.reshape(*key.shape, -1), key[..., None], value[..., None]
             heads = jnp.concatenate(groups, axis=-1).reshape(*key.shape[:-1], -1)
         else:
             heads = jnp.concatenate((query, key, value), axis=-1)
-        return {self.qkv: jnp.broadcast_to(heads[..., None], (*heads.shape, self.head_dim))}
-
-    def _three_axes(self, heads: int) -> Shape:
-        """The axes of the columns of a kernel of rank 4."""
-        sizes = (3, heads) if self.order == "sectioned" else (heads, 3)
-        return (*sizes, self.head_dim)
+        factors = jnp.broadcast_to(heads[..., None], (*heads.shape, self.head_dim))
+        return {self.qkv: Columns(factors, names, pattern)}

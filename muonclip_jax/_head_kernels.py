@@ -3,7 +3,7 @@
 import math
 
 from muonclip_jax import _role_names as names
-from muonclip_jax._evidence import Evidence, Leaf, Shape
+from muonclip_jax._evidence import Evidence, Leaf, Shape, Stack
 from muonclip_jax._kernels import (
     Decision,
     Settings,
@@ -18,8 +18,30 @@ from muonclip_jax._kernels import (
 )
 
 
+def by_layout(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
+    """Follows the pattern of a head layout in a module that has all children of that layout."""
+    module, name = module_and_name(leaf)
+    if not names.matches(names.MATRIX_NAMES, leaf.core[-1]) and leaf.core != (*module, name):
+        return None
+    children = evidence.children.get(module, set())
+    heads = next((h for h in settings.heads if name in h and children >= h.keys()), None)
+    if heads is None or "lora" in leaf.core[-1].lower():
+        return None
+    axes, stack_axis = heads[name]
+    stack, shape = layer_of(leaf, evidence)
+    if len(shape) > len(axes):
+        start = stack_axis % len(leaf.shape) if stack_axis >= 0 else 0
+        stack = Stack(tuple(range(start, start + len(leaf.shape) - len(axes))), True)
+        shape = stack.without(leaf.shape)
+    if len(shape) != len(axes):
+        return None
+    outputs = tuple(i for i, n in enumerate(axes) if n != ("inputs",) and not n[0].isdigit())
+    numbers = numbers_of(leaf, stack, (axes.index(("inputs",)),), outputs)
+    return Decision(numbers, f"attention '{name}' of the head layout")
+
+
 def attention(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
-    side = heads_name(leaf, evidence, settings)
+    side = heads_name(leaf, evidence)
     if side is None or len(leaf.shape) < 3 or is_expert(leaf, evidence):
         return None
     _, name = module_and_name(leaf)
@@ -29,7 +51,7 @@ def attention(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | 
     sub = tuple(shape[axis] for axis in axes)
     doubt = ""
     if not stack.known and len(sub) > 2:
-        depth, doubt = _stack_by_attention(leaf, sub, side, evidence, settings)
+        depth, doubt = _stack_by_attention(leaf, sub, side, evidence)
         axes, sub = axes[depth:], sub[depth:]
     if len(sub) < 2 or (len(sub) == 2 and fused is None):
         # Flat projections; a doubt stays with them.
@@ -47,9 +69,6 @@ def _residual_axis(
     """Finds the axis that is as wide as the activations outside of the heads, and a doubt."""
     _, name = module_and_name(leaf)
     last = len(shape) - 1
-    pattern = settings.heads.get(name, ())
-    if "inputs" in pattern and len(pattern) == len(shape):
-        return pattern.index("inputs"), ""
     usual = 0 if side == "in" else last
     if settings.outputs_first:
         usual = last - usual
@@ -80,14 +99,8 @@ def _low_rank(leaf: Leaf, evidence: Evidence) -> set[int]:
     return {down.shape[-1]} if down and len(down.shape) > 1 else set()
 
 
-def _stack_by_attention(
-    leaf: Leaf, shape: Shape, side: str, evidence: Evidence, settings: Settings
-) -> tuple[int, str]:
+def _stack_by_attention(leaf: Leaf, shape: Shape, side: str, evidence: Evidence) -> tuple[int, str]:
     """Decides how many leading axes stack layers where no vector shows it, and a doubt."""
-    name = module_and_name(leaf)[1]
-    pattern = settings.heads.get(name, ())
-    if pattern and len(pattern) <= len(shape):
-        return len(shape) - len(pattern), ""
     if len(shape) == 3:
         return _stack_of_three(leaf, shape, side, evidence)
     if evidence.shared_axis(leaf):

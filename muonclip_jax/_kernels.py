@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax import _role_names as names
 from muonclip_jax._evidence import Evidence, Leaf, Path, Shape, Stack
+
+# The modules of a head layout by name: the axes of a kernel, each a tuple of names, and the axis at
+# which layers are stacked.
+HeadPatterns: TypeAlias = Mapping[str, tuple[tuple[tuple[str, ...], ...], int]]
 
 
 class Decision(NamedTuple):
@@ -30,12 +34,12 @@ class Settings(NamedTuple):
     Attributes:
       outputs_first: Whether matrices are stored (outputs, inputs); None decides by evidence.
       scale_by_sides: Whether the scale of an update depends on which side is which.
-      heads: Names of modules that project into heads, with the axes of their kernels if known.
+      heads: For each head layout, the modules that project into heads.
     """
 
     outputs_first: bool | None = None
     scale_by_sides: bool = True
-    heads: Mapping[str, tuple[str, ...]] = {}
+    heads: tuple[HeadPatterns, ...] = ()
 
 
 DEFAULTS = Settings()
@@ -73,10 +77,10 @@ def module_and_name(leaf: Leaf) -> tuple[Path, str]:
     return leaf.core[:-1], names.stem(leaf.core[-1])
 
 
-def heads_name(leaf: Leaf, evidence: Evidence, settings: Settings = DEFAULTS) -> str | None:
+def heads_name(leaf: Leaf, evidence: Evidence) -> str | None:
     """Returns `in` or `out` if a parameter has the name of a projection into or out of heads."""
     module, name = module_and_name(leaf)
-    if name in settings.heads or names.matches(names.INTO_HEADS, name):
+    if names.matches(names.INTO_HEADS, name):
         return "in"
     if names.matches(names.OUT_OF_HEADS, name):
         return "out"
@@ -252,7 +256,7 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: Settings) -> tuple[bo
         return convention, _reason(convention, "as others in this pytree"), ""
     shape = layer_of(leaf, evidence)[1]
     doubt = _gate_like_down(leaf, shape, evidence) if settings.scale_by_sides else ""
-    if leaf.core[-1] == "weight" and settings.scale_by_sides and shape[-1] != shape[-2]:
+    if leaf.core[-1].endswith("weight") and settings.scale_by_sides and shape[-1] != shape[-2]:
         doubt = "nothing shows whether it is stored (inputs, outputs); see outputs_first"
     return False, "last two axes", doubt
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
+from muonclip_jax._clipped_heads import check_same_heads
 from muonclip_jax._qk_clip import QKClipInfo
 
 _PER_HEAD = ("max_logits", "gamma")
@@ -20,8 +21,9 @@ def qk_clip_metrics(
       ever_clipped: What `heads_ever_clipped` returned, if it is kept.
 
     Returns:
-      All scalars of `info`, 0-d arrays, under `qk_clip/<name>`. Numbers per head stay in `info`.
-      With `ever_clipped`, `qk_clip/ever_clipped_fraction` too: its share of all heads.
+      All scalars of `info`, 0-d arrays, under `qk_clip/<name>`; `qk_clip/stuck_heads` only if
+      `qk_clip` was called with `ever_clipped`. Numbers per head stay in `info`. With
+      `ever_clipped`, `qk_clip/ever_clipped_fraction` too: the fraction of heads ever clipped.
 
     Example:
       >>> import jax.numpy as jnp
@@ -33,6 +35,8 @@ def qk_clip_metrics(
       400.0
     """
     scalars = {name: value for name, value in info._asdict().items() if name not in _PER_HEAD}
+    if info.stuck_heads is None:
+        del scalars["stuck_heads"]
     if ever_clipped is not None:
         count = sum((jnp.sum(x, dtype=jnp.float32) for x in ever_clipped.values()), jnp.float32(0))
         heads = sum(x.size for x in ever_clipped.values())
@@ -45,16 +49,18 @@ def heads_ever_clipped(
 ) -> dict[str, Bool[Array, "*stack heads"]]:
     """Marks the heads that this clip or one before it has scaled.
 
-    Keep the result beside the parameters, inside or outside of the jitted step, and give it back
-    at the next; it is a plain tree, for a checkpoint too. On the host it does not wait for the
-    device.
+    Keep the result beside the parameters, inside or outside of the jitted step, and pass it at the
+    next step, here and as `ever_clipped` of `qk_clip`. It is a plain pytree of booleans, for a
+    checkpoint too. On the host it does not wait for the device.
 
     Args:
-      info: What `qk_clip` returned beside the parameters.
+      info: What `qk_clip` returned beside the parameters. Where a scan over steps stacked it, its
+        scalars have an axis too, and all its steps count. Inside `jax.vmap`, each member counts
+        for itself; outside, an axis of members is an axis of steps.
       before: What this function returned at the step before; None at the first.
 
     Returns:
-      True for each head that was ever clipped, by module path.
+      True for each head that was ever clipped, by module path: `[*stack, heads]`.
 
     Raises:
       ValueError: if `before` is of other modules or shapes than `info`.
@@ -74,14 +80,9 @@ def heads_ever_clipped(
     References:
       Kimi K2, arXiv 2507.20534, appendix D, counts the heads so: 12.7 percent.
     """
-    clipped = {path: gamma < 1 for path, gamma in info.gamma.items()}
+    steps = tuple(range(jnp.ndim(info.max_logit)))
+    clipped = {path: jnp.any(gamma < 1, axis=steps) for path, gamma in info.gamma.items()}
     if before is None:
         return clipped
-    now, then = ({path: x.shape for path, x in tree.items()} for tree in (clipped, before))
-    if now != then:
-        differing = sorted(path for path in now | then if now.get(path) != then.get(path))
-        lines = (
-            f"  {p}: was {then.get(p, 'absent')}, is {now.get(p, 'absent')}" for p in differing
-        )
-        raise ValueError("\n".join(["heads_ever_clipped: the heads are others.", *lines]))
+    check_same_heads("heads_ever_clipped", clipped, before)
     return {path: x | before[path] for path, x in clipped.items()}

@@ -8,13 +8,13 @@ arXiv 2507.20534, section 2.1).
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._attention_layouts import Layout, Leaf
+from muonclip_jax._attention_layouts import Columns, Layout, Leaf
 from muonclip_jax._shared_key import query_and_key_factors
 from muonclip_jax._types import Scalar
 
@@ -37,17 +37,22 @@ class MLALayout(Layout):
         the only projection where there is none, such as `"q"`.
       key_value: Name of the up-projection to keys and values.
       rope_first: Whether a query head is `[rope, nope]`.
-      qk_norm: See `MultiHeadLayout`; nothing, as `q_norm` and the like are names of norms of the
-        latent vectors here, which do not undo a clip.
-      kernel_ndim: This and all others: see `MultiHeadLayout`. Ranks 2 and 3.
+      kernel: Pattern of one layer's kernels, of names `inputs`, `heads` and `head_dim`, such as
+        `"inputs heads head_dim"`, `"inputs (heads head_dim)"` or `"(heads head_dim) inputs"`;
+        `head_dim` is the sum of the widths of a head.
+      qk_norm: See `MultiHeadLayout`. None recognizes norms of keys by name; `q_norm`, `kv_norm`
+        and norms without a telling name normalize the latent vectors here, before the
+        up-projection, which does not cancel a clip.
+      stack_axis: This and all others: see `MultiHeadLayout`.
 
     Raises:
-      ValueError: if a width, an axis or a rank is impossible.
+      ValueError: if a pattern, a width or an axis is impossible.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import muonclip_jax as mc
-      >>> layout = mc.MLALayout(nope_dim=2, rope_dim=1, value_dim=2, kernel_ndim=2)
+      >>> flat = "inputs (heads head_dim)"
+      >>> layout = mc.MLALayout(nope_dim=2, rope_dim=1, value_dim=2, kernel=flat)
       >>> params = {"q_b": {"kernel": jnp.ones((1, 3))}, "kv_b": {"kernel": jnp.ones((1, 4))}}
       >>> new, _ = mc.qk_clip(params, {"max_logits": jnp.array([400.0])}, layout)
       >>> new["q_b"]["kernel"].tolist(), new["kv_b"]["kernel"].tolist()
@@ -59,7 +64,6 @@ class MLALayout(Layout):
     """
 
     module_fields: ClassVar[tuple[str, ...]] = ("query", "key_value")
-    initials: ClassVar[tuple[str, ...]] = ("q", "kv")
 
     nope_dim: int
     rope_dim: int
@@ -67,31 +71,33 @@ class MLALayout(Layout):
     query: str = "q_b"
     key_value: str = "kv_b"
     rope_first: bool = False
-    qk_norm: tuple[str, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
-        if self.query == self.key_value:
-            raise ValueError(f"{self}: query and key_value must be two modules.")
-        if self.nope_dim < 1:
-            raise ValueError(f"{self}: nope_dim must be at least 1.")
-        if self.rope_dim < 0 or self.value_dim < 0:
-            raise ValueError(f"{self}: rope_dim and value_dim must be at least 0.")
+        self._check_int("nope_dim", 1)
+        self._check_int("rope_dim", 0)
+        self._check_int("value_dim", 0)
 
-    def faults(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> Iterator[str]:
-        """Says what in the kernels does not fit a statistic of so many heads."""
+    def normalizes(self, child: str) -> str | None:
+        """Returns what a child normalizes. Arguments: see `Layout`."""
+        return found if "k" in (found := super().normalizes(child) or "") else None
+
+    def faults(
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Collection[str]
+    ) -> Iterator[str]:
+        """Lists what does not fit. Arguments: see `Layout`."""
         widths = {
             self.query: (("nope_dim", self.nope_dim), ("rope_dim", self.rope_dim)),
             self.key_value: (("nope_dim", self.nope_dim), ("value_dim", self.value_dim)),
         }
         for name, parts in widths.items():
             kernel, width = kernels[name], sum(size for _, size in parts)
-            found, found_width, rest = self.head_count(kernel, stack, width=width)
-            if found_width != width or rest:
+            sizes = self.sizes(name, kernel, stack, head_dim=width)
+            if sizes is None:
                 terms = " + ".join(f"{part} {size}" for part, size in parts)
                 yield f"{kernel} does not have heads of {terms} = {width} columns."
-            elif found != heads:
-                yield f"{kernel} has {found} heads, its {self.stat} has {heads}."
+            elif sizes["heads"] != heads:
+                yield f"{kernel} has {sizes['heads']} heads, but its {self.stat} has {heads}."
 
     def factors(
         self,
@@ -99,22 +105,26 @@ class MLALayout(Layout):
         kernels: Mapping[str, Leaf],
         alpha: Scalar,
         shared_key: str,
-    ) -> dict[str, Float[Array, "*stack some_heads width"]]:
-        """Gives, by module name, the factor of each column of each head."""
-        # Every head has its own nope key, so that the rules for shared keys have no say.
+    ) -> dict[str, Columns]:
+        """Returns, by module name, the factor of each column of each head."""
+        # Every head has its own nope key: the rules for shared keys do not apply.
         query, key = query_and_key_factors(gamma, gamma.shape[-1], alpha, shared_key)
         nope, rope = (query, self.nope_dim), (gamma, self.rope_dim)
         parts = (rope, nope) if self.rope_first else (nope, rope)
         untouched = (jnp.ones_like(gamma), self.value_dim)
-        return {
+        columns = {
             self.query: _columns(*parts),
             self.key_value: _columns((key, self.nope_dim), untouched),
+        }
+        return {
+            name: Columns(factors, ("heads", "head_dim"), self.patterns[name])
+            for name, factors in columns.items()
         }
 
 
 def _columns(
     *parts: tuple[Float[Array, "*stack heads"], int],
 ) -> Float[Array, "*stack heads width"]:
-    """Joins the parts of each head, one factor for so many columns each."""
+    """Concatenates the parts of each head: a factor, repeated for the part's number of columns."""
     factors = [jnp.broadcast_to(f[..., None], (*f.shape, width)) for f, width in parts]
     return jnp.concatenate(factors, axis=-1)

@@ -2,23 +2,33 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from muonclip_jax._adamw import adamw, in_float32
 from muonclip_jax._coefficients import JORDAN, Coefficients
+from muonclip_jax._injection import injectable
 from muonclip_jax._kernels import Settings
-from muonclip_jax._layout import DimensionNumbersOrFn, spread
+from muonclip_jax._layout import DimensionNumbersOrFn, is_function, spread
 from muonclip_jax._overrides import Overrides, check_overrides
 from muonclip_jax._paths import leaf_paths
 from muonclip_jax._routing import Routing, route
 from muonclip_jax._scale_by_muon import ScaleByMuonState, scale_by_muon, scale_by_shape
-from muonclip_jax._settings import check_settings
+from muonclip_jax._settings import SCHEDULES, check_settings
 from muonclip_jax._types import ArrayTree, Scalar
 
 
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raises for settings of `muon` that are not allowed."""
+    optional = ("mu_dtype", "adam_learning_rate", "adam_nesterov", "consistent_rms")
+    check_settings("muon", arguments, optional=optional)
+
+
+@injectable(SCHEDULES, _check)
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     ns_coeffs: Coefficients = JORDAN,
@@ -42,6 +52,7 @@ def muon(
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
+    adam_nesterov: bool | None = None,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -66,8 +77,9 @@ def muon(
       weight_decay: Number or schedule; decay of the matrices, multiplied by the learning rate.
       weight_decay_mask: Tree or prefix of booleans, or a function of the parameters that returns
         one: which matrices decay. None: all.
-      mu_dtype: Dtype of the first moments of both optimizers. None: that of the parameters.
-      nesterov: See `scale_by_muon`; it reaches AdamW too, which it makes NAdamW.
+      mu_dtype: Dtype of the first moments of both optimizers. None: that of the parameters. The
+        second moments of AdamW are float32 for 16-bit parameters.
+      nesterov: See `scale_by_muon`.
       adaptive: See `scale_by_muon`.
       preconditioning: See `newton_schulz`.
       adam_b1: Decay of AdamW's first moment, in [0, 1).
@@ -87,13 +99,17 @@ def muon(
         patterns match a path, the last one counts. An override also silences its warning.
       outputs_first: Whether matrices are stored (outputs, inputs), as in Equinox and PyTorch, and
         convolutions (outputs, inputs, *window). None decides by biases, names and widths.
+      adam_nesterov: Whether AdamW has Nesterov momentum, which makes it NAdamW. None: `nesterov`,
+        as in optax.
 
     Returns:
-      An optax transformation, which ignores extra arguments. `update` needs the parameters. `init`
-      issues one `UserWarning` that lists the parameters whose role is a weak guess.
+      An optax transformation, which ignores extra arguments. `update` needs the parameters. Each
+      update has the dtype of its gradient and is computed in float32 at least, then rounded once.
+      `init` issues one `UserWarning` that lists the parameters whose role is a weak guess.
 
     Raises:
-      ValueError: when built, for a setting out of range or an unknown name; at `init` and while
+      TypeError: when built, for settings of a wrong type, such as a number given as a string.
+      ValueError: when built, for settings out of range or unknown names; at `init` and while
         tracing, for leaves that fit no optimizer and gradients that do not fit the state.
 
     Example:
@@ -109,6 +125,7 @@ def muon(
       Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025, arXiv
       2502.16982, section 2.2 (decay, consistent_rms); optax/contrib/_muon.py (arguments).
     """
+    _check(locals())
     scale_by = functools.partial(
         scale_by_muon,
         ns_coeffs,
@@ -140,12 +157,12 @@ def muon(
         eps=eps,
         eps_root=adam_eps_root,
         mu_dtype=mu_dtype,
-        nesterov=nesterov,
+        nesterov=nesterov if adam_nesterov is None else adam_nesterov,
     )
 
 
 def with_adamw(
-    where: str,
+    caller: str,
     scale_by: Callable[..., optax.GradientTransformation],
     *,
     learning_rate: optax.ScalarOrSchedule,
@@ -159,45 +176,45 @@ def with_adamw(
     adam_b1: Scalar,
     adam_b2: Scalar,
     adam_weight_decay: optax.ScalarOrSchedule,
-    **adamw: Any,
+    **others: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Completes `scale_by`, a transform of matrices, to an optimizer beside AdamW.
 
-    The arguments are those of `muon`; `where` is the public function that was called, `adamw` what
-    else `optax.adamw` takes.
+    The arguments are those of `muon`, checked; `caller` is the name of the public function, and
+    `others` is what else `optax.adamw` accepts.
     """
-    check_settings(
-        where,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        consistent_rms=consistent_rms,
-        adam_learning_rate=adam_learning_rate,
-        adam_b1=adam_b1,
-        adam_b2=adam_b2,
-        adam_weight_decay=adam_weight_decay,
-        adam_eps_root=adamw["eps_root"],
-    )
-
-    check_overrides(where, overrides)
-    scale_by(weight_dimension_numbers=None)  # refuses bad settings when built, not when traced
-    rest = optax.adamw(
-        learning_rate if adam_learning_rate is None else adam_learning_rate,
+    check_overrides(caller, overrides)
+    rest = adamw(
+        learning_rate=learning_rate if adam_learning_rate is None else adam_learning_rate,
         b1=adam_b1,
         b2=adam_b2,
         weight_decay=adam_weight_decay,
-        **adamw,
+        **others,
     )
+
+    @functools.lru_cache(maxsize=4)
+    def routing_of(structure, leaves):
+        """Routes a pytree by its shapes, once for many updates outside of `jax.jit`."""
+        return route(
+            structure.unflatten(jax.ShapeDtypeStruct(*leaf) for leaf in leaves),
+            muon_weight_dimension_numbers,
+            overrides,
+            settings,
+            caller=caller,
+        )
 
     def routed(tree):
         """Routes a pytree and builds its optimizer: each part of a partition sees its leaves only.
 
         The labels and the mask are functions, as optax would call a pytree that is callable.
         """
-        structure = jax.tree.structure(tree)
+        leaves, structure = jax.tree.flatten(tree)
         routing = Routing((), (), ())
-        if structure.num_leaves:
-            given = muon_weight_dimension_numbers
-            routing = route(tree, given, overrides, settings, caller=where)
+        if is_function(muon_weight_dimension_numbers):
+            routing = route(tree, muon_weight_dimension_numbers, overrides, settings, caller=caller)
+        elif leaves:
+            shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+            routing = routing_of(structure, shapes)
         numbers = structure.unflatten(routing.numbers)
         labels = structure.unflatten(["adam" if n is None else "muon" for n in routing.numbers])
         mask = weight_decay_mask
@@ -209,16 +226,17 @@ def with_adamw(
             optax.add_decayed_weights(weight_decay, None if mask is None else lambda _: mask),
             optax.scale_by_learning_rate(learning_rate),
         )
+        matrices = in_float32(matrices)
         return routing, optax.partition({"muon": matrices, "adam": rest}, lambda _: labels)
 
     def init_fn(params):
         routing, optimizer = routed(params)
-        _warn(where, routing)
+        _warn(caller, routing)
         return optimizer.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         routing, optimizer = routed(updates)
-        _check_state(where, routing, state)
+        _check_state(caller, routing, state)
         return optimizer.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

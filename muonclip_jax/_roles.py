@@ -162,6 +162,7 @@ def _is_convolution(leaf: Leaf) -> bool:
 
 _ADAMW_RULES = (_by_name, _short_bias, _router, _few_axes, _depthwise)
 _MUON_RULES = (
+    _head_kernels.by_layout,
     _kernels.by_bias,
     _head_kernels.attention,
     _window_kernels.convolution,

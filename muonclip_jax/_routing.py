@@ -117,20 +117,23 @@ class Routing(NamedTuple):
 
     def _warning(self, path: Sequence[str], index: int, count: int) -> str:
         shape, decision = self.shapes[index], self.decisions[index]
-        pattern = "/".join(part.split("{")[0] + "*" if "{" in part else part for part in path)
+        parts = (part.split("{")[0] + "*" if "{" in part else part for part in path)
+        pattern = "/".join(parts).replace("[", "[[]")
+        kept = "None"
         if decision.numbers is None:
-            what, fix = "AdamW", "MuonDimensionNumbers(-2, -1)"
+            what, fix = "AdamW", "mc.MuonDimensionNumbers(-2, -1)"
         else:
             axes = axes_of(decision.numbers, len(shape))
             n_in, n_out = sides(shape, axes)
             batch = np.prod([shape[axis] for axis in axes.batch], dtype=np.int64)
             what, fix = f"Muon on {batch} x {n_in} x {n_out}", "None"
+            kept = f"mc.MuonDimensionNumbers{tuple(decision.numbers)}"
         alternative = "AdamW" if fix == "None" else "Muon"
         also = f" ({count} parameters)" if count > 1 else ""
         return (
             f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}. "
             f'For {alternative}: overrides={{"{pattern}": {fix}}}; to keep it without this '
-            f'warning: overrides={{"{pattern}": {decision.numbers}}}.'
+            f'warning: overrides={{"{pattern}": {kept}}}.'
         )
 
 
@@ -169,7 +172,7 @@ def routing_table(
       muon: 1 leaves, 64 parameters
       adamw: 1 leaves, 16 parameters
     """
-    check_settings("routing_table", consistent_rms=consistent_rms)
+    check_settings("routing_table", locals(), optional=("consistent_rms",))
     check_overrides("routing_table", overrides)
     settings = Settings(outputs_first, consistent_rms is None)
     routing = route(

@@ -1,4 +1,4 @@
-"""Reads the golden tables in tests/golden: the right optimizer of public models' parameters."""
+"""Reads the golden tables in tests/golden: the right optimizer of parameters of public models."""
 
 import ast
 import dataclasses

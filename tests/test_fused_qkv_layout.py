@@ -22,10 +22,9 @@ class Form:
 
     order: str = "sectioned"
     key_heads: int = N
-    kernel_ndim: int = 2
-    head_axis: int = -2
+    kernel: str = "inputs (heads head_dim)"
     bias: bool = True
-    columns: tuple[int, ...] = ()  # of a kernel of rank 3, where not (heads, head_dim)
+    columns: tuple[int, ...] = (-1,)  # sizes of the output axes
 
     @property
     def layout(self):
@@ -33,8 +32,7 @@ class Form:
             head_dim=H,
             num_kv_heads=None if self.key_heads == N else self.key_heads,
             order=self.order,
-            kernel_ndim=self.kernel_ndim,
-            head_axis=self.head_axis,
+            kernel=self.kernel,
         )
 
     def fuse(self, query, key, value):
@@ -59,29 +57,22 @@ class Form:
         ]
 
     def shaped(self, x):
-        """Gives `[..., heads, H]` the axes of the layout's columns."""
-        if self.columns:
-            return x.reshape(*x.shape[:-2], *self.columns)
-        if self.kernel_ndim == 2:
-            return x.reshape(*x.shape[:-2], -1)
-        if self.kernel_ndim == 4:
-            sizes = (3, N) if self.order == "sectioned" else (N, 3)
-            return x.reshape(*x.shape[:-2], *sizes, H)
-        return x
+        """Gives `[..., heads, H]` the output axes of the layout."""
+        return x.reshape(*x.shape[:-2], *self.columns)
 
     def params(self, seed=0):
         k = self.key_heads
         kernel = self.fuse(*(5 * draw(seed + i, D, heads, H) for i, heads in enumerate((N, k, k))))
         bias = self.fuse(*(draw(seed + 5 + i, heads, H) for i, heads in enumerate((N, k, k))))
         kernel, bias = jnp.asarray(self.shaped(kernel)), jnp.asarray(self.shaped(bias))
-        kernel = kernel.swapaxes(0, 1) if self.head_axis == -3 else kernel
+        kernel = jnp.moveaxis(kernel, 0, self.kernel.split().index("inputs"))
         module: Any = {"kernel": kernel, "bias": bias} if self.bias else {"kernel": kernel}
         return {"qkv": module, "out": {"kernel": draw(seed + 9, N, H, D)}}
 
     def split(self, leaf, is_kernel):
         """The `[..., H]` columns of each head, by its name."""
         leaf = np.asarray(leaf)
-        leaf = leaf.swapaxes(0, 1) if is_kernel and self.head_axis == -3 else leaf
+        leaf = np.moveaxis(leaf, self.kernel.split().index("inputs"), 0) if is_kernel else leaf
         leaf = leaf.reshape(*leaf.shape[:1] * is_kernel, len(self.heads()), H)
         return {head: leaf[..., i, :] for i, head in enumerate(self.heads())}
 
@@ -97,6 +88,8 @@ class Form:
         return reference.max_logits(project("q", N), project("k", self.key_heads), is_causal=True)
 
 
+THREE = {"sectioned": "3 heads", "interleaved": "heads 3"}
+SIZES = {"sectioned": (3, N), "interleaved": (N, 3)}
 FORMS = {
     f"{order}, {name}": dataclasses.replace(form, order=order)
     for order in ("sectioned", "interleaved")
@@ -105,13 +98,19 @@ FORMS = {
         "flat, no bias": Form(bias=False),
         "flat, grouped": Form(key_heads=2),
         "flat, one key head": Form(key_heads=1),
-        "heads": Form(kernel_ndim=3),
-        "heads, grouped": Form(kernel_ndim=3, key_heads=2),
-        "heads first": Form(kernel_ndim=3, head_axis=-3, key_heads=2),
-        "three sections": Form(kernel_ndim=3, columns=(3, N * H)),
-        "four axes": Form(kernel_ndim=4),
-        "four axes, no bias": Form(kernel_ndim=4, bias=False),
+        "heads": Form(kernel="inputs heads head_dim", columns=(-1, H)),
+        "heads, grouped": Form(kernel="inputs heads head_dim", columns=(-1, H), key_heads=2),
+        "heads first": Form(kernel="heads inputs head_dim", columns=(-1, H), key_heads=2),
+        "outputs first": Form(kernel="heads head_dim inputs", columns=(-1, H), key_heads=2),
+        "four axes": Form(
+            kernel=f"inputs {THREE[order]} head_dim", columns=(*SIZES[order], H), bias=False
+        ),
+        "four axes, inputs third": Form(
+            kernel=f"{THREE[order]} inputs head_dim", columns=(*SIZES[order], H)
+        ),
     }.items()
+} | {
+    "three sections": Form(kernel="inputs 3 (heads head_dim)", columns=(3, N * H)),
 }
 RULES = ["query", "group", "min", "exact"]
 
@@ -154,7 +153,9 @@ def test_each_head_gets_its_factor_and_values_keep_their_bits(form, rule):
 
 @pytest.mark.parametrize("stat_axis", [0, -1])
 @pytest.mark.parametrize("axis", [0, 1, -1])
-@pytest.mark.parametrize("form", ["interleaved, flat, grouped", "sectioned, four axes"])
+@pytest.mark.parametrize(
+    "form", ["interleaved, flat, grouped", "sectioned, four axes, inputs third"]
+)
 def test_stacked_layers_equal_their_layers(form, axis, stat_axis):
     form = FORMS[form]
     layers = [form.params(seed)["qkv"] for seed in (0, 20, 40)]
@@ -192,26 +193,26 @@ def text_of(layout, columns, heads=N):
 def test_a_number_of_columns_that_does_not_fit_is_refused():
     fused = mc.FusedQKVLayout(head_dim=H, num_kv_heads=2)
     assert text_of(fused, (36,)) == (
-        "qkv/kernel (6, 36) has 36 columns, not the 24 of 4 query heads, as its max_logits has, "
-        "and 2 x 2 heads of head_dim 3."
+        "qkv/kernel (6, 36) has 12 heads of head_dim 3, not 8: 4 of queries and 2 x 2 others, by "
+        "its max_logits."
     )
 
 
 def test_key_heads_that_do_not_divide_the_query_heads_are_refused():
     fused = mc.FusedQKVLayout(head_dim=H, num_kv_heads=3)
     assert text_of(fused, (30,)) == (
-        "qkv/kernel (6, 30): num_kv_heads=3 does not divide 4, as max_logits has."
+        "qkv/kernel (6, 30): num_kv_heads=3 does not divide the 4 of max_logits."
     )
 
 
 def test_a_kernel_in_the_other_order_is_refused_where_it_shows():
-    fused = mc.FusedQKVLayout(head_dim=H, kernel_ndim=4)
+    fused = mc.FusedQKVLayout(head_dim=H, kernel="inputs 3 heads head_dim")
     assert text_of(fused, (N, 3, H)) == (
-        "qkv/kernel (6, 4, 3, 3) has columns (4, 3, 3), not (3, 4, 3), as sectioned ones of 4 "
-        "heads have."
+        "qkv/kernel (6, 4, 3, 3) does not divide into 'inputs 3 heads head_dim' with head_dim=3.\n"
+        "Pass layout=FusedQKVLayout(qkv='qkv', kernel='inputs heads 3 head_dim', head_dim=3)."
     )
-    interleaved = dataclasses.replace(fused, order="interleaved")
-    assert "not (4, 3, 3), as interleaved ones" in text_of(interleaved, (3, N, H))
+    interleaved = dataclasses.replace(fused, kernel="inputs heads 3 head_dim")
+    assert "does not divide into 'inputs heads 3 head_dim'" in text_of(interleaved, (3, N, H))
 
 
 def test_separate_projections_are_not_proposed_as_a_fused_one():
@@ -220,8 +221,10 @@ def test_separate_projections_are_not_proposed_as_a_fused_one():
     kernel = {"kernel": np.ones((D, 36))}
     with pytest.raises(ValueError, match="no module 'qkv'; there are 'k_proj', 'q_proj'") as error:
         mc.qk_clip({"attn": {"q_proj": kernel, "k_proj": kernel}}, stats, layout)
-    assert "Name the modules" not in str(error.value)
-    with pytest.raises(ValueError, match="qkv='query_key_value', head_dim=3"):
+    assert "FusedQKVLayout" not in str(error.value).partition("\n")[2]
+    with pytest.raises(
+        ValueError, match="Pass layout=FusedQKVLayout\\(qkv='query_key_value', head_dim=3"
+    ):
         mc.qk_clip({"attn": {"query_key_value": kernel}}, stats, layout)
 
 
@@ -231,7 +234,11 @@ def test_separate_projections_are_not_proposed_as_a_fused_one():
         ({"head_dim": 0}, "head_dim must be at least 1"),
         ({"num_kv_heads": 0}, "num_kv_heads must be at least 1"),
         ({"order": "mixed"}, "order must be one of 'sectioned', 'interleaved'"),
-        ({"kernel_ndim": 5}, "kernel_ndim must be 2 or 3 or 4"),
+        ({"kernel": "inputs 2 heads head_dim"}, "has '2'; allowed are"),
+        (
+            {"kernel": "inputs 3 heads head_dim", "order": "interleaved"},
+            "a 3 before the heads is not interleaved",
+        ),
     ],
 )
 def test_impossible_layouts_are_refused(settings, message):

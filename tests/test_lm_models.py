@@ -215,7 +215,9 @@ def test_kimi_k2_has_its_size():
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     published = json.loads(KIMI_K2.read_text())["slices"]["v5p:8x8x16"]["parameters"]
     assert count == published - 60 * 384
-    assert model.layout == mc.MLALayout(nope_dim=128, rope_dim=64, value_dim=128, kernel_ndim=2)
+    assert model.layout == mc.MLALayout(
+        nope_dim=128, rope_dim=64, value_dim=128, kernel="inputs (heads head_dim)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,11 @@ D, N = 6, 4
 MLA = mc.MLALayout(nope_dim=3, rope_dim=2, value_dim=4)
 LAYOUTS = {
     "three axes": mc.MultiHeadLayout(),
-    "flat": mc.MultiHeadLayout(query="q_proj", key="k_proj", kernel_ndim=2),
+    "flat": mc.MultiHeadLayout(
+        query="q_proj", key="k_proj", kernel="inputs (heads head_dim)", head_dim=2
+    ),
     "latent": MLA,
-    "latent, direct": dataclasses.replace(MLA, query="q", kernel_ndim=2),
+    "latent, direct": dataclasses.replace(MLA, query="q", kernel="inputs (heads head_dim)"),
     "fused": mc.FusedQKVLayout(head_dim=2, num_kv_heads=2, order="interleaved"),
 }
 

@@ -8,7 +8,9 @@ from flax import nnx
 
 import mla_in_nnx
 import muonclip_jax as mc
+from strict import needs_capture
 
+pytestmark = needs_capture
 STEPS = 90
 
 

@@ -16,6 +16,7 @@ D, RANK, N, NOPE, ROPE, VALUE = 6, 5, 4, 3, 2, 4
 X = draw(99, 2, 7, D)
 
 
+FLAT, HEADS_FIRST = "inputs (heads head_dim)", "heads inputs head_dim"
 BASE = mc.MLALayout(nope_dim=NOPE, rope_dim=ROPE, value_dim=VALUE)
 
 
@@ -31,9 +32,9 @@ class Form:
     def module(self, seed, inputs, width):
         kernel = 5 * draw(seed, inputs, self.heads, width)
         bias = draw(seed + 1, self.heads, width)
-        if self.layout.head_axis == -3:
+        if self.layout.kernel == HEADS_FIRST:
             kernel = kernel.swapaxes(0, 1)
-        if self.layout.kernel_ndim == 2:
+        if self.layout.kernel == FLAT:
             kernel, bias = kernel.reshape(inputs, -1), bias.reshape(-1)
         return {"kernel": kernel, "bias": bias} if self.bias else {"kernel": kernel}
 
@@ -64,22 +65,22 @@ class Form:
             query=layout.query,
             key_value=layout.key_value,
             rope_first=layout.rope_first,
-            head_axis=layout.head_axis,
+            head_axis=-3 if layout.kernel == HEADS_FIRST else -2,
         )
 
 
 FORMS = {
     "as Kimi K2": Form(),
     "biases": Form(bias=True),
-    "flat": Form(layout=dataclasses.replace(BASE, kernel_ndim=2)),
-    "flat, biases": Form(bias=True, layout=dataclasses.replace(BASE, kernel_ndim=2)),
+    "flat": Form(layout=dataclasses.replace(BASE, kernel=FLAT)),
+    "flat, biases": Form(bias=True, layout=dataclasses.replace(BASE, kernel=FLAT)),
     "direct query": Form(low_rank=False, layout=dataclasses.replace(BASE, query="q")),
     "direct query, flat, biases": Form(
-        low_rank=False, bias=True, layout=dataclasses.replace(BASE, query="q", kernel_ndim=2)
+        low_rank=False, bias=True, layout=dataclasses.replace(BASE, query="q", kernel=FLAT)
     ),
     "rope first": Form(bias=True, layout=dataclasses.replace(BASE, rope_first=True)),
-    "rope first, flat": Form(layout=dataclasses.replace(BASE, rope_first=True, kernel_ndim=2)),
-    "heads first": Form(bias=True, layout=dataclasses.replace(BASE, head_axis=-3)),
+    "rope first, flat": Form(layout=dataclasses.replace(BASE, rope_first=True, kernel=FLAT)),
+    "heads first": Form(bias=True, layout=dataclasses.replace(BASE, kernel=HEADS_FIRST)),
     "keys alone": Form(layout=dataclasses.replace(BASE, value_dim=0, key_value="k_b")),
     "no rotary part": Form(layout=dataclasses.replace(BASE, rope_dim=0)),
     "as many heads as columns": Form(heads=NOPE + ROPE, bias=True),
@@ -119,8 +120,8 @@ def test_values_rotary_key_latents_and_calm_heads_keep_their_bits(form):
     for name in (layout.query, layout.key_value):
         width = layout.nope_dim + (layout.rope_dim if name == layout.query else layout.value_dim)
         for leaf in params[name]:
-            axis = 1 if leaf == "kernel" and layout.head_axis != -3 else 0
-            if layout.kernel_ndim == 2:
+            axis = 1 if leaf == "kernel" and layout.kernel != HEADS_FIRST else 0
+            if layout.kernel == FLAT:
                 views = [np.asarray(t[name][leaf]) for t in (params, new)]
                 views = [v.reshape(*v.shape[:-1], form.heads, width) for v in views]
             else:
@@ -199,6 +200,11 @@ def kernels(query, key_value):
     return {"q_b": {"kernel": np.ones(query)}, "kv_b": {"kernel": np.ones(key_value)}}
 
 
+def kernels_named(query, key_value):
+    q, kv = kernels((5, N * (NOPE + ROPE)), (5, N * (NOPE + VALUE))).values()
+    return {query: q, key_value: kv}
+
+
 @pytest.mark.parametrize(
     ("layout", "query", "key_value", "fault"),
     [
@@ -215,18 +221,23 @@ def kernels(query, key_value):
             "kv_b/kernel (5, 4, 6) does not have heads of nope_dim 3 + value_dim 4 = 7 columns.",
         ),
         (
-            dataclasses.replace(BASE, kernel_ndim=2),
+            dataclasses.replace(BASE, kernel=FLAT),
             (5, 21),
             (5, 28),
             "q_b/kernel (5, 21) does not have heads of nope_dim 3 + rope_dim 2 = 5 columns.",
         ),
-        (BASE, (5, 8, 5), (5, 4, 7), "q_b/kernel (5, 8, 5) has 8 heads, its max_logits has 4."),
-        (BASE, (5, 4, 5), (5, 2, 7), "kv_b/kernel (5, 2, 7) has 2 heads, its max_logits has 4."),
+        (BASE, (5, 8, 5), (5, 4, 7), "q_b/kernel (5, 8, 5) has 8 heads, but its max_logits has 4."),
         (
-            dataclasses.replace(BASE, kernel_ndim=2),
+            BASE,
+            (5, 4, 5),
+            (5, 2, 7),
+            "kv_b/kernel (5, 2, 7) has 2 heads, but its max_logits has 4.",
+        ),
+        (
+            dataclasses.replace(BASE, kernel=FLAT),
             (5, 20),
             (5, 56),
-            "kv_b/kernel (5, 56) has 8 heads, its max_logits has 4.",
+            "kv_b/kernel (5, 56) has 8 heads, but its max_logits has 4.",
         ),
     ],
 )
@@ -242,7 +253,7 @@ def test_a_direct_query_is_named_instead_of_half_clipped():
     form = FORMS["direct query"]
     text = text_of({"attn": form.params()}, {"attn": {"max_logits": jnp.ones(N)}})
     assert "attn: no module 'q_b'; there are" in text
-    assert "Name the modules: MLALayout(query='q', key_value='kv_b', nope_dim=3," in text
+    assert "Pass layout=MLALayout(query='q', key_value='kv_b', nope_dim=3," in text
 
 
 @pytest.mark.parametrize(
@@ -258,15 +269,18 @@ def test_a_direct_query_is_named_instead_of_half_clipped():
 )
 def test_the_names_of_other_libraries_are_proposed(names, query, key_value):
     params = {name: {"kernel": np.ones((2, 2))} for name in names.split()}
+    params |= kernels_named(query, key_value)
     text = text_of({"attn": params}, {"attn": {"max_logits": jnp.ones(N)}})
-    assert f"Name the modules: MLALayout(query={query!r}, key_value={key_value!r}," in text
+    assert f"Pass layout=MLALayout(query={query!r}, key_value={key_value!r}," in text
 
 
 def test_norms_of_the_latent_vectors_are_no_reason_to_refuse():
     params = {**kernels((5, 4, 5), (5, 4, 7)), "q_norm": {"scale": np.ones(5)}}
     mc.qk_clip(params, {"max_logits": jnp.ones(4)}, BASE)
     strict = dataclasses.replace(BASE, qk_norm=("q_norm",))
-    assert "'q_norm' undoes the clip." in text_of(params, {"max_logits": jnp.ones(4)}, strict)
+    assert "'q_norm' normalizes queries or keys." in text_of(
+        params, {"max_logits": jnp.ones(4)}, strict
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,9 +288,12 @@ def test_norms_of_the_latent_vectors_are_no_reason_to_refuse():
     [
         ({"query": "a", "key_value": "a"}, "query and key_value must be two modules"),
         ({"nope_dim": 0}, "nope_dim must be at least 1"),
-        ({"rope_dim": -1}, "rope_dim and value_dim must be at least 0"),
-        ({"value_dim": -1}, "rope_dim and value_dim must be at least 0"),
-        ({"kernel_ndim": 4}, "kernel_ndim must be 2 or 3"),
+        ({"rope_dim": -1}, "rope_dim must be at least 0"),
+        ({"value_dim": -1}, "value_dim must be at least 0"),
+        (
+            {"kernel": "inputs 3 heads head_dim"},
+            "has '3'; allowed are 'inputs', 'heads', 'head_dim'",
+        ),
     ],
 )
 def test_impossible_layouts_are_refused(settings, message):

@@ -274,7 +274,7 @@ def test_heads_ever_clipped_scan_as_they_loop():
 
 def test_heads_of_another_model_are_refused():
     before = mc.heads_ever_clipped(info_of(a=[1.0, 1.0], c=[1.0]))
-    with pytest.raises(ValueError, match="the heads are others") as error:
+    with pytest.raises(ValueError, match="the heads are not the heads of this model") as error:
         mc.heads_ever_clipped(info_of(a=[1.0], b=[1.0]), before)
     assert str(error.value).splitlines()[1:] == [
         "  a: was (2,), is (1,)",

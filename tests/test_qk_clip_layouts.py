@@ -59,7 +59,9 @@ class Form:
         return reference.max_logits(projected[0][..., :H], projected[1], is_causal=True)
 
 
-FLAT = mc.MultiHeadLayout(query="q_proj", key="k_proj", kernel_ndim=2)
+FLAT = mc.MultiHeadLayout(
+    query="q_proj", key="k_proj", kernel="inputs (heads head_dim)", head_dim=H
+)
 FORMS = {
     "three axes": Form(),
     "three axes, biases": Form(bias=True),
@@ -67,7 +69,9 @@ FORMS = {
     "one key head": Form(key_heads=1),
     "flat": Form(flat=True, layout=FLAT),
     "flat, grouped, biases": Form(flat=True, key_heads=2, bias=True, layout=FLAT),
-    "heads first": Form(head_axis=-3, bias=True, layout=mc.MultiHeadLayout(head_axis=-3)),
+    "heads first": Form(
+        head_axis=-3, bias=True, layout=mc.MultiHeadLayout(kernel="heads inputs head_dim")
+    ),
     "gated": Form(gate=3, bias=True, layout=mc.MultiHeadLayout(query_dim=H)),
     "gated, flat, grouped": Form(
         gate=3,
@@ -137,7 +141,10 @@ AXES = [
 @pytest.mark.parametrize(("axis", "flat"), AXES)
 def test_stacked_layers_are_clipped_one_by_one(axis, stat_axis, flat):
     layout = mc.MultiHeadLayout(
-        stack_axis=axis, stat_stack_axis=stat_axis, kernel_ndim=2 if flat else 3
+        stack_axis=axis,
+        stat_stack_axis=stat_axis,
+        kernel="inputs (heads head_dim)" if flat else "inputs heads head_dim",
+        head_dim=SIZE,
     )
     shape = (SIZE, SIZE * SIZE) if flat else (SIZE, SIZE, SIZE)
     layers = [
@@ -203,7 +210,9 @@ def test_stacked_grouped_queries_equal_their_layers(shared_key):
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_adapters_are_scaled_with_the_kernel(flat):
-    layout = mc.MultiHeadLayout(kernel_ndim=2 if flat else 3)
+    layout = mc.MultiHeadLayout(
+        kernel="inputs (heads head_dim)" if flat else "inputs heads head_dim", head_dim=4
+    )
     columns = (8,) if flat else (2, 4)
 
     def module(seed):
@@ -254,7 +263,7 @@ def test_leaf_names_of_other_libraries_are_settings():
 
 def test_layouts_are_hashable_and_compare_by_value():
     assert {mc.MultiHeadLayout(): 1}[mc.MultiHeadLayout(query="query")] == 1
-    assert mc.MultiHeadLayout() != mc.MultiHeadLayout(kernel_ndim=2)
+    assert mc.MultiHeadLayout() != mc.MultiHeadLayout(kernel="heads inputs head_dim")
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(mc.MultiHeadLayout(), "query", "q")  # noqa: B010  # pyright would refuse the plain form
 
@@ -262,13 +271,33 @@ def test_layouts_are_hashable_and_compare_by_value():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kernel_ndim": 1}, "kernel_ndim must be 2 or 3"),
-        ({"head_axis": -1}, "head_axis must be -2 or -3"),
-        ({"scaled_leaves": ()}, "scaled_leaves needs the name of the kernel"),
+        ({"kernel": "inputs head head_dim"}, "has 'head'; allowed are 'inputs', 'heads'"),
+        ({"kernel": "inputs (heads head_dim"}, "has a parenthesis that is not closed"),
+        ({"kernel": "inputs (heads (head_dim))"}, "has parentheses that are nested"),
+        ({"kernel": "inputs () heads head_dim"}, "has parentheses that are nested, empty"),
+        ({"kernel": "(inputs heads) head_dim"}, "needs 'inputs' as an axis of its own"),
+        ({"kernel": "inputs heads"}, "needs 'head_dim'"),
+        ({"kernel": "inputs head_dim"}, "needs 'heads', or 'kv_heads' and 'groups'"),
+        ({"kernel": "inputs heads heads head_dim"}, "names 'heads' more than once"),
+        ({"kernel": "inputs kv_heads head_dim"}, "needs 'groups' beside 'kv_heads'"),
+        ({"kernel": "2 heads inputs head_dim"}, "has '2'; allowed are"),
+        ({"key_kernel": "3 heads inputs head_dim"}, "key_kernel='3 heads inputs head_dim' has '3'"),
+        (
+            {"kernel": "inputs (heads head_dim)"},
+            "kernel has a flattened head axis and needs head_dim",
+        ),
+        ({"key_kernel": "inputs (heads head_dim)"}, "key_kernel has a flattened head axis"),
+        ({"head_dim": 4, "query_dim": 3}, "query_dim must be equal to head_dim"),
+        ({"head_dim": 0}, "head_dim must be at least 1"),
+        ({"value": "key"}, "value must be a module of its own"),
+        ({"scaled_leaves": ()}, "scaled_leaves must be a tuple, the kernel's name first"),
+        ({"scaled_leaves": "kernel"}, "scaled_leaves must be a tuple"),
+        ({"qk_norm": "q_norm"}, "qk_norm must be a tuple of names"),
         ({"query": "qk", "key": "qk"}, "query and key must be two modules"),
         ({"query_dim": 0}, "query_dim must be at least 1"),
     ],
 )
+@pytest.mark.usefixtures("no_typecheck")
 def test_impossible_layouts_are_refused(settings, message):
     with pytest.raises(ValueError, match=message) as error:
         mc.MultiHeadLayout(**settings)

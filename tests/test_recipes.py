@@ -253,7 +253,9 @@ def test_names_are_enough_for_easydel():
     [
         (
             {"q_proj/kernel": (D, N * H), "k_proj/kernel": (D, K * H)},
-            mc.MultiHeadLayout(query="q_proj", key="k_proj", kernel_ndim=2),
+            mc.MultiHeadLayout(
+                query="q_proj", key="k_proj", kernel="inputs (heads head_dim)", head_dim=H
+            ),
         ),
         (
             {
@@ -266,7 +268,7 @@ def test_names_are_enough_for_easydel():
                 value_dim=128,
                 query="q_b_proj",
                 key_value="kv_b_proj",
-                kernel_ndim=2,
+                kernel="inputs (heads head_dim)",
             ),
         ),
     ],

@@ -23,7 +23,10 @@ from lm.rules import constrain
 def layout_of(sizes: Latent) -> mc.MLALayout:
     """Says where QK-clip finds the heads."""
     return mc.MLALayout(
-        nope_dim=sizes.nope, rope_dim=sizes.rope, value_dim=sizes.value, kernel_ndim=2
+        nope_dim=sizes.nope,
+        rope_dim=sizes.rope,
+        value_dim=sizes.value,
+        kernel="inputs (heads head_dim)",
     )
 
 

@@ -1,0 +1,88 @@
+"""What the names of the children of an attention module show about them."""
+
+import re
+
+_WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
+_LETTERS = {
+    "q": {"q", "wq", "qw", "query", "queries", "qproj", "toq"},
+    "k": {"k", "wk", "kw", "key", "keys", "kproj", "tok"},
+    "v": {"v", "wv", "vw", "val", "value", "values", "vproj", "tov"},
+    "kv": {"kv", "wkv", "kvproj", "tokv", "keyvalue", "keyvalues", "keysvalues"},
+    "qk": {"qk", "wqk"},
+    "qkv": {"qkv", "wqkv", "qkvproj", "toqkv", "querykeyvalue"},
+}
+_OUT = {"o", "wo", "out", "output", "to", "proj", "projection", "oproj", "outproj"}
+_OUT |= {"dense", "linear", "c", "w", "attn", "attention", "vec", "einsum", "post", "final"}
+
+_NORM = r"(?:rms|layer|group|l2)?(?:norms?|ln|normali[sz](?:ation|e|er))|rms"
+_QUERY_KEY = r"qkv?|q|k|query|queries|keys?"
+_NORM_WORD = re.compile(f"({_QUERY_KEY})?(?:{_NORM})({_QUERY_KEY})?")
+# Norms of the latent vectors of MLA, between its down- and up-projection.
+_LATENT = {"a", "lora", "latent", "compressed", "compress", "down"}
+# Words of a norm that is before the projections, after the attention, or of something else.
+_ELSEWHERE = {"pre", "post", "in", "input", "inputs", "out", "output", "o", "v", "value", "values"}
+_ELSEWHERE |= {"kv", "context", "ctx", "cond", "mem", "memory", "sub", "inner", "final", "gate"}
+_ELSEWHERE |= {"mlp", "ffn", "ff", "x", "y", "hidden", "residual", "token", "tokens", "embed"}
+
+
+def words(name: str) -> list[str]:
+    """Splits a name into lower-case words, at underscores, digits and capitals.
+
+    Example:
+      >>> words("QNorm_0"), words("to_kv")
+      (['q', 'norm', '0'], ['to', 'kv'])
+    """
+    return [word.lower() for word in _WORD.findall(name)]
+
+
+def letters(name: str) -> set[str]:
+    """Returns which of queries (q), keys (k) and values (v) the name of a projection shows.
+
+    Example:
+      >>> sorted(letters("to_kv")), sorted(letters("query_proj")), letters("out")
+      (['k', 'v'], ['q'], set())
+    """
+    return {
+        letter
+        for word in words(name)
+        for shown, known in _LETTERS.items()
+        if word in known
+        for letter in shown
+    }
+
+
+def names_keys_and_values(name: str) -> bool:
+    """Returns whether the name of a projection shows keys and values in one kernel."""
+    return {"k", "v"} <= letters(name)
+
+
+def is_out_projection(name: str) -> bool:
+    """Returns whether a name is that of the projection after attention, and of nothing else."""
+    return all(word in _OUT or word.isdigit() for word in words(name))
+
+
+def normalizes(name: str) -> str | None:
+    """Returns what a child of an attention module normalizes, by its name.
+
+    Returns:
+      The letters of queries and keys, such as `"q"` or `"qk"`; `""` if it is a norm whose name
+      leaves that open; None for a norm of something else, and for all other children.
+
+    Example:
+      >>> normalizes("q_layernorm"), normalizes("ln_k"), normalizes("RMSNorm_0")
+      ('q', 'k', '')
+      >>> normalizes("q_a_layernorm"), normalizes("kv_norm"), normalizes("out")
+      (None, None, None)
+    """
+    found = words(name)
+    norms = [match for word in found if (match := _NORM_WORD.fullmatch(word))]
+    others = {word for word in found if not _NORM_WORD.fullmatch(word) and not word.isdigit()}
+    if not norms or others & _LATENT:
+        return None
+    joined = "".join(part or "" for match in norms for part in match.groups())
+    shown = letters(name) - {"v"} | ({*joined} & {"q", "k"})
+    if letters(name) == {"k", "v"}:
+        return None
+    if shown:
+        return "".join(sorted(shown, reverse=True))
+    return None if others & _ELSEWHERE else ""

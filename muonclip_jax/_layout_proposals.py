@@ -1,0 +1,182 @@
+"""Proposes layouts for an error message: only layouts that fit the module."""
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from muonclip_jax._attention_layouts import Layout
+from muonclip_jax._attention_sites import Path, Survey, make_site
+from muonclip_jax._child_names import letters, names_keys_and_values, normalizes
+from muonclip_jax._multi_head_layout import MultiHeadLayout
+from muonclip_jax._site_faults import site_faults
+
+_PATTERNS = (
+    "inputs heads head_dim",
+    "inputs (heads head_dim)",
+    "(heads head_dim) inputs",
+    "heads inputs head_dim",
+    "heads head_dim inputs",
+    "kv_heads groups head_dim inputs",
+    "inputs 3 heads head_dim",
+    "inputs heads 3 head_dim",
+    "3 heads inputs head_dim",
+)
+# Patterns of keys beside values, by the pattern of the queries.
+_KEY_PATTERNS = {
+    "inputs heads head_dim": ("inputs 2 heads head_dim", "inputs heads 2 head_dim"),
+    "inputs (heads head_dim)": ("inputs (2 heads head_dim)", "inputs (heads 2 head_dim)"),
+    "(heads head_dim) inputs": ("(2 heads head_dim) inputs", "(heads 2 head_dim) inputs"),
+    "heads inputs head_dim": ("2 heads inputs head_dim",),
+    "heads head_dim inputs": ("2 heads head_dim inputs",),
+}
+_LETTERS = {"query": {"q"}, "key": {"k"}, "key_value": {"k", "v"}, "qkv": {"q", "k", "v"}}
+_KERNELS = (("kernel", "bias"), ("weight", "bias"), ("w", "b"))
+_MOST = 3  # Layouts in one message. Where more fit, the shapes decide nothing.
+
+
+def proposal(
+    found: Survey, paths: Iterable[Path], kept: Iterable[Layout], *, watching: bool = False
+) -> str:
+    """Proposes layouts that describe modules without a fault.
+
+    Args:
+      found: All modules and max logits.
+      paths: The modules to describe.
+      kept: Layouts of other modules, which have to stay.
+      watching: See `site_faults`.
+
+    Returns:
+      Sentences for the error message, or an empty string. Where several layouts fit a module, all
+      are named; where more than three do, none.
+    """
+    fitting = {path: _fitting(found, path, watching) for path in paths}
+    alone = dict.fromkeys(fits[0] for fits in fitting.values() if len(fits) == 1)
+    lines = []
+    if alone:
+        layouts = tuple(dict.fromkeys((*kept, *alone)))
+        lines.append(f"Pass layout={layouts[0] if len(layouts) == 1 else layouts}.")
+    for path, fits in fitting.items():
+        if 1 < len(fits) <= _MOST:
+            shown = " or ".join(map(str, fits))
+            lines.append(f"By its shapes, {'/'.join(path) or 'the root'} fits {shown}.")
+    return "\n".join(dict.fromkeys(lines[:_MOST]))
+
+
+def _fitting(found: Survey, path: Path, watching: bool) -> list[Layout]:
+    """Lists the layouts that describe one module without a fault: the user's patterns first."""
+    fits = dict.fromkeys(
+        candidate
+        for layout in found.layouts
+        for candidate in _candidates(layout, found, path)
+        if _fits(candidate, found, path, watching)
+    )
+    own = {layout.kernel for layout in found.layouts}
+    return [candidate for candidate in fits if candidate.kernel in own] or [*fits]
+
+
+def _candidates(layout: Layout, found: Survey, path: Path) -> Iterator[Layout]:
+    """Varies the names of modules and leaves, and the patterns, but no other field."""
+    children = found.modules[path]
+    for names in itertools.product(
+        *(_likely(layout, field, children) for field in layout.module_fields)
+    ):
+        if len(set(names)) != len(names):
+            continue
+        leaves = {
+            full[-1] for name in names for full, _, _ in children[name] if len(full) > len(path) + 1
+        }
+        fields: dict[str, Any] = dict(zip(layout.module_fields, names, strict=True))
+        for scaled in _scaled_leaves(layout, leaves):
+            yield from _patterns(layout, fields | scaled, found, path)
+
+
+def _likely(layout: Layout, field: str, children: Any) -> list[str]:
+    """Names of children that may be the module of a field, nearest to the layout's name first."""
+    name = getattr(layout, field)
+    if name in children:
+        return [name]
+    wanted = _LETTERS[field]
+    fits = [c for c in children if normalizes(c) is None and wanted <= letters(c)]
+    if wanted == {"q"}:
+        fits = [c for c in fits if letters(c) == wanted]
+    return difflib.get_close_matches(name, fits, n=3, cutoff=0.0)
+
+
+def _scaled_leaves(layout: Layout, leaves: set[str]) -> list[dict[str, Any]]:
+    """Returns the layout's own leaf names, or those that the modules have."""
+    if not leaves or layout.scaled_leaves[0] in leaves:
+        return [{}]
+    found = [names for names in _KERNELS if names[0] in leaves]
+    return [{"scaled_leaves": (*names, *layout.scaled_leaves[2:])} for names in found]
+
+
+def _patterns(
+    layout: Layout, fields: dict[str, Any], found: Survey, path: Path
+) -> Iterator[Layout]:
+    """Varies the patterns of the kernels."""
+    fused = isinstance(layout, MultiHeadLayout) and names_keys_and_values(fields["key"])
+    fused = fused and layout.key_kernel is None and layout.value is None
+    for kernel in dict.fromkeys((layout.kernel, *_PATTERNS)):
+        keys = _KEY_PATTERNS.get(kernel, ()) if fused else (None,)
+        for key_kernel in keys:
+            extra = {"kernel": kernel} | ({"key_kernel": key_kernel} if key_kernel else {})
+            width = _head_dim(layout, fields | extra, found, path)
+            try:
+                yield dataclasses.replace(layout, **fields, **extra, **width)
+            except (TypeError, ValueError):  # a pattern that this kind of layout does not have
+                continue
+
+
+def _head_dim(layout: Layout, fields: dict[str, Any], found: Survey, path: Path) -> dict[str, Any]:
+    """Infers the width of a head of a flat query kernel from the heads of the max logits."""
+    if not isinstance(layout, MultiHeadLayout) or layout.head_dim or "(" not in fields["kernel"]:
+        return {}
+    stats = found.statistics.get((path, layout.stat))
+    entries = found.modules[path][fields["query"]]
+    kernels = [
+        v
+        for full, _, v in entries
+        if full[-1] in fields.get("scaled_leaves", layout.scaled_leaves)[:1]
+    ]
+    kernels = kernels or [value for _, _, value in entries]
+    if not stats or not stats[0].ndim or np.ndim(kernels[0]) < 2:
+        return {}
+    heads = stats[0].shape[-1]
+    size = np.shape(kernels[0])[-1 if fields["kernel"].startswith("inputs") else -2]
+    return {"head_dim": size // heads} if heads and size % heads == 0 and size else {}
+
+
+def _fits(candidate: Layout, found: Survey, path: Path, watching: bool) -> bool:
+    """Returns whether a layout describes a module without a fault, with equal inputs."""
+    stats = found.statistics.get((path, candidate.stat))
+    site = make_site(found, path, candidate, statistics=stats or [])
+    if not all(name in site.kernels for name in candidate.modules):
+        return False
+    if any(site.stack_of(name) < 0 for name in candidate.modules):
+        return False
+    if not stats:
+        stats = _stand_in(site)
+        site = site._replace(statistics=stats)
+    if not stats or site_faults(site, watching=watching):
+        return False
+    inputs = {
+        candidate.split(kernel.shape, site.stack)[1][candidate.patterns[name].input_axis]
+        for name, kernel in site.kernels.items()
+    }
+    return len(inputs) == 1 or not isinstance(candidate, MultiHeadLayout)
+
+
+def _stand_in(site: Any) -> list[Any]:
+    """Makes max logits for a module without, where its kernel shows the number of heads."""
+    layout, name = site.layout, site.layout.modules[0]
+    if layout.patterns[name].is_flat or not isinstance(layout, MultiHeadLayout):
+        return []
+    kernel = site.kernels[name]
+    stack, sizes = layout.split(kernel.shape, site.stack)
+    named = layout.patterns[name].sizes(sizes, {}) or {}
+    heads = named.get("heads") or named.get("kv_heads", 0) * named.get("groups", 0)
+    return [np.moveaxis(np.empty((*stack, heads)), range(len(stack)), site.stat_axes)]
