@@ -7,12 +7,16 @@ import pytest
 import muonclip_jax as mc
 from golden_tables import FOLDER, Expected, read, unfolded
 
-TABLES = {path.stem: read(path.stem) for path in FOLDER.glob("*.txt") if path.stem != "routing"}
+TABLES = {
+    path.stem: read(path.stem) for path in sorted(FOLDER.glob("*.txt")) if path.stem != "routing"
+}
 CALLS = [(name, {}) for name in TABLES]
 CALLS += [(name, table.arguments) for name, table in TABLES.items() if table.arguments]
 
 
-@pytest.mark.parametrize(("name", "arguments"), sorted(CALLS, key=str))
+@pytest.mark.parametrize(
+    ("name", "arguments"), CALLS, ids=["-".join([name, *arguments]) for name, arguments in CALLS]
+)
 def test_no_parameter_of_a_public_model_is_silently_wrong(name, arguments):
     table = TABLES[name]
     routes = mc.routing_table(table.params(), **arguments)
