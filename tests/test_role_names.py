@@ -35,9 +35,9 @@ def test_module_names_go_to_adamw_at_any_rank(name):
 
 PARAMETERS = (
     "bias scale embedding q_bias router_bias e_score_correction_bias expert_bias dt_bias "
-    "attn_scale gamma layer_scale ls1 ls2 lambda_1 sinks attention_sinks A_log D time_decay class_token cls "
-    "mask_token register_tokens probe input_embedding embedding_table pos_table pre_norm offset "
-    "static_alpha gate_factor resid_lambdas"
+    "attn_scale gamma layer_scale ls1 ls2 lambda_1 sinks attention_sinks A_log D "
+    "time_decay class_token cls mask_token register_tokens probe input_embedding "
+    "embedding_table pos_table pre_norm offset static_alpha gate_factor resid_lambdas"
 ).split()
 
 
