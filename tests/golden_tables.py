@@ -1,4 +1,4 @@
-"""Reads the golden tables in tests/golden: the right optimizer of parameters of public models."""
+"""Reads the golden tables in tests/golden: the right optimizer of public models' parameters."""
 
 import ast
 import dataclasses
@@ -25,7 +25,7 @@ class Expected:
       shape: Its shape.
       optimizers: The optimizers that are right.
       matrices: The right `(num_matrices, n_in, n_out)` under Muon; several if all are defensible.
-      warned: True if names and shapes cannot decide, so that a warning must name the parameter.
+      warned: True if names and shapes cannot decide: a warning that names it is right too.
     """
 
     path: str
@@ -37,7 +37,15 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The parameters of one model, how its pytree is built, and arguments of `routing_table`."""
+    """The parameters of one model.
+
+    Attributes:
+      name: Name of the file.
+      container: How the pytree is built, a key of `CONTAINERS`.
+      arguments: Arguments of `routing_table` that a user of the model would pass; the rows are
+        right without them too.
+      rows: One entry per parameter.
+    """
 
     name: str
     container: str
@@ -146,12 +154,12 @@ def _haiku(leaves: Leaves) -> dict[str, Any]:
     return root
 
 
-def _nnx_state(leaves: Leaves) -> nnx.State:
+def _nnx_state(leaves: Leaves) -> Any:
     flat = {
         tuple(int(c) if c.isdigit() else c for c in path.split("/")): nnx.Param(leaf)
         for path, leaf in leaves
     }
-    return nnx.State.from_flat_path(flat)
+    return nnx.from_flat_state(flat)
 
 
 CONTAINERS: dict[str, Callable[[Leaves], Any]] = {
