@@ -120,7 +120,7 @@ class Evidence:
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[Shape]):
-        cores = [core(path) for path in paths]
+        cores = [core(path) or ("",) for path in paths]  # one array has no path
         self.leaves = [
             Leaf(path, inner, shape, adamw_role(inner))
             for path, inner, shape in zip(paths, cores, shapes, strict=True)

@@ -9,13 +9,14 @@ from muonclip_jax._kernels import (
     Settings,
     fused_axis,
     heads_name,
+    is_convolution_shape,
     is_expert,
-    last_two_axes,
     layer_of,
     module_and_name,
     numbers_of,
     partners,
 )
+from muonclip_jax._orientation import last_two_axes
 
 
 def by_layout(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
@@ -49,6 +50,8 @@ def attention(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | 
     fused = fused_axis(name, shape)
     axes = [axis for axis in range(len(shape)) if axis != fused]
     sub = tuple(shape[axis] for axis in axes)
+    if len(sub) == 4 and not stack.axes and is_convolution_shape(sub):
+        return None
     doubt = ""
     if not stack.known and len(sub) > 2:
         depth, doubt = _stack_by_attention(leaf, sub, side, evidence)
@@ -140,6 +143,8 @@ _OTHER = {"in": "out", "out": "in"}
 
 def _fits_beside(leaf: Leaf, shape: Shape, side: str, evidence: Evidence) -> bool:
     """Returns whether the shapes of the other projections confirm (inputs, heads, head_dim)."""
+    if len(shape) != 3:
+        return False
     module, name = module_and_name(leaf)
     is_heads_first = names.matches(names.HEADS_FIRST, name)
     for other, partner in partners(module, _OTHER[side], evidence).items():
@@ -165,7 +170,7 @@ def _consistent(q: Shape, o: Shape, heads_first: bool) -> bool:
     if heads_first:
         return q == (o[0], o[2], o[1])
     width, heads, head_dim = q
-    grouped = head_dim == o[1] and max(heads, o[0]) % min(heads, o[0]) == 0
+    grouped = head_dim == o[1] and min(heads, o[0]) > 0 and max(heads, o[0]) % min(heads, o[0]) == 0
     return width == o[2] and (q[1:] == o[:2] or (grouped and heads < width))
 
 

@@ -70,7 +70,7 @@ ADAMW_ROLES = (
     Role(
         "output head",
         "top",
-        r"(\w+_)?head|classifier|output|(output|vocab)_proj(ection)?|score",
+        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|(output|vocab)_proj(ection)?|score",
         "big_vision, HF, LLaMA, scenic",
     ),
     Role("router", "any", r"(\w+_)?router(_\w+)?|moe_gate|gating_network", "MaxText, HF, T5X"),
@@ -169,6 +169,9 @@ FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?)(_?block)?|ff"
 EXPERTS = r"(shared_)?experts?(_\w*)?"
 CONVOLUTION = r"\w*conv\w*"
 PATCHES = r"(\w+_)?(patch\w*|stem)(_\w+)?|embeddings?|conv_?proj|proj(ection)?"
+
+# Components that hold several layers; without a number, these may be stacked.
+STACKS = r"layers|blocks|stacked|stages|h"
 
 _NUMBER = re.compile(r"_?\d+$")
 _QK_NORM = re.compile(r"_?(q|k|query|key)_?(norm|ln|layer_?norm|rms_?norm)")

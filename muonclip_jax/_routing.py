@@ -14,7 +14,7 @@ from muonclip_jax._folding import fold
 from muonclip_jax._kernels import DEFAULTS, Decision, Settings
 from muonclip_jax._layout import DimensionNumbersOrFn, axes_of, per_leaf, sides, update_scale
 from muonclip_jax._overrides import Overrides, check_overrides, matched
-from muonclip_jax._paths import aligned, leaf_paths
+from muonclip_jax._paths import aligned, components, leaf_paths
 from muonclip_jax._roles import decide
 from muonclip_jax._settings import check_settings
 from muonclip_jax._types import ArrayTree, Scalar
@@ -240,7 +240,11 @@ def route(
         decisions = decide(paths, shapes, settings)
     if overrides and leaves:
         joined = ["/".join(path) for path in paths]
-        hidden = ["/".join(path) for path in leaf_paths(params, _is_hidden)]
+        hidden = [
+            "/".join(components(path))
+            for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hidden)
+            if _is_hidden(x)
+        ]
         for index, (pattern, numbers) in matched(caller, overrides, joined, hidden).items():
             decisions[index] = Decision(numbers, f"override '{pattern}'")
     return Routing(tuple(paths), shapes, tuple(decisions))

@@ -1,11 +1,13 @@
 """Kernels with axes beside inputs and outputs: windows of convolutions, gates beside values."""
 
 from muonclip_jax import _role_names as names
-from muonclip_jax._evidence import Evidence, Leaf, Shape, Stack
+from muonclip_jax._evidence import Evidence, Leaf, Stack
 from muonclip_jax._kernels import (
     Decision,
     Settings,
+    is_convolution_shape,
     is_expert,
+    is_window,
     layer_of,
     module_and_name,
     numbers_of,
@@ -29,10 +31,7 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision 
         stack, shape = Stack((0,), True), shape[1:]
     doubt = ""
     if not named:
-        if len(shape) != 4 or not (
-            is_window(shape[:2], shape[2:], square=True)
-            or is_window(shape[2:], shape[:2], square=True)
-        ):
+        if not is_convolution_shape(shape):
             return None
         doubt = "its shape is that of a convolution, its name is not"
     last = len(shape) - 1
@@ -50,13 +49,6 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision 
         numbers = numbers_of(leaf, stack, tuple(range(1, last + 1)), (0,))
         return Decision(numbers, "convolution, outputs first", doubt)
     return Decision(numbers_of(leaf, stack, tuple(range(last)), (last,)), "convolution", doubt)
-
-
-def is_window(window: Shape, channels: Shape, square: bool = False) -> bool:
-    small = max(window) <= 16 and max(window) < max(channels)
-    if square:
-        return small and len({*window}) == 1 and 1 < window[0] < min(channels)
-    return small
 
 
 def gated_pair(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
