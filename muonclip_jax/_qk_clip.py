@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from muonclip_jax._attention_faults import check_survey
 from muonclip_jax._attention_layouts import Layout
@@ -183,7 +183,7 @@ def _parts(heads: Iterable[int]) -> int:
     return math.gcd(*heads) or 1
 
 
-def _split(x: Float[Array, "..."], axis: int, parts: int) -> Float[Array, "..."]:
+def _split(x: Shaped[Array, "..."], axis: int, parts: int) -> Shaped[Array, "..."]:
     """Splits heads, at `axis`, into `[parts, rest]`, with all that is behind them in the rest.
 
     Where heads are sharded they are so along the parts, a number that all modules have: joined
@@ -261,7 +261,7 @@ def _info(
     )
 
 
-def _joined(arrays: Iterable[Float[Array, "*stack heads"]]) -> list[Float[Array, "parts n"]]:
+def _joined(arrays: Iterable[Shaped[Array, "*stack heads"]]) -> list[Shaped[Array, "parts n"]]:
     """Joins all numbers, those of one sharding in one array: others cannot be concatenated."""
     arrays = list(arrays)
     groups, parts = defaultdict(list), _parts(x.shape[-1] for x in arrays)
