@@ -30,7 +30,7 @@ def measure(shape: tuple[int, int, int]) -> dict:
         jax.jit(
             lambda x, at_once=at_once: _newton_schulz._iterate(
                 x,
-                jnp.float32(1e-8),
+                _newton_schulz.Traced(jnp.float32(1e-8)),
                 rows=ns_coefficients("jordan"),
                 method="standard",
                 compute_dtype=jnp.dtype(jnp.float32),

@@ -89,7 +89,7 @@ def gaussian(leaves: Leaves) -> dict[str, dict[str, np.ndarray]]:
 
 
 def matrices(leaves: Leaves) -> list[tuple[int, int, int]]:
-    """Lists (batch, rows, columns) of each leaf, in the order of `jax.tree.leaves`.
+    """Lists (num_matrices, n_in, n_out) of each leaf, in the order of `jax.tree.leaves`.
 
     Raises:
       ValueError: if a leaf would not go to Muon, so that the benchmark would miss its work.
@@ -97,7 +97,7 @@ def matrices(leaves: Leaves) -> list[tuple[int, int, int]]:
     routes = mc.routing_table(leaves)
     if any(route.optimizer != "muon" for route in routes.rows):
         raise ValueError(f"every leaf of a benchmark must go to Muon:\n{routes}")
-    return [(route.batch, route.rows, route.columns) for route in routes.rows]
+    return [(route.num_matrices, route.n_in, route.n_out) for route in routes.rows]
 
 
 def floor(leaves: Leaves, steps: int = 5) -> float:

@@ -13,11 +13,17 @@ import contextlib
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
-from lm import config as settings, data, rundir
+from lm import config as settings, extras
 from lm.stop import StopFlag
+
+try:
+    from lm import data, rundir
+except ModuleNotFoundError as error:  # NumPy, which comes with muonclip-jax
+    settings.refuse(extras.not_installed(error.name or "muonclip-jax"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = settings.parse(arguments)
     stop = StopFlag()
     try:
+        extras.check()
+        config = rundir.resumed(config)
         if config.aot_topology is not None:
             print(compile_ahead(config))
             return 0
@@ -98,11 +106,37 @@ def train(config: settings.Config, corpus: data.Corpus, run: rundir.Run, stop: S
             print(f"train_lm.py: {path}: {error}", file=sys.stderr)
             return 1
     if not (path / rundir.SUMMARY).exists():
-        print(f"stopped after step {done}; --resume --out {path} goes on")
+        print(f"stopped after step {done}; continue with: {resume_command(config, path)}")
         return 0
     lines = report(path, made.speed.tokens_per_second)
     print(*lines[:1] if config.quiet else lines, sep="\n")
     return 0
+
+
+def resume_command(config: settings.Config, path: pathlib.Path) -> str:
+    """Returns the command that resumes a run; the other settings are in its folder.
+
+    Args:
+      config: Settings.
+      path: Run folder.
+
+    Returns:
+      A shell command for the working directory of this process. With several processes, each
+      replaces RANK by its own.
+    """
+    words = [_from_here(sys.executable), _from_here(__file__), "--resume", "--out", str(path)]
+    if config.distributed is not None:
+        address, count, _ = config.distributed
+        words += (
+            ["--distributed"] if address is None else ["--distributed", f"{address},{count},RANK"]
+        )
+    return shlex.join(words)
+
+
+def _from_here(path: str) -> str:
+    """Shortens a path that is below the working directory."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith(os.pardir) else relative
 
 
 @contextlib.contextmanager

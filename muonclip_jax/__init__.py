@@ -3,8 +3,8 @@
 The two modules that need Flax, `linen` and `nnx`, load when they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [  # linen and nnx are there on first use
+__all__ = [  # linen and nnx are imported on first use
     "FusedQKVLayout",
     "MLALayout",
     "MultiHeadLayout",
@@ -70,8 +70,17 @@ __all__ = [  # linen and nnx are there on first use
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Loads the Flax modules on first use, so that importing the package does not import Flax."""
-    if name in ("linen", "nnx"):
-        return importlib.import_module(f"muonclip_jax.{name}")
-    raise AttributeError(f"module 'muonclip_jax' has no attribute {name!r}")
+def __getattr__(name: str) -> ModuleType:
+    """Imports `linen` or `nnx` on first use, so that importing the package does not import Flax."""
+    if name == "linen":
+        import muonclip_jax.linen as module
+    elif name == "nnx":
+        import muonclip_jax.nnx as module
+    else:
+        raise AttributeError(f"module 'muonclip_jax' has no attribute {name!r}")
+    return module
+
+
+def __dir__() -> list[str]:
+    """Lists the names of the module, with `linen` and `nnx` before their first use too."""
+    return sorted({*globals(), *__all__})

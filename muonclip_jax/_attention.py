@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from muonclip_jax._max_logit import check_arguments, max_attention_logit
+from muonclip_jax._max_logit import check_arguments, max_attention_logit, scale_with_four_axes
 from muonclip_jax._settings import check_choice
 from muonclip_jax._splash import MASKED, splash_attention
 from muonclip_jax._types import Scalar
@@ -52,7 +52,7 @@ def dot_product_attention(
     bias: Float[Array, "..."] | None = None,
     mask: Bool[Array, "..."] | None = None,
     *,
-    scale: Scalar | None = None,
+    scale: Scalar | Float[Array, "..."] | None = None,
     is_causal: bool = False,
     query_seq_lengths: Lengths | None = None,
     key_value_seq_lengths: Lengths | None = None,
@@ -76,7 +76,8 @@ def dot_product_attention(
         the narrower ones are padded with zeros, and the output is cut.
       bias: Added after the scale; up to four axes, each full or 1: `[batch, heads, t, s]`.
       mask: True where a pair may attend; axes like `bias`.
-      scale: Factor on `q . k`. None is `width ** -0.5`, the width of the queries.
+      scale: Factor on `q . k`: a number or an array, see `max_attention_logit`. None is
+        `width ** -0.5`, the width of the queries.
       is_causal: Whether query i sees only keys j <= i.
       query_seq_lengths: How many queries of each row are no padding, int32 `[batch]`.
       key_value_seq_lengths: The same for keys and values.
@@ -128,11 +129,12 @@ def dot_product_attention(
     query, key, value = (_with_four_axes(x, least=3) for x in (query, key, value))
     bias, mask = (None if x is None else _with_four_axes(x) for x in (bias, mask))
     lengths = (query_seq_lengths, key_value_seq_lengths)
-    check_arguments("dot_product_attention", query, key, bias, mask, lengths, local_window_size)
+    others = {"window": local_window_size, "scale": scale, "is_causal": is_causal}
+    check_arguments("dot_product_attention", query, key, bias, mask, lengths, **others)
     _check_value(key, value)
     options = {
         # As jax.nn has it: `width ** -0.5` may differ by the last bit.
-        "scale": 1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        "scale": 1 / math.sqrt(query.shape[-1]) if scale is None else scale_with_four_axes(scale),
         "is_causal": is_causal,
         "query_seq_lengths": query_seq_lengths,
         "key_value_seq_lengths": key_value_seq_lengths,
@@ -179,6 +181,11 @@ def _lse_bound(call: _Call) -> Result:
 
 def _tokamax(call: _Call) -> Result:
     """Takes output and row maxima from one kernel."""
+    if np.ndim(call.options["scale"]):
+        raise ValueError(
+            'dot_product_attention: max_logit="tokamax" needs a number as scale, got an array. '
+            "Multiply the queries by it and pass scale=1.0."
+        )
     arrays = (call.query, call.key, call.value, call.bias, call.mask)
     return splash_attention(*arrays, implementation=call.implementation, **call.options)
 
@@ -206,6 +213,9 @@ def _jax_nn(call: _Call, return_residual: bool) -> tuple[Array, Any]:
     """Computes attention and, if wanted, log-sum-exp; `jax.nn` knows one width only."""
     own, theirs = call.query.shape[-1], call.value.shape[-1]
     q, k, v = (_widened(x, max(own, theirs)) for x in (call.query, call.key, call.value))
+    if np.ndim(scale := call.options["scale"]) and scale.shape[1] not in (1, k.shape[2]):
+        # A factor for each query head; jax.nn knows one for each key head only.
+        k, v = (jnp.repeat(x, scale.shape[1] // x.shape[2], axis=2) for x in (k, v))
     attend: Any = jax.nn.dot_product_attention
     result = attend(
         *(q, k, v, call.bias, call.mask),

@@ -4,10 +4,13 @@ One step maps every singular value s of a matrix to p(s) = a s + b s³ + c s⁵;
 `(a, b, c)` rows, one a step.
 """
 
+import functools
+import reprlib
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -17,6 +20,8 @@ from muonclip_jax._types import Row
 # A preset's name; several rows (a, b, c), one a step; or one row for every step. Lists and concrete
 # arrays do as well as tuples.
 Coefficients: TypeAlias = str | Sequence[float] | Sequence[Sequence[float]] | ArrayLike
+
+_T = TypeVar("_T")
 
 # Keller Jordan's post uses five steps, and so does optax.
 DEFAULT_STEPS = 5
@@ -96,6 +101,12 @@ _PRESETS: dict[str, tuple[Row, ...]] = {
     "cubic5": _CUBIC5,
 }
 
+# What a message says that coefficients must be.
+EXPECTED = (
+    f"a preset's name ({', '.join(map(repr, _PRESETS))}), a row (a, b, c) or several rows of "
+    "finite numbers"
+)
+
 
 def ns_coefficients(name: str, steps: int | None = None) -> tuple[Row, ...]:
     """Looks up the `(a, b, c)` rows of a preset, one row for each Newton-Schulz step.
@@ -138,7 +149,7 @@ def ns_coefficients(name: str, steps: int | None = None) -> tuple[Row, ...]:
 
 
 def as_rows(coefficients: Any, steps: Any = None) -> tuple[Row, ...]:
-    """Turns a preset's name, rows, or one row for every step into a tuple of rows.
+    """Turns a preset's name, coefficients of every step, or one step's into a tuple of rows.
 
     Args:
       coefficients: See `Coefficients`; lists and concrete arrays do too.
@@ -148,7 +159,7 @@ def as_rows(coefficients: Any, steps: Any = None) -> tuple[Row, ...]:
       Rows of Python floats.
 
     Raises:
-      TypeError: if `coefficients` or `steps` is traced: they shape the program.
+      TypeError: if `coefficients` or `steps` is traced.
       ValueError: if they are not rows of three finite numbers, or `steps` is below 1.
 
     Example:
@@ -157,16 +168,12 @@ def as_rows(coefficients: Any, steps: Any = None) -> tuple[Row, ...]:
     """
     if isinstance(coefficients, str):
         return ns_coefficients(coefficients, steps)
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(coefficients)):
-        raise TypeError(
-            "Newton-Schulz coefficients are part of the program and cannot be traced; "
-            "with optax.inject_hyperparams, name them in static_args."
-        )
-    table = np.asarray(coefficients, np.float64)
-    if table.ndim not in (1, 2) or table.shape[-1] != 3 or not np.all(np.isfinite(table)):
+    if is_traced(coefficients):
+        raise TypeError("The coefficients must be known while tracing here; pass numbers.")
+    table = _as_table(coefficients)
+    if table is None:
         raise ValueError(
-            "Newton-Schulz coefficients must be a preset's name, a row (a, b, c) or several rows, "
-            f"all finite; got {coefficients!r}."
+            f"Newton-Schulz coefficients must be {EXPECTED}, got {reprlib.repr(coefficients)}."
         )
     rows = tuple((float(a), float(b), float(c)) for a, b, c in np.atleast_2d(table))
     if table.ndim == 1:
@@ -174,8 +181,24 @@ def as_rows(coefficients: Any, steps: Any = None) -> tuple[Row, ...]:
     return _to_length(rows, steps)
 
 
+def is_traced(coefficients: Any) -> bool:
+    """Whether coefficients, or a number of steps, are traced.
+
+    Args:
+      coefficients: See `Coefficients`.
+
+    Returns:
+      True if any number is.
+
+    Example:
+      >>> is_traced((2.0, -1.5, 0.5))
+      False
+    """
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(coefficients))
+
+
 def is_single_row(coefficients: Any) -> bool:
-    """Tells `(a, b, c)` from a preset's name and from several rows.
+    """Whether coefficients are one row `(a, b, c)`, not a preset's name or several rows.
 
     Args:
       coefficients: See `Coefficients`.
@@ -187,10 +210,14 @@ def is_single_row(coefficients: Any) -> bool:
       >>> is_single_row((2.0, -1.5, 0.5)), is_single_row("jordan")
       (True, False)
     """
-    return not isinstance(coefficients, str) and np.ndim(coefficients) == 1
+    if isinstance(coefficients, str):
+        return False
+    if hasattr(coefficients, "ndim"):
+        return coefficients.ndim == 1
+    return all(np.ndim(number) == 0 for number in coefficients)
 
 
-def evaluate(rows: Sequence[Row], s: float) -> float:
+def evaluate(rows: Any, s: Any) -> Any:
     """Follows one singular value through all steps.
 
     Args:
@@ -230,13 +257,79 @@ def for_sixteen_bits(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     return rows if all(0 < p < 2 for p in above) else with_safety(rows, _ROUNDING)
 
 
-def _to_length(rows: tuple[Row, ...], steps: Any) -> tuple[Row, ...]:
+def traced_rows(coefficients: Any, steps: Any = None) -> jax.Array:
+    """Does what `as_rows` does, for coefficients that are traced.
+
+    Args:
+      coefficients: One row or several, with traced numbers.
+      steps: See `as_rows`. If it is traced, one row is left as it is.
+
+    Returns:
+      `[steps, 3]`, or `[1, 3]` for a traced number of steps.
+
+    Raises:
+      TypeError: if `steps` is traced and there are several rows.
+      ValueError: if they are not rows of three, or `steps` is below 1.
+
+    Example:
+      >>> traced_rows(jnp.array([2.0, -1.5, 0.5]), steps=4).shape
+      (4, 3)
+    """
+    table = jnp.asarray(coefficients)
+    if table.ndim not in (1, 2) or table.shape[-1] != 3:
+        raise ValueError(f"Newton-Schulz coefficients must be {EXPECTED}, got {table.shape}.")
+    if table.ndim == 1:
+        if isinstance(steps, Tracer):
+            return table[None]
+        steps = DEFAULT_STEPS if steps is None else steps
+    indices = _to_length(tuple(range(len(jnp.atleast_2d(table)))), steps)
+    return jnp.atleast_2d(table)[np.array(indices)]
+
+
+def known_while_running(table: jax.Array, compute_dtype: Any) -> list[Any]:
+    """Splits traced coefficients into rows of scalars; does for them what `for_sixteen_bits` does.
+
+    Args:
+      table: Coefficients, `[steps, 3]`.
+      compute_dtype: What the products are computed in.
+
+    Returns:
+      One row `(a, b, c)` for each step, of scalars in float32 or float64.
+
+    Example:
+      >>> len(known_while_running(jnp.ones((4, 3)), jnp.dtype(jnp.float32)))
+      4
+    """
+    info = jnp.finfo(compute_dtype)
+    table = table.astype(jnp.float64 if info.bits == 64 else jnp.float32)
+    if info.bits == 16:
+        above = [evaluate(table, 1 + excess * (_ROUNDING - 1)) for excess in (0.25, 0.5, 0.75, 1)]
+        safe = functools.reduce(jnp.logical_and, ((0 < p) & (p < 2) for p in above))
+        table = jnp.where(safe, table, table / _ROUNDING ** np.array([1, 3, 5], np.float32))
+    return [tuple(row) for row in table]
+
+
+def _as_table(coefficients: Any) -> np.ndarray | None:
+    """Reads one row or several, in float64; None if they are not finite numbers."""
+    try:
+        given = np.asarray(coefficients)
+    except ValueError:  # rows of unequal lengths
+        return None
+    if given.ndim not in (1, 2) or given.shape[-1] != 3 or not given.size:
+        return None
+    if not jnp.isdtype(given.dtype, ("integral", "real floating")):
+        return None
+    table = given.astype(np.float64)
+    return table if np.all(np.isfinite(table)) else None
+
+
+def _to_length(rows: tuple[_T, ...], steps: Any) -> tuple[_T, ...]:
     if steps is None:
         return rows
     if isinstance(steps, Tracer):
         raise TypeError(
-            "The number of Newton-Schulz steps is part of the program and cannot be traced; "
-            "with optax.inject_hyperparams, pass static_args='ns_steps'."
+            "A traced number of Newton-Schulz steps needs one row of coefficients (a, b, c) for "
+            "every step. Pass one row, or the number of steps as an int."
         )
     if steps != int(steps) or steps < 1:
         raise ValueError(f"The number of Newton-Schulz steps must be at least 1, got {steps!r}.")

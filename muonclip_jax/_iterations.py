@@ -66,18 +66,26 @@ def standard(
     preconditioning: str,
     blocks: int,
     team: Team | None = None,
+    steps: jax.Array | None = None,
 ) -> jax.Array:
     """Runs the standard form; `x` is (..., n, m) in the dtype to compute in.
 
-    With a team `x` is this device's columns, and `blocks` is 1.
+    With a team `x` is this device's columns, and `blocks` is 1. A traced number of `steps`, at
+    least 1, uses the one row in each of them.
     """
     x, A = _preconditioned(x, preconditioning, blocks, team)
-    X = split(x, blocks)
-    for step, (a, b, c) in enumerate(rows):
-        if step > 0:
-            A = _shifted_gram_matrix(X, team)
+
+    def step(X: Rows, A: Shifted, row: Row) -> Rows:
+        a, b, c = row
         z, Z = _even_part(A, b, c, team)
-        X = _combine(x.dtype, (a + z, X), (1.0, product(Z, X)))
+        return _combine(x.dtype, (a + z, X), (1.0, product(Z, X)))
+
+    X = step(split(x, blocks), A, rows[0])
+    if steps is not None:
+        again = lambda _, X: step(X, _shifted_gram_matrix(X, team), rows[0])  # noqa: E731
+        return join(jax.lax.fori_loop(1, steps, again, X))
+    for row in rows[1:]:
+        X = step(X, _shifted_gram_matrix(X, team), row)
     return join(X)
 
 
@@ -204,7 +212,7 @@ def _with_product(
 ) -> _Blocks:
     """Computes Σ coefficient · x + c A B with one rounding, all of them n x n."""
     dtype, height = A[0, 0].dtype, A[0, 0].shape[-2]
-    if not c:
+    if isinstance(c, float) and c == 0:
         return _combine(dtype, *terms)
     AB: Any
     if team is None:

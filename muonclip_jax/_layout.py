@@ -6,13 +6,14 @@ n_in x n_out. All other axes of the leaf are a batch, and a batch is never flatt
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax._paths import path_string
+from muonclip_jax._paths import leaf_paths, path_string
 from muonclip_jax._types import ArrayTree, Scalar
 
 # A tree, or a prefix of one, of MuonDimensionNumbers and None; or a function from the parameters to
@@ -151,13 +152,90 @@ def update_scale(n_in: int, n_out: int, consistent_rms: Scalar | None = None) ->
     return consistent_rms * math.sqrt(max(n_in, n_out))
 
 
+def is_function(value: Any) -> bool:
+    """Returns whether a value is a function of the parameters, and not a pytree that is callable.
+
+    Equinox and NNX modules and `flax.struct` classes with `__call__` are pytrees.
+
+    Args:
+      value: What was passed for a pytree or a function that returns one.
+
+    Returns:
+      True for functions and methods, and for the two kinds of `partial`.
+
+    Example:
+      >>> is_function(lambda params: params), is_function({"w": True})
+      (True, False)
+    """
+    if isinstance(value, jax.tree_util.Partial):
+        return True
+    return callable(value) and jax.tree.structure(value) == jax.tree.structure(0)
+
+
+def spread(
+    name: str, given: Any, tree: ArrayTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Any]:
+    """Spreads a pytree, a prefix of one, or a function that returns one over the leaves of another.
+
+    If the structures differ, as those of an `nnx.State` of booleans and of the updates that
+    `nnx.Optimizer` passes do, leaves are matched by path.
+
+    Args:
+      name: What it is, for errors.
+      given: The pytree, prefix or function.
+      tree: Parameters or gradients, or their shapes.
+      is_leaf: What is a leaf of `given`, as for `jax.tree.leaves`.
+
+    Returns:
+      One value for each leaf of `tree`, in the order of `jax.tree.leaves`.
+
+    Raises:
+      ValueError: if neither the structures nor the paths fit.
+
+    Example:
+      >>> spread("mask", {"a": True, "b": False}, {"a": [1.0, 2.0], "b": 3.0})
+      [True, True, False]
+    """
+    if is_function(given):
+        given = given(tree)
+    values, structure = jax.tree.flatten(given, is_leaf=is_leaf)
+    try:
+        subtrees = structure.flatten_up_to(tree)
+    except ValueError as error:
+        if (matched := _by_path(given, values, tree, is_leaf)) is not None:
+            return matched
+        raise ValueError(
+            f"The {name} are not a prefix of the parameter pytree: {error} Pass the pytree's own "
+            "structure, or a prefix of it."
+        ) from error
+    return [v for v, t in zip(values, subtrees, strict=True) for _ in jax.tree.leaves(t)]
+
+
+def _by_path(
+    given: Any, values: list[Any], tree: ArrayTree, is_leaf: Callable[[Any], bool] | None
+) -> list[Any] | None:
+    """Finds for each leaf the value at the longest prefix of its path; None if one has none."""
+    at = dict(zip(leaf_paths(given, is_leaf), values, strict=True))
+    found, used = [], set()
+    for path in leaf_paths(tree):
+        ends = (path[:end] for end in range(len(path), -1, -1))
+        end = next((end for end in ends if end in at), None)
+        if end is None:
+            return None
+        used.add(end)
+        found.append(at[end])
+    hidden = leaf_paths(tree, lambda x: x is None or isinstance(x, optax.MaskedNode))
+    used.update(path[:end] for path in hidden for end in range(len(path) + 1))
+    return found if used >= at.keys() else None
+
+
 def per_leaf(
     dimension_numbers: DimensionNumbersOrFn | None, tree: ArrayTree
 ) -> list[MuonDimensionNumbers | None]:
     """Finds the dimension numbers of each leaf.
 
     Args:
-      dimension_numbers: Tree or prefix tree of `MuonDimensionNumbers` and None, or a function
+      dimension_numbers: Pytree or prefix of one of `MuonDimensionNumbers` and None, or a function
         that makes one from `tree`. None as a whole stands for `LAST_TWO_AXES` everywhere.
       tree: Parameters or gradients, or their shapes.
 
@@ -173,19 +251,12 @@ def per_leaf(
     """
     if dimension_numbers is None:
         return [LAST_TWO_AXES] * len(jax.tree.leaves(tree))
-    if callable(dimension_numbers):
-        dimension_numbers = dimension_numbers(tree)
-    specs, structure = jax.tree.flatten(
-        dimension_numbers, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+    return spread(
+        "dimension numbers",
+        dimension_numbers,
+        tree,
+        lambda x: x is None or isinstance(x, MuonDimensionNumbers),
     )
-    try:
-        subtrees = structure.flatten_up_to(tree)
-    except ValueError as error:
-        raise ValueError(
-            "The dimension numbers are not a prefix of the parameter tree: "
-            f"{error} Give the tree's own structure, with MuonDimensionNumbers or None as leaves."
-        ) from error
-    return [s for s, t in zip(specs, subtrees, strict=True) for _ in jax.tree.leaves(t)]
 
 
 def matrix_axes(

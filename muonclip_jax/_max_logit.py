@@ -3,6 +3,7 @@
 S_h = max over i, j that may attend of  scale * q_i . k_j + bias_ij        (Kimi K2, section 2.1)
 """
 
+import functools
 from typing import Any, TypeAlias
 
 import jax
@@ -10,8 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
+from muonclip_jax._settings import COUNT, flag, is_real, shown
 from muonclip_jax._types import Scalar
-from muonclip_jax._visible import Block, Rules, Start, Window, band, block_pairs, cut, tile, visible
+from muonclip_jax._visible import (
+    Block,
+    Pair,
+    Rules,
+    Start,
+    Window,
+    band,
+    block_pairs,
+    cut,
+    tile,
+    visible,
+)
 
 Lengths: TypeAlias = Integer[Array, " batch"]
 # One array for queries and keys alike, or one for each.
@@ -24,7 +37,7 @@ def max_attention_logit(
     query: Float[Array, "batch t heads width"],
     key: Float[Array, "batch s key_heads width"],
     *,
-    scale: Scalar | None = None,
+    scale: Scalar | Float[Array, "..."] | None = None,
     bias: Float[Array, "..."] | None = None,
     mask: Bool[Array, "..."] | None = None,
     is_causal: bool = False,
@@ -44,7 +57,9 @@ def max_attention_logit(
     Args:
       query: Queries. Head h uses key head `h // (heads // key_heads)`.
       key: Keys. The number of heads divides the number of query heads.
-      scale: Factor on `q . k`. None is `width ** -0.5`.
+      scale: Factor on `q . k`: a number, or an array that broadcasts to `[batch, heads, t, s]`,
+        such as a temperature of shape `(heads, 1, 1)`. `(key_heads, 1, 1)` is a factor for each key
+        head, as in `jax.nn`. None is `width ** -0.5`.
       bias: Added after the scale; four axes, each full or 1: `[batch, heads, t, s]`.
       mask: True where a pair may attend; four axes, each full or 1. A masked pair does not count.
       is_causal: Whether query i sees only keys j <= i.
@@ -76,20 +91,43 @@ def max_attention_logit(
     """
     ids = _query_and_key_ids(segment_ids)
     lengths = (query_seq_lengths, key_value_seq_lengths)
-    check_arguments(
-        "max_attention_logit", query, key, bias, mask, lengths, local_window_size, ids, block_size
+    query, key, bias, mask = (None if x is None else _array(x) for x in (query, key, bias, mask))
+    options = (lengths, local_window_size, ids, block_size, scale, is_causal)
+    check_arguments("max_attention_logit", query, key, bias, mask, *options)
+    arrays = (query, key, scale_with_four_axes(scale), bias)
+    return _blockwise(
+        *jax.lax.stop_gradient(arrays),
+        Rules(None, lengths, ids, mask),
+        within=band(query.shape[1], key.shape[1], bool(is_causal), _window(local_window_size)),
+        block_size=int(block_size),
     )
-    query, key, bias, scale = jax.lax.stop_gradient((query, key, bias, scale))
+
+
+# jit: outside of one, a scan over a function made anew is compiled at every call. inline: inside of
+# one, nothing changes.
+@functools.partial(jax.jit, static_argnames=("within", "block_size"), inline=True)
+def _blockwise(
+    query: Array,
+    key: Array,
+    scale: Scalar | Array | None,
+    bias: Array | None,
+    rules: Rules,
+    *,
+    within: Pair | None,
+    block_size: int,
+) -> Float[Array, "batch heads"]:
+    """Computes `max_attention_logit` from arguments that fit."""
     (batch, t, heads, width), (s, key_heads) = query.shape, key.shape[1:3]
     scale = width**-0.5 if scale is None else scale
     size, key_size = min(block_size, t), min(block_size, s)
-    rules = Rules(band(t, s, is_causal, local_window_size), lengths, ids, mask)
+    rules = rules._replace(band=within)
 
     def block_max(i: Start, j: Start) -> Float[Array, "batch key_heads group"]:
         own, other = Block(i, size), Block(j, key_size)
         q, k = cut(query, {1: own}), cut(key, {1: other})
         logits = _dot(q.reshape(batch, size, key_heads, heads // key_heads, width), k)
-        logits = jnp.asarray(scale, logits.dtype) * logits
+        factor = tile(scale, own, other, key_heads) if jnp.ndim(scale) else scale
+        logits = jnp.asarray(factor, logits.dtype) * logits
         if bias is not None:
             logits += tile(bias, own, other, key_heads).astype(logits.dtype)
         # -inf, not a large number: a masked pair must never be the maximum that is reported.
@@ -99,12 +137,28 @@ def max_attention_logit(
     def step(largest, pair):
         return jnp.maximum(largest, block_max(*pair)), None
 
-    first, *others = block_pairs(t, s, size, key_size, rules.band)
+    first, *others = block_pairs(t, s, size, key_size, within)
     # The first block is the start value; a constant would lack the varying axes of `shard_map`.
     largest = block_max(*first)
     if others:
         largest, _ = jax.lax.scan(step, largest, jnp.asarray(others, jnp.int32))
     return largest.reshape(batch, heads).astype(jnp.float32)
+
+
+def scale_with_four_axes(scale: Any) -> Any:
+    """Puts axes of size 1 in front of a scale that has axes; a number is returned as it is."""
+    if scale is None or np.ndim(scale) == 0:
+        return scale
+    return jnp.reshape(scale, (1,) * (4 - np.ndim(scale)) + np.shape(scale))
+
+
+def _array(x: Any) -> Any:
+    return x if hasattr(x, "dtype") else jnp.asarray(x)
+
+
+def _window(window: Any) -> Window | None:
+    """Gives a window in numbers that can be hashed."""
+    return tuple(int(side) for side in window) if isinstance(window, tuple) else window
 
 
 def _dot(
@@ -130,12 +184,22 @@ def _query_and_key_ids(ids: SegmentIds | None) -> tuple[Array, Array] | None:
 
 
 def check_arguments(
-    where, query, key, bias, mask, lengths=(None, None), window=None, ids=None, block_size=1
+    caller,
+    query,
+    key,
+    bias,
+    mask,
+    lengths=(None, None),
+    window=None,
+    ids=None,
+    block_size=1,
+    scale=None,
+    is_causal=False,
 ) -> None:
-    """Raises one error, in the name of `where`, with every argument that does not fit."""
+    """Raises one error, in the name of `caller`, with every argument that does not fit."""
     if query.ndim != 4 or key.ndim != 4:
         raise ValueError(
-            f"{where}: query {query.shape} and key {key.shape} need four axes: "
+            f"{caller}: query {query.shape} and key {key.shape} need four axes: "
             "[batch, t, heads, width] and [batch, s, key_heads, width]."
         )
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
@@ -157,15 +221,29 @@ def check_arguments(
             faults.append(f"{name} {x.shape} should be {(b,)}, one number for each row.")
     if not _is_window(window):
         faults.append(f"local_window_size is {window!r}; it must be an int or a pair of them.")
-    if block_size < 1:
-        faults.append(f"block_size is {block_size}; it must be at least 1.")
+    if fault := COUNT(block_size):
+        faults.append(f"block_size must be {fault}.")
+    if fault := flag(is_causal):
+        faults.append(f"is_causal must be {fault}.")
+    if fault := _scale_fault(scale, (b, n, t, s), k):
+        faults.append(f"scale must be {fault}.")
     if faults:
-        raise ValueError("\n  ".join([f"{where}: the arguments do not fit.", *faults]))
+        raise ValueError("\n  ".join([f"{caller}: the arguments do not fit.", *faults]))
     if mask is not None and mask.dtype != bool:
         raise TypeError(
-            f"{where}: mask has dtype {mask.dtype}, expected bool. A mask of zeros and "
+            f"{caller}: mask has dtype {mask.dtype}, expected bool. A mask of zeros and "
             "ones: mask.astype(bool). A mask that is added to the logits: pass it as bias."
         )
+
+
+def _scale_fault(scale: Any, full: tuple[int, ...], key_heads: int) -> str:
+    """Describes what is wrong with a scale; empty if nothing is."""
+    fault = f"a number or an array that broadcasts to [b, n, t, s] {full}, got "
+    if scale is None or is_real(scale):
+        shape = (1,) * (4 - np.ndim(scale)) + np.shape(scale)
+        fits = (_broadcasts(shape, (full[0], heads, *full[2:])) for heads in (full[1], key_heads))
+        return "" if any(fits) else fault + f"the shape {np.shape(scale)}"
+    return fault + shown(scale)
 
 
 def _is_window(window: Any) -> bool:

@@ -8,7 +8,8 @@ Here M is the average (1 − μ) Σ instead of the sum, which has the same direc
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,22 +18,39 @@ import optax
 
 from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._coefficients import JORDAN, Coefficients
+from muonclip_jax._injection import injectable
+from muonclip_jax._kernels import Settings
 from muonclip_jax._layout import DimensionNumbersOrFn
 from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._muon import with_adamw
+from muonclip_jax._overrides import Overrides
 from muonclip_jax._products import accumulator
-from muonclip_jax._qk_clip import qk_clip
+from muonclip_jax._qk_clip import layout_rule, qk_clip
 from muonclip_jax._scale_by_muon import (
     ScaleByMuonState,
     momentum,
     plain_nesterov,
     scale_by_momentum,
 )
-from muonclip_jax._settings import check_choice, check_settings
-from muonclip_jax._shared_key import SHARED_KEY_RULES
+from muonclip_jax._settings import SCHEDULES, check_settings
 from muonclip_jax._types import ArrayTree, Scalar
 
+_OPTIONAL = (
+    "threshold",
+    "consistent_rms",
+    "mu_dtype",
+    "adam_weight_decay",
+    "adam_learning_rate",
+    "adam_nesterov",
+)
 
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raises for settings of `muonclip` that are not allowed."""
+    check_settings("muonclip", arguments, optional=_OPTIONAL, rules={"layout": layout_rule})
+
+
+@injectable(SCHEDULES, _check)
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -61,22 +79,29 @@ def muonclip(
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
+    adam_nesterov: bool | None = None,
+    overrides: Overrides | None = None,
+    outputs_first: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains with Muon and keeps the attention logits of every head in bounds with QK-clip.
 
     `tx.update(grads, state, params, max_logits=stats)` returns updates after which
-    `optax.apply_updates` gives clipped parameters; `stats` are the attention statistics of the
-    forward pass that made the gradients, see `qk_clip`. Weights that are not clipped get Muon's own
-    update, bit for bit. The state is that of `muon`: a checkpoint fits with and without the clip.
+    `optax.apply_updates` gives clipped parameters; `stats` are the max logits of the forward pass
+    that made the gradients, see `qk_clip`. Weights that are not clipped get Muon's own update, bit
+    for bit. The state is that of `muon`: a checkpoint fits with and without the clip.
 
-    One object is handy, but says nothing of what it clipped: `muonclip(..., threshold=None)` and
-    `qk_clip` after `optax.apply_updates` are the same algorithm and return a `QKClipInfo`. Under
-    `optax.MultiSteps` this form sees the statistics of the last micro-batch only; use the other.
+    The clip is part of the update. Nothing may change the updates afterwards: `optax.scale`,
+    `reduce_on_plateau` or a rate for each layer scales the clip too. Wrappers that keep a second
+    copy of the weights, such as `optax.contrib.schedule_free`, add it to weights that it was not
+    made for. `optax.MultiSteps` passes the max logits of the last micro-batch only. There, and to
+    get a `QKClipInfo`, use `muonclip(..., threshold=None)` and call `qk_clip` after
+    `optax.apply_updates`, on every copy of the weights: the same algorithm. `docs/qk_clip.md` has a
+    table of what may come after or around `muonclip`.
 
     Other algorithms than Kimi K2's are one call away: Moonlight's is
-    `muonclip(lr, nesterov=True, threshold=None)`; Keller Jordan's, exact from the first step, is
-    that with `consistent_rms=None`; DeepSeek-V4's is Moonlight's with `consistent_rms=0.18` and
-    `ns_coeffs="deepseek_v4"`.
+    `muonclip(lr, nesterov=True, adam_nesterov=False, threshold=None)`; Keller Jordan's, exact from
+    the first step, is that with `consistent_rms=None`; DeepSeek-V4's is Moonlight's with
+    `consistent_rms=0.18` and `ns_coeffs="deepseek_v4"`.
 
     Args:
       learning_rate: Number or schedule, of both optimizers; tuned for AdamW, it carries over.
@@ -89,7 +114,7 @@ def muonclip(
         without it.
       beta: Decay of the momentum of the matrices, in [0, 1); μ of the paper.
       nesterov: Whether the direction looks one step ahead: G + μ M with M the sum, without the
-        bias correction of `muon`. It reaches AdamW too, which it makes NAdamW.
+        bias correction of `muon`.
       weight_decay: Number or schedule; decay of the matrices, multiplied by the learning rate; λ of
         the paper.
       consistent_rms: See `scale_by_shape`.
@@ -109,14 +134,19 @@ def muonclip(
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
       shardings: See `scale_by_muon`.
+      adam_nesterov: See `muon`.
+      overrides: See `muon`.
+      outputs_first: See `muon`.
 
     Returns:
       An optax transformation whose `update` needs the parameters, and `max_logits` unless
-      `threshold` is None. Updates have the dtype of the gradients; those of 16-bit query and key
-      weights are float32, so that the sum lands on the clipped weight.
+      `threshold` is None. Updates have the dtype of the gradients. If parameters and gradients are
+      in 16 bits, a parameter that the step changes by less than a factor of two arrives at its
+      clipped value exactly; others arrive within a unit in the last place of the larger number.
 
     Raises:
-      ValueError: when built, for a setting out of range or an unknown name; while tracing, if
+      TypeError: when built, for settings of a wrong type, such as a number given as a string.
+      ValueError: when built, for settings out of range or unknown names; while tracing, if
         `max_logits` or the parameters are not given, and as `muon` and `qk_clip` do.
 
     Example:
@@ -132,6 +162,7 @@ def muonclip(
     References:
       Kimi K2, arXiv 2507.20534, algorithm 1; Liu et al. 2025 (Moonlight), arXiv 2502.16982.
     """
+    _check(locals())
     scale_by = functools.partial(
         scale_by_momentum,
         plain_nesterov if nesterov else momentum,
@@ -154,6 +185,10 @@ def muonclip(
         weight_decay_mask=weight_decay_mask,
         consistent_rms=consistent_rms,
         muon_weight_dimension_numbers=muon_weight_dimension_numbers,
+        overrides=overrides,
+        settings=Settings(
+            outputs_first, consistent_rms is None, {} if threshold is None else _heads(layout)
+        ),
         adam_learning_rate=adam_learning_rate,
         adam_b1=adam_b1,
         adam_b2=adam_b2,
@@ -161,16 +196,26 @@ def muonclip(
         eps=eps,
         eps_root=adam_eps_root,
         mu_dtype=mu_dtype,
-        nesterov=nesterov,
+        nesterov=nesterov if adam_nesterov is None else adam_nesterov,
     )
     if threshold is None:
         return optimizer
-    check_settings("muonclip", threshold=threshold, alpha=alpha)
-    check_choice("muonclip", "shared_key", shared_key, SHARED_KEY_RULES)
     clip = functools.partial(
         qk_clip, layout=layout, alpha=alpha, shared_key=shared_key, ignore=ignore
     )
     return _then_clip(optimizer, clip, threshold)
+
+
+def _heads(layout: Layout | tuple[Layout, ...]) -> dict[str, tuple[str, ...]]:
+    """Lists the modules that project into heads, with the axes of their kernels."""
+    layouts = layout if isinstance(layout, tuple) else (layout,)
+    return {name: _axes(one) for one in layouts for name in one.modules}
+
+
+def _axes(layout: Layout) -> tuple[str, ...]:
+    """Returns the names of the axes of a kernel; a flat axis is one."""
+    kernel = getattr(layout, "kernel", "")
+    return tuple(re.findall(r"\([^)]*\)|[^\s()]+", kernel))
 
 
 def _then_clip(
@@ -181,13 +226,7 @@ def _then_clip(
     """Makes the updates of `optimizer` lead to clipped parameters."""
 
     def update_fn(updates, state, params=None, *, max_logits=None, **extra_args):
-        if params is None or max_logits is None:
-            name = "params" if params is None else "max_logits"
-            raise ValueError(
-                f"muonclip: update needs {name}, got None. Call tx.update(grads, state, params, "
-                "max_logits=stats), stats the attention statistics that the model sowed; or build "
-                "muonclip(..., threshold=None) to train without the clip."
-            )
+        _check_arguments(params, max_logits)
         tau = threshold(_count(state)) if callable(threshold) else threshold
         updates, state = optimizer.update(updates, state, params, **extra_args)
         new = optax.apply_updates(params, updates)
@@ -203,11 +242,34 @@ def _count(state: ArrayTree) -> jax.Array:
     return next(x for x in states if isinstance(x, ScaleByMuonState)).count
 
 
+def _check_arguments(params: ArrayTree, max_logits: ArrayTree) -> None:
+    """Raises unless there are parameters, of one copy of the model, and max logits."""
+    if params is None or max_logits is None:
+        name = "params" if params is None else "max_logits"
+        raise ValueError(
+            f"muonclip: update needs {name}, got None. Call tx.update(grads, state, params, "
+            "max_logits=stats), stats the max logits that the model sowed. flax's "
+            "TrainState.apply_gradients and optax.lookahead do not pass max_logits on: call "
+            "state.tx.update yourself, or use muonclip(..., threshold=None) and qk_clip after "
+            "optax.apply_updates; threshold=None alone trains without the clip."
+        )
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "muonclip: params is a LookaheadParams, two copies of the weights. Use muonclip(..., "
+            "threshold=None) inside optax.lookahead, and after optax.apply_updates call qk_clip on "
+            "params.fast and on params.slow."
+        )
+
+
 def _difference(update: jax.Array, old: jax.Array, new: jax.Array, clipped: jax.Array) -> jax.Array:
-    """Leads from `old` to `clipped`; is `update` where nothing was clipped."""
-    if clipped is new:  # not a leaf of the clip: no work and the dtype of the gradient
+    """Leads from `old` to `clipped`; is `update` where nothing was clipped.
+
+    In the dtype of the update, as `optax.apply_if_finite` requires. If that is the dtype of the
+    parameter, the difference of two numbers within a factor of two of each other is exact
+    (Sterbenz), and so is their sum with `old`.
+    """
+    if clipped is new:  # not a leaf of the clip: no work
         return update
-    # f32: a difference in bfloat16 would miss the clipped weight by up to an ulp of the update.
     wide = accumulator(old.dtype)
-    moved = clipped.astype(wide) - old.astype(wide)
-    return jnp.where(clipped == new, update.astype(wide), moved)
+    moved = (clipped.astype(wide) - old.astype(wide)).astype(update.dtype)
+    return jnp.where(clipped == new, update, moved)

@@ -15,23 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact
 
-from muonclip_jax._coefficients import Coefficients, as_rows, for_sixteen_bits
+from muonclip_jax._coefficients import (
+    Coefficients,
+    as_rows,
+    for_sixteen_bits,
+    is_single_row,
+    is_traced,
+    known_while_running,
+    traced_rows,
+)
 from muonclip_jax._grouping import MOST_BYTES
 from muonclip_jax._iterations import (
     gram,
     gram_cost,
-    nonzero,
     restart_windows,
     standard,
     standard_cost,
 )
-from muonclip_jax._products import accumulator, multiply
-from muonclip_jax._settings import check_choice
+from muonclip_jax._normalize import normalise
+from muonclip_jax._products import accumulator
+from muonclip_jax._settings import check_settings
 from muonclip_jax._team import Team
 from muonclip_jax._types import Row, Scalar
-
-METHODS = ("auto", "standard", "gram")
-PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 
 # The compute dtype of "auto". TPU: its matrix units multiply bfloat16. GPU: not measured yet.
 _COMPUTE_DTYPES = {"cpu": jnp.float32, "tpu": jnp.bfloat16, "gpu": jnp.bfloat16}
@@ -44,10 +49,6 @@ _SMALLEST_IN_BLOCKS = {"cpu": 384}
 # million cycles instead of 3.18 for each of eight 2048 x 7168 matrices on v5p, 10.1, not 11.9, for
 # each of two of 4096, with a tenth of the temporary memory.
 _ALONE_ON_TPU = 1024
-
-# 2⁶⁴ is exact in every dtype we normalise in, and takes the reciprocal of the largest and smallest
-# float32 out of the subnormal range, where XLA flushes it to zero.
-_SHIFT = 2.0**64
 
 
 def newton_schulz(
@@ -106,24 +107,37 @@ def newton_schulz(
       `zeropower_via_newtonschulz5`. Preconditioning: Boissin et al. 2025, arXiv 2512.04632 (aol);
       Grishina et al. 2025, arXiv 2506.10935 (schatten).
     """
+    check_settings("newton_schulz", locals(), optional=("steps",))
     x = jnp.asarray(x)
-    rows = as_rows(coefficients, steps)
-    check_choice("newton_schulz", "method", method, METHODS)
-    check_choice("newton_schulz", "preconditioning", preconditioning, PRECONDITIONINGS)
     if x.ndim < 2:
         raise ValueError(f"newton_schulz: x must have at least two axes, got shape {x.shape}.")
-    return Orthogonaliser(rows, method, dtype, preconditioning, eps)(x)
+    return orthogonaliser(coefficients, steps, method, dtype, preconditioning, eps)(x)
+
+
+class Traced(NamedTuple):
+    """The settings that may be traced; an argument of each compiled function.
+
+    Attributes:
+      eps: Added to the norm.
+      steps: Number of steps; None if it is known while tracing.
+      rows: Coefficients, `[steps, 3]`; None if they are known while tracing.
+    """
+
+    eps: Any
+    steps: Any = None
+    rows: Any = None
 
 
 class Orthogonaliser(NamedTuple):
     """`newton_schulz` with its settings, checked, and with what the devices have to do with it.
 
     Attributes:
-      rows: `(a, b, c)`, one row a step.
+      rows: `(a, b, c)`, one row a step. Of traced coefficients, as many rows of ones; of a traced
+        number of steps, the row of every step.
       method: See `newton_schulz`, and so for the others.
       dtype: What the products are computed in.
       preconditioning: How a matrix is brought to singular values of at most one.
-      eps: Added to the norm.
+      traced: The settings that may be traced.
       platform: Where it will run; None where JAX runs by default.
     """
 
@@ -131,7 +145,7 @@ class Orthogonaliser(NamedTuple):
     method: str
     dtype: Any
     preconditioning: str
-    eps: Scalar
+    traced: Traced
     platform: str | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -143,7 +157,7 @@ class Orthogonaliser(NamedTuple):
         blocks = block_count(min(x.shape[-2:]), platform)
         return _iterate(
             x,
-            self._eps(x),
+            self.traced,
             rows=self._rows(computed),
             method=self.form(x.shape, computed, blocks),
             blocks=blocks,
@@ -162,7 +176,7 @@ class Orthogonaliser(NamedTuple):
             blocks=1,
             compute_dtype=computed,
             preconditioning=self.preconditioning,
-            eps=self._eps(x),
+            traced=self.traced,
             team=team,
         )
         return orthogonal.astype(x.dtype)
@@ -184,16 +198,39 @@ class Orthogonaliser(NamedTuple):
         return standard_cost(rows, m / n, blocks) * n**3
 
     def form(self, shape: Sequence[int], computed: Any, blocks: int) -> str:
-        """Names the form that `method` stands for."""
+        """Names the form that `method` stands for; of "auto", the one with fewer FLOPs."""
+        if self.traced.steps is not None or self.traced.rows is not None:
+            return "standard"  # the restarts of the other one depend on numbers
         if self.method != "auto":
             return self.method
-        return _cheaper(self._rows(computed), shape, computed, blocks)
+        n, m = sorted(shape[-2:])
+        rows = self._rows(computed)
+        gram_flops = gram_cost(restart_windows(rows, computed), m / n, blocks)
+        return "gram" if gram_flops < standard_cost(rows, m / n, blocks) else "standard"
 
     def _rows(self, computed: Any) -> tuple[Row, ...]:
         return for_sixteen_bits(self.rows) if jnp.finfo(computed).bits == 16 else self.rows
 
-    def _eps(self, x: jax.Array) -> jax.Array:
-        return jnp.asarray(self.eps, accumulator(x.real.dtype))
+
+def orthogonaliser(
+    coefficients: Coefficients,
+    steps: Any,
+    method: str,
+    dtype: Any,
+    preconditioning: str,
+    eps: Scalar,
+) -> Orthogonaliser:
+    """Builds an `Orthogonaliser` from the arguments of `newton_schulz`, which are checked."""
+    loop = steps if is_traced(steps) else None
+    if is_traced(coefficients):
+        table = traced_rows(coefficients, steps)
+        rows = ((1.0, 1.0, 1.0),) * len(table)
+    else:
+        table = None
+        rows = as_rows(
+            coefficients, steps if loop is None or not is_single_row(coefficients) else 1
+        )
+    return Orthogonaliser(rows, method, dtype, preconditioning, Traced(eps, loop, table))
 
 
 def compute_dtype(dtype: Any, wanted: Any = "auto", platform: str | None = None) -> Any:
@@ -252,13 +289,6 @@ def block_count(n: int, platform: str | None = None) -> int:
     return 2 if n >= smallest and n % 2 == 0 else 1
 
 
-def _cheaper(rows: Sequence[Row], shape: Sequence[int], compute_dtype: Any, blocks: int) -> str:
-    """Names the form with fewer FLOPs, the standard one if they are equal."""
-    n, m = sorted(shape[-2:])
-    gram_flops = gram_cost(restart_windows(rows, compute_dtype), m / n, blocks)
-    return "gram" if gram_flops < standard_cost(rows, m / n, blocks) else "standard"
-
-
 def _matrices_at_once(shape: Sequence[int], platform: str) -> int:
     """Decides how many matrices one product takes; resolved while tracing."""
     # XLA:CPU gains little from a batch and needs its temporaries at once, many times those of
@@ -279,9 +309,9 @@ def _matrices_at_once(shape: Sequence[int], platform: str) -> int:
         "at_once",
     ),
 )
-def _iterate(x: jax.Array, eps: jax.Array, *, at_once: int, **settings: Any) -> jax.Array:
+def _iterate(x: jax.Array, traced: Traced, *, at_once: int, **settings: Any) -> jax.Array:
     """Orthogonalises all matrices in one batched call, or `at_once` of them after the others."""
-    f = functools.partial(_orthogonalise, eps=eps, **settings)
+    f = functools.partial(_orthogonalise, traced=traced, **settings)
     if at_once == 1:
         for _ in x.shape[:-2]:
             f = functools.partial(jax.lax.map, f)
@@ -299,14 +329,14 @@ def _orthogonalise(
     blocks: int,
     compute_dtype: Any,
     preconditioning: str,
-    eps: jax.Array,
+    traced: Traced,
     team: Team | None = None,
 ) -> jax.Array:
-    # A team has its matrices on the short side already, and sees some columns of them only.
-    tall = (
-        team is None and x.shape[-2] > x.shape[-1]
-    )  # A = X Xᴴ is smaller on the short side, and f(Xᵀ) = f(X)ᵀ
-    x = _normalise(x.mT if tall else x, preconditioning, eps, team)
+    eps = jnp.asarray(traced.eps, accumulator(x.real.dtype))
+    # A = X Xᴴ is smaller on the short side, and f(Xᵀ) = f(X)ᵀ. A team has its matrices on the short
+    # side already, and sees some columns of them only.
+    tall = team is None and x.shape[-2] > x.shape[-1]
+    x = normalise(x.mT if tall else x, preconditioning, eps, team)
     x = x.astype(compute_dtype)
     if jnp.finfo(compute_dtype).bits == 16:
         # Else the compiler normalises it again, in float32, inside of every product.
@@ -314,30 +344,7 @@ def _orthogonalise(
     if method == "gram":
         x = gram(x, restart_windows(rows, compute_dtype), preconditioning, blocks, team)
     else:
-        x = standard(x, rows, preconditioning, blocks, team)
+        if traced.rows is not None:
+            rows = known_while_running(traced.rows, compute_dtype)
+        x = standard(x, rows, preconditioning, blocks, team, traced.steps)
     return x.mT if tall else x
-
-
-def _normalise(x: jax.Array, preconditioning: str, eps: jax.Array, team: Team | None) -> jax.Array:
-    """Divides each matrix by its norm, at any scale; zero stays zero.
-
-    A squared norm of the matrix as it comes would overflow at 1e19 and vanish at 1e-23 in float32,
-    so its largest magnitude is made one first.
-    """
-    x = x.astype(accumulator(x.dtype))
-    magnitude = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
-    # No gradient: the result does not depend on this factor.
-    largest = jax.lax.stop_gradient(jnp.max(magnitude, axis=(-2, -1), keepdims=True))
-    largest = team.max(largest) if team else largest
-    shift = jnp.where(largest > 1, 1 / _SHIFT, _SHIFT).astype(largest.dtype)
-    x = (x * shift.astype(x.dtype)) / nonzero(largest * shift).astype(x.dtype)
-    if preconditioning == "spectral" and team:
-        A = team.sum(multiply(x, x.mT.conj()))
-        norm = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(A)[..., -1:, None], 0))
-    elif preconditioning == "spectral":
-        norm = jnp.linalg.svd(x, compute_uv=False)[..., :1, None]
-    elif team:
-        norm = jnp.sqrt(team.sum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True)))
-    else:
-        norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-    return x / nonzero(norm + eps).astype(x.dtype)

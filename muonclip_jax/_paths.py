@@ -1,5 +1,6 @@
-"""Where a leaf is, in the plain strings that messages and tables show and rules match."""
+"""The path of a leaf, as the plain strings that messages and tables print and rules match."""
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,26 +8,54 @@ import jax
 
 
 def components(path: Sequence[Any]) -> tuple[str, ...]:
-    """Names a leaf by its path components.
+    """Returns the components of the path of a leaf.
 
-    A trailing *attribute* named `value` is the inside of a Flax box or variable and is left out;
-    a *key* named `value` is a real module of `flax.linen.MultiHeadDotProductAttention` and stays.
+    A dict key that holds a whole path is split: at slashes (Haiku's `a/~/b`, whose `~` is dropped,
+    and `flax.traverse_util.flatten_dict(sep="/")`), at dots if the first part is an identifier and
+    the others are identifiers or integers (`layers.0.weight`), and a tuple of keys (`flatten_dict`)
+    into its keys. A trailing *attribute* named `value` is the inside of a Flax box or variable and
+    is left out; a *key* named `value` is a module of `flax.linen.MultiHeadDotProductAttention` and
+    stays.
 
     Args:
-      path: Key path, as `jax.tree_util.tree_flatten_with_path` gives it.
+      path: Key path, as `jax.tree_util.tree_flatten_with_path` returns it.
 
     Returns:
       One string per component, outermost first.
 
     Example:
-      >>> ((path, _),), _ = jax.tree_util.tree_flatten_with_path({"attn": {"value": [1.0]}})
+      >>> ((path, _),), _ = jax.tree_util.tree_flatten_with_path({"block/~/attn": {"value": [1.0]}})
       >>> components(path)
-      ('attn', 'value', '0')
+      ('block', 'attn', 'value', '0')
     """
-    keys = tuple(path)
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
-        keys = keys[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+    return tuple(part for key in _without_value(path) for part in _split(key))
+
+
+def leaf_paths(tree: Any, is_leaf: Any = None) -> list[tuple[str, ...]]:
+    """Returns the components of the path of each leaf.
+
+    Where two leaves would have the same components, their dict keys are not split.
+
+    Args:
+      tree: A pytree.
+      is_leaf: As for `jax.tree.leaves`.
+
+    Returns:
+      One tuple for each leaf, in the order of `jax.tree.leaves`.
+
+    Example:
+      >>> leaf_paths({"a": {"b": 1.0}, "a/b": 2.0, "c/d": 3.0})
+      [('a', 'b'), ('a/b',), ('c', 'd')]
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+    split = [components(path) for path in paths]
+    if len(set(split)) == len(split):
+        return split
+    count = collections.Counter(split)
+    return [
+        names if count[names] == 1 else tuple(map(_string, _without_value(path)))
+        for names, path in zip(split, paths, strict=True)
+    ]
 
 
 def path_string(path: Sequence[Any]) -> str:
@@ -35,10 +64,10 @@ def path_string(path: Sequence[Any]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lays out a table, a line for each row.
+    """Formats a table, a line for each row.
 
     Args:
-      rows: Its cells, as many in each.
+      rows: The cells of each row, the same number in each.
 
     Returns:
       The rows, with columns that begin below each other.
@@ -51,3 +80,30 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _without_value(path: Sequence[Any]) -> tuple[Any, ...]:
+    keys = tuple(path)
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
+    return keys
+
+
+def _string(key: Any) -> str:
+    return jax.tree_util.keystr((key,), simple=True)
+
+
+def _split(key: Any) -> tuple[str, ...]:
+    """Splits a dict key that holds a whole path."""
+    name = getattr(key, "key", None) if isinstance(key, jax.tree_util.DictKey) else None
+    if isinstance(name, tuple) and name and all(isinstance(part, str | int) for part in name):
+        return tuple(map(str, name))
+    if not isinstance(name, str):
+        return (_string(key),)
+    if "/" in name:
+        parts = tuple(part for part in name.split("/") if part not in ("", "~"))
+        return parts or (name,)
+    first, *others = name.split(".")
+    if others and first.isidentifier() and all(p.isidentifier() or p.isdigit() for p in others):
+        return (first, *others)
+    return (name,)

@@ -23,8 +23,8 @@ from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._attention_sites import Site, survey
 from muonclip_jax._clipped_heads import stuck
 from muonclip_jax._multi_head_layout import MultiHeadLayout
-from muonclip_jax._settings import check_choice, check_settings
-from muonclip_jax._shared_key import SHARED_KEY_RULES
+from muonclip_jax._resharding import placed_like, unsharded
+from muonclip_jax._settings import check_settings, flag, shown
 from muonclip_jax._types import ArrayTree, Scalar
 
 
@@ -116,13 +116,13 @@ def qk_clip(
     References:
       Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1, lines 8 to 17.
     """
+    check_settings("qk_clip", locals(), schedules=False, rules=_RULES)
     layouts = layout if isinstance(layout, tuple) else (layout,)
-    _check_settings(layouts, threshold, alpha, shared_key, where)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     found = survey(params, max_logits, layouts, ignore)
     sites, skipped = check_survey(found, strict=strict, watching=_is_infinite(threshold))
     largest = _largest(sites)
-    gamma = {path: _gamma(s, threshold, where) for path, s in largest.items()}
+    gamma = {path: unsharded(_gamma(s, threshold, where)) for path, s in largest.items()}
     leaves, treedef = jax.tree.flatten(params)
     for site in sites:
         factors = site.layout.factors(gamma[site.name], site.kernels, alpha, shared_key)
@@ -156,38 +156,53 @@ def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
 
 
 def _largest(sites: Sequence[Site]) -> dict[str, Float[Array, "*stack heads"]]:
-    """Reduces each statistic to `[*stack, heads]`, all modules of one leading shape at a time."""
-    # One reduction, and so one all-reduce where the batch is sharded, for the whole model.
-    groups, parts = defaultdict(list), _parts(site.heads(site.statistics[0]) for site in sites)
+    """Reduces max logits to `[*stack, heads]`, all modules of one leading shape at a time.
+
+    The results are unsharded: they are one number per head, and every kernel may need any of them.
+    """
+    groups = defaultdict(list)
     for site in sites:
         for entry in site.statistics:
             x = jnp.moveaxis(entry, site.stat_axes, range(-site.stack, 0)).astype(jnp.float32)
-            leading, shape = x.shape[: -site.stack - 1], x.shape[-site.stack - 1 :]
-            x = _split(x, len(leading), parts)
-            groups[leading, jax.typeof(x).sharding].append((site.name, shape, x))
-    largest = {}
-    for (leading, _), members in groups.items():
-        joined = jnp.concatenate([x for _, _, x in members], axis=-1)
-        maxima = jnp.max(joined, axis=tuple(range(len(leading))), initial=-jnp.inf)
-        ends = np.cumsum([x.shape[-1] for _, _, x in members])
-        pieces = jnp.split(maxima, ends[:-1], axis=-1)
-        for (name, (heads, *stack), _), x in zip(members, pieces, strict=True):
-            x = x.reshape(parts, heads // parts, *stack).reshape(heads, *stack)
-            x = jnp.moveaxis(x, 0, -1)
+            leading = x.shape[: -site.stack - 1]
+            mesh, spec = (typed := jax.typeof(x).sharding).mesh, typed.spec
+            alone = any(spec[len(leading) + 1 :])  # no reshape joins a sharded stack
+            placement = mesh, spec[: len(leading) + 1]
+            groups[leading, placement, site.name if alone else None].append((site.name, x))
+    largest: dict[str, jax.Array] = {}
+    for (leading, _, alone), members in groups.items():
+        names, arrays = zip(*members, strict=True)
+        for name, x in zip(names, _maxima(arrays, len(leading), join=alone is None), strict=True):
             largest[name] = jnp.maximum(largest.get(name, x), x)
-    return {site.name: largest[site.name] for site in sites}
+    return {site.name: unsharded(largest[site.name]) for site in sites}
 
 
-def _parts(heads: Iterable[int]) -> int:
-    """The largest number of equal parts that the heads of every module divide into."""
-    return math.gcd(*heads) or 1
+def _maxima(
+    arrays: Sequence[Float[Array, "..."]], leading: int, *, join: bool
+) -> list[Float[Array, "*stack heads"]]:
+    """Reduces `[*leading, heads, *stack]`, by one reduction if the arrays can be joined."""
+    axes = tuple(range(leading))
+    if not join:
+        maxima = [unsharded(jnp.max(x, axis=axes, initial=-jnp.inf)) for x in arrays]
+        return [jnp.moveaxis(x, 0, -1) for x in maxima]
+    # One reduction, and so one all-reduce where the batch is sharded, for the whole model.
+    parts = math.gcd(*(x.shape[leading] for x in arrays)) or 1
+    joined = jnp.concatenate([_split(x, leading, parts) for x in arrays], axis=-1)
+    maxima = unsharded(jnp.max(joined, axis=axes, initial=-jnp.inf))
+    ends = np.cumsum([math.prod(x.shape[leading:]) // parts for x in arrays])
+    pieces = jnp.split(maxima, ends[:-1], axis=-1)
+    shapes = [x.shape[leading:] for x in arrays]
+    return [
+        jnp.moveaxis(x.reshape(parts, heads // parts, *stack).reshape(heads, *stack), 0, -1)
+        for x, (heads, *stack) in zip(pieces, shapes, strict=True)
+    ]
 
 
-def _split(x: Shaped[Array, "..."], axis: int, parts: int) -> Shaped[Array, "..."]:
+def _split(x: Float[Array, "..."], axis: int, parts: int) -> Float[Array, "..."]:
     """Splits heads, at `axis`, into `[parts, rest]`, with all that is behind them in the rest.
 
-    Where heads are sharded they are so along the parts, a number that all modules have: joined
-    along the rest nothing moves between devices, whatever the numbers of heads.
+    Sharded heads are sharded along the parts, a number that all modules have: joined along the
+    rest, nothing moves between devices.
     """
     before, (heads, *behind) = x.shape[:axis], x.shape[axis:]
     x = x.reshape(*before, parts, heads // parts, *behind)
@@ -220,6 +235,7 @@ def _nonfinite(s: Float[Array, "*stack heads"]) -> Bool[Array, "*stack heads"]:
 def _scaled(old: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Array, "..."]:
     """Multiplies in float32 or wider, rounds once, and leaves alone what has factor 1."""
     wide = jnp.float64 if old.dtype == jnp.float64 else jnp.float32
+    factor = placed_like(factor, old)
     new = (old.astype(wide) * factor.astype(wide)).astype(old.dtype)
     # Selected, not multiplied by 1: that may flush denormals. "exact" can grow beyond the dtype.
     return jnp.where((factor == 1) | ~jnp.isfinite(new), old, new)
@@ -234,59 +250,34 @@ def _info(
 ) -> QKClipInfo:
     """Sums up, after the one reduction over the batch."""
     s, g = _joined(largest.values()), _joined(gamma.values())
-    # One reduction of each kind: each is an all-reduce where heads are sharded.
-    largest_of_all = functools.reduce(
-        jnp.maximum,
-        (jnp.max(jnp.stack([a, -b]), axis=(1, 2)) for a, b in zip(s, g, strict=True)),
-        jnp.asarray([-jnp.inf, -1], jnp.float32),
-    )
-    masks = [[b < 1, _nonfinite(a)] for a, b in zip(s, g, strict=True)]
-    if in_vain is not None:
-        for mask, c in zip(masks, _joined(in_vain.values()), strict=True):
-            mask.append(c)
-    counts = (jnp.sum(jnp.stack(mask), axis=(1, 2), dtype=jnp.int32) for mask in masks)
-    clipped, nonfinite, *others = sum(counts, jnp.zeros(2 + (in_vain is not None), jnp.int32))
-    heads = sum(x.size for x in g)
+    clipped = jnp.sum(g < 1, dtype=jnp.int32)
     return QKClipInfo(
         max_logits=largest,
         gamma=gamma,
-        max_logit=largest_of_all[0],
-        min_gamma=-largest_of_all[1],
+        max_logit=jnp.max(s, initial=-jnp.inf),
+        min_gamma=jnp.min(g, initial=1),
         clipped_heads=clipped,
-        clipped_fraction=clipped.astype(jnp.float32) / max(heads, 1),
-        nonfinite_heads=nonfinite,
+        clipped_fraction=clipped.astype(jnp.float32) / max(g.size, 1),
+        nonfinite_heads=jnp.sum(_nonfinite(s), dtype=jnp.int32),
         skipped_modules=jnp.int32(skipped),
         bound_modules=jnp.int32(bounds),
-        stuck_heads=others[0] if others else None,
+        stuck_heads=None
+        if in_vain is None
+        else jnp.sum(_joined(in_vain.values()), dtype=jnp.int32),
     )
 
 
-def _joined(arrays: Iterable[Shaped[Array, "*stack heads"]]) -> list[Shaped[Array, "parts n"]]:
-    """Joins all numbers, those of one sharding in one array: others cannot be concatenated."""
-    arrays = list(arrays)
-    groups, parts = defaultdict(list), _parts(x.shape[-1] for x in arrays)
-    for x in arrays:
-        x = _split(jnp.moveaxis(x, -1, 0), 0, parts)
-        groups[jax.typeof(x).sharding].append(x)
-    return [jnp.concatenate(group, axis=-1) for group in groups.values()]
+def _joined(arrays: Iterable[Shaped[Array, "..."]]) -> Float[Array, " n"]:
+    """Joins all numbers of unsharded arrays."""
+    return jnp.concatenate([jnp.zeros(0, jnp.float32), *(x.reshape(-1) for x in arrays)])
 
 
-def _check_settings(
-    layouts: tuple[Any, ...], threshold: Any, alpha: Any, shared_key: Any, where: Any
-) -> None:
-    """Raises for a setting that is wrong; a traced number is taken as it is."""
-    for layout in layouts:
-        if not isinstance(layout, Layout):
-            kind = repr(layout) if isinstance(layout, str) else type(layout).__name__
-            raise TypeError(f"qk_clip: layout must be a layout or a tuple of them, got {kind}.")
-    for name, value in (("threshold", threshold), ("alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(
-            value, (int, float, np.generic, np.ndarray, jax.Array)
-        ):
-            raise TypeError(f"qk_clip: {name} must be a number, got {value!r}.")
-        if np.shape(value) != ():
-            raise ValueError(f"qk_clip: {name} must be one number, got shape {np.shape(value)}.")
-    check_settings("qk_clip", threshold=threshold, alpha=alpha)
-    check_choice("qk_clip", "shared_key", shared_key, SHARED_KEY_RULES)
-    if np.shape(where) != () or not jnp.issubdtype(jnp.result_type(where), jnp.bool_):
-        raise TypeError(f"qk_clip: where must be one boolean, got {where!r}.")
+def layout_rule(value: Any) -> Exception | None:
+    """Requires a head layout or a tuple of them."""
+    layouts = value if isinstance(value, tuple) and value else (value,)
+    if all(isinstance(layout, Layout) for layout in layouts):
+        return None
+    return TypeError(f"a layout or a tuple of layouts, got {shown(value)}")
+
+
+_RULES = {"layout": layout_rule, "where": functools.partial(flag, array=True)}

@@ -1,83 +1,46 @@
-"""Which leaf gets which optimizer: by role, told by the names in its path, then by rank."""
+"""Which parameter is assigned to Muon and which to AdamW: the table, its warnings, overrides."""
 
 import dataclasses
-import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax._layout import (
-    LAST_TWO_AXES,
-    DimensionNumbersOrFn,
-    axes_of,
-    per_leaf,
-    sides,
-    update_scale,
-)
-from muonclip_jax._paths import aligned, components
+from muonclip_jax._folding import fold
+from muonclip_jax._kernels import DEFAULTS, Decision, Settings
+from muonclip_jax._layout import DimensionNumbersOrFn, axes_of, per_leaf, sides, update_scale
+from muonclip_jax._overrides import Overrides, check_overrides, matched
+from muonclip_jax._paths import aligned, leaf_paths
+from muonclip_jax._roles import decide
 from muonclip_jax._settings import check_settings
-from muonclip_jax._types import ArrayTree
-
-# Roles that stay with AdamW, and the path components that tell them: lower-cased, whole, without
-# the number that Flax or a list appends. Rank does not matter: scan-stacking makes a norm's gain
-# two-dimensional.
-_ADAMW_ROLES = {
-    "embedding": r"embed|embedder|embeddings?|wte|wpe|pos_embed\w*"
-    r"|(tok|token|word|position|type|input|shared)_embed\w*",
-    "output head": r"lm_head|unembed(ding)?|output_head|logits_dense",
-    "router": r"router|moe_gate",
-    "norm": r"(\w*_)?ln(_\w*)?|\w*norm(_\w*)?",
-    "depthwise convolution": r"depthwise\w*|dw_?conv",
-}
-# The same for the last component, the name of the leaf.
-_ADAMW_LEAVES = r"bias|scale"
-
-# A convolution with one input channel a group, (..., 1, channels), mixes no channels.
-_CONVOLUTION = r"\w*conv\w*"
-
-# `gate` is the router of a mixture of experts where a sibling holds the experts, and an ordinary
-# matrix of a gated MLP elsewhere.
-_GATE, _EXPERTS = r"gate", r"(shared_)?experts?(_\w*)?"
-
-# Projections of flax.linen.MultiHeadDotProductAttention and their matrices: d x (heads, head_dim),
-# and back.
-_INTO_HEADS = MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
-_OUT_OF_HEADS = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
-_ATTENTION = {
-    "query": _INTO_HEADS,
-    "key": _INTO_HEADS,
-    "value": _INTO_HEADS,
-    "out": _OUT_OF_HEADS,
-}
-
-_Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
+from muonclip_jax._types import ArrayTree, Scalar
 
 
 class Route(NamedTuple):
-    """What happens to one leaf.
+    """What happens to one parameter.
 
     Attributes:
-      path: Where the leaf is.
+      path: Its path, components joined by slashes.
       shape: Its shape.
       optimizer: `"muon"` or `"adamw"`.
-      batch: Number of matrices that are orthogonalised, each on its own; 0 under AdamW.
-      rows: Rows of each, the reduced side n_in; 0 under AdamW.
-      columns: Columns of each, the output side n_out; 0 under AdamW.
-      scale: Factor on the orthogonalised matrix, see `scale_by_shape`; 1 under AdamW.
+      num_matrices: Number of matrices, each orthogonalized on its own; 0 under AdamW.
+      n_in: Inputs of each matrix, the reduced side; 0 under AdamW.
+      n_out: Outputs of each matrix; 0 under AdamW.
+      scale: Factor on the orthogonalized matrix, see `scale_by_shape`; 1 under AdamW.
       reason: Why.
-      dimension_numbers: Which axes are the rows and columns; None under AdamW.
+      dimension_numbers: Which axes are the inputs and outputs; None under AdamW.
     """
 
     path: str
     shape: tuple[int, ...]
     optimizer: str
-    batch: int
-    rows: int
-    columns: int
+    num_matrices: int
+    n_in: int
+    n_out: int
     scale: float
     reason: str
     dimension_numbers: MuonDimensionNumbers | None
@@ -85,22 +48,90 @@ class Route(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RoutingTable:
-    """What `muon` does with each leaf of a tree; `str` of it is an aligned table.
+    """What `muon` does with each parameter; `str` of it is an aligned table.
+
+    The text folds equal layers into one line, and ends with the totals of each optimizer and the
+    warnings.
 
     Attributes:
-      rows: One `Route` a leaf, in the order of `jax.tree.leaves`.
+      rows: One `Route` for each parameter, in the order of `jax.tree.leaves`.
+      warnings: One text for each group of rows that rest on a weak guess: path, shape, what was
+        decided, why it is doubtful, and the override that changes it.
     """
 
     rows: tuple[Route, ...]
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Aligns the rows under a head."""
+        """Formats the rows under a header, then totals and warnings."""
         lines = [("path", "shape", "optimizer", "matrices", "scale", "why")]
-        for r in self.rows:
-            matrices = f"{r.batch} x {r.rows} x {r.columns}" if r.optimizer == "muon" else "-"
-            scale = f"{r.scale:.4g}" if r.optimizer == "muon" else "-"
-            lines.append((r.path, str(r.shape), r.optimizer, matrices, scale, r.reason))
-        return aligned(lines)
+        cells = [row[1:] for row in self.rows]
+        for path, indices in fold([row.path.split("/") for row in self.rows], cells):
+            r = self.rows[indices[0]]
+            is_muon = r.optimizer == "muon"
+            matrices = f"{r.num_matrices} x {r.n_in} x {r.n_out}" if is_muon else "-"
+            scale = f"{r.scale:.4g}" if is_muon else "-"
+            lines.append(("/".join(path), str(r.shape), r.optimizer, matrices, scale, r.reason))
+        return "\n".join([aligned(lines), *self._totals(), *self._warnings()])
+
+    def _totals(self) -> list[str]:
+        totals = []
+        for optimizer in ("muon", "adamw"):
+            sizes = [
+                np.prod(r.shape, dtype=np.int64) for r in self.rows if r.optimizer == optimizer
+            ]
+            totals.append(f"{optimizer}: {len(sizes):,} leaves, {sum(sizes):,} parameters")
+        return totals
+
+    def _warnings(self) -> list[str]:
+        if not self.warnings:
+            return []
+        return [f"{len(self.warnings)} warnings:", *(f"  {text}" for text in self.warnings)]
+
+
+class Routing(NamedTuple):
+    """Which parameters are matrices, and along which axes.
+
+    Attributes:
+      paths: Path of each parameter.
+      shapes: Its shape.
+      decisions: What happens to it.
+    """
+
+    paths: tuple[tuple[str, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    decisions: tuple[Decision, ...]
+
+    @property
+    def numbers(self) -> list[MuonDimensionNumbers | None]:
+        """Dimension numbers of each parameter; None under AdamW."""
+        return [decision.numbers for decision in self.decisions]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One text for each group of equal layers that rests on a weak guess."""
+        doubtful = [index for index, d in enumerate(self.decisions) if d.doubt]
+        cells = [(self.shapes[i], self.decisions[i]) for i in doubtful]
+        folded = fold([self.paths[i] for i in doubtful], cells)
+        return tuple(self._warning(path, doubtful[rows[0]], len(rows)) for path, rows in folded)
+
+    def _warning(self, path: Sequence[str], index: int, count: int) -> str:
+        shape, decision = self.shapes[index], self.decisions[index]
+        pattern = "/".join(part.split("{")[0] + "*" if "{" in part else part for part in path)
+        if decision.numbers is None:
+            what, fix = "AdamW", "MuonDimensionNumbers(-2, -1)"
+        else:
+            axes = axes_of(decision.numbers, len(shape))
+            n_in, n_out = sides(shape, axes)
+            batch = np.prod([shape[axis] for axis in axes.batch], dtype=np.int64)
+            what, fix = f"Muon on {batch} x {n_in} x {n_out}", "None"
+        alternative = "AdamW" if fix == "None" else "Muon"
+        also = f" ({count} parameters)" if count > 1 else ""
+        return (
+            f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}. "
+            f'For {alternative}: overrides={{"{pattern}": {fix}}}; to keep it without this '
+            f'warning: overrides={{"{pattern}": {decision.numbers}}}.'
+        )
 
 
 def routing_table(
@@ -108,79 +139,118 @@ def routing_table(
     muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     *,
     consistent_rms: float | None = None,
+    overrides: Overrides | None = None,
+    outputs_first: bool | None = None,
 ) -> RoutingTable:
-    """Shows which optimizer `muon` and `muonclip` give to each leaf, and why.
+    """Shows which optimizer `muon` and `muonclip` use for each parameter, and why.
 
     Args:
-      params: Parameters, or their shapes as `jax.eval_shape` gives them.
+      params: Parameters, or their shapes as `jax.eval_shape` returns them.
       muon_weight_dimension_numbers: As for `muon`.
       consistent_rms: As for `muon`; the scale depends on it.
+      overrides: As for `muon`.
+      outputs_first: As for `muon`.
 
     Returns:
       The table: print it.
 
     Raises:
-      ValueError: if a leaf fits no optimizer, naming its path.
+      ValueError: if a parameter fits no optimizer, naming its path; if an override matches no
+        parameter.
+      TypeError: if `overrides` is not a mapping of patterns to `MuonDimensionNumbers` or None.
 
     Example:
       >>> import muonclip_jax as mc, jax.numpy as jnp
       >>> params = {"up": {"kernel": jnp.ones((4, 16)), "bias": jnp.ones(16)}}
       >>> print(mc.routing_table(params))
       path       shape    optimizer  matrices    scale  why
-      up/bias    (16,)    adamw      -           -      leaf name 'bias'
+      up/bias    (16,)    adamw      -           -      bias 'bias'
       up/kernel  (4, 16)  muon       1 x 4 x 16  2      last two axes
+      muon: 1 leaves, 64 parameters
+      adamw: 1 leaves, 16 parameters
     """
-    check_settings("routing_table", consistent_rms=consistent_rms)
-    rows = []
-    for path, shape, numbers, reason in _routes(params, muon_weight_dimension_numbers):
-        if numbers is None:
-            rows.append(Route("/".join(path), shape, "adamw", 0, 0, 0, 1.0, reason, None))
-            continue
+    check_settings("routing_table", locals(), optional=("consistent_rms",))
+    check_overrides("routing_table", overrides)
+    settings = Settings(outputs_first, consistent_rms is None)
+    routing = route(
+        params, muon_weight_dimension_numbers, overrides, settings, caller="routing_table"
+    )
+    rows = (_row(*entry, consistent_rms) for entry in zip(*routing, strict=True))
+    return RoutingTable(tuple(rows), routing.warnings)
+
+
+def _row(
+    path: tuple[str, ...],
+    shape: tuple[int, ...],
+    decision: Decision,
+    consistent_rms: Scalar | None,
+) -> Route:
+    numbers, reason, _ = decision
+    name = "/".join(path)
+    if numbers is None:
+        return Route(name, shape, "adamw", 0, 0, 0, 1.0, reason, None)
+    try:
         axes = axes_of(numbers, len(shape))
-        n_in, n_out = sides(shape, axes)
-        batch = int(np.prod([shape[a] for a in axes.batch], dtype=np.int64))
-        scale = float(update_scale(n_in, n_out, consistent_rms))
-        matrices = (batch, n_in, n_out, scale, reason, numbers)
-        rows.append(Route("/".join(path), shape, "muon", *matrices))
-    return RoutingTable(tuple(rows))
+    except ValueError as error:
+        raise ValueError(f"routing_table: {name} {shape}: {error}.") from error
+    n_in, n_out = sides(shape, axes)
+    count = int(np.prod([shape[axis] for axis in axes.batch], dtype=np.int64))
+    scale = float(update_scale(n_in, n_out, consistent_rms))
+    return Route(name, shape, "muon", count, n_in, n_out, scale, reason, numbers)
 
 
-def leaf_numbers(
-    params: ArrayTree, muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None
-) -> list[MuonDimensionNumbers | None]:
-    """Decides for each leaf which axes are its matrices, None for a leaf of AdamW.
+def route(
+    params: ArrayTree,
+    given: DimensionNumbersOrFn | None = None,
+    overrides: Overrides | None = None,
+    settings: Settings = DEFAULTS,
+    *,
+    caller: str = "muon",
+) -> Routing:
+    """Decides for each parameter which axes are its matrices, or that it is assigned to AdamW.
 
     Args:
       params: Parameters, gradients, or their shapes.
-      muon_weight_dimension_numbers: As for `muon`; None decides by role and rank.
+      given: Dimension numbers of all parameters, as for `muon`; None decides by role.
+      overrides: As for `muon`.
+      settings: What else the user set.
+      caller: Name of the public function that was called.
 
     Returns:
-      One entry for each leaf, in the order of `jax.tree.leaves`.
+      The decisions, in the order of `jax.tree.leaves`.
 
     Raises:
-      ValueError: if a leaf fits no optimizer, naming its path.
+      ValueError: if a parameter fits no optimizer, naming its path; if an override matches no
+        parameter.
 
     Example:
-      >>> leaf_numbers({"up": jnp.ones((2, 8)), "wte": jnp.ones((3, 2))})
+      >>> route({"up": jnp.ones((2, 8)), "wte": jnp.ones((3, 2))}).numbers
       [MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), None]
     """
-    return [numbers for _, _, numbers, _ in _routes(params, muon_weight_dimension_numbers)]
-
-
-def _routes(
-    params: ArrayTree, given: DimensionNumbersOrFn | None
-) -> list[tuple[tuple[str, ...], tuple[int, ...], MuonDimensionNumbers | None, str]]:
-    """Path, shape, dimension numbers (None: AdamW) and reason of each leaf."""
-    leaves = [(components(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)]
-    shapes = {path: tuple(np.shape(x)) for path, x in leaves}
+    leaves = jax.tree.leaves(params)
+    paths = leaf_paths(params)
+    shapes = tuple(tuple(np.shape(x)) for x in leaves)
     if given is not None:
-        return [
-            (path, shapes[path], numbers, "given")
-            for (path, _), numbers in zip(leaves, per_leaf(given, params), strict=True)
-        ]
+        decisions = [Decision(numbers, "given") for numbers in per_leaf(given, params)]
+    else:
+        _check_dtypes(paths, leaves)
+        decisions = decide(paths, shapes, settings)
+    if overrides and leaves:
+        joined = ["/".join(path) for path in paths]
+        hidden = ["/".join(path) for path in leaf_paths(params, _is_hidden)]
+        for index, (pattern, numbers) in matched(caller, overrides, joined, hidden).items():
+            decisions[index] = Decision(numbers, f"override '{pattern}'")
+    return Routing(tuple(paths), shapes, tuple(decisions))
+
+
+def _is_hidden(x: object) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def _check_dtypes(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
     wrong = [
-        f"  {'/'.join(path)}: {jnp.result_type(x)}{list(shapes[path])}."
-        for path, x in leaves
+        f"  {'/'.join(path)}: {jnp.result_type(x)}{list(np.shape(x))}."
+        for path, x in zip(paths, leaves, strict=True)
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     ]
     if wrong:
@@ -189,51 +259,3 @@ def _routes(
             + "\n".join(wrong)
             + "\nKeep them out of the optimizer with `optax.masked` or `optax.partition`."
         )
-    return [(path, shapes[path], *_by_role(path, shapes)) for path, _ in leaves]
-
-
-def _by_role(path: tuple[str, ...], shapes: _Shapes) -> tuple[MuonDimensionNumbers | None, str]:
-    for role, pattern in _ADAMW_ROLES.items():
-        if name := _any_matches(pattern, path):
-            return None, f"{role} '{name}'"
-    if _any_matches(_ADAMW_LEAVES, path[-1:]):
-        return None, f"leaf name '{path[-1]}'"
-    for depth, name in enumerate(path):
-        if _matches(_GATE, name) and _has_sibling(path[:depth], _EXPERTS, shapes):
-            return None, f"router '{name}' beside experts"
-    if len(shapes[path]) < 2:
-        return None, "fewer than two axes"
-    if len(shapes[path]) > 2 and shapes[path][-2] == 1 and _any_matches(_CONVOLUTION, path):
-        return None, "depthwise convolution"
-    if len(shapes[path]) > 2 and (numbers := _attention_projection(path, shapes)):
-        return numbers, f"attention '{path[-2]}'"
-    return LAST_TWO_AXES, "last two axes"
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return re.fullmatch(rf"({pattern})(_?\d+)?", name.lower()) is not None
-
-
-def _any_matches(pattern: str, path: tuple[str, ...]) -> str | None:
-    return next((name for name in path if _matches(pattern, name)), None)
-
-
-def _has_sibling(parent: tuple[str, ...], pattern: str, shapes: _Shapes) -> bool:
-    n = len(parent)
-    return any(p[:n] == parent and len(p) > n and _matches(pattern, p[n]) for p in shapes)
-
-
-def _attention_projection(path: tuple[str, ...], shapes: _Shapes) -> MuonDimensionNumbers | None:
-    """Dimension numbers of a three-axis attention kernel of Flax; None for any other leaf.
-
-    A scan-stacked two-axis kernel has three axes too. Where both ends are there, they tell:
-    `query` ends in the (heads, head_dim) with which `out` begins.
-    """
-    if len(path) < 2 or path[-1] != "kernel" or path[-2] not in _ATTENTION:
-        return None
-    query, out = (shapes.get((*path[:-2], name, "kernel")) for name in ("query", "out"))
-    if path[-2] == "out" and query is None:
-        return None
-    if query is not None and out is not None and query[-2:] != out[-3:-1]:
-        return None
-    return _ATTENTION[path[-2]]

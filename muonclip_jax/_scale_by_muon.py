@@ -10,7 +10,7 @@ Source: Jordan et al. 2024, KellerJordan/Muon, muon.py; optax/contrib/_muon.py f
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -19,13 +19,14 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from muonclip_jax._coefficients import JORDAN, Coefficients, as_rows, is_single_row
+from muonclip_jax._coefficients import JORDAN, Coefficients, is_single_row
+from muonclip_jax._injection import injectable
 from muonclip_jax._layout import DimensionNumbersOrFn, matrix_axes, sides, update_scale
-from muonclip_jax._newton_schulz import METHODS, PRECONDITIONINGS, Orthogonaliser
+from muonclip_jax._newton_schulz import orthogonaliser
 from muonclip_jax._paths import path_string
 from muonclip_jax._placements import placements, shardings_by_path
 from muonclip_jax._products import accumulator
-from muonclip_jax._settings import check_choice, check_settings
+from muonclip_jax._settings import check_settings
 from muonclip_jax._sharded import orthogonalise_leaves
 from muonclip_jax._types import ArrayTree, Scalar
 
@@ -47,6 +48,12 @@ class ScaleByMuonState(NamedTuple):
     mu: ArrayTree
 
 
+def _check_muon(arguments: Mapping[str, Any]) -> None:
+    """Raises for settings of `scale_by_muon` that are not allowed."""
+    check_settings("scale_by_muon", arguments, optional=("mu_dtype",))
+
+
+@injectable(frozenset(), _check_muon)
 def scale_by_muon(
     ns_coeffs: Coefficients = JORDAN,
     ns_steps: int = 5,
@@ -111,6 +118,7 @@ def scale_by_muon(
       Jordan et al. 2024, KellerJordan/Muon, muon.py. `adaptive`: Bernstein & Newhouse 2024, arXiv
       2409.20325.
     """
+    _check_muon(locals())
     return scale_by_momentum(
         bias_corrected_nesterov if nesterov else bias_corrected,
         ns_coeffs=ns_coeffs,
@@ -164,12 +172,9 @@ def scale_by_momentum(
     ns_dtype: Any,
     shardings: ArrayTree,
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds `scale_by_muon`, whose arguments these are, for any direction of M and G."""
-    check_settings("scale_by_muon", beta=beta, eps=eps)
-    check_choice("scale_by_muon", "ns_method", ns_method, METHODS)
-    check_choice("scale_by_muon", "preconditioning", preconditioning, PRECONDITIONINGS)
-    rows = as_rows(ns_coeffs, ns_steps if is_single_row(ns_coeffs) else None)
-    orthogonaliser = Orthogonaliser(rows, ns_method, ns_dtype, preconditioning, eps)
+    """Builds `scale_by_muon`, whose arguments these are, checked, for any direction of M and G."""
+    steps = ns_steps if is_single_row(ns_coeffs) else None
+    orthogonalise = orthogonaliser(ns_coeffs, steps, ns_method, ns_dtype, preconditioning, eps)
     said = shardings_by_path(shardings)
 
     def init_fn(params):
@@ -191,7 +196,7 @@ def scale_by_momentum(
             for m, g in zip(M, G, strict=True)
         ]
         where = placements("scale_by_muon", structure.unflatten(D), axes, said)
-        orthogonal = orthogonalise_leaves(D, axes, where, orthogonaliser)
+        orthogonal = orthogonalise_leaves(D, axes, where, orthogonalise)
         if adaptive:
             orthogonal = [
                 o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
@@ -204,6 +209,12 @@ def scale_by_momentum(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _check_shape(arguments: Mapping[str, Any]) -> None:
+    """Raises for settings of `scale_by_shape` that are not allowed."""
+    check_settings("scale_by_shape", arguments, optional=("consistent_rms",))
+
+
+@injectable(frozenset(), _check_shape)
 def scale_by_shape(
     weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     consistent_rms: Scalar | None = None,
@@ -231,7 +242,7 @@ def scale_by_shape(
       Jordan et al. 2024, KellerJordan/Muon, muon.py; Liu et al. 2025, arXiv 2502.16982,
       section 2.2.
     """
-    check_settings("scale_by_shape", consistent_rms=consistent_rms)
+    _check_shape(locals())
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from muonclip_jax._grouping import in_groups
 from muonclip_jax._iterations import nonzero
 from muonclip_jax._layout import Axes, from_matrices, to_matrices
-from muonclip_jax._newton_schulz import Orthogonaliser
+from muonclip_jax._newton_schulz import Orthogonaliser, Traced
 from muonclip_jax._placements import Placements
 from muonclip_jax._sharding_plan import Group, Plan, make_plan
 from muonclip_jax._team import Team
@@ -63,17 +63,18 @@ def _as_planned(
 ) -> list[jax.Array]:
     """Carries out a plan, group by group."""
     results: list[Any] = [None] * len(leaves)
-    eps = jnp.asarray(orthogonalise.eps)  # an argument: what is traced must not be closed over
+    # An argument: what is traced must not be closed over.
+    traced = jax.tree.map(jnp.asarray, orthogonalise.traced)
     for group in plan.groups:
         indices = [member.leaf for member in group.members]
         done = _run(
-            eps,
+            traced,
             tuple(leaves[i] for i in indices),
             mesh=where.mesh,
             specs=tuple(where.specs[i] for i in indices),
             axes=tuple(plan.leaves[i].axes for i in indices),
             group=group,
-            orthogonalise=orthogonalise._replace(eps=0.0),
+            orthogonalise=orthogonalise._replace(traced=Traced(None)),
         )
         for i, result in zip(indices, done, strict=True):
             results[i] = result
@@ -83,7 +84,7 @@ def _as_planned(
 # jit: outside of one, shard_map would compile every operation on its own.
 @functools.partial(jax.jit, static_argnames=("mesh", "specs", "axes", "group", "orthogonalise"))
 def _run(
-    eps: jax.Array,
+    traced: Traced,
     leaves: tuple[jax.Array, ...],
     *,
     mesh: Any,
@@ -98,11 +99,11 @@ def _run(
         out_specs=specs,
         # What replicas gather is equal on all of them, which the type system cannot see.
         check_vma=False,
-    )(eps, *leaves)
+    )(traced, *leaves)
 
 
 def _on_one_device(
-    eps: jax.Array,
+    traced: Traced,
     *blocks: jax.Array,
     sizes: Mapping[str, int],
     axes: tuple[Axes, ...],
@@ -110,7 +111,7 @@ def _on_one_device(
     orthogonalise: Orthogonaliser,
 ) -> tuple[jax.Array, ...]:
     """Orthogonalises the matrices of a group, seen from one device."""
-    orthogonalise = orthogonalise._replace(eps=eps)
+    orthogonalise = orthogonalise._replace(traced=traced)
     moves = bool(group.axes or group.replicas)
     wire = orthogonalise.compute_dtype(blocks[0].dtype) if moves else blocks[0].dtype
     stacks = []

@@ -6,12 +6,13 @@ import jax
 import optax
 from jax.sharding import NamedSharding
 
-from muonclip_jax._coefficients import JORDAN, Coefficients, as_rows, is_single_row
+from muonclip_jax._coefficients import JORDAN, Coefficients, is_single_row
 from muonclip_jax._layout import DimensionNumbersOrFn, matrix_axes
-from muonclip_jax._newton_schulz import Orthogonaliser
+from muonclip_jax._newton_schulz import orthogonaliser
 from muonclip_jax._paths import path_string
 from muonclip_jax._placements import placements, shardings_by_path
-from muonclip_jax._routing import leaf_numbers
+from muonclip_jax._routing import route
+from muonclip_jax._settings import check_settings
 from muonclip_jax._sharded import plan_for
 from muonclip_jax._sharding_plan import Plan
 from muonclip_jax._types import ArrayTree
@@ -56,10 +57,11 @@ def sharding_plan(
       matrices  rows        columns  on each device  FLOPs     MB sent  leaves
       4         256 / fsdp  512      move: 1 whole   7.05e+08  0.8      up/kernel
     """
-    numbers = leaf_numbers(params, muon_weight_dimension_numbers)
+    numbers = route(params, muon_weight_dimension_numbers, caller="sharding_plan").numbers
     structure = jax.tree.structure(params)
-    rows = as_rows(ns_coeffs, ns_steps if is_single_row(ns_coeffs) else None)
-    orthogonalise = Orthogonaliser(rows, ns_method, ns_dtype, "frobenius", 0.0)
+    check_settings("sharding_plan", locals())
+    steps = ns_steps if is_single_row(ns_coeffs) else None
+    orthogonalise = orthogonaliser(ns_coeffs, steps, ns_method, ns_dtype, "frobenius", 0.0)
     said = _own_shardings(params) if shardings is None else shardings_by_path(shardings)
     plans = []
 

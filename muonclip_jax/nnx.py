@@ -1,9 +1,10 @@
-"""Attention statistics from `flax.nnx` modules."""
+"""Attention statistics from `flax.nnx` modules. Flax 0.12.6 or later is needed."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
@@ -82,6 +83,7 @@ def sow_max_logits(
       Whether it was captured.
 
     Raises:
+      ImportError: if Flax is older than 0.12.6, which has no `nnx.capture`.
       ValueError: if the module has a soft cap, and nothing says that the logits are those before.
 
     Example:
@@ -104,6 +106,7 @@ def sow_max_logits(
     References:
       Kimi K2, arXiv 2507.20534, section 2.1, definition of S_max.
     """
+    _check_flax("nnx.sow_max_logits")
     if not before_soft_cap:
         check_sown_before_soft_cap(module, type(module).__name__)
     if not _is_captured(module):
@@ -165,6 +168,7 @@ def attention_fn(
       The attention output.
 
     Raises:
+      ImportError: if a module is passed and Flax is older than 0.12.6.
       ValueError: if the module has a soft cap, or asks for what `max_logit` or `implementation`
         cannot do.
 
@@ -183,6 +187,7 @@ def attention_fn(
     """
     sow = None
     if module is not None:
+        _check_flax("nnx.attention_fn")
         check_no_soft_cap(module, type(module).__name__)
         if _is_captured(module):
             sow = functools.partial(sow_max_logits, module)
@@ -223,6 +228,17 @@ def attention_fn(
         precision=precision,
         **others,
     )
+
+
+def _check_flax(caller: str) -> None:
+    """Raises if Flax has no `nnx.capture`: max logits would be dropped, and nothing clipped."""
+    if not hasattr(nnx, "capture"):
+        raise ImportError(
+            f"{caller}: Flax {flax.__version__} has no nnx.capture, which collects the max logits;"
+            " expected Flax 0.12.6 or later. Run pip install 'flax>=0.12.6'; or, with this version,"
+            " call module.sow(nnx.Intermediate, 'max_logits', max_logits) and after the forward"
+            " pass nnx.pop(model, nnx.Intermediate)."
+        )
 
 
 def _is_captured(module: nnx.Module) -> bool:

@@ -83,7 +83,7 @@ def loss_fn(params, text):
     """Gives the loss on the second half, and what the heads have sown."""
     logits, sown = model.apply({"params": params}, text[:, :-1], mutable=["intermediates"])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
-    return loss[:, HALF - 1 :].mean(), sown["intermediates"]
+    return loss[:, HALF - 1 :].mean(), sown
 
 
 # %% [markdown]

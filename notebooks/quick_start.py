@@ -106,7 +106,7 @@ def loss_fn(params, text):
     """Gives the mean loss in nats per byte, and what the heads have sown."""
     logits, sown = model.apply({"params": params}, text[:, :-1], mutable=["intermediates"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
-    return losses.mean(), sown["intermediates"]
+    return losses.mean(), sown
 
 
 @jax.jit

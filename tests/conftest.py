@@ -1,17 +1,18 @@
 """Eight CPU devices, no network, strict ranks: the conditions under which every test runs."""
 
 import gc
-import importlib.metadata
 import os
 import pathlib
 import socket
 
+from strict import HAS_CAPTURE, NEEDS_CAPTURE, installed
+
 # The references are small: threads of NumPy's BLAS only wait for those of XLA.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Ours to expect is an empty stderr, and jaxlib 0.10.0 writes of an error there whenever it loads a
-# program that it compiled on the same machine before; in 0.10.2 it no longer does.
-if importlib.metadata.version("jaxlib") == "0.10.0":
+# Tests expect an empty stderr. jaxlib before 0.10.2 writes a line there whenever it loads a program
+# that it compiled on the same machine before.
+if installed("jaxlib") < (0, 10, 2):
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import hypothesis
@@ -38,6 +39,13 @@ def _connect_to_loopback_only(self, address):
 # A compiled program holds some memory maps, and Linux gives a process 65,530: after as many of them
 # as all tests need, XLA crashes.
 _MAPS, _MOST_MAPS = pathlib.Path("/proc/self/maps"), 20_000
+
+
+def pytest_collection_modifyitems(items):
+    """Skips the examples of `muonclip_jax.nnx` where Flax has no `nnx.capture`."""
+    for item in items:
+        if not HAS_CAPTURE and isinstance(item, pytest.DoctestItem) and item.path.stem == "nnx":
+            item.add_marker(pytest.mark.skip(reason=NEEDS_CAPTURE))
 
 
 @pytest.fixture(autouse=True, scope="module")

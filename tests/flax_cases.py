@@ -6,11 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 import muonclip_jax as mc
 import reference_attention as reference
 from attention_cases import draw
+from strict import HAS_CAPTURE, NEEDS_CAPTURE
 
 X = draw(0, 3, 7, 8)
 
@@ -34,8 +36,18 @@ def run(module, variables, *args, **settings) -> tuple[Any, Any]:
 apply = functools.partial(run, sow_weights=True)
 
 
+def skip_without_capture():
+    """Skips the test where Flax has no `nnx.capture`."""
+    if not HAS_CAPTURE:
+        pytest.skip(NEEDS_CAPTURE)
+
+
 def capture(module, *args, **settings) -> tuple[Any, Any]:
-    """Calls an NNX module, or a function of one; gives its output and what it sowed."""
+    """Calls an NNX module, or a function of one; gives its output and what it sowed.
+
+    Skips the test where Flax has no `nnx.capture`.
+    """
+    skip_without_capture()
     return nnx.capture(module, mc.nnx.MaxLogits)(*args, **settings)
 
 
@@ -65,6 +77,7 @@ def linen_call(x, mask=None, *, kept=True, options=None, **settings) -> tuple[An
 
 def nnx_call(x, mask=None, *, kept=True, options=None, **settings) -> tuple[Any, Any]:
     """Calls NNX attention likewise, with a capture if the statistics are to be kept."""
+    skip_without_capture()
     attention_fn = functools.partial(mc.nnx.attention_fn, **(options or {}))
     module = nnx_attention(attention_fn=attention_fn, **settings)
     if kept:

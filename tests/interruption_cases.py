@@ -69,6 +69,14 @@ def wait_for(path):
         time.sleep(0.01)
 
 
+def environment(cache):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",  # libtpu, where it is installed, writes to stderr
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 def start(folder, cache, *arguments, **options):
     """Starts the program with the tiny model; programs that were compiled before are not again."""
     (folder / "text").write_bytes(TEXT)
@@ -76,12 +84,7 @@ def start(folder, cache, *arguments, **options):
     return subprocess.Popen(
         [sys.executable, *STRICT, train_lm.__file__, *flags, *arguments],
         cwd=folder,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",  # libtpu, where it is installed, writes to stderr
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
+        env=environment(cache),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import muonclip_jax as mc
 import reference
 from muonclip_jax._layout import matrix_axes
-from muonclip_jax._newton_schulz import Orthogonaliser
+from muonclip_jax._newton_schulz import Orthogonaliser, Traced
 from muonclip_jax._placements import placements
 from muonclip_jax._sharded import plan_for
 
@@ -135,4 +135,4 @@ def planned(leaves, mesh):
     found = []
     jax.eval_shape(lambda tree: found.append(placements("test", tree, axes, {})), tree)
     rows = mc.ns_coefficients("jordan")
-    return plan_for(found[0], Orthogonaliser(rows, "auto", "auto", "frobenius", 1e-8))
+    return plan_for(found[0], Orthogonaliser(rows, "auto", "auto", "frobenius", Traced(1e-8)))

@@ -1,7 +1,21 @@
-"""The flags of a Python in which every warning is an error, as pytest has it for the tests."""
+"""What depends on the installed versions: the flags of a strict Python, and features of Flax."""
 
 import importlib.metadata
+import re
 
+import pytest
+
+
+def installed(package: str) -> tuple[int, ...]:
+    """Returns the version of a package, such as (0, 12, 6)."""
+    return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version(package))[:3])
+
+
+# Every warning is an error, as pytest has it for the tests.
 STRICT = ["-W", "error"]
-if importlib.metadata.version("flax") == "0.12.6":  # our lowest; it uses what jax 0.10 moved
+if installed("flax") <= (0, 12, 6):  # they use what jax 0.10 moved
     STRICT += ["-W", "ignore:jax.core.:DeprecationWarning"]
+
+HAS_CAPTURE = installed("flax") >= (0, 12, 6)
+NEEDS_CAPTURE = "nnx.capture needs Flax 0.12.6"
+needs_capture = pytest.mark.skipif(not HAS_CAPTURE, reason=NEEDS_CAPTURE)

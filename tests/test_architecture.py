@@ -12,12 +12,15 @@ from strict import STRICT
 
 PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = """
-_types _paths _settings _team _kernel_pattern _child_names
-_coefficients _products _shared_key _visible _clipped_heads
-_grouping _polar_express _iterations _layout _max_logit _splash _attention_layouts
-_newton_schulz _sharding_plan _routing _attention _multi_head_layout _mla_layout _fused_qkv_layout \
-_attention_sites
-_placements _flax_attention _site_faults
+_types _paths _team _injection _kernel_pattern _child_names \
+_resharding _folding _overrides _role_names
+_adamw _coefficients _products _shared_key _visible _clipped_heads _evidence
+_settings
+_grouping _polar_express _iterations _layout _kernels _max_logit _splash _attention_layouts
+_head_kernels _window_kernels
+_normalize _sharding_plan _roles _attention _multi_head_layout _mla_layout \
+_fused_qkv_layout _attention_sites
+_newton_schulz _placements _routing _flax_attention _site_faults
 _sharded _layout_proposals linen nnx
 _scale_by_muon _show_plan _attention_faults
 _muon _qk_clip
@@ -25,6 +28,7 @@ _muonclip _metrics
 """.split("\n")[1:-1]
 LAYER = {name: height for height, names in enumerate(LAYERS) for name in names.split()}
 OPTIMIZER_HALF = {
+    "_adamw",
     "_coefficients",
     "_polar_express",
     "_products",
@@ -36,8 +40,17 @@ OPTIMIZER_HALF = {
     "_show_plan",
     "_grouping",
     "_newton_schulz",
+    "_normalize",
     "_layout",
     "_routing",
+    "_roles",
+    "_kernels",
+    "_head_kernels",
+    "_window_kernels",
+    "_evidence",
+    "_role_names",
+    "_overrides",
+    "_folding",
     "_scale_by_muon",
     "_muon",
 }
@@ -131,9 +144,12 @@ if heavy - CHEX:
 import jax._src.xla_bridge as bridge
 if bridge._backends:
     raise SystemExit("started a backend")
+if not {"linen", "nnx"} <= set(dir(mc)):
+    raise SystemExit("dir(mc) lacks linen or nnx before their first use")
 if "flax" in sys.modules or mc.linen.__name__ != "muonclip_jax.linen" or "flax" not in sys.modules:
     raise SystemExit("linen is not loaded on first use")
-if mc.nnx.__name__ != "muonclip_jax.nnx":
+from muonclip_jax import nnx
+if nnx is not mc.nnx or nnx.__name__ != "muonclip_jax.nnx":
     raise SystemExit("nnx is not loaded on first use")
 """.replace("CHEX", "{'chex'}")  # optax itself imports chex
     run = subprocess.run(
@@ -174,6 +190,11 @@ def test_public_names_are_the_pinned_ones():
     }
     for name in mc.__all__:
         assert getattr(mc, name).__doc__
+
+
+def test_dir_lists_every_public_name():
+    assert set(mc.__all__) <= set(dir(mc))
+    assert "__version__" in dir(mc)
 
 
 def test_an_unknown_name_is_an_attribute_error():

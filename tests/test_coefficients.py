@@ -86,13 +86,13 @@ def test_steps_below_one_are_refused(steps):
     "bad", [(1.0, 2.0), ((1.0, 2.0, 3.0), (1.0, 2.0, float("nan"))), 3.0, [[[1.0, 2.0, 3.0]]]]
 )
 def test_malformed_rows_are_refused(bad):
-    with pytest.raises(ValueError, match="must be a preset's name, a row"):
+    with pytest.raises(ValueError, match=r"must be a preset's name \('jordan', .*, a row"):
         as_rows(bad)
 
 
 @pytest.mark.usefixtures("no_typecheck")
 def test_traced_coefficients_and_steps_name_the_cure():
-    with pytest.raises(TypeError, match="static_args"):
+    with pytest.raises(TypeError, match="must be known while tracing here; pass numbers"):
         jax.jit(lambda c: as_rows((c, 1.0, 2.0))[0][0])(1.0)
-    with pytest.raises(TypeError, match="static_args='ns_steps'"):
+    with pytest.raises(TypeError, match="needs one row of coefficients"):
         jax.jit(lambda n: as_rows("jordan", n)[0][0])(5)

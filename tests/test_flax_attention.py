@@ -14,6 +14,7 @@ from flax import nnx
 import muonclip_jax as mc
 from attention_cases import draw, same_bits
 from flax_cases import CALLS, X, capture, linen_attention, linen_call, nnx_attention, run
+from strict import needs_capture
 
 MASKS = {"no mask": None, "a mask": jnp.tri(7)}
 
@@ -213,6 +214,7 @@ def test_what_may_come_after_a_soft_cap_is_refused_unless_told_otherwise(flavour
     SOW[flavour](ONES, name, cap, before_soft_cap=True)
 
 
+@needs_capture
 def test_messages_on_soft_caps_say_what_where_and_the_cure():
     class Attention(nn.MultiHeadDotProductAttention):
         attn_logits_soft_cap: float = 50.0

@@ -20,6 +20,7 @@ from interruption_cases import (
     after,
     assert_equal_runs,
     ended,
+    environment,
     kill,
     kill_after,
     limit_files,
@@ -28,7 +29,7 @@ from interruption_cases import (
     wait_for,
 )
 from lm import checkpoint, data, rundir, training
-from lm.config import BadInput
+from lm.config import BadInput, Config
 from lm_cases import CONFIG, CORPUS, TEXT, TINY, compiled_once, trainer
 
 
@@ -120,7 +121,7 @@ def test_signal_saves_the_running_step(program, tmp_path, monkeypatch, capfd, nu
     monkeypatch.setattr("lm.rundir.is_logged", send)
     assert program() == 0
     captured = capfd.readouterr()
-    assert captured.out.splitlines()[-1] == "stopped after step 5; --resume --out run goes on"
+    assert captured.out.splitlines()[-1].startswith("stopped after step 5; continue with: ")
     assert captured.err == ""
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
     assert len(rundir.read_metrics(tmp_path / "run")) == 5
@@ -275,43 +276,83 @@ CHANGES = {
     "batch_size": 8,
     "seq_len": 8,
     "learning_rate": 0.5,
-    "threshold": 7.0,
     "seed": 1,
     "accumulate": 2,
 }
 
 
+def resumed(path, **typed):
+    """The settings of `--resume --out path` with these other flags."""
+    return rundir.resumed(Config(out=path, resume=True, **typed, given=frozenset(typed)))
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_settings(whole, name):
-    config = dataclasses.replace(CONFIG, out=whole, resume=True, **{name: CHANGES[name]})
     before = CONFIG.peak if name == "learning_rate" else getattr(CONFIG, name)
     flag = "--" + name.replace("_", "-")
     with pytest.raises(BadInput) as error:
-        rundir.open_run(config, CORPUS)
+        resumed(whole, **{name: CHANGES[name]})
     assert f"{flag} was {before}, now {CHANGES[name]}" in str(error.value)
     assert "another --out" in str(error.value)
 
 
 def test_changed_settings_are_listed_together(whole):
-    config = dataclasses.replace(CONFIG, out=whole, resume=True, seed=1, threshold=7.0)
     with pytest.raises(BadInput) as error:
-        rundir.open_run(config, CORPUS)
+        resumed(whole, seed=1, steps=7)
     assert str(error.value) == (
-        f"--resume {whole}: --threshold was {CONFIG.threshold}, now 7.0; --seed was 0, now 1;"
+        f"--resume {whole}: --steps was 20, now 7; --seed was 0, now 1;"
         " give the old values, or another --out"
     )
 
 
+def test_settings_that_were_not_typed_are_those_of_the_run(whole):
+    config = resumed(whole)
+    assert config == dataclasses.replace(
+        CONFIG, out=whole, resume=True, learning_rate=CONFIG.peak, no_progress=False
+    )
+
+
+def test_mesh_and_text_that_were_not_typed_are_those_of_the_run(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, out=tmp_path, mesh={"fsdp": -1}, simulate_devices=8, data=pathlib.Path("text")
+    )
+    rundir.open_run(config, CORPUS)
+    again = resumed(tmp_path)
+    assert (again.mesh, again.simulate_devices) == (config.mesh, 8)
+    assert again.data == pathlib.Path("text").absolute()
+    assert resumed(tmp_path, mesh={"data": -1}).mesh == {"data": -1}
+
+
+def test_settings_that_differ_from_the_run_are_refused_however_they_came(whole):
+    config = dataclasses.replace(CONFIG, out=whole, resume=True, seed=1)
+    with pytest.raises(BadInput, match="--seed was 0, now 1"):
+        rundir.open_run(config, CORPUS)
+
+
+def test_threshold_may_change_and_is_kept(tmp_path):
+    trainer(tmp_path, threshold=1e30, should_stop=after(9, lambda: True)).train()
+    for typed, steps in ({"threshold": 2.0}, 12), ({}, 20):
+        config = resumed(tmp_path, **typed)
+        assert config.threshold == 2.0
+        rundir.open_run(config, CORPUS)
+        stop = after(steps - 9 if typed else 100, lambda: True)
+        made = training.Trainer(config, CORPUS, tmp_path, TINY, stop, jax.devices()[:1])
+        assert made.train() == steps
+    lines = rundir.read_metrics(tmp_path)
+    over = [sum(x > 2.0 for layer in line["max_logits"] for x in layer) for line in lines]
+    assert [line["heads_clipped"] for line in lines] == [0] * 9 + over[9:]
+    assert sum(over[9:12]) > 0
+    assert sum(over[12:]) > 0
+
+
 def test_changed_text_is_refused(whole):
-    config = dataclasses.replace(CONFIG, out=whole, resume=True)
     other = data.split("tiny", TEXT[:-1] + b"!", 0, CONFIG.seq_len)
     with pytest.raises(BadInput, match=rf"--data was .*{CORPUS.sha256}, now .*{other.sha256}"):
-        rundir.open_run(config, other)
+        rundir.open_run(resumed(whole), other)
 
 
 def test_default_learning_rate_may_be_named_on_resume(whole):
-    config = dataclasses.replace(CONFIG, out=whole, resume=True, learning_rate=CONFIG.peak)
-    assert rundir.open_run(config, CORPUS).done
+    assert rundir.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).done
 
 
 @pytest.mark.parametrize(
@@ -364,13 +405,22 @@ def test_kill_nine_at_twenty_moments(tmp_path, cache, model):
     kill_and_resume(tmp_path, cache, 20, 240, model)
 
 
-def test_sigterm(tmp_path, cache):
-    flags = ["--steps", str(STEPS), "--checkpoint-every", "1"]  # each waits for the one before
-    process = start(tmp_path, cache, *flags, "--out", "run")
+def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache):
+    """None of the flags that differ from their defaults is in the command."""
+    flags = ["--steps", str(STEPS), "--threshold", "2"]
+    ended(start(tmp_path, cache, *flags, "--out", "whole"))
+    # Each checkpoint waits for the one before.
+    process = start(tmp_path, cache, *flags, "--checkpoint-every", "1", "--out", "run")
     wait_for(tmp_path / "run" / "checkpoints" / "1")
     process.send_signal(signal.SIGTERM)
-    out = ended(process)
+    _, last = ended(process).splitlines()
     steps = [line["step"] for line in rundir.read_metrics(tmp_path / "run")]
-    assert out.splitlines()[1:] == [f"stopped after step {steps[-1]}; --resume --out run goes on"]
     assert (tmp_path / "run" / "checkpoints" / str(steps[-1])).exists()
     assert not (tmp_path / "run" / "summary.json").exists()
+    stopped, command = last.split("; continue with: ")
+    assert stopped == f"stopped after step {steps[-1]}"
+    resume = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment(cache), capture_output=True, text=True
+    )
+    assert resume.returncode == 0, resume.stderr
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole", steps=STEPS, threshold=2.0)

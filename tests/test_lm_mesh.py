@@ -25,7 +25,6 @@ from lm.step import make_loss
 from lm_cases import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
 from strict import STRICT
 
-# flax 0.12.6, our lowest, uses what jax 0.10 moved.
 PROGRAM = pathlib.Path(training.__file__).parents[1] / "train_lm.py"
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
 EXPERT = {"fsdp": 2, "tensor": 2, "expert": 2}

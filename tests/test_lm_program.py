@@ -7,13 +7,14 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 import train_lm
-from lm import config as settings, observe, rundir
-from lm.config import Config
-from lm_cases import TEXT, compiled_once, program as run_program
+from lm import config as settings, extras, observe, rundir
+from lm.config import BadInput, Config
+from lm_cases import TEXT, compiled_once, program as run_program, trainer
 from strict import STRICT
 
 # Compiles in half the time; speed and the last bits do not matter where this is used.
@@ -117,6 +118,74 @@ def test_refused_resume_in_the_program_exits_2(program, capsys):
         program("--out", "run", "--resume", "--seed", "1")
     assert leave.value.code == 2
     assert "--seed was 0, now 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", extras.PACKAGES)
+def test_missing_package_is_one_line_and_no_folder(program, tmp_path, monkeypatch, capsys, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as leave:
+        program("--out", "run")
+    assert leave.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"train_lm.py: {extras.PACKAGES[module]} is not installed; run pip inst")
+    assert "'muonclip-jax[examples]'" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_packages_are_listed_together(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(BadInput, match="grain, tqdm are not installed; run pip"):
+        extras.check()
+
+
+def test_extras_are_those_of_the_package():
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    listed = {re.split("[><=~]", x)[0] for x in project["optional-dependencies"]["examples"]}
+    assert set(extras.PACKAGES.values()) == {"muonclip-jax", *listed}
+
+
+def test_interpreter_without_any_package_gets_one_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-S", EXAMPLES / "train_lm.py"],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "numpy is not installed; run pip install 'muonclip-jax[examples]'" in line
+
+
+RISING = [(100, 2.0), (200, 1.9), (300, 1.95), (400, 2.1)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "line"),
+    [
+        (RISING, "validation loss rose from 1.900 at step 200 to 2.100 at step 400; use more text"),
+        (RISING[:3], "validation loss rose from 1.900 at step 200 to 1.950 at step 300; "),
+        (RISING[:2], None),
+        (RISING[:1], None),
+        ([(100, 2.0), (200, 2.019)], None),
+    ],
+    ids=["end", "sooner", "falling", "alone", "within_1_percent"],
+)
+def test_rise_of_the_validation_loss(losses, line):
+    found = observe.validation_rise(losses)
+    assert found is None if line is None else found.startswith(line)
+
+
+def test_rise_of_the_validation_loss_is_a_warning_at_the_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lm.plots.draw", lambda *_: None)
+    made = trainer(tmp_path)
+    lines = [{"step": n, "loss": 1.0, "validation_loss": float(n)} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(rundir.metrics_line, lines)))
+    made._finish(2.5, 1.0)
+    assert capsys.readouterr().err.startswith(
+        "train_lm.py: warning: validation loss rose from 1.000 at step 1 to 2.500 at step 20; "
+    )
 
 
 def start(folder, *arguments):

@@ -8,7 +8,9 @@ from flax import nnx
 
 import mla_in_nnx
 import muonclip_jax as mc
+from strict import needs_capture
 
+pytestmark = needs_capture
 STEPS = 90
 
 
@@ -35,6 +37,6 @@ def test_every_attention_kernel_goes_to_muon_as_the_matrix_it_is():
     params = nnx.state(mla_in_nnx.Model(nnx.Rngs(0)), nnx.Param)
     rows = {row.path: row for row in mc.routing_table(params).rows}
     q_b, embed = rows["blocks/0/attn/q_b/kernel"], rows["embed/embedding"]
-    assert (q_b.optimizer, q_b.batch, q_b.rows, q_b.columns) == ("muon", 1, 32, 96)
+    assert (q_b.optimizer, q_b.num_matrices, q_b.n_in, q_b.n_out) == ("muon", 1, 32, 96)
     assert embed.optimizer == rows["lm_head/kernel"].optimizer == "adamw"
     assert jax.tree.structure(params) == jax.tree.structure(jax.tree.map(lambda x: x, params))

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,49 @@ import muonclip_jax as mc
 import reference_attention as reference
 from attention_cases import draw, same_bits
 from flax_cases import X, capture, nnx_attention, recomputed
+from strict import needs_capture
 
 sown = functools.partial(capture, sow_weights=True)
+
+
+@pytest.mark.parametrize("caller", ["sow_max_logits", "attention_fn"])
+def test_older_flax_is_an_error_when_it_is_used_and_not_at_import(monkeypatch, caller):
+    monkeypatch.delattr(nnx, "capture", raising=False)
+    module = nnx_attention()
+    module(X)  # without max logits nothing is missing
+    use = {
+        "sow_max_logits": lambda: mc.nnx.sow_max_logits(module, jnp.ones((3, 2))),
+        "attention_fn": lambda: module(X, sow_weights=True),
+    }
+    with pytest.raises(ImportError) as error:
+        use[caller]()
+    assert str(error.value).startswith(f"nnx.{caller}: Flax {flax.__version__} has no nnx.capture")
+    assert "pip install 'flax>=0.12.6'" in str(error.value)
+    assert "nnx.pop(model, nnx.Intermediate)" in str(error.value)
+
+
+# Newer Flax suggests nnx.capture instead.
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_max_logits_popped_from_intermediates_clip_with_any_flax():
+    class Attention(nnx.Module):
+        def __init__(self, rngs):
+            self.query = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
+            self.key = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
+
+        def __call__(self, x):
+            max_logits = mc.max_attention_logit(self.query(x), self.key(x))
+            self.sow(nnx.Intermediate, "max_logits", max_logits)
+            return max_logits
+
+    model = Attention(nnx.Rngs(0))
+    before = np.max(model(X), axis=0)
+    stats = nnx.pop(model, nnx.Intermediate)
+    threshold = float(np.sort(before)[0] + 1e-3)
+    params, info = mc.qk_clip(nnx.state(model, nnx.Param), stats, threshold=threshold)
+    nnx.update(model, params)
+    assert info.clipped_heads == 1
+    after = np.max(model(X), axis=0)
+    np.testing.assert_allclose(after, np.minimum(before, threshold), rtol=1e-5)
 
 
 flax_attention = functools.partial(nnx_attention, attention_fn=nnx.dot_product_attention)
@@ -136,6 +178,7 @@ def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
         mc.qk_clip(nnx.state(module, nnx.Param), stats)
 
 
+@needs_capture
 @pytest.mark.parametrize("types", [(), (nnx.Intermediate,)])
 def test_without_a_capture_of_this_type_nothing_is_stored_and_nobody_warned(types):
     class Model(nnx.Module):
@@ -155,6 +198,7 @@ def test_without_a_capture_of_this_type_nothing_is_stored_and_nobody_warned(type
     assert jax.tree.structure(nnx.state(model)) == before
 
 
+@needs_capture
 def test_captured_beside_intermediates_if_it_is_named_first():
     class Model(nnx.Module):
         def __call__(self, x):

@@ -76,7 +76,7 @@ def test_updates_agree_with_the_table():
             np.testing.assert_allclose(magnitudes, 1.0, rtol=1e-3, err_msg=row.path)
             continue
         # Orthogonal, so the squares add up to the number of singular values times scale squared.
-        total = row.batch * min(row.rows, row.columns) * row.scale**2
+        total = row.num_matrices * min(row.n_in, row.n_out) * row.scale**2
         np.testing.assert_allclose(np.sum(magnitudes**2), total, rtol=0.02, err_msg=row.path)
 
 
@@ -120,7 +120,7 @@ def test_gate_beside_experts_is_a_router(experts):
 
 def _matrices(tree, path):
     rows = {row.path: row for row in mc.routing_table(_shapes(tree)).rows}
-    return rows[path].batch, rows[path].rows, rows[path].columns
+    return rows[path].num_matrices, rows[path].n_in, rows[path].n_out
 
 
 def test_attention_kernels_become_the_matrices_they_are():
@@ -145,7 +145,7 @@ def test_dimension_numbers_override_the_rules():
         tree, {"embed": mc.MuonDimensionNumbers(1, 0), "up": None}, consistent_rms=0.5
     )
     embed, bias, kernel = table.rows
-    assert (embed.optimizer, embed.rows, embed.columns) == ("muon", 4, 8)
+    assert (embed.optimizer, embed.n_in, embed.n_out) == ("muon", 4, 8)
     np.testing.assert_allclose(embed.scale, 0.5 * np.sqrt(8))
     assert bias.optimizer == kernel.optimizer == "adamw"
     assert {row.reason for row in table.rows} == {"given"}

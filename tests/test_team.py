@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._newton_schulz import Orthogonaliser
+from muonclip_jax._newton_schulz import Orthogonaliser, Traced
 from muonclip_jax._team import Team
 from sharding_cases import assert_close, make_mesh
 
@@ -55,7 +55,7 @@ def test_a_team_does_what_one_device_does(size, height):
 
     def shared(part, team):
         each = [
-            Orthogonaliser(rows_of(case[1]), case[0], "auto", case[1], 1e-8).shared(
+            Orthogonaliser(rows_of(case[1]), case[0], "auto", case[1], Traced(1e-8)).shared(
                 part, team, (height, WIDTH)
             )
             for case in CASES

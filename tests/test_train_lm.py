@@ -229,6 +229,29 @@ def test_heat_map_keeps_the_largest_logit_of_steps_that_share_a_column():
     assert steps[column] <= 1_235 < steps[column + 1]
 
 
+def test_smoothed_loss_does_not_lag():
+    steps = [*range(1, 101), *range(110, 500, 10)]  # logged with gaps, as in a long run
+    straight = [5.0 - 0.01 * step for step in steps]
+    np.testing.assert_allclose(plots._smooth(steps, straight), straight, rtol=1e-12)
+
+
+def test_smoothed_loss_is_less_noisy():
+    noise = np.random.default_rng(0).normal(size=500)
+    smooth = plots._smooth(range(1, 501), noise)
+    assert np.std(smooth[50:-50]) < 0.2  # 1 / sqrt(41) is 0.16
+    assert max(abs(x) for x in smooth[-5:]) < 1.0
+
+
+def test_smoothed_loss_of_a_short_run_is_the_loss():
+    assert plots._smooth([1], [5.5]) == [5.5]
+
+
+def test_color_bar_names_its_quantity():
+    lines = [{"step": n + 1, "max_logits": [[0.0, 20.0 + n]]} for n in range(3)]
+    _, bar = plots._heads(CONFIG, lines).axes
+    assert bar.get_ylabel() == "largest attention logit (white: threshold 15)"
+
+
 def test_heat_map_is_white_at_the_threshold_and_red_above():
     style = plots._colours(15.0, np.array([-2.0, 14.0, 18.0]))
     white, red = (matplotlib.colormaps[style["cmap"]](style["norm"](x)) for x in (15.0, 18.0))

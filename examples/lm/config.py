@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import NoReturn
 
 from lm.presets import DEFAULT, PRESETS
@@ -140,6 +140,7 @@ class Config:
         cluster tells; None is a run of one process.
       aot_topology: TPU slice for which to compile a step and print what it costs, instead of
         training; needs libtpu, but no TPU.
+      given: Names of the flags that were typed; no flag itself.
     """
 
     model: str = field(default="gqa", metadata={"help": "architecture", "choices": MODELS})
@@ -194,7 +195,10 @@ class Config:
     )
     resume: bool = field(
         default=False,
-        metadata={"help": "go on with the run in --out, or in the last default folder"},
+        metadata={
+            "help": "go on with the run in --out, or in the last default folder; flags that are not"
+            " typed are those of that run"
+        },
     )
     no_progress: bool = field(
         default=False,
@@ -246,6 +250,7 @@ class Config:
             " v5p:2x2x1; needs libtpu"
         },
     )
+    given: frozenset[str] = frozenset()
 
     @property
     def peak(self) -> float:
@@ -279,14 +284,18 @@ def warn(text: str) -> None:
     print(f"train_lm.py: warning: {line}", file=sys.stderr)
 
 
+def _flags() -> list[Field]:
+    return [setting for setting in fields(Config) if setting.name != "given"]
+
+
 def parser() -> Parser:
-    """Builds the command line: one flag for each field of `Config`."""
+    """Builds the command line: one flag for each field of `Config` except `given`."""
     result = Parser(
         prog="train_lm.py",
         description="Trains a byte-level transformer and plots its loss and attention logits.",
         allow_abbrev=False,
     )
-    for setting in fields(Config):
+    for setting in _flags():
         options = dict(setting.metadata)
         if setting.default is False:
             options["action"] = "store_true"
@@ -304,24 +313,34 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
       arguments: Flags and values; None takes those of the process.
 
     Returns:
-      Settings that are valid on their own. Files are not looked at.
+      Settings that are valid on their own. Files are not read: with `--resume`,
+      `rundir.resumed` completes and checks the settings.
 
     Raises:
       SystemExit: with code 2 and one line on stderr, if a flag is unknown or a value bad.
     """
-    config = Config(**vars(parser().parse_args(arguments)))
+    untyped = object()
+    values = argparse.Namespace(**{setting.name: untyped for setting in _flags()})
+    parser().parse_args(arguments, values)
+    typed = {name: value for name, value in vars(values).items() if value is not untyped}
+    config = Config(**typed, given=frozenset(typed))
+    try:
+        if not config.resume:
+            check(config)
+    except BadInput as error:
+        refuse(error)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises `BadInput` if two settings contradict each other."""
     if config.preset not in PRESETS[config.model]:
-        refuse(
-            BadInput(
-                f"argument --preset: got {config.preset!r}, expected one of"
-                f" {', '.join(PRESETS[config.model])} for --model {config.model}"
-            )
+        raise BadInput(
+            f"argument --preset: got {config.preset!r}, expected one of"
+            f" {', '.join(PRESETS[config.model])} for --model {config.model}"
         )
     if config.batch_size % config.accumulate:
-        refuse(
-            BadInput(
-                f"argument --accumulate: got {config.accumulate}, expected a divisor of"
-                f" --batch-size {config.batch_size}: micro-batches have one size"
-            )
+        raise BadInput(
+            f"argument --accumulate: got {config.accumulate}, expected a divisor of"
+            f" --batch-size {config.batch_size}: micro-batches have one size"
         )
-    return config

@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from lm.config import Config, Failed
 
 LINE_EVERY = 50  # steps, where there is no terminal to draw a bar on
 PROFILE = "profile"  # folder of the traces, which TensorBoard finds by itself
+RISE = 0.01  # of the validation loss, relative to its lowest value, that is worth a warning
 PROFILED_AFTER = 3  # steps of this start: the first compile, and are not typical
 
 
@@ -41,6 +42,28 @@ def written(what: str, step: int) -> Iterator[None]:
             f"step {step}: {what} could not be written ({error.strerror}); make room, then"
             " --resume goes on"
         ) from error
+
+
+def validation_rise(losses: Sequence[tuple[int, float]]) -> str | None:
+    """Describes a validation loss that has risen by the end of a run.
+
+    Args:
+      losses: Step and validation loss in nats per byte, in order of the steps.
+
+    Returns:
+      One line with both losses and what to change; None if the last loss is at most 1 % above the
+      lowest one before it.
+    """
+    *earlier, (last_step, last) = losses
+    if not earlier:
+        return None
+    step, lowest = min(earlier, key=lambda pair: pair[1])
+    if last <= lowest * (1 + RISE):
+        return None
+    return (
+        f"validation loss rose from {lowest:.3f} at step {step} to {last:.3f} at step {last_step};"
+        " use more text, fewer --steps, or a lower --learning-rate"
+    )
 
 
 class Speed:

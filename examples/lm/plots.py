@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -19,24 +20,26 @@ PLOTS = HEADS, LOSS, MAX_LOGITS
 
 _SIZE = (8.0, 4.5)  # inches
 _DPI = 150
-_SMOOTHING = 0.95  # weight of the past in the drawn mean of the loss
+_HALF_WINDOW = 20  # logged steps on each side of one, in the smoothed loss
 _COLUMNS = 800  # of the heat map; more steps than this share a column, which shows the largest
 _TRAIN, _VALIDATION, _THRESHOLD, _GRID = "#2a6f97", "#e36414", "#c1121f", "#e5e7eb"
 
 
 def draw(
-    config: Config, metrics: list[dict[str, Any]], validation_loss: float, path: pathlib.Path
+    config: Config,
+    metrics: list[dict[str, Any]],
+    validation: list[tuple[int, float]],
+    path: pathlib.Path,
 ) -> None:
     """Draws all of `PLOTS`.
 
     Args:
       config: Settings.
       metrics: Logged steps, in order.
-      validation_loss: Nats per byte after the last step.
+      validation: Step and validation loss in nats per byte; the last pair is of the last step.
       path: Run folder.
     """
-    validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
-    _save(_loss(config, metrics, [*validation, (config.steps, validation_loss)]), path / LOSS)
+    _save(_loss(config, metrics, validation), path / LOSS)
     _save(_max_logits(config, metrics), path / MAX_LOGITS)
     _save(_heads(config, metrics), path / HEADS)
 
@@ -52,7 +55,12 @@ def _style(axes: Axes, ylabel: str) -> None:
     axes.grid(axis="y", color=_GRID)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.01)
+    _style_steps(axes)
+
+
+def _style_steps(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _loss(
@@ -65,7 +73,7 @@ def _loss(
     _style(axes, "cross-entropy, nats per byte")
     axes.set_title(f"{config.optimizer}: {final} nats per byte on held-out text", loc="left")
     axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=1, label="training, each batch")
-    axes.plot(steps, _mean(losses), color=_TRAIN, linewidth=2, label="training, running mean")
+    axes.plot(steps, _smooth(steps, losses), color=_TRAIN, linewidth=2, label="training, smoothed")
     axes.plot(*zip(*validation, strict=True), "o", color=_VALIDATION, label="validation")
     axes.annotate(
         final, validation[-1], (-4, 10), textcoords="offset points", ha="center", color=_VALIDATION
@@ -74,14 +82,23 @@ def _loss(
     return figure
 
 
-def _mean(values: list[float]) -> list[float]:
-    """Exponential running mean, unbiased from its first value on."""
-    total, weight, means = 0.0, 0.0, []
-    for value in values:
-        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        means.append(total / weight)
-    return means
+def _smooth(steps: Sequence[int], values: Sequence[float]) -> list[float]:
+    """Fits a line to the values around each step and takes its value there.
+
+    A straight series is returned unchanged, so the curve does not lag behind a falling loss. The
+    window is symmetric, narrower in the first steps, where the loss falls fast, and one-sided in
+    the last ones.
+    """
+    x, y = np.asarray(steps, float), np.asarray(values, float)
+
+    def fit(i: int) -> float:
+        half = min(i // 4, _HALF_WINDOW)
+        part = slice(i - half, i + half + 1)
+        dx, dy = x[part] - x[part].mean(), y[part] - y[part].mean()
+        slope = (dx @ dy) / max(dx @ dx, 1.0)  # a single step has no slope
+        return float(y[part].mean() + slope * (x[i] - x[part].mean()))
+
+    return [fit(i) for i in range(len(x))]
 
 
 def _max_logits(config: Config, metrics: list[dict[str, Any]]) -> Figure:
@@ -127,10 +144,10 @@ def _heads(config: Config, metrics: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(heads * (np.arange(layers) + 0.5), [str(n + 1) for n in range(layers)])
     for layer in range(1, layers):
         axes.axhline(heads * layer, color="black", linewidth=0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _style_steps(axes)
     passed = logits.max() > config.threshold
     label = f"{'white' if passed else 'all below'}: threshold {config.threshold:g}"
-    bar = figure.colorbar(cells, ax=axes, label=label)
+    bar = figure.colorbar(cells, ax=axes, label=f"largest attention logit ({label})")
     if passed:
         bar.ax.axhline(config.threshold, color=_THRESHOLD, linewidth=1.5)
     return figure
@@ -151,12 +168,12 @@ def _columns(metrics: list[dict[str, Any]]) -> tuple[list[int], np.ndarray]:
 
 
 def _verdict(config: Config, heads: np.ndarray, ever_clipped: int) -> str:
-    """What the picture shows, in words."""
+    """Returns the title: how many heads were clipped, or exceed the threshold."""
     count, tau, largest = heads[0].size, config.threshold, heads.max()
     if config.optimizer == "muonclip":
         return (
-            f"muonclip: {ever_clipped} of {count} heads ever clipped at {tau:g}; "
-            f"largest logit {largest:.1f}"
+            f"muonclip: {ever_clipped} of {count} heads clipped at least once; "
+            f"largest logit {largest:.1f}, threshold {tau:g}"
         )
     passed = int((heads > config.threshold).any(axis=0).sum())
     return (

@@ -22,7 +22,7 @@ from lm.rundir import Run
 
 HEARTBEAT = 100  # seconds without a sign of life after which the others end
 # Settings that may differ between processes; that the text is the same, its digest tells.
-OWN = ("distributed", "no_progress", "quiet", "data", "out")
+OWN = ("distributed", "no_progress", "quiet", "data", "out", "given")
 
 
 def start(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run: which one, what it pins (`run.json`), its metrics and its summary."""
+"""The folder of a run: which one, its settings (`run.json`), its metrics and its summary."""
 
 import dataclasses
 import itertools
@@ -7,11 +7,11 @@ import os
 import pathlib
 from typing import Any
 
-from lm.config import BadInput, Config
+from lm.config import BadInput, Config, check
 from lm.data import Corpus
 
 SETTINGS, METRICS, SUMMARY, CHECKPOINTS = "run.json", "metrics.jsonl", "summary.json", "checkpoints"
-# --steps is among them as the learning rate falls to zero at the last one.
+# A resume may not change these. --steps is among them: the learning rate reaches 0 at the last.
 PINNED = (
     "model",
     "preset",
@@ -20,10 +20,13 @@ PINNED = (
     "steps",
     "batch_size",
     "seq_len",
-    "threshold",
     "seed",
     "accumulate",
+    "learning_rate",
 )
+# A resume may change these; without the flag it takes the value of the run.
+CHANGEABLE = ("threshold", "checkpoint_every", "mesh", "simulate_devices")
+TEXT = "text"  # size and digest of the text in `run.json`, which are pinned too
 LOGGED_WITHOUT_GAP = 1_000  # a curve is read from its start
 LOG_EVERY = 10  # after that; a step that is not logged does not wait for the device
 
@@ -46,11 +49,39 @@ def is_logged(step: int) -> bool:
     return step <= LOGGED_WITHOUT_GAP or step % LOG_EVERY == 0
 
 
+def resumed(config: Config) -> Config:
+    """Completes the settings of a run that is resumed with those in its folder.
+
+    Args:
+      config: Settings as typed.
+
+    Returns:
+      With `resume` and a run in the folder: the settings of that run, replaced by the flags that
+      were typed and may change. Otherwise `config`.
+
+    Raises:
+      BadInput: if a flag was typed with another value than the run has, if the settings of the run
+        cannot be read, or if two settings contradict each other.
+    """
+    if not config.resume:
+        return config
+    path = config.out or _default(config)
+    if not _holds_run(path):
+        check(config)
+        return config
+    before = _read_settings(path)
+    _check_pinned(path, before, {n: getattr(config, n) for n in PINNED if n in config.given})
+    kept = {n: before[n] for n in (*PINNED, *CHANGEABLE) if n not in config.given}
+    if "data" not in config.given and before["data"] is not None:
+        kept["data"] = pathlib.Path(before["data"])
+    return dataclasses.replace(config, out=path, **kept)
+
+
 def open_run(config: Config, corpus: Corpus) -> Run:
     """Finds or makes the folder of a run.
 
     Args:
-      config: Settings, checked on their own.
+      config: Settings, from `resumed`.
       corpus: The text, whose digest is pinned.
 
     Returns:
@@ -59,15 +90,25 @@ def open_run(config: Config, corpus: Corpus) -> Run:
     Raises:
       BadInput: if the folder cannot be made, holds another run, or holds one with other settings.
     """
-    pinned = _pinned(config, corpus)
+    now = _settings(config, corpus)
     path = config.out or _default(config)
     if not _holds_run(path):
         taken_is_ours = config.out is not None or config.resume
-        return Run(_start(path, pinned, exist_ok=taken_is_ours), done=False)
+        return Run(_start(path, now, exist_ok=taken_is_ours), done=False)
     if not config.resume:
         raise BadInput(f"--out {path}: holds a run; give another folder, or --resume to go on")
-    _check_settings(path, pinned)
-    return Run(path, done=(path / SUMMARY).exists())
+    before = _read_settings(path)
+    _check_pinned(path, before, {name: now[name] for name in (*PINNED, TEXT)})
+    done = (path / SUMMARY).exists()
+    if now != before and not done:
+        _rewrite(path, now)
+    return Run(path, done)
+
+
+def identity(path: pathlib.Path) -> bytes:
+    """Returns the pinned settings of a run, to which its checkpoints belong."""
+    before = _read_settings(path)
+    return json.dumps({name: before[name] for name in (*PINNED, TEXT)}).encode()
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -107,11 +148,15 @@ def metrics_line(metrics: dict[str, Any]) -> bytes:
     return (json.dumps(metrics, allow_nan=False) + "\n").encode()
 
 
-def _pinned(config: Config, corpus: Corpus) -> dict[str, Any]:
-    pinned = {name: getattr(config, name) for name in PINNED}
+def _settings(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Returns the content of `run.json`."""
     size = len(corpus.train) + len(corpus.validation)
-    text = f"{size} bytes with SHA-256 {corpus.sha256}"
-    return pinned | {"learning_rate": config.peak, "data": text}
+    settings = {name: getattr(config, name) for name in (*PINNED, *CHANGEABLE)}
+    return settings | {
+        "learning_rate": config.peak,
+        "data": None if config.data is None else os.path.abspath(config.data),
+        TEXT: f"{size} bytes with SHA-256 {corpus.sha256}",
+    }
 
 
 def _default(config: Config) -> pathlib.Path:
@@ -129,12 +174,12 @@ def _holds_run(path: pathlib.Path) -> bool:
     return any(os.path.lexists(path / name) for name in (SETTINGS, METRICS, SUMMARY, CHECKPOINTS))
 
 
-def _start(path: pathlib.Path, pinned: dict[str, Any], exist_ok: bool) -> pathlib.Path:
+def _start(path: pathlib.Path, settings: dict[str, Any], exist_ok: bool) -> pathlib.Path:
     """Makes the folder with `run.json`, or leaves the disk as it was."""
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
         path.mkdir(parents=True, exist_ok=exist_ok)
-        write_json(path / SETTINGS, pinned)
+        write_json(path / SETTINGS, settings)
     except OSError as error:
         # If it exists now, another program has just taken it, and it is not ours to remove.
         for folder in [] if isinstance(error, FileExistsError) else missing:
@@ -146,22 +191,42 @@ def _start(path: pathlib.Path, pinned: dict[str, Any], exist_ok: bool) -> pathli
     return path
 
 
-def _check_settings(path: pathlib.Path, pinned: dict[str, Any]) -> None:
+def _rewrite(path: pathlib.Path, settings: dict[str, Any]) -> None:
+    try:
+        write_json(path / SETTINGS, settings)
+    except OSError as error:
+        raise BadInput(
+            f"{path / SETTINGS}: cannot be written ({error.strerror}); make room, then --resume"
+        ) from error
+
+
+def _read_settings(path: pathlib.Path) -> dict[str, Any]:
     try:
         before = json.loads((path / SETTINGS).read_bytes())
         if not isinstance(before, dict):
             raise ValueError("not an object")
+        if absent := {*PINNED, *CHANGEABLE, "data", TEXT} - before.keys():
+            raise ValueError(f"no {', '.join(sorted(absent))}")
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"{path / SETTINGS}: not readable, so the settings of this run cannot be compared;"
+            f"{path / SETTINGS}: not readable, so the settings of this run are unknown;"
             " start a new one with another --out"
         ) from error
+    return before
+
+
+def _check_pinned(path: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises with both values of each setting that a resume may not change."""
     changed = [
-        f"--{name.replace('_', '-')} was {before.get(name)}, now {value}"
-        for name, value in pinned.items()
-        if before.get(name) != value
+        f"{_flag(name)} was {before[name]}, now {value}"
+        for name, value in now.items()
+        if before[name] != value
     ]
     if changed:
         raise BadInput(
             f"--resume {path}: {'; '.join(changed)}; give the old values, or another --out"
         )
+
+
+def _flag(name: str) -> str:
+    return "--data" if name == TEXT else f"--{name.replace('_', '-')}"

@@ -17,7 +17,7 @@ import optax
 
 from lm import data, gqa, mesh, mla, moe, observe, plots, rundir
 from lm.checkpoint import Checkpoints
-from lm.config import Config, Failed
+from lm.config import Config, Failed, warn
 from lm.presets import PRESETS
 from lm.processes import AnyWantsToStop
 from lm.step import (
@@ -118,8 +118,7 @@ class Trainer:
 
     def checkpoints(self) -> Checkpoints:
         """Opens the checkpoints of this run."""
-        settings = (self.path / rundir.SETTINGS).read_bytes()
-        return Checkpoints(self.path / rundir.CHECKPOINTS, settings)
+        return Checkpoints(self.path / rundir.CHECKPOINTS, rundir.identity(self.path))
 
     def _start(self, checkpoints: Checkpoints) -> tuple[int, TrainState]:
         """Finished steps and the state after them: the newest checkpoint, or step 0."""
@@ -260,11 +259,13 @@ class Trainer:
         return line
 
     def _finish(self, validation_loss: float, seconds: float) -> None:
-        """Draws the plots, then writes the summary, which means that the run is done."""
+        """Draws the plots and writes the summary, which marks the run as done."""
         metrics = rundir.read_metrics(self.path)
         config = self.config
+        validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
+        validation.append((config.steps, validation_loss))
         with observe.written("a plot", config.steps):
-            plots.draw(config, metrics, validation_loss, self.path)
+            plots.draw(config, metrics, validation, self.path)
         last = [line["loss"] for line in metrics[-TRAIN_LOSS_LINES:]]
         summary = {
             "train_loss": sum(last) / len(last),
@@ -275,3 +276,5 @@ class Trainer:
         }
         with observe.written(rundir.SUMMARY, config.steps):
             rundir.write_json(self.path / rundir.SUMMARY, summary)
+        if rise := observe.validation_rise(validation):
+            warn(rise)

@@ -1,0 +1,91 @@
+"""What `optax.inject_hyperparams` needs to serve a factory without `static_args`.
+
+It calls every function among the arguments with the step, as a schedule: a mask, dimension numbers
+given as a function, `jnp.bfloat16`. And it casts every number to the dtype of the parameters: in
+bfloat16, 0.999 is 1. It reads the arguments through `inspect.signature(factory).bind`, and the
+signature of ours returns them so that neither happens.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A function or class that is no schedule; not callable, so that nobody takes it for one."""
+
+    value: Any
+
+
+class _Signature(inspect.Signature):
+    """A signature whose `bind` returns arguments that `optax.inject_hyperparams` leaves alone."""
+
+    __slots__ = ("_check", "_schedules")
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **kwargs)
+        bound.apply_defaults()
+        self._check(bound.arguments)
+        for name, value in bound.arguments.items():
+            if callable(value) and name not in self._schedules:
+                bound.arguments[name] = _Held(value)
+            elif isinstance(value, float):
+                bound.arguments[name] = jnp.asarray(value, jax.dtypes.canonicalize_dtype(float))
+        return bound
+
+    def replace(self, **changes: Any) -> "_Signature":  # functools.partial of a factory
+        return _signature(super().replace(**changes), self._check, self._schedules)
+
+
+def injectable(
+    schedules: frozenset[str], check: Callable[[Mapping[str, Any]], None]
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes `optax.inject_hyperparams(factory)` work for all arguments of a factory.
+
+    Args:
+      schedules: Names of the arguments that may be schedules.
+      check: Raises for wrong arguments; called before the first step, with all of them.
+
+    Returns:
+      A decorator.
+
+    Example:
+      >>> @injectable(frozenset({"rate"}), check=lambda arguments: None)
+      ... def factory(rate, mask=len):
+      ...     return mask("abc") * rate
+      >>> bound = inspect.signature(factory).bind(2.0)
+      >>> callable(bound.arguments["mask"]), factory(**bound.arguments).tolist()
+      (False, 6.0)
+    """
+
+    def decorate(factory: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(factory)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            arguments: Any = [_released(x) for x in args]
+            return factory(*arguments, **{name: _released(x) for name, x in kwargs.items()})
+
+        call.__signature__ = _signature(inspect.signature(factory), check, schedules)  # pyright: ignore[reportAttributeAccessIssue]
+        return call
+
+    return decorate
+
+
+def _signature(plain: inspect.Signature, check: Any, schedules: frozenset[str]) -> _Signature:
+    signature = _Signature(
+        list(plain.parameters.values()), return_annotation=plain.return_annotation
+    )
+    signature._check, signature._schedules = check, schedules
+    return signature
+
+
+def _released(x: Any) -> Any:
+    return x.value if isinstance(x, _Held) else x

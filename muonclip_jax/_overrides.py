@@ -1,0 +1,90 @@
+"""`overrides=`: the user's decision for parameters whose paths match a pattern."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from optax.contrib import MuonDimensionNumbers
+
+Overrides: TypeAlias = Mapping[str, MuonDimensionNumbers | None]
+
+
+def check_overrides(caller: str, overrides: Any) -> None:
+    """Checks the type of `overrides` when an optimizer is built.
+
+    Args:
+      caller: Name of the public function that was called.
+      overrides: A mapping of path patterns to `MuonDimensionNumbers` or None; or None.
+
+    Raises:
+      TypeError: if it is something else.
+
+    Example:
+      >>> check_overrides("muon", {"*/gate/kernel": None})
+    """
+    if overrides is None:
+        return
+    if not isinstance(overrides, Mapping):
+        raise TypeError(
+            f"{caller}: overrides must be a mapping of path patterns to MuonDimensionNumbers or "
+            f"None (AdamW), got {type(overrides).__name__}."
+        )
+    bad = [
+        f"  {pattern!r}: {value!r}."
+        for pattern, value in overrides.items()
+        if not (isinstance(pattern, str) and (value is None or _is_numbers(value)))
+    ]
+    if bad:
+        raise TypeError(
+            f"{caller}: {len(bad)} of {len(overrides)} overrides are not a path pattern with "
+            "MuonDimensionNumbers or None (AdamW).\n"
+            + "\n".join(bad)
+            + '\nExample: overrides={"*/gate/kernel": None, '
+            '"*/qkv/kernel": MuonDimensionNumbers(-4, (-2, -1))}.'
+        )
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, MuonDimensionNumbers)
+
+
+def matched(
+    caller: str, overrides: Overrides | None, paths: Sequence[str], hidden: Sequence[str] = ()
+) -> dict[int, tuple[str, MuonDimensionNumbers | None]]:
+    """Finds which parameters have an override; of several patterns, the last one counts.
+
+    Args:
+      caller: Name of the public function that was called.
+      overrides: Checked by `check_overrides`.
+      paths: Path of each parameter, components joined by slashes.
+      hidden: Paths of leaves that another optimizer has, which a pattern may match too.
+
+    Returns:
+      The pattern and its value for each index in `paths` that a pattern matches.
+
+    Raises:
+      ValueError: if a pattern matches no path.
+
+    Example:
+      >>> matched("muon", {"*/gate": None}, ["mlp/up", "mlp/gate"])
+      {1: ('*/gate', None)}
+    """
+    found: dict[int, tuple[str, MuonDimensionNumbers | None]] = {}
+    faults = []
+    for pattern, value in (overrides or {}).items():
+        match = re.compile(fnmatch.translate(pattern)).match
+        indices = [index for index, path in enumerate(paths) if match(path)]
+        found.update(dict.fromkeys(indices, (pattern, value)))
+        if not indices and not any(map(match, hidden)):
+            nearest = difflib.get_close_matches(pattern, [*paths, *hidden], 1, 0.0)
+            faults.append(f"  {pattern!r}" + (f": nearest is {nearest[0]!r}." if nearest else "."))
+    if faults:
+        raise ValueError(
+            f"{caller}: {len(faults)} of {len(overrides or ())} overrides match no parameter.\n"
+            + "\n".join(faults)
+            + "\nPatterns are those of `fnmatch`, matched against whole paths; "
+            "`routing_table` prints the paths."
+        )
+    return found

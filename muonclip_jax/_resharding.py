@@ -1,0 +1,65 @@
+"""Moves an array to the sharding of another, where the types of JAX hold shardings: Explicit axes.
+
+JAX combines arrays on an Explicit mesh only if their shardings agree. These functions make them
+agree. They do nothing for arrays on one device, and `placed_like` nothing on Auto axes, where XLA
+decides.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def unsharded(x: jax.Array) -> jax.Array:
+    """Copies an array to every device of its mesh.
+
+    Use it for small arrays only. Manual axes, those of a `jax.shard_map` around the call, stay.
+
+    Args:
+      x: Array of any shape and dtype.
+
+    Returns:
+      `x`, unsharded over the Explicit and the Auto axes of its mesh.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> unsharded(jnp.ones(3)).tolist()
+      [1.0, 1.0, 1.0]
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    everywhere = NamedSharding(mesh, PartitionSpec(*[None] * x.ndim))
+    if AxisType.Explicit in mesh.axis_types:
+        x = jax.sharding.reshard(x, everywhere)
+    if AxisType.Auto in mesh.axis_types:
+        x = jax.lax.with_sharding_constraint(x, everywhere)
+    return x
+
+
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Gives an array the sharding of another one.
+
+    Args:
+      x: Array of the shape of `like`, or with axes of size 1 where `like` has more.
+      like: Array of any dtype.
+
+    Returns:
+      `x`, with the axes that both have sharded as in `like` over the Explicit axes of its mesh.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> placed_like(jnp.ones((1, 3)), jnp.ones((2, 3))).shape
+      (1, 3)
+    """
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    target = _restricted(sharding, x.shape, like.shape)
+    return x if jax.typeof(x).sharding == target else jax.sharding.reshard(x, target)
+
+
+def _restricted(sharding: Any, shape: tuple[int, ...], full: tuple[int, ...]) -> NamedSharding:
+    """Keeps of a sharding what concerns the axes that are not broadcast."""
+    entries = [*sharding.spec, *[None] * (len(full) - len(sharding.spec))]
+    kept = (e if n == m else None for e, n, m in zip(entries, shape, full, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
