@@ -21,8 +21,9 @@ def qk_clip_metrics(
       ever_clipped: What `heads_ever_clipped` returned, if it is kept.
 
     Returns:
-      All scalars of `info`, 0-d arrays (with an axis of steps where a scan stacked it), under `qk_clip/<name>`; `qk_clip/stuck_heads` only if
-      `qk_clip` was called with `ever_clipped`. Numbers per head stay in `info`. With
+      All scalars of `info`, 0-d arrays, under `qk_clip/<name>`; with an axis of steps where a
+      scan stacked it. `qk_clip/stuck_heads` only if `qk_clip` was called with `ever_clipped`.
+      Numbers per head stay in `info`. With
       `ever_clipped`, `qk_clip/ever_clipped_fraction` too: the fraction of heads ever clipped.
 
     Example:

@@ -92,7 +92,7 @@ def test_names_exist(page):
 def test_layouts_in_the_table_can_be_built():
     rows = _table("qk_clip.md", "| your model | layout |")
     calls = [call.strip("`") for _, call in rows if call.startswith("`mc.")]
-    assert len(calls) == 9
+    assert len(calls) == 15
     for call in calls:
         assert isinstance(eval(call, {"mc": mc}), Layout)
 

@@ -190,6 +190,12 @@ WRONG = {
         (N,),
         "has 1 key heads, which do not fit the 4 heads",
     ),
+    "a bias beside its projection": (
+        tree(q=(D, 12), k=(D, 6)) | {"q_bias": jnp.ones(12)},
+        {},
+        (N,),
+        "'q_bias' looks like a bias of queries or keys",
+    ),
     "a 2 that is not there": (
         tree(q=(D, N, H), k=(3, K, D, H)),
         {"kernel": "inputs heads head_dim", "key_kernel": "2 heads inputs head_dim"},
@@ -212,6 +218,10 @@ DECLARED = {
     "keys that are values": (tree(q=(D, 12), k=(D, 12), out=(12, D)), {"key_kernel": FLAT}),
     "cross attention": (tree(q=(12, 12), k=(6, 12)), {"key_kernel": FLAT}),
     "gates": (tree(q=(D, 24), k=(D, 6)), {"query_dim": H}),
+    "a bias": (
+        tree(q=(D, 12), k=(D, 6)) | {"q_bias": jnp.ones(12)},
+        {"kept_leaves": ("q_bias",)},
+    ),
 }
 
 
@@ -260,5 +270,5 @@ def test_all_that_was_sown_can_be_passed():
 
 def test_weights_are_not_printed():
     params = tree(query=(D, N, H), key=(D, K, H))
-    with pytest.raises(TypeError, match="layout must be a layout or a tuple of them, got dict."):
+    with pytest.raises(TypeError, match="layout must be a layout or a tuple of layouts, got "):
         mc.qk_clip({"max_logits": jnp.ones(N)}, np.ones(3), params)
