@@ -221,10 +221,11 @@ def test_what_is_sent_without_a_plan_is_the_committed_ratio():
 
 def test_numbers_to_watch_are_those_of_the_metrics():
     params = {"attn": {name: {"kernel": jnp.ones((4, 2, 2))} for name in ("query", "key")}}
-    _, info = mc.qk_clip(params, {"attn": {"max_logits": jnp.ones(2)}})
+    stats, ever = {"attn": {"max_logits": jnp.ones(2)}}, {"attn": jnp.zeros(2, bool)}
+    _, info = mc.qk_clip(params, stats, ever_clipped=ever)
     rows = _table("choosing.md", "| number | means |")
     watched = [name.strip("`") for name, *_ in rows if "qk_clip/" in name]
-    assert len(watched) == 5
+    assert len(watched) == 6
     assert set(watched) < set(mc.qk_clip_metrics(info))
 
 
