@@ -408,10 +408,10 @@ def test_kill_nine_at_twenty_moments(tmp_path, cache, model):
 def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache):
     """None of the flags that differ from their defaults is in the command."""
     flags = ["--steps", str(STEPS), "--threshold", "2"]
-    ended(start(tmp_path, cache, *flags, "--out", "whole"))
+    trainer(tmp_path / "whole", steps=STEPS, threshold=2.0, checkpoint_every=STEPS).train()
     # Each checkpoint waits for the one before.
-    process = start(tmp_path, cache, *flags, "--checkpoint-every", "1", "--out", "run")
-    wait_for(tmp_path / "run" / "checkpoints" / "1")
+    process = start(tmp_path, cache, *flags, "--checkpoint-every", "5", "--out", "run")
+    wait_for(tmp_path / "run" / "checkpoints" / "5")
     process.send_signal(signal.SIGTERM)
     _, last = ended(process).splitlines()
     steps = [line["step"] for line in rundir.read_metrics(tmp_path / "run")]
