@@ -100,8 +100,8 @@ def compiled():
     """Counts the programs that a call compiles."""
     count = [0]
 
-    def listen(name, *_, **__):
-        count[0] += "backend_compile" in name
+    def listen(event, *_, **__):
+        count[0] += "backend_compile" in event
 
     def programs(call):
         count[0] = 0
