@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._resharding import where_moments_are
 from muonclip_jax._types import ArrayTree, Scalar
 
 
@@ -35,7 +36,7 @@ def adamw(
       (dtype(bfloat16), dtype('float32'))
     """
     tx = optax.adamw(learning_rate, eps=_not_zero(eps), **settings)
-    wide = in_float32(tx)
+    wide = in_float32(where_moments_are(tx))
 
     def init_fn(params):
         def with_dtypes(state):
