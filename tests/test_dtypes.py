@@ -108,7 +108,7 @@ def test_updates_have_the_dtype_of_the_gradients_under_any_wrapper(params_dtype,
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_scan_with_a_skipped_step_keeps_its_carry(dtype):
-    tx = optax.apply_if_finite(mc.muonclip(0.01, weight_decay=optax.constant_schedule(0.1)), 3)
+    tx: Any = optax.apply_if_finite(mc.muonclip(0.01, weight_decay=optax.constant_schedule(0.1)), 3)
     params = draw(dtype)
 
     def step(carry, good):
