@@ -54,6 +54,12 @@ PROPOSALS = {
         1,
     ),
     "stacked and flat": (tree(query=(L, D, 12), key=(L, D, 6)), DEFAULT, (L, N), 1),
+    "an axis of layers elsewhere": (
+        tree(query=(D, L, N, H), key=(D, L, K, H)),
+        DEFAULT,
+        (L, N),
+        1,
+    ),
     "names alone": (tree(wq=(D, N, H), wk=(D, K, H), wv=(D, K, H)), DEFAULT, (7, N), 1),
     "another flat order": (
         tree(query=(12, D), key=(6, D)),
@@ -101,7 +107,6 @@ NO_PROPOSAL = {
     "widths that no pattern explains": (tree(query=(D, 13), key=(D, 7)), DEFAULT, (N,)),
     "max logits of rows": (tree(query=(D, N, H), key=(D, K, H)), DEFAULT, (N, 1)),
     "keys that are queries": (tree(q_proj=(D, N, H), v_proj=(D, K, H)), DEFAULT, (N,)),
-    "an axis of layers elsewhere": (tree(query=(D, L, N, H), key=(D, L, K, H)), DEFAULT, (L, N)),
     "a norm of queries": (
         tree(q_proj=(D, N, H), k_proj=(D, K, H), q_norm=("scale", (H,))),
         DEFAULT,
