@@ -13,8 +13,8 @@ _IF_LEFT_OUT = "Leave out modules that are not clipped, such as frozen ones, wit
 _IF_MISSING = (
     'Max logits are missing when "intermediates" is not in `mutable` of `apply`, or not in '
     "`variable_axes` of `nn.scan` or `nn.vmap`; when attention with `attention_fn` is called "
-    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the call.\n"
-    + _IF_LEFT_OUT
+    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the "
+    "call.\n" + _IF_LEFT_OUT
 )
 _IF_ABOVE = (
     "Sow in the attention module itself, the one whose children are queries and keys: max logits "

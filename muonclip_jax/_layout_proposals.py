@@ -125,12 +125,18 @@ def _patterns(
     layout: Layout, fields: dict[str, Any], found: Survey, path: Path
 ) -> Iterator[Layout]:
     """Varies the patterns of the kernels."""
-    fused = isinstance(layout, MultiHeadLayout) and names_keys_and_values(fields["key"])
-    fused = fused and layout.key_kernel is None and layout.value is None
+    fused = (
+        isinstance(layout, MultiHeadLayout)
+        and names_keys_and_values(fields["key"])
+        and layout.key_kernel is None
+        and layout.value is None
+    )
     for kernel in dict.fromkeys((layout.kernel, *_PATTERNS)):
         keys = _KEY_PATTERNS.get(kernel, ()) if fused else (None,)
         for key_kernel, axis in itertools.product(keys, dict.fromkeys((layout.stack_axis, 1))):
-            extra = {"kernel": kernel} | ({"key_kernel": key_kernel} if key_kernel else {})
+            extra: dict[str, Any] = {"kernel": kernel}
+            if key_kernel:
+                extra["key_kernel"] = key_kernel
             if axis != layout.stack_axis:
                 extra["stack_axis"] = axis
             width = _head_dim(layout, fields | extra, found, path)

@@ -1,6 +1,7 @@
 """Layouts that would scale the wrong columns raise, and every proposed layout fits."""
 
 import re
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +140,7 @@ def test_the_proposed_layouts_of_two_kinds_of_modules_fit_together():
 def test_of_two_layouts_with_equal_names_the_one_that_fits_is_used():
     params = {"local": tree(q=(D, 12), k=(D, 6)), "global": tree(q=(D, 24), k=(D, 12))}
     stats = {name: {"max_logits": jnp.full(N, 400.0)} for name in params}
-    named = {"query": "q", "key": "k", "kernel": FLAT}
+    named: dict[str, Any] = {"query": "q", "key": "k", "kernel": FLAT}
     layouts = tuple(mc.MultiHeadLayout(**named, head_dim=width) for width in (H, 2 * H))
     _, info = mc.qk_clip(params, stats, layouts)
     assert info.clipped_heads == 2 * N
@@ -276,4 +277,4 @@ def test_all_that_was_sown_can_be_passed():
 def test_weights_are_not_printed():
     params = tree(query=(D, N, H), key=(D, K, H))
     with pytest.raises(TypeError, match="layout must be a layout or a tuple of layouts, got "):
-        mc.qk_clip({"max_logits": jnp.ones(N)}, np.ones(3), params)
+        mc.qk_clip({"max_logits": jnp.ones(N)}, np.ones(3), cast(Any, params))
