@@ -1,4 +1,4 @@
-"""Reads the golden tables in tests/golden: the right optimizer of parameters of public models."""
+"""Reads the golden tables in tests/golden: the right optimizer of public models' parameters."""
 
 import ast
 import dataclasses
@@ -25,7 +25,7 @@ class Expected:
       shape: Its shape.
       optimizers: The optimizers that are right.
       matrices: The right `(num_matrices, n_in, n_out)` under Muon; several if all are defensible.
-      warned: True if names and shapes cannot decide, so that a warning must name the parameter.
+      warned: True if names and shapes cannot decide: a warning that names it is right too.
     """
 
     path: str
@@ -37,7 +37,15 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The parameters of one model, how its pytree is built, and arguments of `routing_table`."""
+    """The parameters of one model.
+
+    Attributes:
+      name: Name of the file.
+      container: How the pytree is built, a key of `CONTAINERS`.
+      arguments: Arguments of `routing_table` that a user of the model would pass; the rows are
+        right without them too.
+      rows: One entry per parameter.
+    """
 
     name: str
     container: str
@@ -80,21 +88,23 @@ def _rows(line: str) -> list[Expected]:
         tuple(tuple(map(int, m)) for m in sizes),
         optimizer.endswith(" warned"),
     )
-    return [Expected(name, *shared) for name in _unfolded(path)]
+    return [Expected(name, *shared) for name in unfolded(path)]
 
 
-def _unfolded(path: str) -> list[str]:
-    """Expands `{0,1}` and `{0..3}`, which fold equal layers."""
+def unfolded(path: str) -> list[str]:
+    """Expands `{0,1}` and `{0…3,5}`, which fold equal layers."""
     parts = re.split(r"\{([^}]*)\}", path)
     choices = [_numbers(p) if i % 2 else [p] for i, p in enumerate(parts)]
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
 def _numbers(text: str) -> list[str]:
-    if ".." in text:
-        first, last = map(int, text.split(".."))
-        return [str(i) for i in range(first, last + 1)]
-    return text.split(",")
+    ranges = [part.split("…") for part in text.replace(" ", "").split(",")]
+    return [
+        str(i) if len(ends) > 1 else ends[0]
+        for ends in ranges
+        for i in range(int(ends[0]), int(ends[-1]) + 1)
+    ]
 
 
 class Module:
@@ -128,12 +138,12 @@ def _nested(leaves: Leaves) -> dict[str, Any]:
 
 
 def _with_lists(node: Any, make: Callable[[dict[str, Any]], Any] = dict) -> Any:
-    """Turns dictionaries with keys 0, 1, ... into lists, and other ones by `make`."""
+    """Turns dictionaries with numbers as keys into lists, other ones by `make`; gaps are None."""
     if not isinstance(node, dict):
         return node
     children = {key: _with_lists(child, make) for key, child in node.items()}
     if all(key.isdigit() for key in children):
-        return [children[str(i)] for i in range(len(children))]
+        return [children.get(str(i)) for i in range(max(map(int, children)) + 1)]
     return make(children)
 
 
@@ -146,12 +156,12 @@ def _haiku(leaves: Leaves) -> dict[str, Any]:
     return root
 
 
-def _nnx_state(leaves: Leaves) -> nnx.State:
+def _nnx_state(leaves: Leaves) -> Any:
     flat = {
         tuple(int(c) if c.isdigit() else c for c in path.split("/")): nnx.Param(leaf)
         for path, leaf in leaves
     }
-    return nnx.State.from_flat_path(flat)
+    return nnx.from_flat_state(flat)
 
 
 CONTAINERS: dict[str, Callable[[Leaves], Any]] = {
