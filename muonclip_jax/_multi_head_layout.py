@@ -122,7 +122,8 @@ class MultiHeadLayout(Layout):
 
     def _query_fault(self, query: Leaf, stack: int, heads: int) -> str | None:
         """Says what does not fit between query kernel and number of heads."""
-        pattern, known = self.patterns[self.query], dict[str, Any]()
+        pattern = self.patterns[self.query]
+        known: dict[str, Any] = {}
         if pattern.is_flat:
             # A query head that is wider than head_dim has the width that the heads leave.
             known = {"heads": heads} if self.query_dim else {"head_dim": self.head_dim}
