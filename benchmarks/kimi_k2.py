@@ -190,12 +190,15 @@ def standard_flops(params: Any, steps: int = 5) -> float:
 def measure(model: Model, mesh: Mesh) -> dict[str, Any]:
     """Compiles the step and lays its figures beside the floor and the step of the whole model."""
     params = model.parameters(mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
     compilation = compile_ahead(trace(model, mesh))
     cost, floor = compilation.cost, standard_flops(params) / mesh.size
     return {
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
         "mesh": dict(mesh.shape),
-        "plan": str(mc.sharding_plan(params, ns_dtype=jnp.bfloat16)).splitlines(),
+        "plan": str(
+            mc.sharding_plan(params, shardings=shardings, ns_dtype=jnp.bfloat16)
+        ).splitlines(),
         **dataclasses.asdict(cost),
         "sent_bytes": cost.sent_bytes,
         "rematerialisations": compilation.rematerialisations,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._resharding import where_moments_are
 from muonclip_jax._types import ArrayTree, Scalar
 
 
@@ -35,7 +36,7 @@ def adamw(
       (dtype(bfloat16), dtype('float32'))
     """
     tx = optax.adamw(learning_rate, eps=_not_zero(eps), **settings)
-    wide = in_float32(tx)
+    wide = in_float32(where_moments_are(tx))
 
     def init_fn(params):
         def with_dtypes(state):
@@ -91,8 +92,10 @@ def _cast_like(new: ArrayTree, old: ArrayTree) -> ArrayTree:
 
 
 def _not_zero(eps: Scalar) -> Scalar:
-    """Replaces 0, and a number that has become 0 in float16, by the smallest float32."""
-    tiny = float(jnp.finfo(jnp.float32).tiny)
+    """Replaces 0, and a number that has become 0 in float16, by 1e-30.
+
+    The root of a second moment is 0 or above 1e-19 in float32, so that nothing else changes.
+    """
     if isinstance(eps, jax.Array):
-        return jnp.maximum(_widened(eps), tiny)
-    return max(eps, tiny)
+        return jnp.maximum(_widened(eps), 1e-30)
+    return max(eps, 1e-30)

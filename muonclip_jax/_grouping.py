@@ -34,7 +34,7 @@ def in_groups(
     """
     oriented = [_oriented(x) for x in matrices]
     results: dict[int, jax.Array] = {}
-    for members in _groups(oriented):
+    for members in groups_of(matrices):
         if len(members) == 1:  # as it is: to join its batch axes could move it between devices
             results[members[0]] = orthogonalise(oriented[members[0]])
             continue
@@ -46,13 +46,23 @@ def in_groups(
     return [results[i].mT if _is_tall(x) else results[i] for i, x in enumerate(matrices)]
 
 
-def _groups(matrices: Sequence[jax.Array]) -> Iterator[list[int]]:
-    """Yields the numbers of the batches that belong together, no more than `MOST_BYTES` of them.
+def groups_of(matrices: Sequence[jax.Array]) -> Iterator[list[int]]:
+    """Yields the indices of the batches that belong together, no more than `MOST_BYTES` of them.
 
     A batch that is larger has a group of its own.
+
+    Args:
+      matrices: Arrays of shape (*batch, n_in, n_out).
+
+    Returns:
+      One list of indices for each call of Newton-Schulz.
+
+    Example:
+      >>> list(groups_of([jnp.ones((2, 3)), jnp.ones((4, 3, 2)), jnp.ones((5, 5))]))
+      [[0, 1], [2]]
     """
     by_kind: dict[Hashable, list[int]] = {}
-    for i, x in enumerate(matrices):
+    for i, x in enumerate(map(_oriented, matrices)):
         by_kind.setdefault((x.shape[-2:], x.dtype, _layout(x)), []).append(i)
     for members in by_kind.values():
         group, held = [], 0

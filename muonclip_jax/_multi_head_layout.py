@@ -135,6 +135,8 @@ class MultiHeadLayout(Layout):
         if found != heads:
             of = f" of head_dim {self.head_dim}" if "head_dim" in known else ""
             hint = wider if of and found > heads else ""
+            if sizes.get("groups") == heads:
+                hint = "; flatten its last two axes (kv_heads, groups) to one, in this order"
             return f"{query} has {found} heads{of}, but its {self.stat} has {heads}{hint}."
         if width < (self.query_dim or 0):
             return f"{query} has heads of {width} columns, fewer than query_dim={self.query_dim}."

@@ -32,7 +32,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     ns_coeffs: Coefficients = JORDAN,
-    ns_steps: int = 5,
+    ns_steps: int | jax.Array = 5,
     beta: Scalar = 0.95,
     eps: Scalar = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,

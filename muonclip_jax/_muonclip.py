@@ -63,7 +63,7 @@ def muonclip(
     weight_decay: optax.ScalarOrSchedule = 0.1,
     consistent_rms: Scalar | None = 0.2,
     ns_coeffs: Coefficients = JORDAN,
-    ns_steps: int = 5,
+    ns_steps: int | jax.Array = 5,
     eps: Scalar = 1e-8,
     weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None = None,
     mu_dtype: Any = None,

@@ -5,40 +5,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax._src import core
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from muonclip_jax._layout import Axes
 from muonclip_jax._paths import path_string
-from muonclip_jax._sharding_plan import MeshAxes, Placed
+from muonclip_jax._sharding_plan import PASS_SHARDINGS, MeshAxes, Placed
 from muonclip_jax._types import ArrayTree
 
 _EXPLICIT = AxisType.Explicit
 
 # Cures.
-_SAY = "Pass the shardings of the parameters: shardings=jax.tree.map(lambda x: x.sharding, params)."
 _PUT = "Put all leaves on one mesh: params = jax.device_put(params, shardings)."
 
 
 class Placements(NamedTuple):
-    """Where all leaves of a tree lie.
+    """How all leaves of a pytree are sharded.
 
     Attributes:
       mesh: The mesh, concrete where it is known.
       platform: What its devices are; None if it is not known.
-      specs: How each leaf lies on it.
+      specs: How each leaf is sharded over it.
       leaves: The same for the planner.
+      axis_names: The mesh axes that `jax.shard_map` makes manual: all that are not manual yet.
+      members: The mesh axes over which `jax.vmap` shards its members. No plan may use them.
     """
 
     mesh: Any
     platform: str | None
     specs: tuple[PartitionSpec, ...]
     leaves: tuple[Placed, ...]
+    axis_names: frozenset[str] = frozenset()
+    members: frozenset[str] = frozenset()
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Size of each mesh axis."""
-        return dict(self.mesh.shape)
+        """Size of each mesh axis that a plan may use."""
+        usable = self.axis_names - self.members
+        return {name: size for name, size in self.mesh.shape.items() if name in usable}
 
 
 def shardings_by_path(shardings: ArrayTree) -> dict[str, Any]:
@@ -71,7 +76,8 @@ def placements(
 
     Returns:
       Where they are. None where there is nothing to plan: an Auto mesh of one device, or nothing
-      known, or inside of the user's own `jax.shard_map`, where every device has whole leaves.
+      known, or inside the user's own `jax.shard_map`, where every device has full matrices, unless
+      a type shards them over an Explicit axis that this `shard_map` leaves out.
 
     Raises:
       ValueError: for leaves whose place is not known or cannot be planned, all of them at once.
@@ -79,7 +85,10 @@ def placements(
     flat = [(path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
     types = [jax.typeof(x).sharding for _, x in flat]
     kinds = {kind for t in types for kind in t.mesh.axis_types}
-    if AxisType.Manual in kinds or not (shardings or AxisType.Explicit in kinds):
+    is_manual = AxisType.Manual in kinds
+    if is_manual:
+        shardings = {}  # of the arrays outside
+    if not (any(any(t.spec) for t in types) if is_manual else shardings or _EXPLICIT in kinds):
         return None
     if all(isinstance(shardings.get(path), SingleDeviceSharding) for path, _ in flat):
         return None
@@ -88,7 +97,7 @@ def placements(
         try:
             found.append(_sharding_of(path, x, typed, shardings))
         except ValueError as error:
-            fault, cure = (*error.args, _SAY)[:2]
+            fault, cure = (*error.args, PASS_SHARDINGS)[:2]
             faults.append((f"  {path}: {x.dtype}{list(x.shape)}: {fault}", cure))
     _refuse(where, len(flat), faults or list(_on_another_mesh(flat, found)))
     # With types that name a mesh axis, even of one device, XLA takes no products by itself.
@@ -99,16 +108,37 @@ def placements(
         Placed(path, x.shape, x.dtype, a, _mesh_axes(s, x.ndim))
         for (path, x), a, s in zip(flat, axes, found, strict=True)
     )
-    return Placements(mesh, _platform(mesh), tuple(s.spec for s in found), leaves)
+    specs = tuple(s.spec for s in found)
+    members = _axes_of_members("explicit_mesh_axis_names")  # which JAX hides from shard_map
+    names = (_explicit(found[0].mesh) if is_manual else frozenset(mesh.axis_names)) - members
+    return Placements(
+        mesh, _platform(mesh), specs, leaves, names, members | _axes_of_members("spmd_axis_names")
+    )
+
+
+def _explicit(mesh: Any) -> frozenset[str]:
+    """Lists the Explicit axes of a mesh."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in kinds if kind == _EXPLICIT)
+
+
+def _axes_of_members(kind: str) -> frozenset[str]:
+    """Lists the mesh axes over which a `jax.vmap` around the call shards its members.
+
+    A device that shared work over such an axis would mix members. JAX has no public function for
+    this; where a version keeps the names elsewhere, none are found.
+    """
+    env = getattr(core, "get_axis_env", lambda: None)()
+    return frozenset(getattr(env, kind, None) or ())
 
 
 def _sharding_of(
     path: str, x: jax.Array, typed: NamedSharding, shardings: Mapping[str, Any]
 ) -> NamedSharding:
     """Gives the sharding of one leaf: its type's, or what the user says of the Auto axes."""
-    said, mesh = shardings.get(path), typed.mesh
-    explicit = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == _EXPLICIT}
-    if said is None and len(explicit) < max(1, len(mesh.axis_names)):
+    said, mesh, explicit = shardings.get(path), typed.mesh, _explicit(typed.mesh)
+    is_manual = AxisType.Manual in mesh.axis_types
+    if said is None and not is_manual and len(explicit) < max(1, len(mesh.axis_names)):
         raise ValueError(*_nothing_known(mesh, shardings))
     if said is not None and not isinstance(said, NamedSharding):
         raise ValueError(f"got {said}, expected a NamedSharding.")
@@ -127,9 +157,15 @@ def _sharding_of(
 def _nothing_known(mesh: Any, shardings: Mapping[str, Any]) -> tuple[str, str]:
     """Says why it is not known where a leaf lies, and the cure."""
     if shardings:
-        return f"`shardings` has none at this path; its first one is at {min(shardings)}.", _SAY
+        return (
+            f"`shardings` has none at this path; its first one is at {min(shardings)}.",
+            PASS_SHARDINGS,
+        )
     if mesh.axis_names:
-        return f"its type does not tell how it lies on the Auto axes of {dict(mesh.shape)}.", _SAY
+        return (
+            f"its type does not tell how it lies on the Auto axes of {dict(mesh.shape)}.",
+            PASS_SHARDINGS,
+        )
     return "it is on no mesh, and other leaves are.", _PUT
 
 

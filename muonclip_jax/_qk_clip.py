@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from muonclip_jax._attention_faults import check_survey
 from muonclip_jax._attention_layouts import Layout
@@ -144,7 +144,7 @@ def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
       b: Statistics of another: same structure and shapes.
 
     Returns:
-      Statistics of both together, in that structure.
+      Statistics of both together, in that structure, sharded as `a`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -152,7 +152,7 @@ def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
       >>> mc.merge_max_logits({"attn": jnp.array([1.0, 2.0])}, {"attn": jnp.array([3.0, 0.0])})
       {'attn': Array([3., 2.], dtype=float32)}
     """
-    return jax.tree.map(jnp.maximum, a, b)
+    return jax.tree.map(lambda x, y: jnp.maximum(x, placed_like(y, x)), a, b)
 
 
 def _largest(sites: Sequence[Site]) -> dict[str, Float[Array, "*stack heads"]]:
@@ -267,7 +267,7 @@ def _info(
     )
 
 
-def _joined(arrays: Iterable[Float[Array, "..."]]) -> Float[Array, " n"]:
+def _joined(arrays: Iterable[Shaped[Array, "..."]]) -> Float[Array, " n"]:
     """Joins all numbers of unsharded arrays."""
     return jnp.concatenate([jnp.zeros(0, jnp.float32), *(x.reshape(-1) for x in arrays)])
 

@@ -1,13 +1,14 @@
 """Moves an array to the sharding of another, where the types of JAX hold shardings: Explicit axes.
 
-JAX combines arrays on an Explicit mesh only if their shardings agree. These functions make them
-agree. They do nothing for arrays on one device, and `placed_like` nothing on Auto axes, where XLA
-decides.
+JAX combines two arrays on an Explicit mesh only if their shardings agree, or if one of them is
+unsharded, and then the result is sharded as the other. These functions make shardings agree. They
+do nothing for arrays on one device, and `placed_like` nothing on Auto axes, where XLA decides.
 """
 
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -56,6 +57,51 @@ def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
         return x
     target = _restricted(sharding, x.shape, like.shape)
     return x if jax.typeof(x).sharding == target else jax.sharding.reshard(x, target)
+
+
+def placed_like_tree(tree: Any, like: Any) -> Any:
+    """Gives each array of a pytree the sharding of the same one in another pytree.
+
+    Args:
+      tree: Arrays; float0 gradients of integer parameters are returned as they are.
+      like: A pytree of the same structure, or None.
+
+    Returns:
+      `tree`; unchanged if `like` is None.
+
+    Example:
+      >>> placed_like_tree({"w": 1.0}, None)
+      {'w': 1.0}
+    """
+    if like is None:
+        return tree
+    moved = lambda x, y: x if jax.dtypes.float0 == getattr(x, "dtype", None) else placed_like(x, y)  # noqa: E731
+    return jax.tree.map(moved, tree, like)
+
+
+def where_moments_are(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs an optimizer on gradients and parameters that are sharded as its first moment `mu`.
+
+    Args:
+      tx: A transform without extra arguments, with one `mu` in its state.
+
+    Returns:
+      A transform whose updates are sharded as the parameters, and whose state keeps its shardings.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = where_moments_are(optax.adamw(0.1))
+      >>> tx.update(jnp.ones(()), tx.init(jnp.ones(())), jnp.ones(()))[0].round(3)
+      Array(-0.1, dtype=float32)
+    """
+
+    def update_fn(updates, state, params=None):
+        mu = optax.tree.get(state, "mu")
+        there = None if params is None else placed_like_tree(params, mu)
+        updates, state = tx.update(placed_like_tree(updates, mu), state, there)
+        return placed_like_tree(updates, params), state
+
+    return optax.GradientTransformation(tx.init, update_fn)
 
 
 def _restricted(sharding: Any, shape: tuple[int, ...], full: tuple[int, ...]) -> NamedSharding:

@@ -26,6 +26,7 @@ from muonclip_jax._newton_schulz import orthogonaliser
 from muonclip_jax._paths import path_string
 from muonclip_jax._placements import placements, shardings_by_path
 from muonclip_jax._products import accumulator
+from muonclip_jax._resharding import placed_like_tree
 from muonclip_jax._settings import check_settings
 from muonclip_jax._sharded import orthogonalise_leaves
 from muonclip_jax._types import ArrayTree, Scalar
@@ -56,7 +57,7 @@ def _check_muon(arguments: Mapping[str, Any]) -> None:
 @injectable(frozenset(), _check_muon)
 def scale_by_muon(
     ns_coeffs: Coefficients = JORDAN,
-    ns_steps: int = 5,
+    ns_steps: int | jax.Array = 5,
     beta: Scalar = 0.95,
     eps: Scalar = 1e-8,
     mu_dtype: Any = None,
@@ -161,7 +162,7 @@ def scale_by_momentum(
     direction: Direction,
     *,
     ns_coeffs: Coefficients,
-    ns_steps: int,
+    ns_steps: int | jax.Array,
     beta: Scalar,
     eps: Scalar,
     mu_dtype: Any,
@@ -184,12 +185,13 @@ def scale_by_momentum(
         return ScaleByMuonState(count=jnp.zeros([], jnp.int32), mu=mu)
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         _check_fit(updates, state.mu)
         axes = matrix_axes("scale_by_muon", updates, weight_dimension_numbers)
         t = jnp.asarray(optax.safe_increment(state.count))
         structure = jax.tree.structure(updates)
-        G = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
+        updates = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
+        G = jax.tree.leaves(updates)
         M = [_average(m, g, beta) for m, g in zip(jax.tree.leaves(state.mu), G, strict=True)]
         D = [
             _combine(m, g, *direction(_real(beta, m), _real(t, m)))
@@ -204,7 +206,8 @@ def scale_by_momentum(
             ]
         orthogonal = [o.astype(g.dtype) for o, g in zip(orthogonal, G, strict=True)]
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), structure.unflatten(M), state.mu)
-        return structure.unflatten(orthogonal), ScaleByMuonState(count=t, mu=mu)
+        orthogonal = placed_like_tree(structure.unflatten(orthogonal), params)
+        return orthogonal, ScaleByMuonState(count=t, mu=mu)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

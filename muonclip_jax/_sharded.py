@@ -71,6 +71,7 @@ def _as_planned(
             traced,
             tuple(leaves[i] for i in indices),
             mesh=where.mesh,
+            axis_names=where.axis_names,
             specs=tuple(where.specs[i] for i in indices),
             axes=tuple(plan.leaves[i].axes for i in indices),
             group=group,
@@ -82,12 +83,15 @@ def _as_planned(
 
 
 # jit: outside of one, shard_map would compile every operation on its own.
-@functools.partial(jax.jit, static_argnames=("mesh", "specs", "axes", "group", "orthogonalise"))
+@functools.partial(
+    jax.jit, static_argnames=("mesh", "axis_names", "specs", "axes", "group", "orthogonalise")
+)
 def _run(
     traced: Traced,
     leaves: tuple[jax.Array, ...],
     *,
     mesh: Any,
+    axis_names: frozenset[str],
     specs: tuple[PartitionSpec, ...],
     **settings: Any,
 ) -> tuple[jax.Array, ...]:
@@ -95,6 +99,7 @@ def _run(
     return jax.shard_map(
         functools.partial(_on_one_device, sizes=mesh.shape, **settings),
         mesh=mesh,
+        axis_names=axis_names,
         in_specs=(PartitionSpec(), *specs),
         out_specs=specs,
         # What replicas gather is equal on all of them, which the type system cannot see.
@@ -232,16 +237,17 @@ def _assembled(pieces: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """Makes (..., m, n) matrices of (..., R C, m_l, n_l) pieces."""
     *batch, _, height, width = pieces.shape
     R, C = grid
+    # One axis at a time: under jax.vmap, jax 0.10 reshapes no more of a sharded array at once.
     pieces = pieces.reshape(*batch, R, C, height, width).swapaxes(-3, -2)
-    return pieces.reshape(*batch, R * height, C * width)
+    return pieces.reshape(*batch, R * height, C, width).reshape(*batch, R * height, C * width)
 
 
 def _taken_apart(X: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """Undoes `_assembled`."""
     *batch, m, n = X.shape
     R, C = grid
-    pieces = X.reshape(*batch, R, m // R, C, n // C).swapaxes(-3, -2)
-    return pieces.reshape(*batch, R * C, m // R, n // C)
+    pieces = X.reshape(*batch, m, C, n // C).reshape(*batch, R, m // R, C, n // C)
+    return pieces.swapaxes(-3, -2).reshape(*batch, R * C, m // R, n // C)
 
 
 def _padded(x: jax.Array, count: int) -> jax.Array:

@@ -24,6 +24,11 @@ MOST_BYTES_MOVED = 2**28
 # = 1100. What is decided by it is far from the edge for matrices of more than a few hundred rows.
 FLOPS_PER_BYTE = 1000
 
+# The fix for an Auto mesh.
+PASS_SHARDINGS = (
+    "Pass the shardings of the parameters: shardings=jax.tree.map(lambda x: x.sharding, params)."
+)
+
 
 class Placed(NamedTuple):
     """One leaf, and where the mesh has put its pieces.
@@ -116,23 +121,36 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Who orthogonalises what on a mesh; `str` of it is a table.
+    """Which device orthogonalizes which matrix; `str` of it is a table.
 
     Attributes:
-      mesh: Size of each mesh axis.
-      leaves: All leaves, in the order of the tree.
+      mesh: Size of each mesh axis; empty for one device.
+      leaves: All leaves, in the order of the pytree.
       groups: What happens to them, one row each.
+      by_xla: Whether `muon` has no plan on this mesh, so that XLA decides how matrices move. Then
+        `flops` of each group are those of all devices together.
     """
 
     mesh: dict[str, int]
     leaves: tuple[Placed, ...]
     groups: tuple[Group, ...]
+    by_xla: bool = False
+
+    def _head(self) -> str:
+        shown = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
+        flops, sent = (sum(getattr(g, what) for g in self.groups) for what in ("flops", "sent"))
+        if self.by_xla:
+            return (
+                f"mesh {shown}, without `shardings`: XLA decides how matrices move; {flops:.3g} "
+                f"FLOPs per step on all devices\n{PASS_SHARDINGS}"
+            )
+        if not self.mesh:
+            return f"one device; per step {flops:.3g} FLOPs"
+        return f"mesh {shown}; per device and step {flops:.3g} FLOPs, {sent / 1e6:,.1f} MB sent"
 
     def __str__(self) -> str:
         """Aligns one line a group under a head, with the sums."""
-        shown = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
-        flops, sent = (sum(getattr(g, what) for g in self.groups) for what in ("flops", "sent"))
-        head = f"mesh {shown}; per device and step {flops:.3g} FLOPs, {sent / 1e6:,.1f} MB sent"
+        head = self._head()
         lines = [("matrices", "rows", "columns", "on each device", "FLOPs", "MB sent", "leaves")]
         for g in self.groups:
             rows, columns = (
@@ -141,7 +159,9 @@ class Plan(NamedTuple):
             )
             first, others = self.leaves[g.members[0].leaf].path, len(g.members) - 1
             leaves = first + (f" and {others} more" if others else "")
-            work = (g.strategy(), f"{g.flops:.3g}", f"{g.sent / 1e6:,.1f}")
+            way, sent = g.strategy(), f"{g.sent / 1e6:,.1f}"
+            way, sent = ("XLA decides", "unknown") if self.by_xla else (way, sent)
+            work = (way, f"{g.flops:.3g}", sent)
             lines.append((str(g.count), rows, columns, *work, leaves))
         return f"{head}\n{aligned(lines)}"
 

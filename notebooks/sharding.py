@@ -81,7 +81,7 @@ params, grads = (draw(key) for key in jax.random.split(jax.random.key(SEED)))
 # device sends. All projections of one shape are one group.
 
 # %%
-print(mc.sharding_plan(params))
+print(mc.sharding_plan(params, shardings=shardings))
 
 # %% [markdown]
 # Its first group in colours, one for each device. Up and down projections of all layers are one

@@ -1,4 +1,4 @@
-"""The plan that a user prints is the plan that `muon` carries out."""
+"""`sharding_plan` prints what `muon` with the same arguments does."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax import _sharded
+from muonclip_jax import _grouping, _sharded
+from muonclip_jax._newton_schulz import Orthogonaliser
+from muonclip_jax._sharding_plan import PASS_SHARDINGS
 
 SHAPES = {"embed": (16, 32), "up": (3, 32, 64), "down": (3, 64, 32), "norm": (3, 32)}
 SPECS = {"embed": P("x"), "up": P(None, "x"), "down": P(None, None, "x"), "norm": P()}
@@ -31,16 +33,20 @@ def placed(mesh):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("abstract", [False, True])
-def test_shardings_are_read_off_arrays_and_off_their_shapes(kind, abstract):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_arrays_and_their_shapes_have_the_same_plan(kind, abstract, dtype):
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
-        params = placed(mesh)
+        params = jax.tree.map(lambda x: x.astype(dtype), placed(mesh))
+        shardings = jax.tree.map(lambda x: x.sharding, params) if kind == AxisType.Auto else None
         if abstract:
             params = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
             )
         # Five steps in Gram form, twice as many columns as rows: 42 m³ by `gram_cost`.
-        assert str(mc.sharding_plan(params)) == SHOWN.format(flops=f"{42 * 32**3:.3g}")
+        assert str(mc.sharding_plan(params, shardings=shardings)) == SHOWN.format(
+            flops=f"{42 * 32**3:.3g}"
+        )
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -65,23 +71,68 @@ def test_it_is_the_plan_that_muon_carries_out(kind, monkeypatch):
 
 
 def test_dimension_numbers_decide_what_a_matrix_is():
-    params = {"q": jax.device_put(jnp.ones((32, 8, 4)), NamedSharding(mesh_of(), P(None, "x")))}
+    mesh = mesh_of(AxisType.Explicit)
+    params = {"q": jax.device_put(jnp.ones((32, 8, 4)), NamedSharding(mesh, P(None, "x")))}
     whole = {"q": mc.MuonDimensionNumbers(0, (1, 2))}
     assert mc.sharding_plan(params, whole).groups[0].columns == ("x",)
     per_head = {"q": mc.MuonDimensionNumbers(0, 2)}
     assert mc.sharding_plan(params, per_head).groups[0].strategy() == "local"
+    assert mc.sharding_plan(params, overrides=whole).groups[0].columns == ("x",)
+    assert mc.sharding_plan(params, overrides={"q": None}).groups == ()
 
 
-def test_one_device_has_nothing_to_divide():
-    params = {"up": jnp.ones((4, 8))}
-    assert mc.sharding_plan(params).groups == ()
-    alone = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), P("x"))
-    assert mc.sharding_plan({"up": jax.device_put(params["up"], alone)}).groups == ()
+ONE_DEVICE = """\
+one device; per step {total} FLOPs
+matrices  rows  columns  on each device  FLOPs     MB sent  leaves
+6         32    64       local           {total}  0.0      down and 1 more"""
+BY_XLA = """\
+mesh x=8, without `shardings`: XLA decides how matrices move; {total} FLOPs per step on all devices
+{fix}
+matrices  rows  columns  on each device  FLOPs     MB sent  leaves
+6         32    64       XLA decides     {total}  unknown  down and 1 more"""
+
+
+def calls(monkeypatch, params):
+    """Counts the calls of Newton-Schulz in an update of `muon` without shardings."""
+    shapes, call = [], Orthogonaliser.__call__
+    monkeypatch.setattr(Orthogonaliser, "__call__", lambda o, x: shapes.append(x) or call(o, x))
+    tx = mc.muon(0.1)
+    jax.eval_shape(lambda g: tx.update(g, tx.init(g), g)[0], params)
+    return len(shapes)
+
+
+def test_on_one_device_a_line_is_a_call(monkeypatch):
+    params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+    total = f"{6 * 42 * 32**3:.3g}"
+    assert str(mc.sharding_plan(params)) == ONE_DEVICE.format(total=total)
+    alone = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), P())
+    assert str(mc.sharding_plan(jax.device_put(params, alone))) == ONE_DEVICE.format(total=total)
+    assert calls(monkeypatch, params) == 1
+    monkeypatch.setattr(_grouping, "MOST_BYTES", 3 * 32 * 64 * 4)
+    assert len(mc.sharding_plan(params).groups) == calls(monkeypatch, params) == 2
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_on_an_auto_mesh_without_shardings_xla_decides(abstract, monkeypatch):
+    params = placed(mesh_of())
+    if abstract:
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+        )
+    plan = mc.sharding_plan(params)
+    assert str(plan) == BY_XLA.format(total=f"{6 * 42 * 32**3:.3g}", fix=PASS_SHARDINGS)
+    assert plan.by_xla
+    assert calls(monkeypatch, params) == len(plan.groups)
+
+
+def test_nothing_for_muon_has_no_groups():
+    assert mc.sharding_plan({"norm": {"scale": jnp.ones(3)}}).groups == ()
 
 
 def test_a_matrix_without_a_place_is_refused():
     mesh = mesh_of()
+    shardings = jax.tree.map(lambda x: x.sharding, placed(mesh))
     params = {**placed(mesh), "gate": np.ones((8, 8), np.float32)}
     with pytest.raises(ValueError, match="sharding_plan: 1 of 3 leaves cannot") as error:
-        mc.sharding_plan(params)
+        mc.sharding_plan(params, shardings=shardings)
     assert "  gate: float32[8, 8]: `shardings` has none at this path" in str(error.value)

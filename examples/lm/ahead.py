@@ -61,7 +61,7 @@ def report(config: Config, model: nn.Module) -> str:
     lines = [*_head(config, mesh, state.params), *told, *places.notes]
     lines += _compiled(lowered, chips[0])
     if config.optimizer != "adamw":
-        lines += [str(mc.sharding_plan(state.params))]
+        lines += [str(mc.sharding_plan(state.params, shardings=places.params))]
     return "\n".join(lines)
 
 
