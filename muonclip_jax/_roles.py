@@ -107,19 +107,17 @@ def _router(leaf: Leaf, evidence: Evidence) -> Decision | None:
             return Decision(None, f"router '{name}' beside {len(sides)} stacks of {count} experts")
         if count > 1 and is_gate and _has_series(module, count, evidence):
             return Decision(None, f"router '{name}' beside {count} numbered modules")
-    if is_gate and not _has_child(module, names.BESIDE_GATE, evidence):
-        return _gate_alone(module, name)
+    is_alone = is_gate and not _has_child(module, names.BESIDE_GATE, evidence)
+    if is_alone and module and names.matches(names.MIXTURES, module[-1]):
+        return Decision(None, f"router '{name}' of '{module[-1]}'")
     return None
 
 
-def _gate_alone(module: Path, name: str) -> Decision | None:
-    """A gate whose module has no other projection that could be gated."""
-    if module and names.matches(names.MIXTURES, module[-1]):
-        return Decision(None, f"router '{name}' of '{module[-1]}'")
-    if name.lower() not in ("gate", "wg", "gating"):
-        return None
-    doubt = "nothing beside it shows whether it gates an MLP or routes to experts"
-    return Decision(None, f"router '{name}'", doubt)
+def _is_gate_alone(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a gate is in a module that has no other projection that could be gated."""
+    module, name = _kernels.module_and_name(leaf)
+    is_gate = name.lower() in ("gate", "wg", "gating")
+    return is_gate and not _has_child(module, names.BESIDE_GATE, evidence)
 
 
 def _has_child(module: Path, pattern: str, evidence: Evidence) -> bool:
@@ -217,6 +215,9 @@ def _checked(leaf: Leaf, evidence: Evidence, decision: Decision) -> Decision:
     if 0 < small <= _SMALL_SIDE and large >= _MUCH_LARGER * small and not _is_lora(leaf):
         return decision._replace(doubt=f"its matrices have a side of {small}")
     known = evidence.stack_of(leaf).axes
+    if _is_gate_alone(leaf, evidence):
+        doubt = "nothing beside it shows whether it gates an MLP or routes to experts"
+        return decision._replace(doubt=doubt)
     if _may_be_a_vector(leaf, evidence):
         return decision._replace(doubt=f"it may be a vector of each of {leaf.shape[0]} layers")
     repeated = max((n for axis, n in batch if axis not in known), default=0)

@@ -79,7 +79,7 @@ def test_masks_and_numbers_may_be_callable_pytrees(make):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     rows = mc.routing_table(params, numbers).rows
     assert [row.optimizer == "muon" for row in rows] == [len(row.shape) > 1 for row in rows]
-    assert mc.sharding_plan(params, numbers).groups == ()
+    assert len(mc.sharding_plan(params, numbers).groups) <= 1
 
 
 def test_functions_are_told_apart_from_callable_pytrees():
