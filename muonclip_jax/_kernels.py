@@ -74,7 +74,8 @@ def module_and_name(leaf: Leaf) -> tuple[Path, str]:
     """Splits a path into the attention module and the name of the projection."""
     if len(leaf.core) > 1 and names.matches(names.MATRIX_NAMES, leaf.core[-1]):
         return leaf.core[:-2], leaf.core[-2]
-    return leaf.core[:-1], names.stem(leaf.core[-1])
+    *module, name = leaf.core
+    return tuple(module), names.stem(name)
 
 
 def heads_name(leaf: Leaf, evidence: Evidence) -> str | None:

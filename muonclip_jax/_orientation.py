@@ -72,7 +72,8 @@ def is_matrix_of_adaptive_norm(leaf: Leaf, evidence: Evidence, norm: str) -> boo
     inside = leaf.core[leaf.core.index(norm) + 1 :]
     if not inside or not names.matches(names.MATRIX_NAMES, leaf.core[-1]):
         return False
-    if has_fitting_bias(leaf, evidence) and leaf.shape != evidence.bias_of(leaf).shape:
+    bias = evidence.bias_of(leaf)
+    if bias and has_fitting_bias(leaf, evidence) and leaf.shape != bias.shape:
         return True
     stack, shape = layer_of(leaf, evidence)
     return stack.known and len(inside) > 1 and len(shape) > 1
@@ -208,7 +209,7 @@ def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
 
 def find_convention(evidence: Evidence) -> dict[str, bool]:
     """Finds, by the name of the parameter, whether all matrices that show it are outputs first."""
-    found: dict[str, tuple[set[bool], set[bool]]] = {}
+    found: dict[str, tuple[set[bool | None], set[bool | None]]] = {}
     for leaf in evidence.leaves:
         if leaf.role is None and len(layer_of(leaf, evidence)[1]) == 2:
             by_bias, by_name = found.setdefault(leaf.core[-1], (set(), set()))
@@ -218,7 +219,8 @@ def find_convention(evidence: Evidence) -> dict[str, bool]:
     convention = {}
     for name, votes in found.items():
         for vote in votes:
-            if len(shown := vote - {None}) == 1:
+            shown = {first for first in vote if first is not None}
+            if len(shown) == 1:
                 convention[name] = shown.pop()
                 break
             if shown:

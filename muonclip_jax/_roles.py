@@ -92,7 +92,8 @@ def _router(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if len(shape) < 2:
         return None
     is_inside = names.matches(names.MATRIX_NAMES, leaf.core[-1]) and len(leaf.core) > 1
-    module, name = (leaf.core[:-2], leaf.core[-2]) if is_inside else (leaf.core[:-1], leaf.core[-1])
+    depth = len(leaf.core) - (2 if is_inside else 1)
+    module, name = leaf.core[:depth], leaf.core[depth]
     is_gate = names.matches(names.GATE, name)
     if names.matches(names.INTO_HEADS, name):
         return None

@@ -188,7 +188,7 @@ HEADS = {
 }
 
 
-def update_of(tx, params):
+def update_of(tx, params) -> Any:
     return tx.update(params, tx.init(params), params)[0]
 
 

@@ -1,5 +1,7 @@
 """Roles by shape: stacks, biases, attention, convolutions, routers, and which side is inputs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,10 +186,10 @@ def test_the_head_layout_of_muonclip_decides_what_shapes_leave_open():
     flat = mc.MultiHeadLayout(kernel="inputs (heads head_dim)", head_dim=16)
     stats = {"attn": {"max_logits": jnp.ones((12, 1, 4))}}
     tx = mc.muonclip(1.0, layout=flat, weight_decay=0.0)
-    updates, _ = tx.update(params, tx.init(params), params, max_logits=stats)
+    updates: Any = tx.update(params, tx.init(params), params, max_logits=stats)[0]
     alone = mc.muonclip(1.0, weight_decay=0.0, threshold=None)
     one = {"w": params["attn"]["query"]["kernel"]}
-    expected, _ = alone.update(one, alone.init(one), one)
+    expected: Any = alone.update(one, alone.init(one), one)[0]
     np.testing.assert_allclose(updates["attn"]["query"]["kernel"], expected["w"], rtol=1e-5)
 
 
