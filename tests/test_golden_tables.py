@@ -28,6 +28,24 @@ def test_no_parameter_of_a_public_model_is_silently_wrong(name, arguments):
     assert not wrong, "\n".join([f"{name}: {len(wrong)} of {len(expected)} rows:", *wrong])
 
 
+def test_a_wrong_row_is_found():
+    table = TABLES["maxtext_llama3"]
+    routes = mc.routing_table(table.params(), overrides={"*/mlp/wo/kernel": None})
+    pairs = zip(routes.rows, table.expected(), strict=True)
+    (line,) = [line for got, row in pairs if (line := _fault(got, row, set()))]
+    assert "decoder/layers/mlp/wo/kernel (14336, 3, 4096): adamw" in line
+    assert "right is muon or (3, 14336, 4096)" in line
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_name_their_source(name):
+    text = (FOLDER / f"{name}.txt").read_text()
+    assert "\n# source: " in text
+    assert "\n# shapes: " in text
+    paths = [row.path for row in TABLES[name].rows]
+    assert len(paths) == len(set(paths))
+
+
 def _fault(got: Any, row: Expected, named: set[str]) -> str:
     """Describes what is wrong with a row, or returns an empty string."""
     sizes = (got.num_matrices, got.n_in, got.n_out)
