@@ -79,9 +79,11 @@ def _fitting(found: Survey, path: Path, watching: bool) -> list[Layout]:
     for layout in found.layouts:
         for candidate in _candidates(layout, found, path):
             site = _fitting_site(candidate, found, path, watching)
-            if site is not None:
-                # The user's own pattern, then a head that is not wider than the inputs.
-                fits[candidate] = candidate.kernel in own, _is_narrow(site)
+            # Without stacked layers the axis of the stack decides nothing.
+            if site is not None and (site.stack or candidate.stack_axis == layout.stack_axis):
+                # The user's own settings, then a head that is not wider than the inputs.
+                is_own = candidate.kernel in own and candidate.stack_axis == layout.stack_axis
+                fits[candidate] = is_own, _is_narrow(site)
     best = max(fits.values(), default=None)
     return [candidate for candidate, rank in fits.items() if rank == best]
 
@@ -123,12 +125,20 @@ def _patterns(
     layout: Layout, fields: dict[str, Any], found: Survey, path: Path
 ) -> Iterator[Layout]:
     """Varies the patterns of the kernels."""
-    fused = isinstance(layout, MultiHeadLayout) and names_keys_and_values(fields["key"])
-    fused = fused and layout.key_kernel is None and layout.value is None
+    fused = (
+        isinstance(layout, MultiHeadLayout)
+        and names_keys_and_values(fields["key"])
+        and layout.key_kernel is None
+        and layout.value is None
+    )
     for kernel in dict.fromkeys((layout.kernel, *_PATTERNS)):
         keys = _KEY_PATTERNS.get(kernel, ()) if fused else (None,)
-        for key_kernel in keys:
-            extra = {"kernel": kernel} | ({"key_kernel": key_kernel} if key_kernel else {})
+        for key_kernel, axis in itertools.product(keys, dict.fromkeys((layout.stack_axis, 1))):
+            extra: dict[str, Any] = {"kernel": kernel}
+            if key_kernel:
+                extra["key_kernel"] = key_kernel
+            if axis != layout.stack_axis:
+                extra["stack_axis"] = axis
             width = _head_dim(layout, fields | extra, found, path)
             try:
                 yield dataclasses.replace(layout, **fields, **extra, **width)

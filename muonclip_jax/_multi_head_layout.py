@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -122,7 +122,8 @@ class MultiHeadLayout(Layout):
 
     def _query_fault(self, query: Leaf, stack: int, heads: int) -> str | None:
         """Says what does not fit between query kernel and number of heads."""
-        pattern, known = self.patterns[self.query], {}
+        pattern = self.patterns[self.query]
+        known: dict[str, Any] = {}
         if pattern.is_flat:
             # A query head that is wider than head_dim has the width that the heads leave.
             known = {"heads": heads} if self.query_dim else {"head_dim": self.head_dim}
@@ -233,9 +234,10 @@ class MultiHeadLayout(Layout):
     def _query_sizes(self, query: Leaf, stack: int, heads: int) -> dict[str, int]:
         """Returns the sizes of a query kernel that fits."""
         pattern = self.patterns[self.query]
-        known = {"heads": heads} if pattern.is_flat and "heads" in pattern.names else {}
-        if pattern.is_flat and not known:
-            known = {"head_dim": self.head_dim}
+        known: dict[str, Any] = {}
+        if pattern.is_flat:
+            flat = "heads" in pattern.names
+            known = {"heads": heads} if flat else {"head_dim": self.head_dim}
         return self.sizes(self.query, query, stack, **known) or {}
 
     def _width(self, query: Leaf, stack: int, heads: int) -> int:

@@ -225,7 +225,7 @@ def _then_clip(
         _check_arguments(params, max_logits)
         tau = threshold(_count(state)) if callable(threshold) else threshold
         updates, state = optimizer.update(updates, state, params, **extra_args)
-        new = optax.apply_updates(params, updates)
+        new: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
         clipped, _ = clip(new, max_logits, threshold=tau)
         return jax.tree.map(_difference, updates, params, new, clipped), state
 

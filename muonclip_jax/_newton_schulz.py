@@ -324,7 +324,7 @@ def _iterate(x: jax.Array, traced: Traced, *, at_once: int, **settings: Any) -> 
 def _orthogonalise(
     x: jax.Array,
     *,
-    rows: Sequence[tuple[Scalar, Scalar, Scalar]],
+    rows: Any,
     method: str,
     blocks: int,
     compute_dtype: Any,

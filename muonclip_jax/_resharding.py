@@ -37,7 +37,7 @@ def unsharded(x: jax.Array) -> jax.Array:
     return x
 
 
-def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+def placed_like(x: Any, like: Any) -> jax.Array:
     """Gives an array the sharding of another one.
 
     Args:

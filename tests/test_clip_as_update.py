@@ -88,6 +88,7 @@ def test_wrong_before_reduce_on_plateau():
     tx = optax.chain(muonclip(), plateau())
     params = attention()
     state = tx.init(params)
+    updates: Any = None
     for _ in range(2):  # the loss does not fall, so that the scale becomes 0.25
         updates, state = tx.update(params, state, params, max_logits=STATS, value=1.0)
     assert logit(optax.apply_updates(params, updates)) == pytest.approx(306, rel=1e-3)

@@ -96,19 +96,19 @@ def test_updates_have_the_dtype_of_the_gradients_under_any_wrapper(params_dtype,
     decay = optax.linear_schedule(0.1, 0.0, 10)
     tx = mc.muonclip(optax.constant_schedule(0.01), weight_decay=decay, adam_weight_decay=decay)
 
-    def shapes(tx):
+    def shapes(tx: Any):
         update = lambda g, p: tx.update(g, tx.init(p), p, max_logits=STATS)  # noqa: E731
         return jax.eval_shape(update, grads, params)[0]
 
     for wrapped in (tx, optax.apply_if_finite(tx, 3), optax.inject_hyperparams(lambda: tx)()):
         assert dtypes(shapes(wrapped)) == {jnp.dtype(grads_dtype)}
-    every = optax.MultiSteps(tx, 2).gradient_transformation()
+    every: Any = optax.MultiSteps(tx, 2).gradient_transformation()
     assert dtypes(shapes(every)) == {jnp.dtype(grads_dtype)}
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_scan_with_a_skipped_step_keeps_its_carry(dtype):
-    tx = optax.apply_if_finite(mc.muonclip(0.01, weight_decay=optax.constant_schedule(0.1)), 3)
+    tx: Any = optax.apply_if_finite(mc.muonclip(0.01, weight_decay=optax.constant_schedule(0.1)), 3)
     params = draw(dtype)
 
     def step(carry, good):

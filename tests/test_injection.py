@@ -108,7 +108,7 @@ def test_a_schedule_and_a_changed_rate_take_effect():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_settings_in_the_state_keep_their_digits_and_the_dtype_of_updates(dtype):
-    settings = {"learning_rate": 0.1, "weight_decay": 0.1}
+    settings: Any = {"learning_rate": 0.1, "weight_decay": 0.1}
     tx = optax.inject_hyperparams(mc.muon, hyperparam_dtype=jnp.float32)(**settings)
     got, state = updates_of(tx, weights(dtype))
     expected, _ = updates_of(mc.muon(**settings), weights(dtype))

@@ -1,6 +1,7 @@
 """Layouts that would scale the wrong columns raise, and every proposed layout fits."""
 
 import re
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +55,12 @@ PROPOSALS = {
         1,
     ),
     "stacked and flat": (tree(query=(L, D, 12), key=(L, D, 6)), DEFAULT, (L, N), 1),
+    "an axis of layers elsewhere": (
+        tree(query=(D, L, N, H), key=(D, L, K, H)),
+        DEFAULT,
+        (L, N),
+        1,
+    ),
     "names alone": (tree(wq=(D, N, H), wk=(D, K, H), wv=(D, K, H)), DEFAULT, (7, N), 1),
     "another flat order": (
         tree(query=(12, D), key=(6, D)),
@@ -101,7 +108,6 @@ NO_PROPOSAL = {
     "widths that no pattern explains": (tree(query=(D, 13), key=(D, 7)), DEFAULT, (N,)),
     "max logits of rows": (tree(query=(D, N, H), key=(D, K, H)), DEFAULT, (N, 1)),
     "keys that are queries": (tree(q_proj=(D, N, H), v_proj=(D, K, H)), DEFAULT, (N,)),
-    "an axis of layers elsewhere": (tree(query=(D, L, N, H), key=(D, L, K, H)), DEFAULT, (L, N)),
     "a norm of queries": (
         tree(q_proj=(D, N, H), k_proj=(D, K, H), q_norm=("scale", (H,))),
         DEFAULT,
@@ -134,7 +140,7 @@ def test_the_proposed_layouts_of_two_kinds_of_modules_fit_together():
 def test_of_two_layouts_with_equal_names_the_one_that_fits_is_used():
     params = {"local": tree(q=(D, 12), k=(D, 6)), "global": tree(q=(D, 24), k=(D, 12))}
     stats = {name: {"max_logits": jnp.full(N, 400.0)} for name in params}
-    named = {"query": "q", "key": "k", "kernel": FLAT}
+    named: dict[str, Any] = {"query": "q", "key": "k", "kernel": FLAT}
     layouts = tuple(mc.MultiHeadLayout(**named, head_dim=width) for width in (H, 2 * H))
     _, info = mc.qk_clip(params, stats, layouts)
     assert info.clipped_heads == 2 * N
@@ -271,4 +277,4 @@ def test_all_that_was_sown_can_be_passed():
 def test_weights_are_not_printed():
     params = tree(query=(D, N, H), key=(D, K, H))
     with pytest.raises(TypeError, match="layout must be a layout or a tuple of layouts, got "):
-        mc.qk_clip({"max_logits": jnp.ones(N)}, np.ones(3), params)
+        mc.qk_clip({"max_logits": jnp.ones(N)}, np.ones(3), cast(Any, params))

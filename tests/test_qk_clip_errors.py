@@ -15,7 +15,8 @@ LAYOUT = "MultiHeadLayout(query='query', key='key')"
 CAUSES = (
     'Max logits are missing when "intermediates" is not in `mutable` of `apply`, or not in '
     "`variable_axes` of `nn.scan` or `nn.vmap`; when attention with `attention_fn` is called "
-    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the call. "
+    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the "
+    "call.\n"
     "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
 )
 

@@ -1,5 +1,7 @@
 """A norm between projection and logits cancels the clip: found by name, declared, or by effect."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import muonclip_jax as mc
 
 N, H = 2, 4
 STATS = {"attn": {"max_logits": jnp.array([400.0, 7.0])}}
-DEFAULT = mc.MultiHeadLayout()
+DEFAULT: Any = mc.MultiHeadLayout()
 LATENT = mc.MLALayout(nope_dim=2, rope_dim=2, value_dim=2)
 
 

@@ -148,10 +148,9 @@ def test_a_number_has_no_axes():
 
 @pytest.mark.usefixtures("no_typecheck")
 def test_wrong_types_and_values_are_in_one_message():
+    bad: Any = {"learning_rate": "1e-4", "beta": 2.0, "mu_dtype": "int8", "threshold": -1.0}
     with pytest.raises(TypeError) as error:
-        mc.muonclip(
-            "1e-4", beta=2.0, mu_dtype="int8", threshold=-1.0, shared_key="k", ns_steps=0, layout=1
-        )
+        mc.muonclip(**bad, **{"shared_key": "k", "ns_steps": 0, "layout": 1})
     for name in ("learning_rate", "beta", "mu_dtype", "threshold", "shared_key", "ns_steps"):
         assert f"{name} must be" in str(error.value)
     assert "layout must be" in str(error.value)
