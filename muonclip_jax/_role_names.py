@@ -137,7 +137,7 @@ INTO_HEADS = (
 )
 OUT_OF_HEADS = (
     r"w?o|w_o|(o|out|output|post)(_(proj(ection)?|kernel|einsum))?|to_out|attn_vec(_einsum)?"
-    r"|proj_(attn|out)|attn_out|wo"
+    r"|proj_(attn|out)|(attn|attention)_out(put)?(_proj(ection)?)?|wo"
 )
 # Names of an output projection only beside queries, keys and values.
 PERHAPS_OUT = r"dense|linear|proj|c_proj|projection"

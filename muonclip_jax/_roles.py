@@ -59,9 +59,17 @@ def _by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if role.name == "embedding" and _orientation.has_fitting_bias(leaf, evidence):
         if not any(names.matches(names.PATCHES, n) for n in leaf.core):
             doubt = f"'{name}' names an embedding, but the bias beside it is that of a dense layer"
-    if role.where == "top" and _has_siblings(leaf, evidence, names.INTO_HEADS):
+    if role.where == "top" and (
+        _has_siblings(leaf, evidence, names.INTO_HEADS) or _is_square(leaf, evidence)
+    ):
         return None
     return Decision(None, f"{role.name} '{name}'", doubt)
+
+
+def _is_square(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a layer has as many outputs as inputs, which a head hardly has."""
+    shape = evidence.stack_of(leaf).without(leaf.shape)
+    return len(shape) == 2 and shape[0] == shape[1]
 
 
 def _short_bias(leaf: Leaf, evidence: Evidence) -> Decision | None:
@@ -156,9 +164,13 @@ def _few_axes(leaf: Leaf, evidence: Evidence) -> Decision | None:
 
 def _depthwise(leaf: Leaf, evidence: Evidence) -> Decision | None:
     """A convolution with one input channel per group mixes no channels."""
-    if not any(names.matches(names.CONVOLUTION, name) for name in leaf.core):
-        return None
     shape = evidence.stack_of(leaf).without(leaf.shape)
+    if not any(names.matches(names.CONVOLUTION, name) for name in leaf.core):
+        is_window = len(shape) == 4 and shape[1] == 1 < shape[0]
+        if not is_window or not _kernels.is_window(shape[2:], shape[:1], square=True):
+            return None
+        doubt = "its shape is that of a depthwise convolution, its name is not"
+        return Decision(None, "depthwise convolution", doubt)
     one_input = len(shape) > 2 and 1 in (shape[-2], leaf.shape[-2])
     if len(shape) > 2 and shape[1] == 1 < shape[0]:  # outputs first: (channels, 1, *window)
         one_input |= _window_kernels.is_window(shape[2:], shape[:1])
@@ -234,14 +246,14 @@ def _is_long(leaf: Leaf, small: int, large: int) -> bool:
 def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
     """Returns whether a dense layer without a name of its own has outputs that nothing takes."""
     module, name = _kernels.module_and_name(leaf)
-    if len(leaf.shape) != 2 or not names.matches(names.GENERIC, name):
+    if len(leaf.shape) != 2 or n_in == 0 or n_out % n_in == 0:
         return False
-    if any(map(names.is_numbered, module)) or n_in == 0 or n_out % n_in == 0:
+    has_names = not all(part.isdigit() for part in leaf.core)
+    if has_names and (not names.matches(names.GENERIC, name) or name == leaf.core[-1]):
         return False
-    if name == leaf.core[-1]:
+    if has_names and any(map(names.is_numbered, module)):
         return False
-    own = {n_in: 1, n_out: 1 if evidence.bias_of(leaf) is None else 2}
-    return evidence.sizes[n_out] == own[n_out] and evidence.sizes[n_in] > own[n_in]
+    return evidence.sides[n_out] == 1 and evidence.sides[n_in] > 1
 
 
 def _may_be_a_vector(leaf: Leaf, evidence: Evidence) -> bool:

@@ -17,7 +17,8 @@ from muonclip_jax._kernels import (
 def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
     """(*window, inputs, outputs) is one matrix, (window x inputs) x outputs."""
     stack, shape = layer_of(leaf, evidence)
-    named = any(names.matches(names.CONVOLUTION, name) for name in leaf.core[-2:])
+    parts = [name for name in leaf.core if not name.isdigit()][-2:]
+    named = any(names.matches(names.CONVOLUTION, name) for name in parts)
     if len(shape) < 3 or (not named and is_expert(leaf, evidence)):
         return None
     is_square = is_window(shape[:-2], shape[-2:], square=True)
