@@ -92,8 +92,10 @@ def _cast_like(new: ArrayTree, old: ArrayTree) -> ArrayTree:
 
 
 def _not_zero(eps: Scalar) -> Scalar:
-    """Replaces 0, and a number that has become 0 in float16, by the smallest float32."""
-    tiny = float(jnp.finfo(jnp.float32).tiny)
+    """Replaces 0, and a number that has become 0 in float16, by 1e-30.
+
+    The root of a second moment is 0 or above 1e-19 in float32, so that nothing else changes.
+    """
     if isinstance(eps, jax.Array):
-        return jnp.maximum(_widened(eps), tiny)
-    return max(eps, tiny)
+        return jnp.maximum(_widened(eps), 1e-30)
+    return max(eps, 1e-30)

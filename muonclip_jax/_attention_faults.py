@@ -9,11 +9,12 @@ from muonclip_jax._attention_sites import Path, Site, Survey, make_site
 from muonclip_jax._layout_proposals import proposal
 from muonclip_jax._site_faults import Fault, site_faults
 
+_IF_LEFT_OUT = "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
 _IF_MISSING = (
     'Max logits are missing when "intermediates" is not in `mutable` of `apply`, or not in '
     "`variable_axes` of `nn.scan` or `nn.vmap`; when attention with `attention_fn` is called "
-    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the call. "
-    "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
+    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the "
+    "call.\n" + _IF_LEFT_OUT
 )
 _IF_ABOVE = (
     "Sow in the attention module itself, the one whose children are queries and keys: max logits "
@@ -87,7 +88,8 @@ def _unused(found: Survey) -> Iterator[Fault]:
                 yield Fault(path, f"has {stat}, but its layout {owner} reads {owner.stat}.")
         elif children is None:
             near = _nearest(path, found.owners)
-            yield Fault(path, f"has {stat}, but the parameters have no such module{near}.")
+            text = f"has {stat}, but the parameters have no such module{near}."
+            yield Fault(path, text, _IF_LEFT_OUT)
         elif below is not None:
             text = f"has {stat}, but queries and keys are in {'/'.join(below)!r}."
             yield Fault(path, text, _IF_ABOVE)
@@ -122,8 +124,9 @@ def _message(found: Survey, faults: Sequence[Fault], watching: bool) -> str:
     wrong = found.modules if nothing else dict.fromkeys(f.path for f in faults if not f.cure)
     kept = dict.fromkeys(layout for path, layout in found.owners.items() if path not in wrong)
     paths = [path for path in wrong if path in found.modules]
-    cures = [fault.cure for fault in faults] + [proposal(found, paths, kept, watching=watching)]
-    return "\n".join([head, *_lines(faults), *dict.fromkeys(filter(None, cures))])
+    cures = [line for fault in faults for line in fault.cure.splitlines()]
+    cures += proposal(found, paths, kept, watching=watching).splitlines()
+    return "\n".join([head, *_lines(faults), *dict.fromkeys(cures)])
 
 
 def _warn_skipped(unpaired: Sequence[Fault]) -> None:

@@ -221,8 +221,8 @@ def _is_hidden(
     owner: Layout | None,
     children: Mapping[str, list[tuple[Path, int, Any]]],
     layouts: Iterable[Layout],
-    masked: Collection[Path],
-    absent: Collection[Path],
+    masked: set[Path],
+    absent: set[Path],
 ) -> bool:
     """Returns whether the queries and keys of a module are there, but all of them hidden."""
     if any(path[:end] in masked | absent for end in range(len(path) + 1)):
@@ -236,7 +236,7 @@ def _is_hidden(
 def _ignored(paths: Collection[Path], patterns: Sequence[str]) -> set[Path]:
     """Returns the paths that match one of the patterns."""
     names = {"/".join(path): path for path in paths}
-    matches = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
+    matches = {p: [n for n in names if fnmatch.fnmatchcase(n, p)] for p in patterns}
     unused = [pattern for pattern, found in matches.items() if not found]
     if unused:
         shown = ", ".join(map(repr, sorted(names)[:4])) + (", ..." if len(names) > 4 else "")

@@ -4,8 +4,8 @@ import re
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 _LETTERS = {
-    "q": {"q", "wq", "qw", "query", "queries", "qproj", "toq"},
-    "k": {"k", "wk", "kw", "key", "keys", "kproj", "tok"},
+    "q": {"q", "wq", "qw", "query", "queries", "qproj", "toq", "bq"},
+    "k": {"k", "wk", "kw", "key", "keys", "kproj", "tok", "bk"},
     "v": {"v", "wv", "vw", "val", "value", "values", "vproj", "tov"},
     "kv": {"kv", "wkv", "kvproj", "tokv", "keyvalue", "keyvalues", "keysvalues"},
     "qk": {"qk", "wqk"},

@@ -167,7 +167,7 @@ def as_rows(coefficients: Any, steps: Any = None) -> tuple[Row, ...]:
       ((2.0, -1.5, 0.5), (2.0, -1.5, 0.5))
     """
     if isinstance(coefficients, str):
-        return ns_coefficients(coefficients, steps)
+        return _to_length(ns_coefficients(coefficients), steps)
     if is_traced(coefficients):
         raise TypeError("The coefficients must be known while tracing here; pass numbers.")
     table = _as_table(coefficients)
@@ -305,7 +305,7 @@ def known_while_running(table: jax.Array, compute_dtype: Any) -> list[Any]:
     if info.bits == 16:
         above = [evaluate(table, 1 + excess * (_ROUNDING - 1)) for excess in (0.25, 0.5, 0.75, 1)]
         safe = functools.reduce(jnp.logical_and, ((0 < p) & (p < 2) for p in above))
-        table = jnp.where(safe, table, table / _ROUNDING ** np.array([1, 3, 5], np.float32))
+        table = jnp.where(safe, table, table / _ROUNDING ** np.array([[1, 3, 5]], np.float32))
     return [tuple(row) for row in table]
 
 

@@ -5,12 +5,15 @@ norm is a vector, so that its rank counts the axes of the stack. The sizes of th
 widths of the activations, which enter a projection on its input side.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from muonclip_jax._role_names import (
+    BIAS_SUFFIXES,
     INTO_HEADS,
+    OUT_OF_HEADS,
     Role,
     adamw_role,
     core,
@@ -18,6 +21,7 @@ from muonclip_jax._role_names import (
     is_qk_norm,
     matches,
     near,
+    stem,
 )
 
 Path: TypeAlias = tuple[str, ...]
@@ -83,6 +87,11 @@ class Group:
         depth = min(map(len, vectors)) - 1
         if depth <= 0:
             return Stack((), True)
+        if vectors is self.biases and depth > 1:
+            return None  # (layers, heads, head_dim) as well as (layers, layers, outputs)
+        both = len(self.lead) >= depth and len(self.second) >= depth == 1
+        if both and len(self.leaves) > 1 and self.lead[0] > self.second[0]:
+            return Stack((1,), True)  # vectors (width, layers): layers are fewer than the width
         if len(self.lead) >= depth:
             return Stack(tuple(range(depth)), True)
         if len(self.second) >= depth:
@@ -102,14 +111,16 @@ class Evidence:
       groups: The parameters of each module.
       children: The names of the children of each module.
       by_core: The parameters by path.
+      sizes: How often each size occurs in the shapes.
       vocabulary: The long side of the largest embedding; 0 without one.
       embedded: Its short side.
+      usual_width: The most frequent size of the gains of norms; 0 without one.
       convention: Whether matrices are outputs first, by the name of the parameter, where shapes
         show it.
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[Shape]):
-        cores = [core(path) for path in paths]
+        cores = [core(path) or ("",) for path in paths]  # one array has no path
         self.leaves = [
             Leaf(path, inner, shape, adamw_role(inner))
             for path, inner, shape in zip(paths, cores, shapes, strict=True)
@@ -119,11 +130,22 @@ class Evidence:
         for index, leaf in enumerate(self.leaves):
             self._add(index, leaf)
         self.by_core = {leaf.core: leaf for leaf in self.leaves}
+        self.sizes = collections.Counter(n for shape in shapes for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
         self.convention: dict[str, bool] = {}
         self._stacks: dict[Path, Stack] = {}
+        self._widths: dict[Path, set[int]] = {}
         self._shared: dict[Path, bool] = {}
         self._experts: dict[Path, Experts] = {}
+        self.usual_width = self._find_usual_width()
+
+    def _find_usual_width(self) -> int:
+        """Finds the most frequent size of the gains of norms; 0 if there is none."""
+        gains = (leaf for leaf in self.leaves if _vector_kind(leaf) == "gain")
+        sizes = collections.Counter(
+            n for leaf in gains for n in self.stack_of(leaf).without(leaf.shape)[-1:]
+        )
+        return max(sizes, key=sizes.__getitem__, default=0)
 
     def _add(self, index: int, leaf: Leaf) -> None:
         shape, kind = leaf.shape, _vector_kind(leaf)
@@ -174,6 +196,18 @@ class Evidence:
                     return stack
                 if stack is not None:
                     break
+        return self._second_axis(prefix)
+
+    def _second_axis(self, prefix: Path) -> Stack:
+        """Finds layers on axis 1, which all parameters of a module share, but not their first."""
+        for depth in range(len(prefix), -1, -1):
+            group = self.groups[prefix[:depth]]
+            if group.lead or not group.second:
+                continue
+            shapes = {self.leaves[i].shape for i in group.leaves}
+            large = [i for i in group.leaves if len(self.leaves[i].shape) > 2]
+            if len(shapes) > 2 and any(not self._is_attention(self.leaves[i]) for i in large):
+                return Stack(tuple(range(1, len(group.second) + 1)), True)
         return Stack((), False)
 
     def _is_local(self, prefix: Path, depth: int) -> bool:
@@ -218,31 +252,48 @@ class Evidence:
             found: Experts = {}
             for leaf in (self.leaves[i] for i in self.groups[prefix].leaves):
                 shape = self.stack_of(leaf).without(leaf.shape)
-                if len(shape) > 2 and leaf.role is None and not _is_attention(leaf):
+                if len(shape) > 2 and leaf.role is None and not self._is_attention(leaf):
                     found.setdefault((shape[:-3], shape[-3]), []).append({*shape[-2:]})
             self._experts[prefix] = found
         return self._experts[prefix]
 
     def widths(self, leaf: Leaf) -> set[int]:
-        """Lists the widths of the activations around a parameter, from gains and embeddings."""
-        for depth in range(len(leaf.core) - 1, -1, -1):
-            prefix = leaf.core[:depth]
-            if gains := self.groups[prefix].gains:
-                second = self.stack_of(leaf).axes[:1] == (1,)
-                return {shape[0] if second else shape[-1] for shape in gains if shape}
-        return {self.embedded} - {0}
+        """Lists the widths of the activations around a parameter.
 
-    def siblings(self, leaf: Leaf, up: int = 1) -> Iterator[Leaf]:
-        """Lists the other parameters below the module that is `up` components above."""
-        prefix = leaf.core[: max(len(leaf.core) - up, 0)]
-        for index in self.groups[prefix].leaves if prefix in self.groups else ():
-            if self.leaves[index] is not leaf:
-                yield self.leaves[index]
+        These are the sizes of the gains in its block; the width of the embedding alone if that is
+        among them, or if there is no gain.
+        """
+        prefix = leaf.core[:-1]
+        if prefix not in self._widths:
+            second = self.stack_of(leaf).axes[:1] == (1,)
+            found = {shape[0] if second else shape[-1] for shape in self._block_gains(prefix)}
+            embedded = {self.embedded} - {0}
+            self._widths[prefix] = embedded if not found or found & embedded else found
+        return self._widths[prefix]
+
+    def _block_gains(self, prefix: Path) -> set[Shape]:
+        """Lists the gains of the innermost module that has some, and of its block."""
+        inner = next((d for d in range(len(prefix), -1, -1) if self.groups[prefix[:d]].gains), 0)
+        outer = inner
+        while outer > max(inner - 2, 0) and not (outer and is_numbered(prefix[outer - 1])):
+            outer -= 1
+        return self.groups[prefix[:outer]].gains
+
+    def _is_attention(self, leaf: Leaf) -> bool:
+        """Returns whether a parameter has the name of a projection into or out of heads."""
+        own = near(leaf.core)
+        if any(matches(INTO_HEADS, stem(name)) for name in own):
+            return True
+        if not any(matches(OUT_OF_HEADS, stem(name)) for name in own):
+            return False
+        module = leaf.core[: len(leaf.core) - len(own)]
+        return any(matches(INTO_HEADS, stem(child)) for child in self.children[module])
 
     def bias_of(self, leaf: Leaf) -> Leaf | None:
         """Finds the bias that is added to what a kernel puts out."""
         *module, name = leaf.core
-        names = [f"{name}_bias", f"b_{name[2:]}" if name.startswith("w_") else "b", "bias"]
+        names = [f"{stem(name)}{end}" for end in BIAS_SUFFIXES]
+        names += [f"b_{name[2:]}" if name.startswith("w_") else "b", "bias"]
         if name[:1] == "w" and name[1:].isdigit():
             names.insert(0, f"b{name[1:]}")
         for candidate in names:
@@ -253,10 +304,6 @@ class Evidence:
     def is_numbered(self, leaf: Leaf) -> bool:
         """Returns whether the parameter is in a list or a numbered series of layers."""
         return any(map(is_numbered, leaf.core[:-2]))
-
-
-def _is_attention(leaf: Leaf) -> bool:
-    return any(matches(INTO_HEADS, name) for name in near(leaf.core))
 
 
 def _common(a: Shape, b: Shape) -> Shape:
@@ -277,7 +324,8 @@ def _vector_kind(leaf: Leaf) -> str:
         inside = leaf.core[leaf.core.index(name) + 1 :]
         return "gain" if len(inside) <= 1 and not _is_dense(inside) else ""
     if role.name == "bias" or (role.name == "scale" and matches("scale|gain", leaf.core[-1])):
-        return "bias" if not any(map(is_qk_norm, leaf.core)) else ""
+        may_have_heads = len(leaf.shape) > 1 and matches(INTO_HEADS, stem(near(leaf.core)[0]))
+        return "" if may_have_heads or any(map(is_qk_norm, leaf.core)) else "bias"
     return ""
 
 

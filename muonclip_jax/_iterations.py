@@ -43,7 +43,7 @@ from muonclip_jax._products import (
     split,
 )
 from muonclip_jax._team import Team
-from muonclip_jax._types import Row
+from muonclip_jax._types import Row, Scalar
 
 # Steps between two restarts of the Gram form.
 Windows: TypeAlias = tuple[tuple[Row, ...], ...]
@@ -62,7 +62,7 @@ _MOST_STEPS_FIRST, _MOST_STEPS_LATER = 3, 2
 
 def standard(
     x: jax.Array,
-    rows: Sequence[Row],
+    rows: Sequence[tuple[Scalar, Scalar, Scalar]],
     preconditioning: str,
     blocks: int,
     team: Team | None = None,
@@ -75,7 +75,7 @@ def standard(
     """
     x, A = _preconditioned(x, preconditioning, blocks, team)
 
-    def step(X: Rows, A: Shifted, row: Row) -> Rows:
+    def step(X: Rows, A: Shifted, row: tuple[Scalar, Scalar, Scalar]) -> Rows:
         a, b, c = row
         z, Z = _even_part(A, b, c, team)
         return _combine(x.dtype, (a + z, X), (1.0, product(Z, X)))
@@ -195,7 +195,7 @@ def _accumulated(R: Shifted, window: Sequence[Row], team: Team | None) -> tuple[
     return q, Q
 
 
-def _even_part(A: Shifted, b: float, c: float, team: Team | None) -> Shifted:
+def _even_part(A: Shifted, b: Scalar, c: Scalar, team: Team | None) -> Shifted:
     """Computes b A + c A²."""
     s, S = A
     return b * s + c * s * s, _with_product(((b + 2 * c * s, S),), c, S, S, team)
@@ -208,7 +208,7 @@ def _times(A: Shifted, B: Shifted, team: Team | None) -> Shifted:
 
 
 def _with_product(
-    terms: Sequence[tuple[Any, _Blocks]], c: float, A: Hermitian, B: _Blocks, team: Team | None
+    terms: Sequence[tuple[Any, _Blocks]], c: Scalar, A: Hermitian, B: _Blocks, team: Team | None
 ) -> _Blocks:
     """Computes Σ coefficient · x + c A B with one rounding, all of them n x n."""
     dtype, height = A[0, 0].dtype, A[0, 0].shape[-2]

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax import _role_names as names
 from muonclip_jax._evidence import Evidence, Leaf, Path, Shape, Stack
+
+# The modules of a head layout by name: the axes of a kernel, each a tuple of names, and the axis at
+# which layers are stacked.
+HeadPatterns: TypeAlias = Mapping[str, tuple[tuple[tuple[str, ...], ...], int]]
 
 
 class Decision(NamedTuple):
@@ -30,12 +34,12 @@ class Settings(NamedTuple):
     Attributes:
       outputs_first: Whether matrices are stored (outputs, inputs); None decides by evidence.
       scale_by_sides: Whether the scale of an update depends on which side is which.
-      heads: Names of modules that project into heads, with the axes of their kernels if known.
+      heads: For each head layout, the modules that project into heads.
     """
 
     outputs_first: bool | None = None
     scale_by_sides: bool = True
-    heads: Mapping[str, tuple[str, ...]] = {}
+    heads: tuple[HeadPatterns, ...] = ()
 
 
 DEFAULTS = Settings()
@@ -70,13 +74,13 @@ def module_and_name(leaf: Leaf) -> tuple[Path, str]:
     """Splits a path into the attention module and the name of the projection."""
     if len(leaf.core) > 1 and names.matches(names.MATRIX_NAMES, leaf.core[-1]):
         return leaf.core[:-2], leaf.core[-2]
-    return leaf.core[:-1], leaf.core[-1]
+    return leaf.core[:-1], names.stem(leaf.core[-1])
 
 
-def heads_name(leaf: Leaf, evidence: Evidence, settings: Settings = DEFAULTS) -> str | None:
+def heads_name(leaf: Leaf, evidence: Evidence) -> str | None:
     """Returns `in` or `out` if a parameter has the name of a projection into or out of heads."""
     module, name = module_and_name(leaf)
-    if name in settings.heads or names.matches(names.INTO_HEADS, name):
+    if names.matches(names.INTO_HEADS, name):
         return "in"
     if names.matches(names.OUT_OF_HEADS, name):
         return "out"
@@ -92,7 +96,7 @@ def partners(module: Path, side: str, evidence: Evidence) -> dict[str, Leaf]:
         pattern = f"{names.OUT_OF_HEADS}|{names.PERHAPS_OUT}"
     found = {}
     for child in evidence.children.get(module, ()):
-        if not names.matches(pattern, child):
+        if not names.matches(pattern, names.stem(child)):
             continue
         paths = [(*module, child), *((*module, child, k) for k in ("kernel", "w", "weight"))]
         for path in paths:
@@ -101,174 +105,40 @@ def partners(module: Path, side: str, evidence: Evidence) -> dict[str, Leaf]:
     return found
 
 
+def fused_axis(name: str, shape: Shape) -> int | None:
+    """Finds the axis that numbers queries, keys and values in one kernel."""
+    count = next((n for fused, n in names.FUSED.items() if fused in name.lower()), None)
+    if count is None or len(shape) < 3 or names.matches(r"w?kv_b(_proj)?", name):
+        return None
+    return next((axis for axis, n in enumerate(shape[:-1]) if n == count), None)
+
+
 def is_expert(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a parameter named `wo` or the like stacks the matrices of experts."""
     if any(names.matches(names.EXPERTS, name) for name in leaf.core):
         return True
     module, _ = module_and_name(leaf)
-    if partners(module, "in", evidence):
+    if partners(module, "in", evidence) or any("att" in name.lower() for name in leaf.core):
         return False
+    if any(names.matches(names.FEED_FORWARD, name) for name in leaf.core):
+        return True
     _, shape = layer_of(leaf, evidence)
     if len(shape) < 3:
         return False
     return bool(evidence.experts(module).get((shape[:-3], shape[-3]), [])[1:])
 
 
-# Biases
+def is_window(window: Shape, channels: Shape, square: bool = False) -> bool:
+    small = max(window) <= 16 and max(window) < max(channels)
+    if square:
+        return small and len({*window}) == 1 and 1 < window[0] <= min(11, *channels)
+    return small
 
 
-class _Fit(NamedTuple):
-    """Axes of a kernel that a bias determines, as axes of one layer."""
-
-    inputs: Shape
-    outputs: Shape
-    outputs_first: bool
-
-
-def _fits(shape: Shape, bias: Shape, outputs_first: bool) -> list[_Fit]:
-    """Lists the ways in which a bias is batch axes, then the outputs of a kernel."""
-    found = []
-    for batch in range(min(len(bias), len(shape) - 1)):
-        outputs = bias[batch:]
-        rest = len(shape) - batch - len(outputs)
-        if bias[:batch] != shape[:batch] or rest < 1:
-            continue
-        start = batch if outputs_first else batch + rest
-        if shape[start : start + len(outputs)] == outputs:
-            own = tuple(range(start, start + len(outputs)))
-            others = tuple(axis for axis in range(batch, len(shape)) if axis not in own)
-            found.append(_Fit(others, own, outputs_first))
-    return found
-
-
-def bias_fit(leaf: Leaf, evidence: Evidence) -> tuple[_Fit | None, bool]:
-    """Finds the axes that the bias beside a kernel shows, and whether both conventions fit."""
-    bias = evidence.bias_of(leaf)
-    if bias is None:
-        return None, False
-    stack, shape = layer_of(leaf, evidence)
-    size = stack.without(bias.shape)
-    convolution = len(size) > 1 and size[-1] == 1
-    while len(size) > 1 and size[-1] == 1:
-        size = size[:-1]
-    first = [] if convolution else _fits(shape, size, outputs_first=False)
-    last = _fits(shape, size, outputs_first=True)
-    if not first:
-        return (last[0], False) if last else (None, False)
-    fit = first[0] if heads_name(leaf, evidence) else first[-1]
-    both = any({*f.inputs, *f.outputs} == {*fit.inputs, *fit.outputs} for f in last)
-    return fit, both
-
-
-def has_fitting_bias(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether a kernel has a bias that fits, as dense layers and convolutions have."""
-    if len(leaf.shape) < 2 or not names.matches(names.MATRIX_NAMES, leaf.core[-1]):
+def is_convolution_shape(shape: Shape) -> bool:
+    """Returns whether four axes begin or end with a square window, beside more channels."""
+    if len(shape) != 4:
         return False
-    return len(layer_of(leaf, evidence)[1]) > 1 and bias_fit(leaf, evidence)[0] is not None
-
-
-def is_matrix_of_adaptive_norm(leaf: Leaf, evidence: Evidence, norm: str) -> bool:
-    """Returns whether a parameter below a norm is a matrix that computes gains from an input."""
-    inside = leaf.core[leaf.core.index(norm) + 1 :]
-    if not inside or not names.matches(names.MATRIX_NAMES, leaf.core[-1]):
-        return False
-    if has_fitting_bias(leaf, evidence) and leaf.shape != evidence.bias_of(leaf).shape:
-        return True
-    stack, shape = layer_of(leaf, evidence)
-    return stack.known and len(inside) > 1 and len(shape) > 1
-
-
-def by_bias(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
-    stack, shape = layer_of(leaf, evidence)
-    if len(shape) < 3:
-        return None
-    fit, both = bias_fit(leaf, evidence)
-    if fit is None:
-        return None
-    is_stacked_heads = heads_name(leaf, evidence) is not None and len(fit.inputs) == 1
-    if is_stacked_heads and fit.inputs[0] > 0 and len(fit.outputs) == 1 and stack.known:
-        return None
-    if len(fit.inputs) == len(fit.outputs) == 1:
-        return None  # a stack of matrices: `last_two_axes` decides which side is which
-    reason = "inputs x outputs, as its bias shows"
-    if fit.outputs_first or (both and settings.outputs_first):
-        reason += ", outputs first"
-    return Decision(numbers_of(leaf, stack, fit.inputs, fit.outputs), reason)
-
-
-# Two axes
-
-
-def last_two_axes(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision:
-    stack, shape = layer_of(leaf, evidence)
-    last = len(shape) - 1
-    outputs_first, reason, doubt = _orientation(leaf, evidence, settings)
-    sides = ((last,), (last - 1,)) if outputs_first else ((last - 1,), (last,))
-    return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
-
-
-def _orientation(leaf: Leaf, evidence: Evidence, settings: Settings) -> tuple[bool, str, str]:
-    """Decides whether a matrix is stored (outputs, inputs), with the reason and a doubt."""
-    by_bias, by_name = _orientation_by_bias(leaf, evidence), _orientation_by_name(leaf, evidence)
-    if settings.outputs_first is not None:
-        doubt = ""
-        if by_bias not in (None, settings.outputs_first):
-            doubt = f"outputs_first={settings.outputs_first}, but its bias fits the other axis"
-        return settings.outputs_first, _reason(settings.outputs_first, "as set"), doubt
-    if by_bias is not None:
-        return by_bias, _reason(by_bias, "as its bias shows"), ""
-    if by_name is not None:
-        return by_name, _reason(by_name, "as its name and the widths show"), ""
-    convention = evidence.convention.get(leaf.core[-1])
-    if convention is not None:
-        return convention, _reason(convention, "as others in this pytree"), ""
-    shape = layer_of(leaf, evidence)[1]
-    doubt = ""
-    if leaf.core[-1] == "weight" and settings.scale_by_sides and shape[-1] != shape[-2]:
-        doubt = "nothing shows whether it is stored (inputs, outputs); see outputs_first"
-    return False, "last two axes", doubt
-
-
-def _reason(outputs_first: bool, why: str) -> str:
-    return f"last two axes, outputs first {why}" if outputs_first else "last two axes"
-
-
-def _orientation_by_bias(leaf: Leaf, evidence: Evidence) -> bool | None:
-    fit, both = bias_fit(leaf, evidence)
-    if fit is None or both or len(fit.inputs) != 1 or len(fit.outputs) != 1:
-        return None
-    return fit.outputs_first
-
-
-def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
-    """Compares the sides of projections from and to the residual stream with its width."""
-    _, name = module_and_name(leaf)
-    shape = layer_of(leaf, evidence)[1][-2:]
-    widths = evidence.widths(leaf)
-    inside = [n in widths for n in shape]
-    if sum(inside) != 1:
-        return None
-    if names.matches(names.FROM_RESIDUAL, name) or names.matches(names.INTO_HEADS, name):
-        return inside[1]
-    if names.matches(names.TO_RESIDUAL, name) or names.matches(names.OUT_OF_HEADS, name):
-        return inside[0]
-    return None
-
-
-def find_convention(evidence: Evidence) -> dict[str, bool]:
-    """Finds, by the name of the parameter, whether all matrices that show it are outputs first."""
-    found: dict[str, tuple[set[bool], set[bool]]] = {}
-    for leaf in evidence.leaves:
-        if leaf.role is None and len(layer_of(leaf, evidence)[1]) == 2:
-            by_bias, by_name = found.setdefault(leaf.core[-1], (set(), set()))
-            by_bias.add(_orientation_by_bias(leaf, evidence))
-            by_name.add(_orientation_by_name(leaf, evidence))
-    convention = {}
-    for name, votes in found.items():
-        for vote in votes:
-            if len(shown := vote - {None}) == 1:
-                convention[name] = shown.pop()
-                break
-            if shown:
-                break
-    return convention
+    return is_window(shape[:2], shape[2:], square=True) or is_window(
+        shape[2:], shape[:2], square=True
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from muonclip_jax._attention_layouts import Layout
-from muonclip_jax._attention_sites import Path, Survey, make_site
+from muonclip_jax._attention_sites import Path, Site, Survey, make_site
 from muonclip_jax._child_names import letters, names_keys_and_values, normalizes
 from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._site_faults import site_faults
@@ -33,7 +33,13 @@ _KEY_PATTERNS = {
     "heads inputs head_dim": ("2 heads inputs head_dim",),
     "heads head_dim inputs": ("2 heads head_dim inputs",),
 }
-_LETTERS = {"query": {"q"}, "key": {"k"}, "key_value": {"k", "v"}, "qkv": {"q", "k", "v"}}
+# What the name of a module shows: queries (q), keys (k), values (v), by field of the layout.
+_LETTERS = {
+    "query": ({"q"},),
+    "key": ({"k"}, {"k", "v"}),
+    "key_value": ({"k", "v"}, {"k"}),
+    "qkv": ({"q", "k", "v"},),
+}
 _KERNELS = (("kernel", "bias"), ("weight", "bias"), ("w", "b"))
 _MOST = 3  # Layouts in one message. Where more fit, the shapes decide nothing.
 
@@ -67,15 +73,19 @@ def proposal(
 
 
 def _fitting(found: Survey, path: Path, watching: bool) -> list[Layout]:
-    """Lists the layouts that describe one module without a fault: the user's patterns first."""
-    fits = dict.fromkeys(
-        candidate
-        for layout in found.layouts
-        for candidate in _candidates(layout, found, path)
-        if _fits(candidate, found, path, watching)
-    )
+    """Lists the layouts that describe one module without a fault: the most plausible ones."""
     own = {layout.kernel for layout in found.layouts}
-    return [candidate for candidate in fits if candidate.kernel in own] or [*fits]
+    fits: dict[Layout, tuple[bool, bool]] = {}
+    for layout in found.layouts:
+        for candidate in _candidates(layout, found, path):
+            site = _fitting_site(candidate, found, path, watching)
+            # Without stacked layers the axis of the stack decides nothing.
+            if site is not None and (site.stack or candidate.stack_axis == layout.stack_axis):
+                # The user's own settings, then a head that is not wider than the inputs.
+                is_own = candidate.kernel in own and candidate.stack_axis == layout.stack_axis
+                fits[candidate] = is_own, _is_narrow(site)
+    best = max(fits.values(), default=None)
+    return [candidate for candidate, rank in fits.items() if rank == best]
 
 
 def _candidates(layout: Layout, found: Survey, path: Path) -> Iterator[Layout]:
@@ -99,10 +109,7 @@ def _likely(layout: Layout, field: str, children: Any) -> list[str]:
     name = getattr(layout, field)
     if name in children:
         return [name]
-    wanted = _LETTERS[field]
-    fits = [c for c in children if normalizes(c) is None and wanted <= letters(c)]
-    if wanted == {"q"}:
-        fits = [c for c in fits if letters(c) == wanted]
+    fits = [c for c in children if normalizes(c) is None and letters(c) in _LETTERS[field]]
     return difflib.get_close_matches(name, fits, n=3, cutoff=0.0)
 
 
@@ -118,12 +125,20 @@ def _patterns(
     layout: Layout, fields: dict[str, Any], found: Survey, path: Path
 ) -> Iterator[Layout]:
     """Varies the patterns of the kernels."""
-    fused = isinstance(layout, MultiHeadLayout) and names_keys_and_values(fields["key"])
-    fused = fused and layout.key_kernel is None and layout.value is None
+    fused = (
+        isinstance(layout, MultiHeadLayout)
+        and names_keys_and_values(fields["key"])
+        and layout.key_kernel is None
+        and layout.value is None
+    )
     for kernel in dict.fromkeys((layout.kernel, *_PATTERNS)):
         keys = _KEY_PATTERNS.get(kernel, ()) if fused else (None,)
-        for key_kernel in keys:
-            extra = {"kernel": kernel} | ({"key_kernel": key_kernel} if key_kernel else {})
+        for key_kernel, axis in itertools.product(keys, dict.fromkeys((layout.stack_axis, 1))):
+            extra: dict[str, Any] = {"kernel": kernel}
+            if key_kernel:
+                extra["key_kernel"] = key_kernel
+            if axis != layout.stack_axis:
+                extra["stack_axis"] = axis
             width = _head_dim(layout, fields | extra, found, path)
             try:
                 yield dataclasses.replace(layout, **fields, **extra, **width)
@@ -150,33 +165,39 @@ def _head_dim(layout: Layout, fields: dict[str, Any], found: Survey, path: Path)
     return {"head_dim": size // heads} if heads and size % heads == 0 and size else {}
 
 
-def _fits(candidate: Layout, found: Survey, path: Path, watching: bool) -> bool:
-    """Returns whether a layout describes a module without a fault, with equal inputs."""
-    stats = found.statistics.get((path, candidate.stat))
-    site = make_site(found, path, candidate, statistics=stats or [])
-    if not all(name in site.kernels for name in candidate.modules):
-        return False
-    if any(site.stack_of(name) < 0 for name in candidate.modules):
-        return False
+def _fitting_site(candidate: Layout, found: Survey, path: Path, watching: bool) -> Site | None:
+    """Returns a module as a layout describes it, if without a fault and with equal inputs."""
+    stats = found.statistics.get((path, candidate.stat), [])
+    site = make_site(found, path, candidate, statistics=stats)
+    if not all(name in site.kernels and site.stack_of(name) >= 0 for name in candidate.modules):
+        return None
     if not stats:
-        stats = _stand_in(site)
-        site = site._replace(statistics=stats)
-    if not stats or site_faults(site, watching=watching):
-        return False
-    inputs = {
-        candidate.split(kernel.shape, site.stack)[1][candidate.patterns[name].input_axis]
-        for name, kernel in site.kernels.items()
-    }
-    return len(inputs) == 1 or not isinstance(candidate, MultiHeadLayout)
+        site = site._replace(statistics=_stand_in(site))
+    if not site.statistics or site_faults(site, watching=watching):
+        return None
+    inputs = {_sizes(site, name)["inputs"] for name in candidate.modules}
+    return site if len(inputs) == 1 or not isinstance(candidate, MultiHeadLayout) else None
 
 
-def _stand_in(site: Any) -> list[Any]:
+def _sizes(site: Site, name: str) -> dict[str, int]:
+    """Returns the sizes of one kernel's unflattened axes."""
+    pattern = site.layout.patterns[name]
+    shape = site.layout.split(site.kernels[name].shape, site.stack)[1]
+    return {axis[0]: n for axis, n in zip(pattern.axes, shape, strict=True) if len(axis) == 1}
+
+
+def _is_narrow(site: Site) -> bool:
+    """Returns whether heads are not wider than the inputs."""
+    sizes = _sizes(site, site.layout.modules[0])
+    return sizes.get("head_dim", 0) <= sizes["inputs"]
+
+
+def _stand_in(site: Site) -> list[Any]:
     """Makes max logits for a module without, where its kernel shows the number of heads."""
     layout, name = site.layout, site.layout.modules[0]
     if layout.patterns[name].is_flat or not isinstance(layout, MultiHeadLayout):
         return []
-    kernel = site.kernels[name]
-    stack, sizes = layout.split(kernel.shape, site.stack)
-    named = layout.patterns[name].sizes(sizes, {}) or {}
-    heads = named.get("heads") or named.get("kv_heads", 0) * named.get("groups", 0)
+    stack = layout.split(site.kernels[name].shape, site.stack)[0]
+    sizes = _sizes(site, name)
+    heads = sizes.get("heads") or sizes.get("kv_heads", 0) * sizes.get("groups", 0)
     return [np.moveaxis(np.empty((*stack, heads)), range(len(stack)), site.stat_axes)]

@@ -91,7 +91,7 @@ def max_attention_logit(
     """
     ids = _query_and_key_ids(segment_ids)
     lengths = (query_seq_lengths, key_value_seq_lengths)
-    query, key, bias, mask = (None if x is None else _array(x) for x in (query, key, bias, mask))
+    query, key, bias, mask = map(_array, (query, key, bias, mask))
     options = (lengths, local_window_size, ids, block_size, scale, is_causal)
     check_arguments("max_attention_logit", query, key, bias, mask, *options)
     arrays = (query, key, scale_with_four_axes(scale), bias)
@@ -109,7 +109,7 @@ def max_attention_logit(
 def _blockwise(
     query: Array,
     key: Array,
-    scale: Scalar | Array | None,
+    scale: Any,
     bias: Array | None,
     rules: Rules,
     *,
@@ -153,12 +153,12 @@ def scale_with_four_axes(scale: Any) -> Any:
 
 
 def _array(x: Any) -> Any:
-    return x if hasattr(x, "dtype") else jnp.asarray(x)
+    return x if x is None or hasattr(x, "dtype") else jnp.asarray(x)
 
 
 def _window(window: Any) -> Window | None:
     """Gives a window in numbers that can be hashed."""
-    return tuple(int(side) for side in window) if isinstance(window, tuple) else window
+    return (int(window[0]), int(window[1])) if isinstance(window, tuple) else window
 
 
 def _dot(
@@ -239,7 +239,9 @@ def check_arguments(
 def _scale_fault(scale: Any, full: tuple[int, ...], key_heads: int) -> str:
     """Describes what is wrong with a scale; empty if nothing is."""
     fault = f"a number or an array that broadcasts to [b, n, t, s] {full}, got "
-    if scale is None or is_real(scale):
+    if scale is None:
+        return ""
+    if is_real(scale):
         shape = (1,) * (4 - np.ndim(scale)) + np.shape(scale)
         fits = (_broadcasts(shape, (full[0], heads, *full[2:])) for heads in (full[1], key_heads))
         return "" if any(fits) else fault + f"the shape {np.shape(scale)}"

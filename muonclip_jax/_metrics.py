@@ -13,7 +13,7 @@ _PER_HEAD = ("max_logits", "gamma")
 
 def qk_clip_metrics(
     info: QKClipInfo, ever_clipped: Mapping[str, Bool[Array, "*stack heads"]] | None = None
-) -> dict[str, Shaped[Array, ""]]:
+) -> dict[str, Shaped[Array, "*steps"]]:
     """Names the scalars of a clip for a logger.
 
     Args:
@@ -21,8 +21,9 @@ def qk_clip_metrics(
       ever_clipped: What `heads_ever_clipped` returned, if it is kept.
 
     Returns:
-      All scalars of `info`, 0-d arrays, under `qk_clip/<name>`; `qk_clip/stuck_heads` only if
-      `qk_clip` was called with `ever_clipped`. Numbers per head stay in `info`. With
+      All scalars of `info`, 0-d arrays, under `qk_clip/<name>`; with an axis of steps where a
+      scan stacked it. `qk_clip/stuck_heads` only if `qk_clip` was called with `ever_clipped`.
+      Numbers per head stay in `info`. With
       `ever_clipped`, `qk_clip/ever_clipped_fraction` too: the fraction of heads ever clipped.
 
     Example:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -122,7 +122,8 @@ class MultiHeadLayout(Layout):
 
     def _query_fault(self, query: Leaf, stack: int, heads: int) -> str | None:
         """Says what does not fit between query kernel and number of heads."""
-        pattern, known = self.patterns[self.query], {}
+        pattern = self.patterns[self.query]
+        known: dict[str, Any] = {}
         if pattern.is_flat:
             # A query head that is wider than head_dim has the width that the heads leave.
             known = {"heads": heads} if self.query_dim else {"head_dim": self.head_dim}
@@ -135,6 +136,8 @@ class MultiHeadLayout(Layout):
         if found != heads:
             of = f" of head_dim {self.head_dim}" if "head_dim" in known else ""
             hint = wider if of and found > heads else ""
+            if sizes.get("groups") == heads:
+                hint = "; flatten its last two axes (kv_heads, groups) to one, in this order"
             return f"{query} has {found} heads{of}, but its {self.stat} has {heads}{hint}."
         if width < (self.query_dim or 0):
             return f"{query} has heads of {width} columns, fewer than query_dim={self.query_dim}."
@@ -231,9 +234,10 @@ class MultiHeadLayout(Layout):
     def _query_sizes(self, query: Leaf, stack: int, heads: int) -> dict[str, int]:
         """Returns the sizes of a query kernel that fits."""
         pattern = self.patterns[self.query]
-        known = {"heads": heads} if pattern.is_flat and "heads" in pattern.names else {}
-        if pattern.is_flat and not known:
-            known = {"head_dim": self.head_dim}
+        known: dict[str, Any] = {}
+        if pattern.is_flat:
+            flat = "heads" in pattern.names
+            known = {"heads": heads} if flat else {"head_dim": self.head_dim}
         return self.sizes(self.query, query, stack, **known) or {}
 
     def _width(self, query: Leaf, stack: int, heads: int) -> int:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from muonclip_jax._adamw import adamw, in_float32
 from muonclip_jax._coefficients import JORDAN, Coefficients
 from muonclip_jax._injection import injectable
 from muonclip_jax._kernels import Settings
-from muonclip_jax._layout import DimensionNumbersOrFn, spread
+from muonclip_jax._layout import DimensionNumbersOrFn, is_function, spread
 from muonclip_jax._overrides import Overrides, check_overrides
 from muonclip_jax._paths import leaf_paths
 from muonclip_jax._resharding import where_moments_are
@@ -32,7 +33,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     ns_coeffs: Coefficients = JORDAN,
-    ns_steps: int = 5,
+    ns_steps: int | jax.Array = 5,
     beta: Scalar = 0.95,
     eps: Scalar = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -192,16 +193,29 @@ def with_adamw(
         **others,
     )
 
+    @functools.lru_cache(maxsize=4)
+    def routing_of(structure, leaves):
+        """Routes a pytree by its shapes, once for many updates outside of `jax.jit`."""
+        return route(
+            structure.unflatten(jax.ShapeDtypeStruct(*leaf) for leaf in leaves),
+            muon_weight_dimension_numbers,
+            overrides,
+            settings,
+            caller=caller,
+        )
+
     def routed(tree):
         """Routes a pytree and builds its optimizer: each part of a partition sees its leaves only.
 
         The labels and the mask are functions, as optax would call a pytree that is callable.
         """
-        structure = jax.tree.structure(tree)
+        leaves, structure = jax.tree.flatten(tree)
         routing = Routing((), (), ())
-        if structure.num_leaves:
-            given = muon_weight_dimension_numbers
-            routing = route(tree, given, overrides, settings, caller=caller)
+        if is_function(muon_weight_dimension_numbers):
+            routing = route(tree, muon_weight_dimension_numbers, overrides, settings, caller=caller)
+        elif leaves:
+            shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+            routing = routing_of(structure, shapes)
         numbers = structure.unflatten(routing.numbers)
         labels = structure.unflatten(["adam" if n is None else "muon" for n in routing.numbers])
         mask = weight_decay_mask

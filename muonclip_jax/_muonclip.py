@@ -8,7 +8,6 @@ Here M is the average (1 − μ) Σ instead of the sum, which has the same direc
 """
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import optax
 from muonclip_jax._attention_layouts import Layout
 from muonclip_jax._coefficients import JORDAN, Coefficients
 from muonclip_jax._injection import injectable
-from muonclip_jax._kernels import Settings
+from muonclip_jax._kernels import HeadPatterns, Settings
 from muonclip_jax._layout import DimensionNumbersOrFn
 from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._muon import with_adamw
@@ -64,7 +63,7 @@ def muonclip(
     weight_decay: optax.ScalarOrSchedule = 0.1,
     consistent_rms: Scalar | None = 0.2,
     ns_coeffs: Coefficients = JORDAN,
-    ns_steps: int = 5,
+    ns_steps: int | jax.Array = 5,
     eps: Scalar = 1e-8,
     weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None = None,
     mu_dtype: Any = None,
@@ -187,7 +186,7 @@ def muonclip(
         muon_weight_dimension_numbers=muon_weight_dimension_numbers,
         overrides=overrides,
         settings=Settings(
-            outputs_first, consistent_rms is None, {} if threshold is None else _heads(layout)
+            outputs_first, consistent_rms is None, () if threshold is None else _heads(layout)
         ),
         adam_learning_rate=adam_learning_rate,
         adam_b1=adam_b1,
@@ -206,16 +205,13 @@ def muonclip(
     return _then_clip(optimizer, clip, threshold)
 
 
-def _heads(layout: Layout | tuple[Layout, ...]) -> dict[str, tuple[str, ...]]:
-    """Lists the modules that project into heads, with the axes of their kernels."""
+def _heads(layout: Layout | tuple[Layout, ...]) -> tuple[HeadPatterns, ...]:
+    """Lists for each layout the modules that project into heads, with the axes of their kernels."""
     layouts = layout if isinstance(layout, tuple) else (layout,)
-    return {name: _axes(one) for one in layouts for name in one.modules}
-
-
-def _axes(layout: Layout) -> tuple[str, ...]:
-    """Returns the names of the axes of a kernel; a flat axis is one."""
-    kernel = getattr(layout, "kernel", "")
-    return tuple(re.findall(r"\([^)]*\)|[^\s()]+", kernel))
+    return tuple(
+        {name: (pattern.axes, one.stack_axis) for name, pattern in one.patterns.items()}
+        for one in layouts
+    )
 
 
 def _then_clip(
@@ -229,7 +225,7 @@ def _then_clip(
         _check_arguments(params, max_logits)
         tau = threshold(_count(state)) if callable(threshold) else threshold
         updates, state = optimizer.update(updates, state, params, **extra_args)
-        new = optax.apply_updates(params, updates)
+        new: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
         clipped, _ = clip(new, max_logits, threshold=tau)
         return jax.tree.map(_difference, updates, params, new, clipped), state
 

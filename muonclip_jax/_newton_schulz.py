@@ -55,7 +55,7 @@ def newton_schulz(
     x: Inexact[Array | np.ndarray, "*batch m n"],
     coefficients: Coefficients = "jordan",
     *,
-    steps: int | None = None,
+    steps: int | jax.Array | None = None,
     method: str = "auto",
     dtype: Any = "auto",
     preconditioning: str = "frobenius",
@@ -324,7 +324,7 @@ def _iterate(x: jax.Array, traced: Traced, *, at_once: int, **settings: Any) -> 
 def _orthogonalise(
     x: jax.Array,
     *,
-    rows: Sequence[Row],
+    rows: Any,
     method: str,
     blocks: int,
     compute_dtype: Any,

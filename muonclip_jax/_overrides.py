@@ -46,6 +46,17 @@ def check_overrides(caller: str, overrides: Any) -> None:
         )
 
 
+def _may_match(pattern: str, path: str) -> bool:
+    """Returns whether a pattern matches a path or may match one below it."""
+    if fnmatch.fnmatchcase(path, pattern):
+        return True
+    names, parts = path.split("/"), pattern.split("/")
+    pairs = zip(names, parts, strict=False)
+    return parts[0].startswith("*") or (
+        len(parts) > len(names) and all(fnmatch.fnmatchcase(name, part) for name, part in pairs)
+    )
+
+
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, MuonDimensionNumbers)
 
@@ -59,7 +70,7 @@ def matched(
       caller: Name of the public function that was called.
       overrides: Checked by `check_overrides`.
       paths: Path of each parameter, components joined by slashes.
-      hidden: Paths of leaves that another optimizer has, which a pattern may match too.
+      hidden: Paths at and below which another optimizer has the leaves; a pattern may match these.
 
     Returns:
       The pattern and its value for each index in `paths` that a pattern matches.
@@ -77,7 +88,7 @@ def matched(
         match = re.compile(fnmatch.translate(pattern)).match
         indices = [index for index, path in enumerate(paths) if match(path)]
         found.update(dict.fromkeys(indices, (pattern, value)))
-        if not indices and not any(map(match, hidden)):
+        if not indices and not any(_may_match(pattern, path) for path in hidden):
             nearest = difflib.get_close_matches(pattern, [*paths, *hidden], 1, 0.0)
             faults.append(f"  {pattern!r}" + (f": nearest is {nearest[0]!r}." if nearest else "."))
     if faults:

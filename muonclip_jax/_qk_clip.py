@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from muonclip_jax._attention_faults import check_survey
 from muonclip_jax._attention_layouts import Layout
@@ -267,7 +267,7 @@ def _info(
     )
 
 
-def _joined(arrays: Iterable[Float[Array, "..."]]) -> Float[Array, " n"]:
+def _joined(arrays: Iterable[Shaped[Array, "..."]]) -> Float[Array, " n"]:
     """Joins all numbers of unsharded arrays."""
     return jnp.concatenate([jnp.zeros(0, jnp.float32), *(x.reshape(-1) for x in arrays)])
 

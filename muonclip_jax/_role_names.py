@@ -63,14 +63,14 @@ ADAMW_ROLES = (
     Role(
         "output head",
         "any",
-        r"lm_head|un_?embed(d(ing|er))?|output_head|(to_)?logits(_(dense|proj\w*|layer|linear|head))?"
+        r"lm_head|un_?embed(d(ing|er))?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
         r"|vocab_(proj\w*|head)|output_logits",
         "HF, MaxText, lucidrains",
     ),
     Role(
         "output head",
         "top",
-        r"(\w+_)?head|classifier|output|(output|vocab)_proj(ection)?|score",
+        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|(output|vocab)_proj(ection)?|score",
         "big_vision, HF, LLaMA, scenic",
     ),
     Role("router", "any", r"(\w+_)?router(_\w+)?|moe_gate|gating_network", "MaxText, HF, T5X"),
@@ -88,20 +88,26 @@ ADAMW_ROLES = (
     Role(
         "time-mixing vector",
         "leaf",
-        r"time_(decay|first|faaaa|mix_[a-z]+|maa_[a-z])|[rk]_k|k_a|bonus",
+        r"time_(decay|first|faaaa|mix_[a-z]+|maa_[kvrgx])|[rk]_k|k_a|bonus",
         "RWKV",
     ),
     Role(
-        "hyper-connection vector",
+        "hyper-connection",
+        "any",
+        r"m?hc(_\w+)?|(\w+_)?hyper_?connections?(_\w+)?",
+        "Hyper-Connections, mHC, DeepSeek-V4, MaxText",
+    ),
+    Role(
+        "gate vector",
         "leaf",
-        r"(m?hc_\w*|static_)?(alpha|beta|base)(_\w+)?|(m?hc|gate|gating)_\w*factors?",
-        "Hyper-Connections, mHC, DeepSeek-V4",
+        r"(static_)?(alpha|beta)(_\w+)?|(gate|gating)_\w*factors?",
+        "Hyper-Connections, Flamingo",
     ),
     Role("bias", "leaf", r"(\w+_)?bias(es)?(_\w+)?", "all"),
     Role(
         "scale",
         "leaf",
-        r"(\w+_)?(scales?|gains?|gamma|offset|temperature|lambdas?)(_[a-z]+)?|skip_weights?|g"
+        r"(\w+_)?(scales?|scalars?|gains?|gamma|offset|temperature|lambdas?)(_[a-z]+)?|skip_weights?|g"
         r"|scale_shift_\w+",
         "all",
     ),
@@ -113,6 +119,9 @@ ADAMW_NAMES = {"D": "state-space parameter"}
 # Names of a parameter inside a module that has the telling name.
 PARAMETER_NAMES = r"kernel|w|weights?|(\w+_)?lora_[ab]|embeddings?|scale|bias|b|offset|gamma|alpha"
 MATRIX_NAMES = r"kernel|w|weights?|(\w+_)?lora_[ab]"
+# Suffixes of a matrix and of its bias where both are parameters of the module around.
+MATRIX_SUFFIXES = ("_w", "_kernel", "_weight", "_weights")
+BIAS_SUFFIXES = ("_b", "_bias")
 
 # Components that are one layer or a stack of layers, so that a head is not below them.
 BLOCKS = (
@@ -124,7 +133,7 @@ BLOCKS = (
 INTO_HEADS = (
     r"w?(q|k|v|kv|qkv)|w_(q|k|v|qkv)|(q|k|v|kv|qkv)_(proj(ection)?|einsum|up|up_proj|linear)"
     r"|(query|key|value|query_key_value)(_(proj(ection)?|layer|kernel|linear|dense))?"
-    r"|(queries|keys|values)|to_(q|k|v|kv|qkv)|w?(q|kv|k|v)_b(_proj)?|(q|k|v|qkv|kv)_kernel"
+    r"|(queries|keys|values)|c_attn|to_(q|k|v|kv|qkv)|w?(q|kv|k|v)_b(_proj)?|(q|k|v|qkv|kv)_kernel"
 )
 OUT_OF_HEADS = (
     r"w?o|w_o|(o|out|output|post)(_(proj(ection)?|kernel|einsum))?|to_out|attn_vec(_einsum)?"
@@ -132,6 +141,8 @@ OUT_OF_HEADS = (
 )
 # Names of an output projection only beside queries, keys and values.
 PERHAPS_OUT = r"dense|linear|proj|c_proj|projection"
+FROM_OTHERS = r"(w_?|to_)?[kv](_proj(ection)?)?|(key|value)(_proj(ection)?)?"
+FROM_LOW_RANK = r"w?(q|kv|k|v)_b(_proj)?"
 HEADS_FIRST = r"(q|k|v|kv|qkv)_einsum"
 FUSED = {"qkv": 3, "kv": 2, "query_key_value": 3}
 
@@ -145,10 +156,22 @@ TO_RESIDUAL = (
 )
 GATED_PAIR = r"wi|(\w+_)?gate_?up(_\w+)?|(\w+_)?gating(_\w+)?|gate_and_up\w*|w13|fc1|linear_fc1"
 
-GATE = r"gate|gating|wg|w_gate|gate_(w|weights?|kernel|linear|proj)|switch|g"
+GATE = r"gate|gating|wg|w_gate|gate_(w|weights?|kernel|linear|proj)|switch"
+# Modules beside which `gate` is that of a gated MLP or of attention.
+BESIDE_GATE = (
+    r"(\w*_)?(up|down|value|query|key|v|q|k|o|out|fc|proj|wi|wo|in|w)(_\w*)?"
+    r"|w[123qkvo]|fc[12]|linear\w*"
+)
+MIXTURES = r"\w*moe\w*|sparse_?mlp\w*|routed_?experts?"
+# Names that show nothing about a dense layer, so that the last of a network may be its head.
+GENERIC = r"|dense|linear|fc|layers?|out|output|final|last|sequential"
+FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?)(_?block)?|ff"
 EXPERTS = r"(shared_)?experts?(_\w*)?"
 CONVOLUTION = r"\w*conv\w*"
 PATCHES = r"(\w+_)?(patch\w*|stem)(_\w+)?|embeddings?|conv_?proj|proj(ection)?"
+
+# Components that hold several layers; without a number, these may be stacked.
+STACKS = r"layers|blocks|stacked|stages|h"
 
 _NUMBER = re.compile(r"_?\d+$")
 _QK_NORM = re.compile(r"_?(q|k|query|key)_?(norm|ln|layer_?norm|rms_?norm)")
@@ -205,9 +228,20 @@ def core(path: tuple[str, ...]) -> tuple[str, ...]:
 
 def near(path: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the name of the parameter and, if that is a usual one, of its module."""
-    if len(path) > 1 and matches(PARAMETER_NAMES, path[-1]):
+    if len(path) > 1 and (path[-1].isdigit() or matches(PARAMETER_NAMES, path[-1])):
         return path[-2:]
     return path[-1:]
+
+
+def stem(name: str) -> str:
+    """Returns the name of a matrix without `_w`, `_kernel` or `_weight`.
+
+    Example:
+      >>> stem("query_w"), stem("query")
+      ('query', 'query')
+    """
+    suffix = next((end for end in MATRIX_SUFFIXES if name.endswith(end) and name != end), "")
+    return name.removesuffix(suffix)
 
 
 def is_numbered(name: str) -> bool:
@@ -246,9 +280,9 @@ def adamw_role(path: tuple[str, ...]) -> tuple[Role, str] | None:
 def _candidates(where: str, path: tuple[str, ...]) -> tuple[str, ...]:
     if where == "any":
         return path
-    if where == "leaf":
-        return path[-1:]
     names = near(path)
+    if where == "leaf":
+        return path[-2:] if path[-1].isdigit() else path[-1:]
     if where == "top" and is_in_block(path[: len(path) - len(names)]):
         return ()
     return names

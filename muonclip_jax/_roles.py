@@ -6,7 +6,13 @@ prints, and a doubt where it rests on a weak guess, which becomes a warning.
 
 from collections.abc import Sequence
 
-from muonclip_jax import _head_kernels, _kernels, _role_names as names, _window_kernels
+from muonclip_jax import (
+    _head_kernels,
+    _kernels,
+    _orientation,
+    _role_names as names,
+    _window_kernels,
+)
 from muonclip_jax._evidence import Evidence, Leaf, Path, Shape
 from muonclip_jax._kernels import DEFAULTS, Decision, Settings
 
@@ -31,7 +37,7 @@ def decide(
       ['last two axes', "bias 'bias'"]
     """
     evidence = Evidence(paths, shapes)
-    evidence.convention = _kernels.find_convention(evidence)
+    evidence.convention = _orientation.find_convention(evidence)
     return [_decide(leaf, evidence, settings) for leaf in evidence.leaves]
 
 
@@ -47,10 +53,10 @@ def _by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if leaf.role is None:
         return None
     role, name = leaf.role
-    if role.name == "norm" and _kernels.is_matrix_of_adaptive_norm(leaf, evidence, name):
+    if role.name == "norm" and _orientation.is_matrix_of_adaptive_norm(leaf, evidence, name):
         return None
-    doubt = ""
-    if role.name == "embedding" and _kernels.has_fitting_bias(leaf, evidence):
+    doubt = _orientation.doubt_below_norm(leaf, name) if role.name == "norm" else ""
+    if role.name == "embedding" and _orientation.has_fitting_bias(leaf, evidence):
         if not any(names.matches(names.PATCHES, n) for n in leaf.core):
             doubt = f"'{name}' names an embedding, but the bias beside it is that of a dense layer"
     if role.where == "top" and _has_siblings(leaf, evidence, names.INTO_HEADS):
@@ -60,12 +66,18 @@ def _by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
 
 def _short_bias(leaf: Leaf, evidence: Evidence) -> Decision | None:
     """`b` beside `w` or `kernel` is a bias, as in Haiku; LoRA has matrices `a` and `b`."""
-    if not names.matches("b", leaf.core[-1]) or leaf.core[-1][0] != "b":
+    name, beside = leaf.core[-1], evidence.children[leaf.core[:-1]]
+    if name.endswith("_b") and any(name[:-2] + end in beside for end in names.MATRIX_SUFFIXES):
+        return Decision(None, f"bias '{name}'")
+    is_low_rank = names.matches(names.FROM_LOW_RANK, name) or f"{name[:-1]}a" in beside
+    is_bias = name.endswith("_b") and not is_low_rank and not _is_lora(leaf)
+    if not (names.matches("b", name) and name[0] == "b") and not is_bias:
         return None
-    beside = evidence.children[leaf.core[:-1]]
-    if not any(name in beside for name in ("w", "kernel", "weight", f"w{leaf.core[-1][1:]}")):
+    if any(matrix in beside for matrix in ("w", "kernel", "weight", f"w{name[1:]}")):
+        return Decision(None, f"bias '{name}'")
+    if len(leaf.shape) < 2 or {"a", "A"} & beside or _is_lora(leaf):
         return None
-    return Decision(None, f"bias '{leaf.core[-1]}'")
+    return Decision(None, f"bias '{name}'", "nothing beside it shows that it is a bias")
 
 
 def _router(leaf: Leaf, evidence: Evidence) -> Decision | None:
@@ -84,14 +96,29 @@ def _router(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if names.matches(names.INTO_HEADS, name):
         return None
     stacks = evidence.experts(module)
-    for count, inputs in ((shape[-1], shape[-2]), (shape[-2], shape[-1])):
+    orders = [(shape[-1], shape[-2])]
+    if is_gate or is_inside:
+        orders.append((shape[-2], shape[-1]))  # outputs first
+    for count, inputs in orders:
         sides = stacks.get((shape[:-2], count), [])
         fitting = [pair for pair in sides if inputs in pair]
         if count > 1 and ((is_gate and sides) or len(fitting) > 1):
             return Decision(None, f"router '{name}' beside {len(sides)} stacks of {count} experts")
         if count > 1 and is_gate and _has_series(module, count, evidence):
             return Decision(None, f"router '{name}' beside {count} numbered modules")
+    if is_gate and not _has_child(module, names.BESIDE_GATE, evidence):
+        return _gate_alone(module, name)
     return None
+
+
+def _gate_alone(module: Path, name: str) -> Decision | None:
+    """A gate whose module has no other projection that could be gated."""
+    if module and names.matches(names.MIXTURES, module[-1]):
+        return Decision(None, f"router '{name}' of '{module[-1]}'")
+    if name.lower() not in ("gate", "wg", "gating"):
+        return None
+    doubt = "nothing beside it shows whether it gates an MLP or routes to experts"
+    return Decision(None, f"router '{name}'", doubt)
 
 
 def _has_child(module: Path, pattern: str, evidence: Evidence) -> bool:
@@ -132,7 +159,9 @@ def _depthwise(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if not any(names.matches(names.CONVOLUTION, name) for name in leaf.core):
         return None
     shape = evidence.stack_of(leaf).without(leaf.shape)
-    one_input = len(shape) > 2 and 1 in (shape[-2], leaf.shape[-2], shape[1])
+    one_input = len(shape) > 2 and 1 in (shape[-2], leaf.shape[-2])
+    if len(shape) > 2 and shape[1] == 1 < shape[0]:  # outputs first: (channels, 1, *window)
+        one_input |= _window_kernels.is_window(shape[2:], shape[:1])
     small, large = min(shape), max(shape)
     taps = len(shape) == 2 and small <= 8 and large >= _MUCH_LARGER * small
     if one_input or (taps and _is_convolution(leaf)):
@@ -146,11 +175,12 @@ def _is_convolution(leaf: Leaf) -> bool:
 
 _ADAMW_RULES = (_by_name, _short_bias, _router, _few_axes, _depthwise)
 _MUON_RULES = (
-    _kernels.by_bias,
+    _head_kernels.by_layout,
+    _orientation.by_bias,
     _head_kernels.attention,
     _window_kernels.convolution,
     _window_kernels.gated_pair,
-    _kernels.last_two_axes,
+    _orientation.last_two_axes,
 )
 
 
@@ -161,19 +191,31 @@ def _checked(leaf: Leaf, evidence: Evidence, decision: Decision) -> Decision:
     n_in, n_out, batch = _kernels.sizes(leaf.shape, decision.numbers)
     small, large = sorted((n_in, n_out))
     if small == 1:
-        return Decision(None, "a side of 1")
+        stacked = len(leaf.shape) > 2 and not evidence.stack_of(leaf).known
+        several = sorted(leaf.shape)[-2] > 1 and names.matches(names.MATRIX_NAMES, leaf.core[-1])
+        doubt = "its axis of size 1 may be a stack of one layer" if stacked and several else ""
+        return Decision(None, "a side of 1", doubt)
+    if _is_broadcast(leaf, evidence):
+        return Decision(None, "a first axis of 1, as tables that are added have")
     if _may_be_a_head(leaf, evidence, (small, large)):
         doubt = "its sides are the width and the vocabulary size of the embedding"
         return Decision(None, f"output head: an axis of the vocabulary size {large}", doubt)
+    if _is_dead_end(leaf, evidence, n_in, n_out):
+        doubt = "its name does not show that it is the last layer"
+        return Decision(None, f"output head: nothing has {n_out} inputs", doubt)
+    if _is_long(leaf, small, large):
+        return Decision(None, "output head", f"a side of {large} may be a vocabulary")
     if decision.doubt:
         return decision
     if 0 < small <= _SMALL_SIDE and large >= _MUCH_LARGER * small and not _is_lora(leaf):
         return decision._replace(doubt=f"its matrices have a side of {small}")
     known = evidence.stack_of(leaf).axes
-    repeated = [n for axis, n in batch if axis not in known]
-    if repeated and max(repeated) > large and small <= 64 and max(repeated) >= 8:
-        doubt = f"{max(repeated)} matrices of only {n_in} x {n_out}"
-        return decision._replace(doubt=doubt)
+    if _may_be_a_vector(leaf, evidence):
+        return decision._replace(doubt=f"it may be a vector of each of {leaf.shape[0]} layers")
+    repeated = max((n for axis, n in batch if axis not in known), default=0)
+    tiny = repeated > large and small <= 64 and repeated >= 8
+    if tiny or (repeated >= 64 and repeated > 4 * small):
+        return decision._replace(doubt=f"these are {repeated} matrices of only {n_in} x {n_out}")
     return decision
 
 
@@ -181,6 +223,44 @@ def _may_be_a_head(leaf: Leaf, evidence: Evidence, sides: tuple[int, int]) -> bo
     sizes = (evidence.embedded, evidence.vocabulary)
     is_top = not names.is_in_block(leaf.core[:-1])
     return len(leaf.shape) == 2 and sides == sizes and sizes[0] < sizes[1] and is_top
+
+
+def _is_long(leaf: Leaf, small: int, large: int) -> bool:
+    """Returns whether a matrix outside of the blocks has a side as long as a vocabulary."""
+    is_top = not names.is_in_block(leaf.core[:-1])
+    return len(leaf.shape) == 2 and is_top and large >= 16384 and large > 16 * small
+
+
+def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
+    """Returns whether a dense layer without a name of its own has outputs that nothing takes."""
+    module, name = _kernels.module_and_name(leaf)
+    if len(leaf.shape) != 2 or not names.matches(names.GENERIC, name):
+        return False
+    if any(map(names.is_numbered, module)) or n_in == 0 or n_out % n_in == 0:
+        return False
+    if name == leaf.core[-1]:
+        return False
+    own = {n_in: 1, n_out: 1 if evidence.bias_of(leaf) is None else 2}
+    return evidence.sizes[n_out] == own[n_out] and evidence.sizes[n_in] > own[n_in]
+
+
+def _may_be_a_vector(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a parameter of two axes and no known name may be one of stacked layers."""
+    if len(leaf.shape) != 2 or evidence.stack_of(leaf).known:
+        return False
+    if any(map(names.is_numbered, leaf.core)):
+        return False
+    name = names.stem(leaf.core[-1])
+    known = f"{names.MATRIX_NAMES}|{names.FROM_RESIDUAL}|{names.TO_RESIDUAL}"
+    heads = f"{names.INTO_HEADS}|{names.OUT_OF_HEADS}|{names.PERHAPS_OUT}"
+    is_known = names.matches(known, name) or names.matches(heads, name) or _is_lora(leaf)
+    return not is_known and any(names.matches(names.STACKS, n) for n in leaf.core[:-1])
+
+
+def _is_broadcast(leaf: Leaf, evidence: Evidence) -> bool:
+    is_kernel = names.matches(names.MATRIX_NAMES, leaf.core[-1])
+    leads = len(leaf.shape) == 3 and leaf.shape[0] == 1 and not evidence.stack_of(leaf).axes
+    return leads and not is_kernel and not _is_convolution(leaf) and not _is_lora(leaf)
 
 
 def _is_lora(leaf: Leaf) -> bool:

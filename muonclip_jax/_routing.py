@@ -14,7 +14,7 @@ from muonclip_jax._folding import fold
 from muonclip_jax._kernels import DEFAULTS, Decision, Settings
 from muonclip_jax._layout import DimensionNumbersOrFn, axes_of, per_leaf, sides, update_scale
 from muonclip_jax._overrides import Overrides, check_overrides, matched
-from muonclip_jax._paths import aligned, leaf_paths
+from muonclip_jax._paths import aligned, components, leaf_paths
 from muonclip_jax._roles import decide
 from muonclip_jax._settings import check_settings
 from muonclip_jax._types import ArrayTree, Scalar
@@ -117,20 +117,23 @@ class Routing(NamedTuple):
 
     def _warning(self, path: Sequence[str], index: int, count: int) -> str:
         shape, decision = self.shapes[index], self.decisions[index]
-        pattern = "/".join(part.split("{")[0] + "*" if "{" in part else part for part in path)
+        parts = (part.split("{")[0] + "*" if "{" in part else part for part in path)
+        pattern = "/".join(parts).replace("[", "[[]")
+        kept = "None"
         if decision.numbers is None:
-            what, fix = "AdamW", "MuonDimensionNumbers(-2, -1)"
+            what, fix = "AdamW", "mc.MuonDimensionNumbers(-2, -1)"
         else:
             axes = axes_of(decision.numbers, len(shape))
             n_in, n_out = sides(shape, axes)
             batch = np.prod([shape[axis] for axis in axes.batch], dtype=np.int64)
             what, fix = f"Muon on {batch} x {n_in} x {n_out}", "None"
+            kept = f"mc.MuonDimensionNumbers{tuple(decision.numbers)}"
         alternative = "AdamW" if fix == "None" else "Muon"
         also = f" ({count} parameters)" if count > 1 else ""
         return (
             f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}. "
             f'For {alternative}: overrides={{"{pattern}": {fix}}}; to keep it without this '
-            f'warning: overrides={{"{pattern}": {decision.numbers}}}.'
+            f'warning: overrides={{"{pattern}": {kept}}}.'
         )
 
 
@@ -237,7 +240,11 @@ def route(
         decisions = decide(paths, shapes, settings)
     if overrides and leaves:
         joined = ["/".join(path) for path in paths]
-        hidden = ["/".join(path) for path in leaf_paths(params, _is_hidden)]
+        hidden = [
+            "/".join(components(path))
+            for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hidden)
+            if _is_hidden(x)
+        ]
         for index, (pattern, numbers) in matched(caller, overrides, joined, hidden).items():
             decisions[index] = Decision(numbers, f"override '{pattern}'")
     return Routing(tuple(paths), shapes, tuple(decisions))

@@ -57,7 +57,7 @@ def _check_muon(arguments: Mapping[str, Any]) -> None:
 @injectable(frozenset(), _check_muon)
 def scale_by_muon(
     ns_coeffs: Coefficients = JORDAN,
-    ns_steps: int = 5,
+    ns_steps: int | jax.Array = 5,
     beta: Scalar = 0.95,
     eps: Scalar = 1e-8,
     mu_dtype: Any = None,
@@ -162,7 +162,7 @@ def scale_by_momentum(
     direction: Direction,
     *,
     ns_coeffs: Coefficients,
-    ns_steps: int,
+    ns_steps: int | jax.Array,
     beta: Scalar,
     eps: Scalar,
     mu_dtype: Any,

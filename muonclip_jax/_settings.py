@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from muonclip_jax._coefficients import EXPECTED, as_rows, is_traced
 from muonclip_jax._shared_key import SHARED_KEY_RULES
@@ -17,6 +18,7 @@ from muonclip_jax._shared_key import SHARED_KEY_RULES
 METHODS = ("auto", "standard", "gram")
 PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 
+_REAL = ("integral", "real floating")
 _FRACTION = ("in [0, 1)", lambda v: 0 <= v < 1)
 _NOT_NEGATIVE = ("at least 0", lambda v: v >= 0)
 
@@ -44,13 +46,16 @@ class _Number:
     schedule: bool = False
     integer: bool = False
 
+    def _kinds(self) -> tuple[str, ...]:
+        return ("integral",) if self.integer else _REAL
+
     def __call__(self, value: Any) -> Exception | None:
         kind = "an integer" if self.integer else "a number"
         expected = f"{kind} {self.interval}{' or a schedule' if self.schedule else ''}, got "
         if callable(value):
             return None if self.schedule else TypeError(expected + _NOT_A_SCHEDULE)
         dtype = _dtype(value)
-        if not is_real(value) or (self.integer and not jnp.isdtype(dtype, "integral")):
+        if dtype is None or not jnp.isdtype(dtype, self._kinds()):
             return TypeError(expected + _wrong_kind(value))
         if np.shape(value) != ():
             return ValueError(f"{expected}an array of shape {np.shape(value)}")
@@ -235,7 +240,7 @@ class _Short(reprlib.Repr):
     """`reprlib`, without the numbers in arrays."""
 
     def repr1(self, x: Any, level: int) -> str:
-        if isinstance(x, jax.Array | np.ndarray) and (np.ndim(x) or isinstance(x, jax.core.Tracer)):
+        if isinstance(x, jax.Array | np.ndarray) and (np.ndim(x) or isinstance(x, Tracer)):
             return f"{x.dtype}{list(x.shape)}"
         return super().repr1(x, level)
 
@@ -254,7 +259,7 @@ def is_real(value: Any) -> bool:
       (True, True, False, False)
     """
     dtype = _dtype(value)
-    return dtype is not None and jnp.isdtype(dtype, ("integral", "real floating"))
+    return dtype is not None and jnp.isdtype(dtype, _REAL)
 
 
 def _wrong_kind(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Lists what does not fit between one attention module, its layout and its max logits."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,6 +29,12 @@ _IF_OPEN = (
 )
 
 
+_IF_BIAS = (
+    "A head reaches the threshold only if its bias is scaled with its kernel: keep the bias in the "
+    "module of the projection, or list it in `kept_leaves` to leave it as it is."
+)
+
+
 class Fault(NamedTuple):
     """One thing that does not fit: at which module, what, and how to fix it."""
 
@@ -47,7 +54,7 @@ def site_faults(site: Site, *, watching: bool = False) -> list[Fault]:
       The faults; none if the clip is right.
     """
     faults = [] if watching else list(_norm_faults(site))
-    leaves = list(_leaf_faults(site))
+    leaves = [*_bias_faults(site), *_leaf_faults(site)]
     return [*faults, *leaves] if leaves else [*faults, *_shape_faults(site)]
 
 
@@ -73,8 +80,9 @@ def _norms(site: Site) -> tuple[list[str], list[str]]:
     named: dict[str, None] = {}
     unnamed: dict[str, None] = {}
     for path in site.paths:
-        found = ["_".join(path[: i + 1]) for i in range(len(path))]
-        shown = [site.layout.normalizes(name) for name in found]
+        # A container may name what its norm does not: query/norm, norm/key.
+        pairs = [path[0], *map("_".join, itertools.pairwise(path))]
+        shown = [site.layout.normalizes(name) for name in pairs]
         own = [site.layout.normalizes(name) for name in path]
         first = next((i for i, letters in enumerate(shown) if letters), None)
         if first is not None:
@@ -88,6 +96,14 @@ def _norms(site: Site) -> tuple[list[str], list[str]]:
     if not named and {letter for name in pair for letter in letters(name)} == {"q", "k"}:
         unnamed |= dict.fromkeys(pair)
     return [*named], [*unnamed]
+
+
+def _bias_faults(site: Site) -> Iterator[Fault]:
+    """Lists biases of queries or keys beside the modules of the projections."""
+    for name in site.children:
+        is_bias = {"bias", "b", "bq", "bk"} & {*words(name)} and letters(name) & {"q", "k"}
+        if is_bias and name not in (*site.layout.modules, *site.layout.kept_leaves):
+            yield Fault(site.path, f"{name!r} looks like a bias of queries or keys.", _IF_BIAS)
 
 
 def _leaf_faults(site: Site) -> Iterator[Fault]:

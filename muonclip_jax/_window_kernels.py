@@ -1,11 +1,13 @@
 """Kernels with axes beside inputs and outputs: windows of convolutions, gates beside values."""
 
 from muonclip_jax import _role_names as names
-from muonclip_jax._evidence import Evidence, Leaf, Shape, Stack
+from muonclip_jax._evidence import Evidence, Leaf, Stack
 from muonclip_jax._kernels import (
     Decision,
     Settings,
+    is_convolution_shape,
     is_expert,
+    is_window,
     layer_of,
     module_and_name,
     numbers_of,
@@ -16,24 +18,28 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision 
     """(*window, inputs, outputs) is one matrix, (window x inputs) x outputs."""
     stack, shape = layer_of(leaf, evidence)
     named = any(names.matches(names.CONVOLUTION, name) for name in leaf.core[-2:])
-    if len(shape) < 3 or is_expert(leaf, evidence):
+    if len(shape) < 3 or (not named and is_expert(leaf, evidence)):
         return None
-    if not stack.known and named and len(shape) > 3 and evidence.shared_axis(leaf):
+    is_square = is_window(shape[:-2], shape[-2:], square=True)
+    if (
+        not stack.known
+        and named
+        and len(shape) > 3
+        and not is_square
+        and evidence.shared_axis(leaf)
+    ):
         stack, shape = Stack((0,), True), shape[1:]
     doubt = ""
     if not named:
-        if len(shape) != 4 or not (
-            _is_window(shape[:2], shape[2:], square=True)
-            or _is_window(shape[2:], shape[:2], square=True)
-        ):
+        if not is_convolution_shape(shape):
             return None
         doubt = "its shape is that of a convolution, its name is not"
     last = len(shape) - 1
     outputs_first = settings.outputs_first
     if outputs_first is None:
         front, back = (
-            _is_window(shape[:-2], shape[-2:]),
-            _is_window(shape[2:], shape[:2]),
+            is_window(shape[:-2], shape[-2:]),
+            is_window(shape[2:], shape[:2]),
         )
         outputs_first = back and not front
         if front == back and not doubt and leaf.core[-1] == "weight":
@@ -43,13 +49,6 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision 
         numbers = numbers_of(leaf, stack, tuple(range(1, last + 1)), (0,))
         return Decision(numbers, "convolution, outputs first", doubt)
     return Decision(numbers_of(leaf, stack, tuple(range(last)), (last,)), "convolution", doubt)
-
-
-def _is_window(window: Shape, channels: Shape, square: bool = False) -> bool:
-    small = max(window) <= 16 and max(window) < max(channels)
-    if square:
-        return small and len({*window}) == 1 and 1 < window[0] < min(channels)
-    return small
 
 
 def gated_pair(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:

@@ -88,21 +88,23 @@ def _rows(line: str) -> list[Expected]:
         tuple(tuple(map(int, m)) for m in sizes),
         optimizer.endswith(" warned"),
     )
-    return [Expected(name, *shared) for name in _unfolded(path)]
+    return [Expected(name, *shared) for name in unfolded(path)]
 
 
-def _unfolded(path: str) -> list[str]:
-    """Expands `{0,1}` and `{0..3}`, which fold equal layers."""
+def unfolded(path: str) -> list[str]:
+    """Expands `{0,1}` and `{0…3,5}`, which fold equal layers."""
     parts = re.split(r"\{([^}]*)\}", path)
     choices = [_numbers(p) if i % 2 else [p] for i, p in enumerate(parts)]
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
 def _numbers(text: str) -> list[str]:
-    if ".." in text:
-        first, last = map(int, text.split(".."))
-        return [str(i) for i in range(first, last + 1)]
-    return text.split(",")
+    ranges = [part.split("…") for part in text.replace(" ", "").split(",")]
+    return [
+        str(i) if len(ends) > 1 else ends[0]
+        for ends in ranges
+        for i in range(int(ends[0]), int(ends[-1]) + 1)
+    ]
 
 
 class Module:
@@ -136,12 +138,12 @@ def _nested(leaves: Leaves) -> dict[str, Any]:
 
 
 def _with_lists(node: Any, make: Callable[[dict[str, Any]], Any] = dict) -> Any:
-    """Turns dictionaries with keys 0, 1, ... into lists, and other ones by `make`."""
+    """Turns dictionaries with numbers as keys into lists, other ones by `make`; gaps are None."""
     if not isinstance(node, dict):
         return node
     children = {key: _with_lists(child, make) for key, child in node.items()}
     if all(key.isdigit() for key in children):
-        return [children[str(i)] for i in range(len(children))]
+        return [children.get(str(i)) for i in range(max(map(int, children)) + 1)]
     return make(children)
 
 

@@ -81,3 +81,28 @@ def relative_error(got, expected):
     """Frobenius norm of the difference, relative to that of the expected."""
     got, expected = _wide(got), _wide(expected)
     return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def adamw(
+    params,
+    gradients,
+    *,
+    learning_rate,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    nesterov=False,
+):
+    """Trains one leaf with AdamW, Loshchilov & Hutter 2019; returns it after each gradient."""
+    w = _wide(params)
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    trajectory = []
+    for t, g in enumerate(map(_wide, gradients), start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        d = m / (1 - b1**t)
+        if nesterov:
+            d = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+        w = w - learning_rate * (d / (np.sqrt(v / (1 - b2**t)) + eps) + weight_decay * w)
+        trajectory.append(w)
+    return trajectory

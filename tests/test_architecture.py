@@ -17,7 +17,8 @@ _resharding _folding _overrides _role_names
 _adamw _coefficients _products _shared_key _visible _clipped_heads _evidence
 _settings
 _grouping _polar_express _iterations _layout _kernels _max_logit _splash _attention_layouts
-_head_kernels _window_kernels
+_orientation _window_kernels
+_head_kernels
 _normalize _sharding_plan _roles _attention _multi_head_layout _mla_layout \
 _fused_qkv_layout _attention_sites
 _newton_schulz _placements _routing _flax_attention _site_faults
@@ -47,6 +48,7 @@ OPTIMIZER_HALF = {
     "_kernels",
     "_head_kernels",
     "_window_kernels",
+    "_orientation",
     "_evidence",
     "_role_names",
     "_overrides",

@@ -92,7 +92,7 @@ def test_names_exist(page):
 def test_layouts_in_the_table_can_be_built():
     rows = _table("qk_clip.md", "| your model | layout |")
     calls = [call.strip("`") for _, call in rows if call.startswith("`mc.")]
-    assert len(calls) == 9
+    assert len(calls) == 15
     for call in calls:
         assert isinstance(eval(call, {"mc": mc}), Layout)
 
@@ -221,10 +221,11 @@ def test_what_is_sent_without_a_plan_is_the_committed_ratio():
 
 def test_numbers_to_watch_are_those_of_the_metrics():
     params = {"attn": {name: {"kernel": jnp.ones((4, 2, 2))} for name in ("query", "key")}}
-    _, info = mc.qk_clip(params, {"attn": {"max_logits": jnp.ones(2)}})
+    stats, ever = {"attn": {"max_logits": jnp.ones(2)}}, {"attn": jnp.zeros(2, bool)}
+    _, info = mc.qk_clip(params, stats, ever_clipped=ever)
     rows = _table("choosing.md", "| number | means |")
     watched = [name.strip("`") for name, *_ in rows if "qk_clip/" in name]
-    assert len(watched) == 5
+    assert len(watched) == 6
     assert set(watched) < set(mc.qk_clip_metrics(info))
 
 

@@ -236,7 +236,7 @@ FAULTS = {
     "local_window_size is 1.5; it must be an int or a pair of them.": {"local_window_size": 1.5},
     "local_window_size is (1, None); it must be": {"local_window_size": (1, None)},
     "local_window_size is (1, 2, 3); it must be": {"local_window_size": (1, 2, 3)},
-    "block_size is 0; it must be at least 1.": {"block_size": 0},
+    "block_size must be an integer of at least 1, got 0.": {"block_size": 0},
 }
 
 
@@ -264,7 +264,7 @@ def test_all_faults_come_at_once(no_typecheck):
         "max_attention_logit: the arguments do not fit.\n"
         "  query has 4 heads, no multiple of the 3 heads of key.\n"
         "  bias (3,) does not broadcast to [b, n, t, s] (2, 4, 5, 5).\n"
-        "  block_size is -1; it must be at least 1."
+        "  block_size must be an integer of at least 1, got -1."
     )
 
 

@@ -15,7 +15,8 @@ LAYOUT = "MultiHeadLayout(query='query', key='key')"
 CAUSES = (
     'Max logits are missing when "intermediates" is not in `mutable` of `apply`, or not in '
     "`variable_axes` of `nn.scan` or `nn.vmap`; when attention with `attention_fn` is called "
-    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the call. "
+    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the "
+    "call.\n"
     "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
 )
 
@@ -299,26 +300,43 @@ def test_not_strict_with_nothing_to_clip_warns_and_reports_nothing():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (ValueError, {"threshold": 0.0}, "threshold must be above 0, got 0.0."),
-        (ValueError, {"threshold": -1}, "threshold must be above 0, got -1."),
-        (ValueError, {"threshold": float("nan")}, "threshold must be above 0, got nan."),
-        (TypeError, {"threshold": None}, "threshold must be a number, got None."),
-        (TypeError, {"threshold": True}, "threshold must be a number, got True."),
-        (TypeError, {"alpha": "0.5"}, "alpha must be a number, got '0.5'."),
-        (ValueError, {"threshold": np.ones(2)}, "threshold must be one number, got shape (2,)."),
-        (ValueError, {"alpha": 1.5}, "alpha must be in [0, 1], got 1.5."),
-        (ValueError, {"alpha": -0.1}, "alpha must be in [0, 1], got -0.1."),
-        (ValueError, {"alpha": float("nan")}, "alpha must be in [0, 1], got nan."),
+        (ValueError, {"threshold": 0.0}, "threshold must be a number above 0, got 0.0."),
+        (ValueError, {"threshold": -1}, "threshold must be a number above 0, got -1."),
+        (ValueError, {"threshold": float("nan")}, "threshold must be a number above 0, got nan."),
+        (
+            TypeError,
+            {"threshold": None},
+            "threshold must be a number above 0, got None",
+        ),
+        (TypeError, {"threshold": True}, "threshold must be a number above 0, got True (bool)."),
+        (
+            TypeError,
+            {"alpha": "0.5"},
+            "alpha must be a number in [0, 1], got the string '0.5'",
+        ),
+        (
+            TypeError,
+            {"threshold": lambda step: 7.0},
+            "threshold must be a number above 0",
+        ),
+        (
+            ValueError,
+            {"threshold": np.ones(2)},
+            "threshold must be a number above 0, got an array of shape (2,).",
+        ),
+        (ValueError, {"alpha": 1.5}, "alpha must be a number in [0, 1], got 1.5."),
+        (ValueError, {"alpha": -0.1}, "alpha must be a number in [0, 1], got -0.1."),
+        (ValueError, {"alpha": float("nan")}, "alpha must be a number in [0, 1], got nan."),
         (
             ValueError,
             {"shared_key": "mean"},
             "shared_key must be one of 'query', 'group', 'min', 'exact'; got 'mean'.",
         ),
-        (TypeError, {"where": 1.0}, "where must be one boolean, got 1.0."),
+        (TypeError, {"where": 1.0}, "where must be True or False, got 1.0."),
         (
             TypeError,
             {"layout": "query"},
-            "layout must be a layout or a tuple of them, got 'query'.",
+            "layout must be a layout or a tuple of layouts, got 'query'.",
         ),
     ],
 )

@@ -284,7 +284,7 @@ def in_chain(**settings):
 
 
 def with_injected_settings(**settings):
-    return optax.inject_hyperparams(mc.muon, "ns_steps")(learning_rate=0.1, **settings)
+    return optax.inject_hyperparams(mc.muon)(learning_rate=0.1, **settings)
 
 
 def with_micro_steps(**settings):

@@ -2,7 +2,6 @@
 
 import io
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -11,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from lm import rundir
 from lm.config import Config
@@ -82,7 +82,7 @@ def _loss(
     return figure
 
 
-def _smooth(steps: Sequence[int], values: Sequence[float]) -> list[float]:
+def _smooth(steps: ArrayLike, values: ArrayLike) -> list[float]:
     """Fits a line to the values around each step and takes its value there.
 
     A straight series is returned unchanged, so the curve does not lag behind a falling loss. The
