@@ -137,8 +137,8 @@ INTO_HEADS = (
     r"|(queries|keys|values)|c_attn|to_(q|k|v|kv|qkv)|w?(q|kv|k|v)_b(_proj)?|(q|k|v|qkv|kv)_kernel"
 )
 OUT_OF_HEADS = (
-    r"w?o|w_o|((self_|cross_)?att(n|ention)_)?(o|out|output|post)(_(proj(ection)?|kernel|einsum))?"
-    r"|to_out|attn_vec(_einsum)?|proj_(attn|out)|attn_out|wo"
+    r"w?o|w_o|((self_|cross_)?att(n|ention)_)?(o|out|output|post)(_(proj(ection)?|kernel|einsum))?|to_out|attn_vec(_einsum)?"
+    r"|proj_(attn|out)|attn_out|wo"
 )
 # Names of an output projection only beside queries, keys and values.
 PERHAPS_OUT = r"dense|linear|proj|c_proj|projection"

@@ -60,17 +60,9 @@ def _by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if role.name == "embedding" and is_dense:
         if not any(names.matches(names.PATCHES, n) for n in leaf.core):
             doubt = f"'{name}' names an embedding, but the bias beside it is that of a dense layer"
-    if role.where == "top" and (
-        _has_siblings(leaf, evidence, names.INTO_HEADS) or _is_square(leaf, evidence)
-    ):
+    if role.where == "top" and _has_siblings(leaf, evidence, names.INTO_HEADS):
         return None
     return Decision(None, f"{role.name} '{name}'", doubt)
-
-
-def _is_square(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether a layer has as many outputs as inputs, which a head hardly has."""
-    shape = evidence.stack_of(leaf).without(leaf.shape)
-    return len(shape) == 2 and shape[0] == shape[1]
 
 
 def _short_bias(leaf: Leaf, evidence: Evidence) -> Decision | None:
@@ -249,7 +241,7 @@ def _is_long(leaf: Leaf, small: int, large: int) -> bool:
 def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
     """Returns whether a dense layer without a name of its own has outputs that nothing takes."""
     module, name = _kernels.module_and_name(leaf)
-    if len(leaf.shape) != 2 or n_in == 0 or n_out % n_in == 0:
+    if len(leaf.shape) != 2 or not names.matches(names.GENERIC, name):
         return False
     in_layer = any(map(names.is_numbered, module)) and not all(n.isdigit() for n in leaf.core)
     if in_layer or n_in == 0 or n_out % n_in == 0:
