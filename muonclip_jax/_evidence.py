@@ -112,6 +112,7 @@ class Evidence:
       children: The names of the children of each module.
       by_core: The parameters by path.
       sizes: How often each size occurs in the shapes.
+      matrix_sizes: The same in the shapes of two axes or more.
       vocabulary: The long side of the largest embedding; 0 without one.
       embedded: Its short side.
       usual_width: The most frequent size of the gains of norms; 0 without one.
@@ -131,6 +132,8 @@ class Evidence:
             self._add(index, leaf)
         self.by_core = {leaf.core: leaf for leaf in self.leaves}
         self.sizes = collections.Counter(n for shape in shapes for n in shape)
+        matrices = (shape for shape in shapes if len(shape) > 1)
+        self.matrix_sizes = collections.Counter(n for shape in matrices for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
         self.convention: dict[str, bool] = {}
         self._stacks: dict[Path, Stack] = {}

@@ -135,6 +135,12 @@ def is_window(window: Shape, channels: Shape, square: bool = False) -> bool:
     return small
 
 
+def is_convolution(leaf: Leaf) -> bool:
+    """Returns whether a parameter, its module or the list around it is named a convolution."""
+    depth = 3 if len(leaf.core) > 2 and leaf.core[-2].isdigit() else 2
+    return any(names.matches(names.CONVOLUTION, name) for name in leaf.core[-depth:])
+
+
 def is_convolution_shape(shape: Shape) -> bool:
     """Returns whether four axes begin or end with a square window, beside more channels."""
     if len(shape) != 4:

@@ -13,6 +13,7 @@ from muonclip_jax._kernels import (
     layer_of,
     module_and_name,
     numbers_of,
+    partners,
 )
 
 
@@ -108,10 +109,17 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decisio
     stack, shape = layer_of(leaf, evidence)
     last = len(shape) - 1
     outputs_first, reason, doubt = _orientation(leaf, evidence, settings)
-    if stack.known and last > 1 and not doubt and not _is_batch(leaf, evidence):
+    is_unknown = stack.known or _is_beside_heads(leaf, evidence)
+    if is_unknown and last > 1 and not doubt and not _is_batch(leaf, evidence):
         doubt = f"nothing shows whether the axes {shape} are matrices or heads"
     sides = ((last,), (last - 1,)) if outputs_first else ((last - 1,), (last,))
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
+
+
+def _is_beside_heads(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a parameter is beside projections into heads that begin with another size."""
+    beside = partners(module_and_name(leaf)[0], "in", evidence).values()
+    return any(len(p.shape) > 2 and p.shape[0] != leaf.shape[0] for p in beside)
 
 
 def _is_batch(leaf: Leaf, evidence: Evidence) -> bool:

@@ -34,6 +34,7 @@ _EMBED = r"embed(d(ing|er)s?|s)?"
 
 ADAMW_ROLES = (
     Role("embedding", "any", rf"(\w+_)?({_EMBED}|embs?)(_\w+)?|wte|wpe", "Flax, HF, big_vision"),
+    Role("embedding", "top", r"shared", "T5"),
     Role("embedding", "near", r"ve|codebooks?|(\w+_)?(lookup|hash)_tables?", "modded-nanogpt"),
     Role("n-gram table", "near", r"(\w+_)?(n_?gram|bigram|trigram|engram)s?(_\w+)?", "Engram"),
     Role("table", "leaf", r"(\w+_)?tables?(_[a-z]+)?", "Swin, DiT, Engram"),
@@ -70,7 +71,7 @@ ADAMW_ROLES = (
     Role(
         "output head",
         "top",
-        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|(output|vocab)_proj(ection)?|score",
+        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|score",
         "big_vision, HF, LLaMA, scenic",
     ),
     Role("router", "any", r"(\w+_)?router(_\w+)?|moe_gate|gating_network", "MaxText, HF, T5X"),
@@ -136,8 +137,8 @@ INTO_HEADS = (
     r"|(queries|keys|values)|c_attn|to_(q|k|v|kv|qkv)|w?(q|kv|k|v)_b(_proj)?|(q|k|v|qkv|kv)_kernel"
 )
 OUT_OF_HEADS = (
-    r"w?o|w_o|(o|out|output|post)(_(proj(ection)?|kernel|einsum))?|to_out|attn_vec(_einsum)?"
-    r"|proj_(attn|out)|attn_out|wo"
+    r"w?o|w_o|((self_|cross_)?att(n|ention)_)?(o|out|output|post)(_(proj(ection)?|kernel|einsum))?"
+    r"|to_out|attn_vec(_einsum)?|proj_(attn|out)|attn_out|wo"
 )
 # Names of an output projection only beside queries, keys and values.
 PERHAPS_OUT = r"dense|linear|proj|c_proj|projection"
@@ -164,7 +165,7 @@ BESIDE_GATE = (
 )
 MIXTURES = r"\w*moe\w*|sparse_?mlp\w*|routed_?experts?"
 # Names that show nothing about a dense layer, so that the last of a network may be its head.
-GENERIC = r"|dense|linear|fc|layers?|out|output|final|last|sequential"
+GENERIC = r"|dense|linear|fc|layers?|out(put)?(_proj(ection)?)?|final|last|sequential"
 FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?)(_?block)?|ff"
 EXPERTS = r"(shared_)?experts?(_\w*)?"
 CONVOLUTION = r"\w*conv\w*"

@@ -56,12 +56,21 @@ def _by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if role.name == "norm" and _orientation.is_matrix_of_adaptive_norm(leaf, evidence, name):
         return None
     doubt = _orientation.doubt_below_norm(leaf, name) if role.name == "norm" else ""
-    if role.name == "embedding" and _orientation.has_fitting_bias(leaf, evidence):
+    is_dense = len(leaf.shape) < 4 and _orientation.has_fitting_bias(leaf, evidence)
+    if role.name == "embedding" and is_dense:
         if not any(names.matches(names.PATCHES, n) for n in leaf.core):
             doubt = f"'{name}' names an embedding, but the bias beside it is that of a dense layer"
-    if role.where == "top" and _has_siblings(leaf, evidence, names.INTO_HEADS):
+    if role.where == "top" and (
+        _has_siblings(leaf, evidence, names.INTO_HEADS) or _is_square(leaf, evidence)
+    ):
         return None
     return Decision(None, f"{role.name} '{name}'", doubt)
+
+
+def _is_square(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a layer has as many outputs as inputs, which a head hardly has."""
+    shape = evidence.stack_of(leaf).without(leaf.shape)
+    return len(shape) == 2 and shape[0] == shape[1]
 
 
 def _short_bias(leaf: Leaf, evidence: Evidence) -> Decision | None:
@@ -156,21 +165,27 @@ def _few_axes(leaf: Leaf, evidence: Evidence) -> Decision | None:
 
 def _depthwise(leaf: Leaf, evidence: Evidence) -> Decision | None:
     """A convolution with one input channel per group mixes no channels."""
-    if not any(names.matches(names.CONVOLUTION, name) for name in leaf.core):
-        return None
     shape = evidence.stack_of(leaf).without(leaf.shape)
+    if not any(names.matches(names.CONVOLUTION, name) for name in leaf.core):
+        return _unnamed_depthwise(shape)
     one_input = len(shape) > 2 and 1 in (shape[-2], leaf.shape[-2])
     if len(shape) > 2 and shape[1] == 1 < shape[0]:  # outputs first: (channels, 1, *window)
         one_input |= _window_kernels.is_window(shape[2:], shape[:1])
     small, large = min(shape), max(shape)
     taps = len(shape) == 2 and small <= 8 and large >= _MUCH_LARGER * small
-    if one_input or (taps and _is_convolution(leaf)):
+    if one_input or (taps and _kernels.is_convolution(leaf)):
         return Decision(None, "depthwise convolution")
     return None
 
 
-def _is_convolution(leaf: Leaf) -> bool:
-    return any(names.matches(names.CONVOLUTION, name) for name in leaf.core[-2:])
+def _unnamed_depthwise(shape: Shape) -> Decision | None:
+    """Finds a square window beside one input channel, on either end of the shape."""
+    if len(shape) != 4 or 1 not in shape[1:3]:
+        return None
+    for window, channels in ((shape[:2], shape[2:]), (shape[2:], shape[1::-1])):
+        if channels[0] == 1 and window[0] == window[1] > 1 and max(window) <= 11 < channels[1]:
+            return Decision(None, "depthwise convolution")
+    return None
 
 
 _ADAMW_RULES = (_by_name, _short_bias, _router, _few_axes, _depthwise)
@@ -234,14 +249,14 @@ def _is_long(leaf: Leaf, small: int, large: int) -> bool:
 def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
     """Returns whether a dense layer without a name of its own has outputs that nothing takes."""
     module, name = _kernels.module_and_name(leaf)
-    if len(leaf.shape) != 2 or not names.matches(names.GENERIC, name):
+    if len(leaf.shape) != 2 or n_in == 0 or n_out % n_in == 0:
         return False
-    if any(map(names.is_numbered, module)) or n_in == 0 or n_out % n_in == 0:
+    in_layer = any(map(names.is_numbered, module)) and not all(n.isdigit() for n in leaf.core)
+    if in_layer or n_in == 0 or n_out % n_in == 0:
         return False
-    if name == leaf.core[-1]:
+    if name == leaf.core[-1] and not name.isdigit():
         return False
-    own = {n_in: 1, n_out: 1 if evidence.bias_of(leaf) is None else 2}
-    return evidence.sizes[n_out] == own[n_out] and evidence.sizes[n_in] > own[n_in]
+    return evidence.matrix_sizes[n_out] == 1 and evidence.sizes[n_in] > 1
 
 
 def _may_be_a_vector(leaf: Leaf, evidence: Evidence) -> bool:
@@ -260,7 +275,7 @@ def _may_be_a_vector(leaf: Leaf, evidence: Evidence) -> bool:
 def _is_broadcast(leaf: Leaf, evidence: Evidence) -> bool:
     is_kernel = names.matches(names.MATRIX_NAMES, leaf.core[-1])
     leads = len(leaf.shape) == 3 and leaf.shape[0] == 1 and not evidence.stack_of(leaf).axes
-    return leads and not is_kernel and not _is_convolution(leaf) and not _is_lora(leaf)
+    return leads and not is_kernel and not _kernels.is_convolution(leaf) and not _is_lora(leaf)
 
 
 def _is_lora(leaf: Leaf) -> bool:

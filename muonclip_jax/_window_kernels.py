@@ -5,8 +5,8 @@ from muonclip_jax._evidence import Evidence, Leaf, Stack
 from muonclip_jax._kernels import (
     Decision,
     Settings,
+    is_convolution,
     is_convolution_shape,
-    is_expert,
     is_window,
     layer_of,
     module_and_name,
@@ -17,8 +17,8 @@ from muonclip_jax._kernels import (
 def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
     """(*window, inputs, outputs) is one matrix, (window x inputs) x outputs."""
     stack, shape = layer_of(leaf, evidence)
-    named = any(names.matches(names.CONVOLUTION, name) for name in leaf.core[-2:])
-    if len(shape) < 3 or (not named and is_expert(leaf, evidence)):
+    named = is_convolution(leaf)
+    if len(shape) < 3:
         return None
     is_square = is_window(shape[:-2], shape[-2:], square=True)
     if (
@@ -31,7 +31,8 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision 
         stack, shape = Stack((0,), True), shape[1:]
     doubt = ""
     if not named:
-        if not is_convolution_shape(shape):
+        by_name = any(names.matches(names.EXPERTS, name) for name in leaf.core)
+        if by_name or not is_convolution_shape(shape):
             return None
         doubt = "its shape is that of a convolution, its name is not"
     last = len(shape) - 1

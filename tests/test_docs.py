@@ -22,7 +22,6 @@ from muonclip_jax._iterations import gram_cost, restart_windows, standard_cost
 from muonclip_jax._shared_key import query_and_key_factors
 from strict import HAS_CAPTURE, NEEDS_CAPTURE
 from test_published_numbers import ABOVE_ONE, RANGES
-from test_routing import MODEL, _shapes
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -233,24 +232,6 @@ def test_momentum_weighs_068_of_keller_jordans_at_step_2():
     beta = 0.95
     optax_ratio = (beta / (1 - beta**3)) / ((1 - beta) / (1 - beta**2))
     assert round(optax_ratio / (beta / (1 - beta)), 2) == 0.68
-
-
-def test_exceptions_leave_the_routing_of_the_other_leaves_alone():
-    by_role_but = run_page("choosing.md")["by_role_but"]
-    params = _shapes(MODEL)
-    expected = mc.routing_table(params).rows
-    got = mc.routing_table(params, by_role_but({}, params)).rows
-    assert [row._replace(reason="given") for row in expected] == list(got)
-    numbers = mc.MuonDimensionNumbers((-3, -2), -1)
-    exceptions = {"Conv_0/kernel": numbers, "up/kernel": None}
-    got = mc.routing_table(params, by_role_but(exceptions, params)).rows
-    for old, new in zip(expected, got, strict=True):
-        if old.path == "Conv_0/kernel":
-            assert (new.num_matrices, new.n_in, new.n_out) == (1, 96, 64)
-        elif old.path.endswith("/up/kernel"):
-            assert new.optimizer == "adamw"
-        else:
-            assert new == old._replace(reason="given")
 
 
 def test_a_view_changes_nothing_for_an_elementwise_optimizer():

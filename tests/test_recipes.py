@@ -29,9 +29,9 @@ def tree(shapes):
     return result
 
 
-def matrices(params, numbers=None):
+def matrices(params, numbers=None, **arguments):
     """By path, "adamw" or the matrices of a leaf: how many, inputs, outputs."""
-    rows = mc.routing_table(params, numbers).rows
+    rows = mc.routing_table(params, numbers, **arguments).rows
     return {r.path: r.optimizer if r.optimizer == "adamw" else tuple(r)[3:6] for r in rows}
 
 
@@ -193,10 +193,10 @@ LEVANTER = {
 }
 
 
-def test_the_numbers_for_levanter_are_inputs_by_outputs():
+@pytest.mark.parametrize("outputs_first", [None, True])
+def test_kernels_of_levanter_are_inputs_by_outputs(outputs_first):
     params = tree(LEVANTER)
-    numbers = run_page("choosing.md")["by_role_but"](run_page(PAGE)["OUTPUTS_FIRST"], params)
-    found = matrices(params, numbers)
+    found = matrices(params, outputs_first=outputs_first)
     layer = "transformer/layers/stacked"
     assert found == {
         "embeddings/token_embeddings/weight/0": "adamw",

@@ -59,7 +59,7 @@ def test_other_names_go_to_muon(name):
     assert optimizers({name: {"kernel": (8, 24)}}) == {f"{name}/kernel": "muon"}
 
 
-@pytest.mark.parametrize("name", "head classifier output output_proj action_head".split())
+@pytest.mark.parametrize("name", "head classifier output score action_head".split())
 def test_heads_are_heads_only_outside_of_blocks(name):
     assert optimizers({name: {"kernel": (8, 24)}}) == {f"{name}/kernel": "adamw"}
     for block in ("layers_0", "attention", "decoder/blocks", "mlp"):

@@ -60,9 +60,7 @@ class Recipe:
     def optimizer(self, **settings: Any) -> optax.GradientTransformationExtraArgs:
         """Builds Muon with the recipe, as the page does."""
         if self.numbers is not None:
-            shapes = self.tree(jax.ShapeDtypeStruct(self.shape, jnp.float32))
-            numbers = PAGE["by_role_but"]({self.path: self.numbers}, shapes)
-            settings["muon_weight_dimension_numbers"] = numbers
+            settings["overrides"] = {self.path: self.numbers}
         tx = mc.muon(**settings)
         return tx if self.views is None else PAGE["through"](*self.views, tx)
 
@@ -124,7 +122,7 @@ RECIPES = {
         whole=mc.MuonDimensionNumbers((0, 1, 2), 3),
     ),
     "convolution by position": Recipe(
-        "Conv_0/kernel", (3, 2, 6, 16), _slices((0, 1)), whole=FILTER
+        "Conv_0/kernel", (3, 2, 6, 16), _slices((0, 1)), LAST_TWO, whole=FILTER
     ),
     "convolution by filter": Recipe(
         "Conv_0/kernel", (3, 2, 6, 16), lambda x: [x.reshape(36, 16)], FILTER
@@ -154,11 +152,19 @@ RECIPES = {
         "attn/qkv/kernel", (24, 192), _flat_fused, views=(PAGE["views"], PAGE["inverses"])
     ),
     "flat per head": Recipe(
-        "attn/q_proj/kernel", (6, 24), _flat_heads(8), views=_view_of_heads("q_proj/kernel", 8)
+        "attn/q_proj/kernel",
+        (6, 24),
+        _flat_heads(8),
+        LAST_TWO,
+        views=_view_of_heads("q_proj/kernel", 8),
     ),
     "up-projection of MLA": Recipe("attn/kv_b/kernel", (6, 3, 8), _slices((1,)), HEAD),
     "flat up-projection of MLA": Recipe(
-        "attn/q_b/kernel", (12, 96), _flat_heads(24), views=(PAGE["views"], PAGE["inverses"])
+        "attn/q_b/kernel",
+        (12, 96),
+        _flat_heads(24),
+        LAST_TWO,
+        views=(PAGE["views"], PAGE["inverses"]),
     ),
 }
 
