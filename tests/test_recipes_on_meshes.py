@@ -69,7 +69,7 @@ def multi_steps(params, batches):
         params = optax.apply_updates(params, updates)
         running = mc.merge_max_logits(running, stats)
         emit = tx.has_updated(state)
-        params, info = mc.qk_clip(params, running, where=emit, threshold=TAU)
+        params, info = mc.qk_clip(params, running, where=jnp.asarray(emit), threshold=TAU)
         return (params, state, jax.tree.map(lambda s: jnp.where(emit, -jnp.inf, s), running)), info
 
     carry = params, tx.init(params), recipes.nothing_yet(stats)
