@@ -36,7 +36,7 @@ def adamw(
       (dtype(bfloat16), dtype('float32'))
     """
     tx = optax.adamw(learning_rate, eps=_not_zero(eps), **settings)
-    wide = in_float32(where_moments_are(tx))
+    wide = where_moments_are(in_float32(tx))
 
     def init_fn(params):
         def with_dtypes(state):

@@ -16,6 +16,7 @@ from muonclip_jax._kernels import Settings
 from muonclip_jax._layout import DimensionNumbersOrFn, is_function, spread
 from muonclip_jax._overrides import Overrides, check_overrides
 from muonclip_jax._paths import leaf_paths
+from muonclip_jax._resharding import where_moments_are
 from muonclip_jax._routing import Routing, route
 from muonclip_jax._scale_by_muon import ScaleByMuonState, scale_by_muon, scale_by_shape
 from muonclip_jax._settings import SCHEDULES, check_settings
@@ -226,7 +227,7 @@ def with_adamw(
             optax.add_decayed_weights(weight_decay, None if mask is None else lambda _: mask),
             optax.scale_by_learning_rate(learning_rate),
         )
-        matrices = in_float32(matrices)
+        matrices = where_moments_are(in_float32(matrices))
         return routing, optax.partition({"muon": matrices, "adam": rest}, lambda _: labels)
 
     def init_fn(params):

@@ -31,6 +31,8 @@ from muonclip_jax._types import ArrayTree, Scalar
 class QKClipInfo(NamedTuple):
     """What a clip saw and did. Arrays, so that it can leave a jitted function.
 
+    On a mesh they are replicated, so that every process can read them.
+
     Attributes:
       max_logits: Largest logit by module path, `[*stack, heads]`, float32.
       gamma: Factor on the logits by module path, `[*stack, heads]`, float32 in (0, 1].

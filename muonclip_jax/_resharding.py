@@ -37,12 +37,12 @@ def unsharded(x: jax.Array) -> jax.Array:
     return x
 
 
-def placed_like(x: Any, like: Any) -> jax.Array:
+def placed_like(x: Any, like: Any) -> Any:
     """Gives an array the sharding of another one.
 
     Args:
       x: Array of the shape of `like`, or with axes of size 1 where `like` has more.
-      like: Array of any dtype.
+      like: Array of any dtype, also a NumPy array.
 
     Returns:
       `x`, with the axes that both have sharded as in `like` over the Explicit axes of its mesh.
@@ -75,8 +75,8 @@ def placed_like_tree(tree: Any, like: Any) -> Any:
     """
     if like is None:
         return tree
-    moved = lambda x, y: x if jax.dtypes.float0 == getattr(x, "dtype", None) else placed_like(x, y)  # noqa: E731
-    return jax.tree.map(moved, tree, like)
+    is_float0 = lambda x: getattr(x, "dtype", None) == jax.dtypes.float0  # noqa: E731
+    return jax.tree.map(lambda x, y: x if is_float0(x) else placed_like(x, y), tree, like)
 
 
 def where_moments_are(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -157,7 +157,7 @@ def _haiku(leaves: Leaves) -> dict[str, Any]:
 
 
 def _nnx_state(leaves: Leaves) -> Any:
-    flat = {
+    flat: dict[Any, Any] = {
         tuple(int(c) if c.isdigit() else c for c in path.split("/")): nnx.Param(leaf)
         for path, leaf in leaves
     }

@@ -11,6 +11,7 @@ from attention_cases import draw
 
 KERNEL = draw(0, 4, 2, 8)
 LAYER = {name: {"kernel": KERNEL} for name in ("query", "key", "value")}
+LAYER["out"] = {"kernel": draw(1, 2, 8, 4)}
 PARAMS = {f"layer_{i}": {"attn": LAYER} for i in range(3)}
 STATS = {name: {"attn": {"max_logits": jnp.array([400.0, 7.0])}} for name in PARAMS}
 

@@ -169,7 +169,7 @@ def test_qk_norm_of_flax_is_refused():
     module = linen_attention(normalize_qk=True)
     variables = module.init(jax.random.key(0), X)
     _, stats = apply(module, variables, X)
-    with pytest.raises(ValueError, match="'query_ln' undoes the clip"):
+    with pytest.raises(ValueError, match="'query_ln' normalizes queries or keys"):
         mc.qk_clip(variables["params"], stats)
 
 

@@ -224,7 +224,7 @@ def test_sown_under_the_name_that_is_asked_for(name):
 def test_qk_norm_of_flax_is_refused():
     module = nnx_attention(normalize_qk=True)
     _, stats = sown(module, X)
-    with pytest.raises(ValueError, match="'query_ln' undoes the clip"):
+    with pytest.raises(ValueError, match="'query_ln' normalizes queries or keys"):
         mc.qk_clip(nnx.state(module, nnx.Param), stats)
 
 

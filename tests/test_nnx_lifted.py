@@ -187,7 +187,7 @@ def test_scan_that_drops_the_statistics_is_an_error_and_not_a_silent_skip():
 
     model = Model(drops)
     _, stats = capture(model, X)
-    with pytest.raises(ValueError, match="blocks/attn: no statistic 'max_logits'"):
+    with pytest.raises(ValueError, match="blocks/attn: has no max_logits"):
         mc.qk_clip(nnx.state(model, nnx.Param), stats)
 
 

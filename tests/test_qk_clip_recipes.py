@@ -42,7 +42,7 @@ def statistic(s):
 
 def nothing_yet(stats):
     """Statistics of no batch at all."""
-    return jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), stats)
+    return jax.tree.map(lambda s: jnp.full_like(s, -jnp.inf), stats)
 
 
 def zeros(params):
