@@ -72,10 +72,10 @@ def layer_of(leaf: Leaf, evidence: Evidence) -> tuple[Stack, Shape]:
 
 def module_and_name(leaf: Leaf) -> tuple[Path, str]:
     """Splits a path into the attention module and the name of the projection."""
-    if len(leaf.core) > 1 and names.matches(names.MATRIX_NAMES, leaf.core[-1]):
-        return leaf.core[:-2], leaf.core[-2]
-    *module, name = leaf.core
-    return tuple(module), names.stem(name)
+    is_inside = len(leaf.core) > 1 and names.matches(names.MATRIX_NAMES, leaf.core[-1])
+    depth = len(leaf.core) - (2 if is_inside else 1)
+    name = leaf.core[depth]
+    return leaf.core[:depth], name if is_inside else names.stem(name)
 
 
 def heads_name(leaf: Leaf, evidence: Evidence) -> str | None:
