@@ -257,7 +257,9 @@ def test_megatron_reduced_each_layer_on_its_own():
 
     def over_batch(function, *args):
         equations = jax.make_jaxpr(function)(*args).eqns
-        return sum(e.primitive.name == "reduce_max" and 0 in e.params["axes"] for e in equations)
+        maxima = [e for e in equations if e.primitive.name == "reduce_max"]
+        # The largest number of all heads, for the info, is a maximum of a vector.
+        return sum(0 in e.params["axes"] and e.invars[0].aval.ndim > 1 for e in maxima)
 
     assert over_batch(lambda stats: [jnp.max(stats[n]["max_logits"], 0) for n in names], stats) == 4
     assert over_batch(mc.qk_clip, params, stats) == 1
