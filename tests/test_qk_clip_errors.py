@@ -50,7 +50,7 @@ def text_of(params, stats, *args, **settings):
     return str(plain.value)
 
 
-def one_fault(path, fault, *cures, layout=LAYOUT):
+def one_fault(path, fault, *cures, layout: object = LAYOUT):
     head = f"qk_clip: 1 module does not fit the layout {layout}."
     return "\n".join([head, f"  {path}: {fault}", *cures])
 
