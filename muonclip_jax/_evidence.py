@@ -304,6 +304,11 @@ class Evidence:
                 return bias
         return None
 
+    def puts_out(self, leaf: Leaf, width: int) -> bool:
+        """Returns whether another parameter of two axes or more ends in this size."""
+        others = (x for x in self.leaves if x is not leaf and len(x.shape) > 1)
+        return any(x.shape[-1] == width for x in others)
+
     def is_numbered(self, leaf: Leaf) -> bool:
         """Returns whether the parameter is in a list or a numbered series of layers."""
         return any(map(is_numbered, leaf.core[:-2]))

@@ -60,7 +60,13 @@ ADAMW_ROLES = (
         r"|(object|learned|latent)_queries|class_embedding|prototypes",
         "big_vision, DINOv2, BLIP-2, MAE, DETR",
     ),
-    Role("learned token", "leaf", r"cls|latents?|queries", "big_vision, Perceiver"),
+    Role(
+        "learned token",
+        "leaf",
+        r"cls|latents?|queries|(decoder|output|object|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
+        "big_vision, Perceiver IO, DETR",
+    ),
+    Role("attention vector", "leaf", r"att(n|ention)?_(l|r|left|right|src|dst|vec(tor)?)", "GAT"),
     Role(
         "output head",
         "any",
@@ -71,7 +77,8 @@ ADAMW_ROLES = (
     Role(
         "output head",
         "top",
-        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|score",
+        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|score"
+        r"|(output|out|final|last|prediction)_layer",
         "big_vision, HF, LLaMA, scenic",
     ),
     Role("router", "any", r"(\w+_)?router(_\w+)?|moe_gate|gating_network", "MaxText, HF, T5X"),

@@ -165,8 +165,16 @@ def _depthwise(leaf: Leaf, evidence: Evidence) -> Decision | None:
     small, large = min(shape), max(shape)
     taps = len(shape) == 2 and small <= 8 and large >= _MUCH_LARGER * small
     if one_input or (taps and _kernels.is_convolution(leaf)):
-        return Decision(None, "depthwise convolution")
+        return Decision(None, "depthwise convolution", _doubt_one_input(leaf, evidence, shape))
     return None
+
+
+def _doubt_one_input(leaf: Leaf, evidence: Evidence, shape: Shape) -> str:
+    """A depthwise convolution has its channels from another layer, the first of gray images not."""
+    is_image = len(shape) == 4 and shape[2] == 1
+    if not is_image or evidence.puts_out(leaf, shape[-1]):
+        return ""
+    return f"no other parameter puts out {shape[-1]} channels: it may be the first convolution"
 
 
 def _unnamed_depthwise(shape: Shape) -> Decision | None:
@@ -203,9 +211,9 @@ def _checked(leaf: Leaf, evidence: Evidence, decision: Decision) -> Decision:
         return Decision(None, "a side of 1", doubt)
     if _is_broadcast(leaf, evidence):
         return Decision(None, "a first axis of 1, as tables that are added have")
-    if _may_be_a_head(leaf, evidence, (small, large)):
-        doubt = "its sides are the width and the vocabulary size of the embedding"
-        return Decision(None, f"output head: an axis of the vocabulary size {large}", doubt)
+    if _may_be_a_head(leaf, evidence, n_in, n_out):
+        doubt = "its outputs are as many as the embedding has rows"
+        return Decision(None, f"output head: the vocabulary size {evidence.vocabulary}", doubt)
     if _is_dead_end(leaf, evidence, n_in, n_out):
         doubt = "its name does not show that it is the last layer"
         return Decision(None, f"output head: nothing has {n_out} inputs", doubt)
@@ -228,16 +236,26 @@ def _checked(leaf: Leaf, evidence: Evidence, decision: Decision) -> Decision:
     return decision
 
 
-def _may_be_a_head(leaf: Leaf, evidence: Evidence, sides: tuple[int, int]) -> bool:
-    sizes = (evidence.embedded, evidence.vocabulary)
-    is_top = not names.is_in_block(leaf.core[:-1])
-    return len(leaf.shape) == 2 and sides == sizes and sizes[0] < sizes[1] and is_top
+def _may_be_a_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
+    """Returns whether a matrix outside of the blocks has the vocabulary of the embedding as side.
+
+    The width of the embedding may differ from that of the last layer, as in many RNNs.
+    """
+    width, vocabulary = evidence.embedded, evidence.vocabulary
+    is_head = n_out == vocabulary or (n_in, n_out) == (vocabulary, width)
+    return len(leaf.shape) == 2 and width < vocabulary and is_head and _is_top(leaf)
 
 
 def _is_long(leaf: Leaf, small: int, large: int) -> bool:
     """Returns whether a matrix outside of the blocks has a side as long as a vocabulary."""
-    is_top = not names.is_in_block(leaf.core[:-1])
-    return len(leaf.shape) == 2 and is_top and large >= 16384 and large > 16 * small
+    is_long = large >= 16384 and large > 16 * small
+    return len(leaf.shape) == 2 and is_long and _is_top(leaf)
+
+
+def _is_top(leaf: Leaf) -> bool:
+    """Returns whether a parameter is outside of the blocks, whatever the name of its module."""
+    module, _ = _kernels.module_and_name(leaf)
+    return not names.is_in_block(module)
 
 
 def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
