@@ -80,13 +80,15 @@ class Layout(abc.ABC):
 
     def __post_init__(self):
         self._parse("kernel", self.literals, self.axis_names)
-        if isinstance(self.scaled_leaves, str) or not self.scaled_leaves:
+        if not self.scaled_leaves:
             raise ValueError(f"{self}: scaled_leaves must be a tuple, the kernel's name first.")
-        for field in ("kept_leaves", "qk_norm"):
-            if isinstance(getattr(self, field), str):
-                raise ValueError(f"{self}: {field} must be a tuple of names, not one string.")
         for field in ("stack_axis", "stat_stack_axis"):
             self._check_int(field)
+        for field in ("scaled_leaves", "kept_leaves", "qk_norm"):
+            self._check_names(field)
+        for field in (*self.module_fields, "stat"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{self}: {field} must be a name, a string.")
         names = self.modules
         if len(set(names)) != len(names):
             raise ValueError(f"{self}: {' and '.join(self.module_fields)} must be two modules.")
@@ -192,6 +194,13 @@ class Layout(abc.ABC):
             raise ValueError(f"{self}: {field}={error}.") from None
         if pattern.is_flat and getattr(self, "head_dim", 0) is None:
             raise ValueError(f"{self}: {field} has a flattened head axis and needs head_dim=.")
+
+    def _check_names(self, field: str) -> None:
+        """Raises if a field is not a tuple of names; a list would not be hashable."""
+        value: Any = getattr(self, field)
+        is_tuple = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+        if not is_tuple and not (value is None and field == "qk_norm"):
+            raise ValueError(f"{self}: {field} must be a tuple of names.")
 
     def _check_int(self, field: str, minimum: int | None = None) -> None:
         """Raises if a field is not a whole number, or below the minimum."""

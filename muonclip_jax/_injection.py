@@ -29,31 +29,33 @@ class _Held:
 class _Signature(inspect.Signature):
     """A signature whose `bind` returns arguments that `optax.inject_hyperparams` leaves alone."""
 
-    __slots__ = ("_check", "_schedules")
+    __slots__ = ("_check", "_numbers")
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
         bound.apply_defaults()
-        self._check(bound.arguments)
+        is_schedule = {n: callable(x) and n in self._numbers for n, x in bound.arguments.items()}
+        self._check({n: x for n, x in bound.arguments.items() if not is_schedule[n]})
         for name, value in bound.arguments.items():
-            if callable(value) and name not in self._schedules:
+            if callable(value) and not is_schedule[name]:
                 bound.arguments[name] = _Held(value)
             elif isinstance(value, float):
                 bound.arguments[name] = jnp.asarray(value, jax.dtypes.canonicalize_dtype(float))
         return bound
 
     def replace(self, **changes: Any) -> "_Signature":  # functools.partial of a factory
-        return _signature(super().replace(**changes), self._check, self._schedules)
+        return _signature(super().replace(**changes), self._check, self._numbers)
 
 
 def injectable(
-    schedules: frozenset[str], check: Callable[[Mapping[str, Any]], None]
+    numbers: frozenset[str], check: Callable[[Mapping[str, Any]], None]
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes `optax.inject_hyperparams(factory)` work for all arguments of a factory.
 
     Args:
-      schedules: Names of the arguments that may be schedules.
-      check: Raises for wrong arguments; called before the first step, with all of them.
+      numbers: Names of the arguments that are numbers, for which a function is a schedule.
+      check: Raises for wrong arguments; called before the first step, with all that are no
+        schedules.
 
     Returns:
       A decorator.
@@ -73,17 +75,17 @@ def injectable(
             arguments: Any = [_released(x) for x in args]
             return factory(*arguments, **{name: _released(x) for name, x in kwargs.items()})
 
-        call.__signature__ = _signature(inspect.signature(factory), check, schedules)  # pyright: ignore[reportAttributeAccessIssue]
+        call.__signature__ = _signature(inspect.signature(factory), check, numbers)  # pyright: ignore[reportAttributeAccessIssue]
         return call
 
     return decorate
 
 
-def _signature(plain: inspect.Signature, check: Any, schedules: frozenset[str]) -> _Signature:
+def _signature(plain: inspect.Signature, check: Any, numbers: frozenset[str]) -> _Signature:
     signature = _Signature(
         list(plain.parameters.values()), return_annotation=plain.return_annotation
     )
-    signature._check, signature._schedules = check, schedules
+    signature._check, signature._numbers = check, numbers
     return signature
 
 

@@ -151,7 +151,12 @@ def kernel_pattern(
     numbers = [name for name in found if name.isdigit()]
     if len(numbers) > 1:
         raise ValueError(f"{text!r} has more than one number: {_listed(numbers)}")
-    return KernelPattern(tuple(_joined(axis) for axis in axes))
+    pattern = KernelPattern(tuple(_joined(axis) for axis in axes))
+    if any({"kv_heads", "groups"} <= {*axis} for axis in pattern.axes):
+        raise ValueError(
+            f"{text!r} needs 'kv_heads groups' side by side, in this order, in one axis"
+        )
+    return pattern
 
 
 def _axes(text: str, literals: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str, ...]]:

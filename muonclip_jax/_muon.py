@@ -19,17 +19,24 @@ from muonclip_jax._paths import leaf_paths
 from muonclip_jax._resharding import where_moments_are
 from muonclip_jax._routing import Routing, route
 from muonclip_jax._scale_by_muon import ScaleByMuonState, scale_by_muon, scale_by_shape
-from muonclip_jax._settings import SCHEDULES, check_settings
+from muonclip_jax._settings import NUMBERS, check_settings
 from muonclip_jax._types import ArrayTree, Scalar
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muon` that are not allowed."""
-    optional = ("mu_dtype", "adam_learning_rate", "adam_nesterov", "consistent_rms")
+    optional = (
+        "mu_dtype",
+        "adam_learning_rate",
+        "adam_nesterov",
+        "consistent_rms",
+        "outputs_first",
+        "weight_decay_mask",
+    )
     check_settings("muon", arguments, optional=optional)
 
 
-@injectable(SCHEDULES, _check)
+@injectable(NUMBERS, _check)
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     ns_coeffs: Coefficients = JORDAN,

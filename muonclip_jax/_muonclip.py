@@ -24,14 +24,14 @@ from muonclip_jax._multi_head_layout import MultiHeadLayout
 from muonclip_jax._muon import with_adamw
 from muonclip_jax._overrides import Overrides
 from muonclip_jax._products import accumulator
-from muonclip_jax._qk_clip import layout_rule, qk_clip
+from muonclip_jax._qk_clip import CLIP_RULES, qk_clip
 from muonclip_jax._scale_by_muon import (
     ScaleByMuonState,
     momentum,
     plain_nesterov,
     scale_by_momentum,
 )
-from muonclip_jax._settings import SCHEDULES, check_settings
+from muonclip_jax._settings import NUMBERS, check_settings
 from muonclip_jax._types import ArrayTree, Scalar
 
 _OPTIONAL = (
@@ -41,15 +41,17 @@ _OPTIONAL = (
     "adam_weight_decay",
     "adam_learning_rate",
     "adam_nesterov",
+    "outputs_first",
+    "weight_decay_mask",
 )
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muonclip` that are not allowed."""
-    check_settings("muonclip", arguments, optional=_OPTIONAL, rules={"layout": layout_rule})
+    check_settings("muonclip", arguments, optional=_OPTIONAL, rules=CLIP_RULES)
 
 
-@injectable(SCHEDULES, _check)
+@injectable(NUMBERS, _check)
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,

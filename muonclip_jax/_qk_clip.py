@@ -282,4 +282,23 @@ def layout_rule(value: Any) -> Exception | None:
     return TypeError(f"a layout or a tuple of layouts, got {shown(value)}")
 
 
-_RULES = {"layout": layout_rule, "where": functools.partial(flag, array=True)}
+def _ignore_rule(value: Any) -> Exception | None:
+    """Requires one pattern or several."""
+    patterns = (value,) if isinstance(value, str) else value
+    if isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns):
+        return None
+    return TypeError(f"a pattern or a sequence of patterns, got {shown(value)}")
+
+
+def _ever_clipped_rule(value: Any) -> Exception | None:
+    """Requires what `heads_ever_clipped` returns, or None."""
+    if value is None or isinstance(value, Mapping):
+        return None
+    return TypeError(f"what heads_ever_clipped returned, or None; got {shown(value)}")
+
+
+CLIP_RULES = {"layout": layout_rule, "ignore": _ignore_rule}
+_RULES = CLIP_RULES | {
+    "where": functools.partial(flag, array=True),
+    "ever_clipped": _ever_clipped_rule,
+}

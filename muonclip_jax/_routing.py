@@ -172,7 +172,7 @@ def routing_table(
       muon: 1 leaves, 64 parameters
       adamw: 1 leaves, 16 parameters
     """
-    check_settings("routing_table", locals(), optional=("consistent_rms",))
+    check_settings("routing_table", locals(), optional=("consistent_rms", "outputs_first"))
     check_overrides("routing_table", overrides)
     settings = Settings(outputs_first, consistent_rms is None)
     routing = route(

@@ -27,7 +27,7 @@ from muonclip_jax._paths import path_string
 from muonclip_jax._placements import placements, shardings_by_path
 from muonclip_jax._products import accumulator
 from muonclip_jax._resharding import placed_like_tree
-from muonclip_jax._settings import check_settings
+from muonclip_jax._settings import NUMBERS, check_settings
 from muonclip_jax._sharded import orthogonalise_leaves
 from muonclip_jax._types import ArrayTree, Scalar
 
@@ -54,7 +54,7 @@ def _check_muon(arguments: Mapping[str, Any]) -> None:
     check_settings("scale_by_muon", arguments, optional=("mu_dtype",))
 
 
-@injectable(frozenset(), _check_muon)
+@injectable(NUMBERS, _check_muon)
 def scale_by_muon(
     ns_coeffs: Coefficients = JORDAN,
     ns_steps: int | jax.Array = 5,
@@ -217,7 +217,7 @@ def _check_shape(arguments: Mapping[str, Any]) -> None:
     check_settings("scale_by_shape", arguments, optional=("consistent_rms",))
 
 
-@injectable(frozenset(), _check_shape)
+@injectable(NUMBERS, _check_shape)
 def scale_by_shape(
     weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     consistent_rms: Scalar | None = None,

@@ -56,7 +56,7 @@ class _Number:
             return None if self.schedule else TypeError(expected + _NOT_A_SCHEDULE)
         dtype = _dtype(value)
         if dtype is None or not jnp.isdtype(dtype, self._kinds()):
-            return TypeError(expected + _wrong_kind(value))
+            return TypeError(expected + _wrong_kind(value, int if self.integer else float))
         if np.shape(value) != ():
             return ValueError(f"{expected}an array of shape {np.shape(value)}")
         if dtype == jnp.bfloat16 and isinstance(value, jax.Array) and self.interval == _FRACTION[0]:
@@ -87,6 +87,12 @@ def flag(value: Any, *, array: bool = False) -> Exception | None:
     if array and _dtype(value) == np.dtype(bool) and np.shape(value) == ():
         return None
     return TypeError(f"True or False, got {shown(value)}")
+
+
+def _mask(value: Any) -> Exception | None:
+    if isinstance(value, str | numbers.Number) and not isinstance(value, bool):
+        return TypeError(f"a pytree of booleans or a function that returns one, got {shown(value)}")
+    return None
 
 
 def _momentum_dtype(value: Any) -> Exception | None:
@@ -155,12 +161,12 @@ _RULES: dict[str, Rule] = {
     "adam_nesterov": flag,
     "adaptive": flag,
     "strict": flag,
+    "outputs_first": flag,
+    "weight_decay_mask": _mask,
 }
 
-# The settings that may be a function of the step.
-SCHEDULES = frozenset(
-    name for name, rule in _RULES.items() if isinstance(rule, _Number) and rule.schedule
-)
+# The settings that `optax.inject_hyperparams` may compute from a schedule.
+NUMBERS = frozenset(name for name, rule in _RULES.items() if isinstance(rule, _Number))
 
 
 def check_settings(
@@ -262,17 +268,15 @@ def is_real(value: Any) -> bool:
     return dtype is not None and jnp.isdtype(dtype, _REAL)
 
 
-def _wrong_kind(value: Any) -> str:
+def _wrong_kind(value: Any, kind: type) -> str:
     """Describes a value that is not a number, with the fix where it is known."""
     if isinstance(value, str):
         try:
-            float(value)
+            kind(value)
         except ValueError:
             return f"the string {shown(value)}"
-        return (
-            f"the string {value!r}: pass float({value!r}) (YAML 1.1 reads 1e-4 as a string, "
-            "and 1.0e-4 as a number)"
-        )
+        yaml = " (YAML 1.1 reads 1e-4 as a string, and 1.0e-4 as a number)" if kind is float else ""
+        return f"the string {value!r}: pass {kind.__name__}({value!r}){yaml}"
     return f"{shown(value)} ({type(value).__name__})"
 
 

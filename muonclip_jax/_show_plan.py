@@ -69,7 +69,7 @@ def sharding_plan(
       matrices  rows        columns  on each device  FLOPs     MB sent  leaves
       4         256 / fsdp  512      move: 1 whole   7.05e+08  0.8      up/kernel
     """
-    check_settings("sharding_plan", locals())
+    check_settings("sharding_plan", locals(), optional=("outputs_first",))
     check_overrides("sharding_plan", overrides)
     given, settings = muon_weight_dimension_numbers, Settings(outputs_first)
     numbers = route(params, given, overrides, settings, caller="sharding_plan").numbers

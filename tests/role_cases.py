@@ -518,7 +518,7 @@ Dense_1/bias 10 A
 """,
     # the CNN of Flax's MNIST example
     "flax_cnn": """
-Conv_0/kernel 3,3,1,32 A
+Conv_0/kernel 3,3,1,32 AW
 Conv_0/bias 32 A
 Conv_1/kernel 3,3,32,64 1x288x64
 Conv_1/bias 64 A

@@ -107,6 +107,14 @@ def test_a_schedule_and_a_changed_rate_take_effect():
     chex.assert_trees_all_equal(still, jax.tree.map(jnp.zeros_like, still))
 
 
+def test_every_number_may_be_a_schedule():
+    values = {"beta": 0.9, "eps": 1e-7, "adam_b1": 0.8, "consistent_rms": 0.2, "ns_steps": 4}
+    schedules = {name: lambda _, value=value: value for name, value in values.items()}
+    got, _ = updates_of(optax.inject_hyperparams(mc.muon)(0.1, **schedules), weights())
+    expected, _ = updates_of(mc.muon(0.1, **values), weights())
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_settings_in_the_state_keep_their_digits_and_the_dtype_of_updates(dtype):
     settings: Any = {"learning_rate": 0.1, "weight_decay": 0.1}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
+from muonclip_jax._roles import decide
 
 
 def shapes_of(tree):
@@ -351,3 +352,26 @@ def test_weak_guesses_are_doubted(tree, doubt):
 )
 def test_ordinary_matrices_are_not_doubted(tree):
     assert not warnings_of(tree)
+
+
+@pytest.mark.parametrize("name", ["Dense_0", "fc_out", "readout"])
+@pytest.mark.parametrize("width", [16, 32])
+def test_outputs_of_the_size_of_the_vocabulary_are_doubted(name, width):
+    """The width of an RNN may differ from that of the embedding."""
+    shapes = {("Embed_0", "embedding"): (100, 16), (name, "kernel"): (width, 100)}
+    head = decide([*shapes], [*shapes.values()])[1]
+    assert head.numbers is None
+    assert head.doubt
+
+
+@pytest.mark.parametrize("name", ["output_layer", "final_layer", "last_layer"])
+def test_last_layers_are_heads_although_layers_are_blocks(name):
+    (head,) = decide([(name, "kernel")], [(64, 1000)])
+    assert (head.numbers, head.doubt) == (None, "")
+
+
+def test_first_convolution_of_gray_images_is_doubted():
+    paths = [("Conv_0", "kernel"), ("Conv_1", "kernel")]
+    first, _ = decide(paths, [(3, 3, 1, 32), (3, 3, 32, 64)])
+    depthwise, _ = decide(paths, [(3, 3, 1, 32), (3, 3, 64, 32)])
+    assert (bool(first.doubt), bool(depthwise.doubt)) == (True, False)

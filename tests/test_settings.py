@@ -193,3 +193,52 @@ def test_traced_settings_are_taken_as_they_are():
         return updates["w"]
 
     assert np.all(np.isfinite(update(0.9, 0.1)))
+
+
+@pytest.mark.usefixtures("no_typecheck")
+@pytest.mark.parametrize("name", ["outputs_first", "weight_decay_mask"])
+@pytest.mark.parametrize("transform", [mc.muon, mc.muonclip])
+def test_a_boolean_as_string_raises(transform, name):
+    with pytest.raises(TypeError, match=rf"{name} must be .*'False'"):
+        transform(0.1, **{name: "False"})
+
+
+@pytest.mark.usefixtures("no_typecheck")
+def test_an_integer_as_string_names_the_fix():
+    steps: Any = "5"
+    with pytest.raises(TypeError, match=r"pass int\('5'\)\.$"):
+        mc.muon(0.1, ns_steps=steps)
+
+
+@pytest.mark.usefixtures("no_typecheck")
+@pytest.mark.parametrize(
+    ("name", "value"), [("ignore", 3), ("ignore", None), ("ignore", [3]), ("ever_clipped", 5)]
+)
+def test_other_arguments_of_the_clip_of_the_wrong_type_raise(name, value):
+    plain: Any = getattr(
+        mc.qk_clip, "__wrapped__", mc.qk_clip
+    )  # these tests check types themselves
+    with pytest.raises(TypeError, match=f"qk_clip: {name} must be"):
+        call_qk_clip(name, value)
+
+
+@pytest.mark.usefixtures("no_typecheck")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("query", 3),
+        ("key", None),
+        ("stat", 3),
+        ("scaled_leaves", ["kernel"]),
+        ("kept_leaves", "lora_a"),
+        ("qk_norm", True),
+    ],
+)
+def test_fields_of_a_head_layout_of_the_wrong_type_raise(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        mc.MultiHeadLayout(**{name: value})
+
+
+def test_query_heads_with_groups_first_raise():
+    with pytest.raises(ValueError, match="'kv_heads groups' side by side"):
+        mc.MultiHeadLayout(kernel="inputs (groups kv_heads head_dim)", head_dim=4)
