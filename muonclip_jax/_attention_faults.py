@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from muonclip_jax._attention_sites import Path, Site, Survey, make_site
-from muonclip_jax._layout_proposals import proposal
+from muonclip_jax._layout_proposals import hint, proposal
 from muonclip_jax._site_faults import Fault, site_faults
 
 _IF_LEFT_OUT = "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
@@ -125,7 +125,10 @@ def _message(found: Survey, faults: Sequence[Fault], watching: bool) -> str:
     kept = dict.fromkeys(layout for path, layout in found.owners.items() if path not in wrong)
     paths = [path for path in wrong if path in found.modules]
     cures = [line for fault in faults for line in fault.cure.splitlines()]
-    cures += proposal(found, paths, kept, watching=watching).splitlines()
+    proposed = proposal(found, paths, kept, watching=watching) or hint(
+        found, [path for path in paths if path not in found.owners]
+    )
+    cures += proposed.splitlines()
     return "\n".join([head, *_lines(faults), *dict.fromkeys(cures)])
 
 

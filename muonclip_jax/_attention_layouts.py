@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from muonclip_jax._kernel_pattern import KernelPattern, kernel_pattern
 from muonclip_jax._types import Scalar
 
 Shape: TypeAlias = tuple[int, ...]
+# Shapes of the leaves at or below each child of an attention module.
+Children: TypeAlias = Mapping[str, Sequence[Shape]]
 
 
 class Leaf(NamedTuple):
@@ -113,7 +115,7 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def faults(
-        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Collection[str]
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
     ) -> Iterator[str]:
         """Lists what does not fit.
 
@@ -121,7 +123,7 @@ class Layout(abc.ABC):
           kernels: The kernels by module name, with `stack` axes of layers each.
           stack: Number of stack axes.
           heads: Number of heads of the max logits.
-          children: Names of all children of the attention module.
+          children: All children of the attention module.
 
         Yields:
           One text per fault.

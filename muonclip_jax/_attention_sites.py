@@ -29,7 +29,7 @@ class Site(NamedTuple):
     Attributes:
       path: Its path.
       layout: The layout that describes it.
-      children: Names of all its children.
+      children: All its children by name, with the shapes of their leaves.
       paths: Paths of all leaves below it, from the module on; not those of attention modules in it.
       leaves: The leaves at or below the children that the layout names.
       hidden: Paths of leaves at or below these children that a mask hides.
@@ -39,7 +39,7 @@ class Site(NamedTuple):
 
     path: Path
     layout: Layout
-    children: tuple[str, ...]
+    children: dict[str, list[Shape]]
     paths: tuple[Path, ...]
     leaves: dict[str, list[Leaf]]
     hidden: tuple[str, ...]
@@ -186,7 +186,11 @@ def make_site(
         if not any(full[:end] in found.owners for end in range(depth + 1, len(full)))
     )
     stats = found.statistics[path, layout.stat] if statistics is None else statistics
-    return Site(path, layout, tuple(children), paths, leaves, tuple(hidden), stats, is_bound)
+    shapes = {
+        name: [jnp.shape(x) for _, _, x in entries if not _hides(x)]
+        for name, entries in children.items()
+    }
+    return Site(path, layout, shapes, paths, leaves, tuple(hidden), stats, is_bound)
 
 
 def _modules(params: ArrayTree) -> tuple[Modules, set[Path], set[Path]]:

@@ -1,13 +1,13 @@
 """Queries, keys and values of all heads from one kernel."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._attention_layouts import Columns, Layout, Leaf
+from muonclip_jax._attention_layouts import Children, Columns, Layout, Leaf
 from muonclip_jax._shared_key import query_and_key_factors
 from muonclip_jax._types import Scalar
 
@@ -73,7 +73,7 @@ class FusedQKVLayout(Layout):
             raise ValueError(f"{self}: a 3 before the heads is not interleaved.")
 
     def faults(
-        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Collection[str]
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
     ) -> Iterator[str]:
         """Lists what does not fit. Arguments: see `Layout`."""
         kernel, key_heads = kernels[self.qkv], self.num_kv_heads or heads

@@ -21,6 +21,7 @@ _PATTERNS = (
     "heads inputs head_dim",
     "heads head_dim inputs",
     "kv_heads groups head_dim inputs",
+    "inputs kv_heads groups head_dim",
     "inputs 3 heads head_dim",
     "inputs heads 3 head_dim",
     "3 heads inputs head_dim",
@@ -65,11 +66,53 @@ def proposal(
     if alone:
         layouts = tuple(dict.fromkeys((*kept, *alone)))
         lines.append(f"Pass layout={layouts[0] if len(layouts) == 1 else layouts}.")
+    several: dict[tuple[Layout, ...], list[Path]] = {}
     for path, fits in fitting.items():
         if 1 < len(fits) <= _MOST:
-            shown = " or ".join(map(str, fits))
-            lines.append(f"By its shapes, {'/'.join(path) or 'the root'} fits {shown}.")
+            several.setdefault(tuple(fits), []).append(path)
+    for fits, (first, *others) in several.items():
+        more = f" and {len(others)} more fit" if others else " fits"
+        shown = " or ".join(map(str, fits))
+        lines.append(f"By its shapes, {'/'.join(first) or 'the root'}{more} {shown}.")
     return "\n".join(dict.fromkeys(lines[:_MOST]))
+
+
+def hint(found: Survey, paths: Iterable[Path]) -> str:
+    """Names the kind of layout that a module without a proposal needs.
+
+    Args:
+      found: All modules and max logits.
+      paths: The modules to describe.
+
+    Returns:
+      One sentence, or an empty string if no module has queries and keys by name.
+    """
+    for path in paths:
+        children = found.modules[path]
+        shown = {name: letters(name) for name in children if normalizes(name) is None}
+        fused = [n for n, found_letters in shown.items() if found_letters >= {"q", "k", "v"}]
+        fused += [name for name in ("c_attn", "in_proj") if name in children]
+        latent = {"q_b", "kv_b", "wq_b", "wkv_b", "q_b_proj", "kv_b_proj"} & {*children}
+        if fused:
+            return (
+                f"{fused[0]!r} holds queries, keys and values: pass a FusedQKVLayout with "
+                f"qkv={fused[0]!r} and its head_dim."
+            )
+        if len(latent) > 1:
+            return (
+                f"{' and '.join(map(repr, sorted(latent)))} are up-projections of latent "
+                "attention: pass an MLALayout with these names and its nope_dim, rope_dim, "
+                "value_dim and kernel."
+            )
+        if {"q"} in shown.values() and any(
+            "k" in found_letters for found_letters in shown.values()
+        ):
+            return (
+                "No layout fits by names and shapes alone: pass a MultiHeadLayout with query, key "
+                "and kernel, and with query_dim where query heads hold a gate too; docs/qk_clip.md "
+                "has a table of kernels."
+            )
+    return ""
 
 
 def _fitting(found: Survey, path: Path, watching: bool) -> list[Layout]:

@@ -8,13 +8,13 @@ arXiv 2507.20534, section 2.1).
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._attention_layouts import Columns, Layout, Leaf
+from muonclip_jax._attention_layouts import Children, Columns, Layout, Leaf
 from muonclip_jax._shared_key import query_and_key_factors
 from muonclip_jax._types import Scalar
 
@@ -83,7 +83,7 @@ class MLALayout(Layout):
         return found if "k" in (found := super().normalizes(child) or "") else None
 
     def faults(
-        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Collection[str]
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
     ) -> Iterator[str]:
         """Lists what does not fit. Arguments: see `Layout`."""
         widths = {

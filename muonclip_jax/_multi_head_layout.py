@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._attention_layouts import Columns, Layout, Leaf
-from muonclip_jax._child_names import is_out_projection, names_keys_and_values
+from muonclip_jax._attention_layouts import Children, Columns, Layout, Leaf
+from muonclip_jax._child_names import is_out_projection, letters, names_keys_and_values
 from muonclip_jax._kernel_pattern import NAMES, KernelPattern, kernel_pattern
 from muonclip_jax._shared_key import query_and_key_factors
 from muonclip_jax._types import Scalar
@@ -106,7 +106,7 @@ class MultiHeadLayout(Layout):
         return {self.query: query, self.key: kernel_pattern(self.key_kernel, ("2",), _KEY_NAMES)}
 
     def faults(
-        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Collection[str]
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
     ) -> Iterator[str]:
         """Lists what does not fit. Arguments: see `Layout`."""
         fault = self._query_fault(kernels[self.query], stack, heads)
@@ -119,6 +119,7 @@ class MultiHeadLayout(Layout):
                 yield f"no child {self.value!r}, which is value; there are {_names(children)}."
         elif self.key_kernel is None:
             yield from self._value_faults(kernels[self.key], children)
+            yield from self._gate_faults(kernels, stack, heads, children)
 
     def _query_fault(self, query: Leaf, stack: int, heads: int) -> str | None:
         """Says what does not fit between query kernel and number of heads."""
@@ -188,6 +189,27 @@ class MultiHeadLayout(Layout):
                 f"no value module beside {_names(children)}, so {key} may hold keys and values. "
                 f"{_IF_FUSED}"
             )
+
+    def _gate_faults(
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
+    ) -> Iterator[str]:
+        """Says where head_dim seems to count a gate that query heads hold too.
+
+        Where values have the shape of keys, the attention puts out heads of head_dim each, and
+        these are a side of the output projection.
+        """
+        key, dim = kernels[self.key], self._width(kernels[self.query], stack, heads)
+        values = [shape for name in children if letters(name) == {"v"} for shape in children[name]]
+        outs = [shape for name in children if is_out_projection(name) for shape in children[name]]
+        outs = [shape for shape in outs if len(shape) > stack + 1]
+        fits = any(heads * dim in shape or {heads, dim} <= {*shape} for shape in outs)
+        if self.query_dim or key.shape not in values or not outs or fits:
+            return
+        yield (
+            f"{kernels[self.query]} gives {heads} heads of {dim} columns, but the output "
+            f"projection {outs[0]} has no side of {heads * dim}; query heads that hold a gate too "
+            "need query_dim=, and head_dim= is the width of a key head."
+        )
 
     def factors(
         self,

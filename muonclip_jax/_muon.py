@@ -17,7 +17,7 @@ from muonclip_jax._layout import DimensionNumbersOrFn, is_function, spread
 from muonclip_jax._overrides import Overrides, check_overrides
 from muonclip_jax._paths import leaf_paths
 from muonclip_jax._resharding import where_moments_are
-from muonclip_jax._routing import Routing, route
+from muonclip_jax._routing import Routing, dtype_of, route
 from muonclip_jax._scale_by_muon import ScaleByMuonState, scale_by_muon, scale_by_shape
 from muonclip_jax._settings import NUMBERS, check_settings
 from muonclip_jax._types import ArrayTree, Scalar
@@ -221,7 +221,10 @@ def with_adamw(
         if is_function(muon_weight_dimension_numbers):
             routing = route(tree, muon_weight_dimension_numbers, overrides, settings, caller=caller)
         elif leaves:
-            shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+            dtypes = [dtype_of(x) for x in leaves]
+            if None in dtypes:
+                route(tree, caller=caller)  # raises, naming the leaves that are no arrays
+            shapes = tuple((jnp.shape(x), dtype) for x, dtype in zip(leaves, dtypes, strict=True))
             routing = routing_of(structure, shapes)
         numbers = structure.unflatten(routing.numbers)
         labels = structure.unflatten(["adam" if n is None else "muon" for n in routing.numbers])

@@ -1,5 +1,6 @@
 """Which side of a matrix is its inputs: by its bias, by names and widths, by other parameters."""
 
+import re
 from typing import NamedTuple
 
 from muonclip_jax import _role_names as names
@@ -156,7 +157,11 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: Settings) -> tuple[bo
     doubt = _gate_like_down(leaf, shape, evidence) if settings.scale_by_sides else ""
     if settings.scale_by_sides and leaf.core[-1] == "gating_einsum" and shape[-1] != shape[-2]:
         doubt = "Gemma stores it either way"
-    if leaf.core[-1].endswith("weight") and settings.scale_by_sides and shape[-1] != shape[-2]:
+    if (
+        re.match("weight|.*weight$", leaf.core[-1])
+        and settings.scale_by_sides
+        and shape[-1] != shape[-2]
+    ):
         doubt = "nothing shows whether it is stored (inputs, outputs); see outputs_first"
     return False, "last two axes", doubt
 

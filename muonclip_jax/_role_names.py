@@ -70,7 +70,7 @@ ADAMW_ROLES = (
     Role(
         "output head",
         "any",
-        r"lm_head|un_?embed(d(ing|er))?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
+        r"lm_head|un_?emb(ed(d(ing|er))?)?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
         r"|vocab_(proj\w*|head)|output_logits",
         "HF, MaxText, lucidrains",
     ),

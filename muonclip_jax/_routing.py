@@ -255,14 +255,24 @@ def _is_hidden(x: object) -> bool:
 
 
 def _check_dtypes(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
-    wrong = [
-        f"  {'/'.join(path)}: {jnp.result_type(x)}{list(np.shape(x))}."
-        for path, x in zip(paths, leaves, strict=True)
-        if not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    ]
+    wrong = []
+    for path, x in zip(paths, leaves, strict=True):
+        dtype = dtype_of(x)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            shown = type(x).__name__ if dtype is None else f"{dtype}{list(np.shape(x))}"
+            wrong.append(f"  {'/'.join(path)}: {shown}.")
     if wrong:
         raise ValueError(
             f"muon: {len(wrong)} of {len(leaves)} leaves are neither floating nor complex.\n"
             + "\n".join(wrong)
-            + "\nKeep them out of the optimizer with `optax.masked` or `optax.partition`."
+            + "\nKeep them out of the optimizer with `optax.masked` or `optax.partition`; of an "
+            "Equinox model pass `eqx.filter(model, eqx.is_inexact_array)`."
         )
+
+
+def dtype_of(x: Any) -> Any:
+    """Finds the dtype of a leaf; None for what is no array, such as a function."""
+    try:
+        return jnp.result_type(x)
+    except TypeError:
+        return None

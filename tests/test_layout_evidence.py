@@ -278,3 +278,45 @@ def test_weights_are_not_printed():
     params = tree(query=(D, N, H), key=(D, K, H))
     with pytest.raises(TypeError, match="layout must be a layout or a tuple of layouts, got "):
         mc.qk_clip({"max_logits": jnp.ones(N)}, np.ones(3), cast(Any, params))
+
+
+def attention_of(**shapes):
+    return {"attn": {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}}
+
+
+GATED = {"q_proj": (32, 64), "k_proj": (32, 8), "v_proj": (32, 8), "o_proj": (32, 32)}
+
+
+def test_gates_in_flat_query_heads_raise_and_no_layout_that_scales_them_is_proposed():
+    params, stats = attention_of(**GATED), {"attn": {"max_logits": jnp.full(8, 400.0)}}
+    with pytest.raises(ValueError, match="query_dim") as error:
+        mc.qk_clip(params, stats)
+    assert "head_dim=8" not in str(error.value)
+    flat: Any = {"query": "q_proj", "key": "k_proj", "kernel": "inputs (heads head_dim)"}
+    with pytest.raises(ValueError, match=r"no side of 64; .* query_dim="):
+        mc.qk_clip(params, stats, mc.MultiHeadLayout(**flat, head_dim=8))
+    new, _ = mc.qk_clip(params, stats, mc.MultiHeadLayout(**flat, head_dim=4, query_dim=4))
+    queries = np.asarray(new["attn"]["q_proj"]["kernel"]).reshape(32, 8, 2, 4)
+    np.testing.assert_array_equal(queries[:, :, 1], 1)
+    np.testing.assert_allclose(queries[:, :, 0], 0.25, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    [
+        ({"c_attn": (8, 24), "c_proj": (8, 8)}, "FusedQKVLayout"),
+        ({"q_b_proj": (4, 12), "kv_b_proj": (4, 16), "o_proj": (8, 8)}, "MLALayout"),
+        (GATED, "MultiHeadLayout"),
+    ],
+)
+def test_without_a_proposal_the_error_names_the_kind_of_layout(shapes, kind):
+    stats = {"attn": {"max_logits": jnp.full(8, 400.0)}}
+    with pytest.raises(ValueError, match=f"pass an? {kind} with"):
+        mc.qk_clip(attention_of(**shapes), stats)
+
+
+def test_queries_with_an_axis_of_groups_get_a_proposal():
+    params = attention_of(query=(12, 2, 3, 4), key=(12, 2, 4), value=(12, 2, 4))
+    stats = {"attn": {"max_logits": jnp.full(6, 400.0)}}
+    with pytest.raises(ValueError, match="kernel='inputs kv_heads groups head_dim'"):
+        mc.qk_clip(params, stats)

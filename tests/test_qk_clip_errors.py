@@ -97,7 +97,7 @@ def test_nothing_to_clip_says_what_was_looked_for():
     params = {"attn": attention("q_proj", "k_proj")}
     assert text_of(params, None) == one_fault("(root)", nothing, cure)
     params["attn"]["q_norm"] = {"scale": jnp.ones(3)}
-    assert text_of(params, None) == one_fault("(root)", nothing)
+    assert text_of(params, None).startswith(one_fault("(root)", nothing, "No layout fits"))
 
 
 def test_a_proposed_layout_keeps_the_other_settings():

@@ -249,3 +249,8 @@ def test_routes_of_equal_shapes_are_found_once():
     state = tx.init({"w": W})
     tx.update({"w": W}, state, {"w": W})
     assert len(calls) == 2  # a function may look at anything, so it is called for each update
+
+
+def test_a_leaf_that_is_no_array_is_named():
+    with pytest.raises(ValueError, match=r"act: .*\n.*eqx\.filter"):
+        mc.muon(0.1).init({"kernel": jnp.ones((4, 4)), "act": jnp.tanh})
