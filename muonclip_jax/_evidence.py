@@ -54,10 +54,12 @@ class Stack(NamedTuple):
     Attributes:
       axes: These axes.
       known: Whether the shapes of vectors show this. If False, `axes` is empty.
+      layers: The size of the axis, where parameters without it share the module; else 0.
     """
 
     axes: tuple[int, ...]
     known: bool
+    layers: int = 0
 
     def without(self, shape: Shape) -> Shape:
         """Returns the shape of one layer."""
@@ -187,6 +189,7 @@ class Evidence:
             self._stacks[prefix] = self._find_stack(prefix)
         stack = self._stacks[prefix]
         fits = all(axis < len(leaf.shape) for axis in stack.axes)
+        fits &= stack.layers in (0, *leaf.shape[:1])
         return stack if fits else Stack((), False)
 
     def _find_stack(self, prefix: Path) -> Stack:
@@ -194,12 +197,23 @@ class Evidence:
             for depth in range(len(prefix), -1, -1):
                 group = self.groups[prefix[:depth]]
                 shapes = getattr(group, vectors)
-                stack = group.stack(shapes) if shapes else None
+                stack = (self._mixed(group) or group.stack(shapes)) if shapes else None
                 if stack is not None and (stack.axes or self._is_local(prefix, depth)):
                     return stack
                 if stack is not None:
                     break
         return self._second_axis(prefix)
+
+    def _mixed(self, group: Group) -> Stack | None:
+        """Finds stacked layers whose module holds an unstacked gain too, as that of a last norm."""
+        layers = {shape[0] for shape in group.gains if len(shape) == 2}
+        if len(layers) != 1 or not any(len(shape) == 1 for shape in group.gains):
+            return None
+        (count,) = layers
+        leaves = (self.leaves[i] for i in group.leaves)
+        large = [x.shape for x in leaves if x.role is None and len(x.shape) > 2]
+        stacked = [shape for shape in large if shape[0] == count]
+        return Stack((0,), True, count) if len(stacked) > max(2, len(large) // 2) else None
 
     def _second_axis(self, prefix: Path) -> Stack:
         """Finds layers on axis 1, which all parameters of a module share, but not their first."""

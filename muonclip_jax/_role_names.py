@@ -44,7 +44,13 @@ ADAMW_ROLES = (
         r"(abs(olute)?_?)?pos(ition)?(al)?s?_?(emb\w*|enc(oding)?s?|tables?|bias(_table)?)",
         "CLIP, Whisper, scenic",
     ),
-    Role("positional table", "leaf", r"pos(ition)?s?", "learned positions"),
+    Role(
+        "positional table",
+        "near",
+        r"(\w+_)?pos(ition)?s?(_[hwtxy])?|pe|rel_[kv]",
+        "learned positions, DETR, ViTDet",
+    ),
+    Role("embedding", "near", r"vocab(ulary)?|words?|tok|(user|item)_factors", "word2vec"),
     Role(
         "relative positional table",
         "any",
@@ -63,7 +69,8 @@ ADAMW_ROLES = (
     Role(
         "learned token",
         "leaf",
-        r"cls|latents?|queries|(decoder|output|object|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
+        r"cls|latents?|queries|slots|(soft_)?prompts?|prefix|(\w+_)?tokens?|null_(k?v|cond\w*)"
+        r"|mem(ory)?_[kv]|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
         "big_vision, Perceiver IO, DETR",
     ),
     Role("attention vector", "leaf", r"att(n|ention)?_(l|r|left|right|src|dst|vec(tor)?)", "GAT"),

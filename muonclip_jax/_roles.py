@@ -106,7 +106,7 @@ def _router(leaf: Leaf, evidence: Evidence) -> Decision | None:
         fitting = [pair for pair in sides if inputs in pair]
         if count > 1 and ((is_gate and sides) or len(fitting) > 1):
             return Decision(None, f"router '{name}' beside {len(sides)} stacks of {count} experts")
-        if count > 1 and is_gate and _has_series(module, count, evidence):
+        if count > 1 and _has_series(module, count, evidence, any_name=is_gate):
             return Decision(None, f"router '{name}' beside {count} numbered modules")
     is_alone = is_gate and not _has_child(module, names.BESIDE_GATE, evidence)
     if is_alone and module and names.matches(names.MIXTURES, module[-1]):
@@ -125,9 +125,12 @@ def _has_child(module: Path, pattern: str, evidence: Evidence) -> bool:
     return any(names.matches(pattern, child) for child in evidence.children[module])
 
 
-def _has_series(module: Path, count: int, evidence: Evidence) -> bool:
-    """Returns whether a module has a list of `count` modules, or as many numbered ones."""
-    children = evidence.children[module]
+def _has_series(module: Path, count: int, evidence: Evidence, *, any_name: bool) -> bool:
+    """Returns whether a module has a list of `count` modules, or as many numbered ones.
+
+    Unless any name will do, these are named as experts.
+    """
+    children = [c for c in evidence.children[module] if any_name or names.matches(names.EXPERTS, c)]
     series = [[c for c in children if names.is_numbered(c)]]
     series += [[*evidence.children.get((*module, child), ())] for child in children]
     return any(len(s) == count and all(map(names.is_numbered, s)) for s in series)
@@ -242,8 +245,13 @@ def _may_be_a_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> boo
     The width of the embedding may differ from that of the last layer, as in many RNNs.
     """
     width, vocabulary = evidence.embedded, evidence.vocabulary
-    is_head = n_out == vocabulary or (n_in, n_out) == (vocabulary, width)
-    return len(leaf.shape) == 2 and width < vocabulary and is_head and _is_top(leaf)
+    if len(leaf.shape) != 2 or width >= vocabulary:
+        return False
+    if _is_top(leaf):
+        return n_out == vocabulary or (n_in, n_out) == (vocabulary, width)
+    # A head inside of a numbered layer, as in multi-token prediction.
+    is_named = any(names.matches(r"(\w+_)?head", name) for name in leaf.core)
+    return is_named and {n_in, n_out} == {width, vocabulary}
 
 
 def _is_long(leaf: Leaf, small: int, large: int) -> bool:

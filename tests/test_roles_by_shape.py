@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
+from muonclip_jax import _kernels
 from muonclip_jax._roles import decide
 
 
@@ -375,3 +376,62 @@ def test_first_convolution_of_gray_images_is_doubted():
     first, _ = decide(paths, [(3, 3, 1, 32), (3, 3, 32, 64)])
     depthwise, _ = decide(paths, [(3, 3, 1, 32), (3, 3, 64, 32)])
     assert (bool(first.doubt), bool(depthwise.doubt)) == (True, False)
+
+
+def test_an_unstacked_gain_in_the_module_of_stacked_layers_does_not_hide_the_stack():
+    shapes = {
+        "wq": (3, 64, 4, 16),
+        "wk": (3, 64, 2, 16),
+        "wo": (3, 4, 16, 64),
+        "w_up": (3, 64, 256),
+        "attn_norm": (3, 64),
+        "out_norm": (64,),
+        "proj_in": (32, 64),
+    }
+    decisions = decide([(name,) for name in shapes], [*shapes.values()])
+    numbers = dict(zip(shapes, (d.numbers for d in decisions), strict=True))
+    sizes = {name: _sizes_of(shapes[name], n) for name, n in numbers.items() if n}
+    assert sizes == {
+        "wq": (3, 64, 64),
+        "wk": (3, 64, 32),
+        "wo": (3, 64, 64),
+        "w_up": (3, 64, 256),
+        "proj_in": (1, 32, 64),
+    }
+
+
+def _sizes_of(shape, numbers):
+    n_in, n_out, batch = _kernels.sizes(shape, numbers)
+    return int(np.prod([n for _, n in batch], dtype=int)), n_in, n_out
+
+
+@pytest.mark.parametrize("name", ["routing", "route", "expert_gate", "selector"])
+def test_a_router_beside_numbered_experts_needs_no_name(name):
+    experts = {("moe", f"expert_{i}", "up", "kernel"): (16, 64) for i in range(8)}
+    shapes = {("moe", name, "kernel"): (16, 8), **experts}
+    first, *others = decide([*shapes], [*shapes.values()])
+    assert first.numbers is None
+    assert all(d.numbers is not None for d in others)
+
+
+def test_a_head_inside_of_a_numbered_layer_is_doubted():
+    shapes = {
+        ("embed_tokens", "weight"): (1000, 64),
+        ("layers_61", "shared_head", "head", "weight"): (64, 1000),
+    }
+    head = decide([*shapes], [*shapes.values()])[1]
+    assert head.numbers is None
+    assert head.doubt
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *[("abs_pos",), ("query_pos",), ("pos_h",), ("soft_prompt",), ("slots",), ("obj_query",)],
+        *[("detect_tokens",), ("null_kv",), ("user_factors",)],
+        *[("position", "kernel"), ("vocab", "kernel")],
+    ],
+)
+def test_tables_that_are_looked_up_or_added_go_to_adamw(path):
+    (table,) = decide([path], [(20, 64)])
+    assert table.numbers is None

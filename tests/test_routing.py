@@ -163,5 +163,6 @@ def test_integer_leaves_are_refused_with_their_paths():
         "muon: 2 of 3 leaves are neither floating nor complex.\n"
         "  a/ids: int32[3, 4].\n"
         "  b/0: bool[].\n"
-        "Keep them out of the optimizer with `optax.masked` or `optax.partition`."
+        "Keep them out of the optimizer with `optax.masked` or `optax.partition`; of an "
+        "Equinox model pass `eqx.filter(model, eqx.is_inexact_array)`."
     )
