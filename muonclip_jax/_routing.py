@@ -192,10 +192,8 @@ def _row(
     name = "/".join(path)
     if numbers is None:
         return Route(name, shape, "adamw", 0, 0, 0, 1.0, reason, None)
-    try:
-        axes = axes_of(numbers, len(shape))
-    except ValueError as error:
-        raise ValueError(f"routing_table: {name} {shape}: {error}.") from error
+    _check_axes("routing_table", name, shape, numbers)
+    axes = axes_of(numbers, len(shape))
     n_in, n_out = sides(shape, axes)
     count = int(np.prod([shape[axis] for axis in axes.batch], dtype=np.int64))
     scale = float(update_scale(n_in, n_out, consistent_rms))
@@ -246,8 +244,21 @@ def route(
             if _is_hidden(x)
         ]
         for index, (pattern, numbers) in matched(caller, overrides, joined, hidden).items():
+            if numbers is not None:
+                _check_axes(
+                    f"{caller}: override '{pattern}'", joined[index], shapes[index], numbers
+                )
             decisions[index] = Decision(numbers, f"override '{pattern}'")
     return Routing(tuple(paths), shapes, tuple(decisions))
+
+
+def _check_axes(
+    caller: str, path: str, shape: tuple[int, ...], numbers: MuonDimensionNumbers
+) -> None:
+    try:
+        axes_of(numbers, len(shape))
+    except ValueError as error:
+        raise ValueError(f"{caller}: {path} {shape}: {error}.") from error
 
 
 def _is_hidden(x: object) -> bool:

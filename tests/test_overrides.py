@@ -164,3 +164,11 @@ def test_given_dimension_numbers_are_not_doubted():
 def test_shapes_are_enough():
     shapes = jax.eval_shape(lambda: PARAMS)
     assert str(mc.routing_table(shapes)) == str(mc.routing_table(PARAMS))
+
+
+@pytest.mark.parametrize("make", [mc.routing_table, lambda p, **o: mc.muon(0.1, **o).init(p)])
+def test_axes_that_a_parameter_does_not_have_name_the_override(make):
+    params = {"up": {"kernel": jnp.ones((4, 8))}}
+    wrong = {"up/*": mc.MuonDimensionNumbers(0, 5)}
+    with pytest.raises(ValueError, match=r"override 'up/\*': up/kernel \(4, 8\)"):
+        make(params, overrides=wrong)
