@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 from muonclip_jax._role_names import (
     BIAS_SUFFIXES,
     INTO_HEADS,
+    MATRIX_NAMES,
     OUT_OF_HEADS,
     Role,
     adamw_role,
@@ -310,7 +311,10 @@ class Evidence:
         """Finds the bias that is added to what a kernel puts out."""
         *module, name = leaf.core
         names = [f"{stem(name)}{end}" for end in BIAS_SUFFIXES]
-        names += [f"b_{name[2:]}" if name.startswith("w_") else "b", "bias"]
+        if name.startswith("w_"):
+            names.append(f"b_{name[2:]}")
+        if matches(MATRIX_NAMES, name):
+            names += ["b", "bias"]
         if name[:1] == "w" and name[1:].isdigit():
             names.insert(0, f"b{name[1:]}")
         for candidate in names:

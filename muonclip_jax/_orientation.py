@@ -112,10 +112,18 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decisio
     last = len(shape) - 1
     outputs_first, reason, doubt = _orientation(leaf, evidence, settings)
     is_unknown = stack.known or _is_beside_heads(leaf, evidence)
+    is_unknown &= not _is_named_stack(leaf)
     if is_unknown and last > 1 and not doubt and not _is_batch(leaf, evidence):
         doubt = f"nothing shows whether the axes {shape} are matrices or heads"
     sides = ((last,), (last - 1,)) if outputs_first else ((last - 1,), (last,))
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
+
+
+def _is_named_stack(leaf: Leaf) -> bool:
+    """Returns whether names show that a third axis numbers layers or experts, and no heads."""
+    _, name = module_and_name(leaf)
+    is_mlp = names.matches(f"{names.FROM_RESIDUAL}|{names.TO_RESIDUAL}", name)
+    return is_mlp or any(names.matches(names.STACKS, part) for part in leaf.core[:-1])
 
 
 def _is_beside_heads(leaf: Leaf, evidence: Evidence) -> bool:

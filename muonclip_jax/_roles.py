@@ -274,9 +274,17 @@ def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
     in_layer = any(map(names.is_numbered, module)) and not all(n.isdigit() for n in leaf.core)
     if in_layer or n_in == 0 or n_out % n_in == 0:
         return False
-    if name == leaf.core[-1] and not name.isdigit():
+    if name == leaf.core[-1] and not _is_in_pair(leaf, evidence, n_out):
         return False
     return evidence.matrix_sizes[n_out] == 1 and evidence.sizes[n_in] > 1
+
+
+def _is_in_pair(leaf: Leaf, evidence: Evidence, n_out: int) -> bool:
+    """Returns whether a matrix without a name has its bias beside it, as in a list of layers."""
+    *module, name = leaf.core
+    beside = (evidence.by_core.get((*module, child)) for child in evidence.children[(*module,)])
+    shapes = [x.shape for x in beside if x is not None]
+    return bool(module) and name.isdigit() and (n_out,) in shapes
 
 
 def _may_be_a_vector(leaf: Leaf, evidence: Evidence) -> bool:

@@ -127,7 +127,7 @@ def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
     variables = module.init(jax.random.key(0), X)
     _, state = module.apply(variables, X, mutable=["intermediates"])
     with pytest.raises(
-        ValueError, match="with `attention_fn` was called without `sow_weights=True`"
+        ValueError, match="with `attention_fn` is called without `sow_weights=True`"
     ):
         mc.qk_clip(variables["params"], state)
 
