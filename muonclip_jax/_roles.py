@@ -303,7 +303,12 @@ def _may_be_a_vector(leaf: Leaf, evidence: Evidence) -> bool:
 def _is_broadcast(leaf: Leaf, evidence: Evidence) -> bool:
     is_kernel = names.matches(names.MATRIX_NAMES, leaf.core[-1])
     leads = len(leaf.shape) == 3 and leaf.shape[0] == 1 and not evidence.stack_of(leaf).axes
-    return leads and not is_kernel and not _kernels.is_convolution(leaf) and not _is_lora(leaf)
+    if not leads or is_kernel or _kernels.is_convolution(leaf) or _is_lora(leaf):
+        return False
+    # A stack of one layer or one expert.
+    heads = f"{names.INTO_HEADS}|{names.OUT_OF_HEADS}|{names.EXPERTS}|{names.STACKS}"
+    known = f"{names.FROM_RESIDUAL}|{names.TO_RESIDUAL}|{heads}"
+    return not any(names.matches(known, names.stem(name)) for name in leaf.core)
 
 
 def _is_lora(leaf: Leaf) -> bool:

@@ -365,7 +365,7 @@ layers/mlp/gate/kernel 3,64,128 3x64x128
 layers/mlp/up/kernel 3,64,128 3x64x128
 layers/mlp/down/kernel 3,128,64 3x128x64
 """,
-    # Gated Attention, arXiv 2505.06708, one gate per head
+    # Gated Attention, one gate per head
     "gated_attention_headgate": """
 layers/0/attn/q_proj/kernel 64,4,16 1x64x64
 layers/0/attn/k_proj/kernel 64,4,16 1x64x64

@@ -91,12 +91,12 @@ def test_full_stacks_move_by_two_all_to_all(kind, sizes):
     leaves = {
         "up": Leaf((16, 16, 64), P(None, ("x", "z"), "y")),
         "down": Leaf((8, 64, 16), P(None, "y", ("x", "z"))),
-        "query": Leaf((8, 16, 16), P(None, "z", ("y", "x"))),
+        "fc1": Leaf((8, 16, 16), P(None, "z", ("y", "x"))),
         "norm": {"scale": Leaf((16,), P("x"))},
     }
     found = collectives(compiled(leaves, make_mesh(sizes, kind), muon))
     assert [c.kind for c in found] == 4 * ["all-to-all"]
-    local = sum(math.prod(leaves[name].shape) * 4 / 8 for name in ("up", "down", "query"))
+    local = sum(math.prod(leaves[name].shape) * 4 / 8 for name in ("up", "down", "fc1"))
     assert sum(c.bytes for c in found) == 2 * local
 
 

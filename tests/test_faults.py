@@ -70,7 +70,9 @@ def test_the_clip_follows_a_skipped_step():
         }
     }
     stats = {"attn": {"max_logits": jnp.array([400.0, 1.0])}}
-    tx = optax.apply_if_finite(mc.muon(0.1), max_consecutive_errors=5)
+    into_heads = mc.MuonDimensionNumbers(-3, (-2, -1))
+    muon = mc.muon(0.1, overrides={"attn/*/kernel": into_heads})
+    tx = optax.apply_if_finite(muon, max_consecutive_errors=5)
 
     @jax.jit
     def step(grads, state, params):

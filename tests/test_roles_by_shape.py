@@ -435,3 +435,11 @@ def test_a_head_inside_of_a_numbered_layer_is_doubted():
 def test_tables_that_are_looked_up_or_added_go_to_adamw(path):
     (table,) = decide([path], [(20, 64)])
     assert table.numbers is None
+
+
+@pytest.mark.parametrize("path", [("experts", "up"), ("layers", "mlp", "w1"), ("down",)])
+def test_a_stack_of_one_is_no_table(path):
+    (matrix,) = decide([path], [(1, 48, 64)])
+    assert matrix.numbers is not None
+    (table,) = decide([("added",)], [(1, 48, 64)])
+    assert table.numbers is None
