@@ -252,5 +252,6 @@ def test_routes_of_equal_shapes_are_found_once():
 
 
 def test_a_leaf_that_is_no_array_is_named():
+    model: Any = {"kernel": jnp.ones((4, 4)), "act": jnp.tanh}
     with pytest.raises(ValueError, match=r"act: .*\n.*eqx\.filter"):
-        mc.muon(0.1).init({"kernel": jnp.ones((4, 4)), "act": jnp.tanh})
+        mc.muon(0.1).init(model)
