@@ -50,7 +50,12 @@ ADAMW_ROLES = (
         r"(\w+_)?pos(ition)?s?(_[hwtxy])?|pe|rel_[kv]",
         "learned positions, DETR, ViTDet",
     ),
-    Role("embedding", "near", r"vocab(ulary)?|words?|tok|(user|item)_factors", "word2vec"),
+    Role(
+        "embedding",
+        "near",
+        r"vocab(ulary)?|words?|tok|segments?|(\w+_)?table|(user|item)_factors",
+        "word2vec",
+    ),
     Role(
         "relative positional table",
         "any",
@@ -69,8 +74,8 @@ ADAMW_ROLES = (
     Role(
         "learned token",
         "leaf",
-        r"cls|latents?|queries|slots|(soft_)?prompts?|prefix|(\w+_)?tokens?|null_(k?v|cond\w*)"
-        r"|mem(ory)?_[kv]|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
+        r"(\w+_)?(cls|null|tokens?)|null_(k?v|cond\w*)|latents?|queries|slots|(soft_)?prompts?|prefix"
+        r"|anchors|mem(ory)?_[kv]|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
         "big_vision, Perceiver IO, DETR",
     ),
     Role("attention vector", "leaf", r"att(n|ention)?_(l|r|left|right|src|dst|vec(tor)?)", "GAT"),

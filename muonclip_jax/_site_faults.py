@@ -21,7 +21,7 @@ _IF_HIDDEN = (
 _IF_NORM = (
     "A norm between projection and logits gives back the size that the clip takes: the logits stay "
     "and the weights shrink to zero. Leave these modules out with ignore=, or watch them with "
-    "threshold=float('inf'); if the children are no such norms, pass qk_norm=() to the layout."
+    "threshold=float('inf'), not traced; if the children are no such norms, pass qk_norm=()."
 )
 _IF_OPEN = (
     "Declare it in the layout: qk_norm=() if nothing normalizes queries or keys between projection "

@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(mc.__file__).parent
 LAYERS = """
 _types _paths _team _injection _kernel_pattern _child_names \
 _resharding _folding _overrides _role_names
-_adamw _coefficients _products _shared_key _visible _clipped_heads _evidence
-_settings
+_adamw _coefficients _products _shared_key _visible _clipped_heads _module_shapes
+_settings _evidence
 _grouping _polar_express _iterations _layout _kernels _max_logit _splash _attention_layouts
 _orientation _window_kernels
 _head_kernels
@@ -50,6 +50,7 @@ OPTIMIZER_HALF = {
     "_window_kernels",
     "_orientation",
     "_evidence",
+    "_module_shapes",
     "_role_names",
     "_overrides",
     "_folding",
