@@ -1,4 +1,4 @@
-"""What the names of the children of an attention module show about them."""
+"""Names of the children of an attention module: queries, keys, values, norms."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What the shapes of a pytree show about a parameter: stacked layers, widths, biases.
+"""Evidence from the shapes of a pytree: stacked layers, widths, biases.
 
 Layers that `scan` or `vmap` stacks have one more axis in every parameter, of one size. A gain of a
 norm is a vector, so that its rank counts the axes of the stack. The sizes of the gains are the
@@ -128,7 +128,7 @@ class Evidence:
         return self._second_axis(prefix)
 
     def _mixed(self, group: Group) -> Stack | None:
-        """Finds stacked layers whose module holds an unstacked gain too, as that of a last norm."""
+        """Finds stacked layers whose module holds an unstacked gain too, such as a last norm."""
         layers = {shape[0] for shape in group.gains if len(shape) == 2}
         if len(layers) != 1 or not any(len(shape) == 1 for shape in group.gains):
             return None

@@ -1,4 +1,4 @@
-"""What `optax.inject_hyperparams` needs to serve a factory without `static_args`.
+"""A signature with which `optax.inject_hyperparams` serves a factory without `static_args`.
 
 It calls every function among the arguments with the step, as a schedule: a mask, dimension numbers
 given as a function, `jnp.bfloat16`. And it casts every number to the dtype of the parameters: in

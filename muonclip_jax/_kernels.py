@@ -1,4 +1,4 @@
-"""Which axes of a kernel are its inputs and outputs: what the rules for kernels have in common."""
+"""Inputs and outputs among the axes of a kernel: common parts of the rules for kernels."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ HeadPatterns: TypeAlias = Mapping[str, tuple[tuple[tuple[str, ...], ...], int]]
 
 
 class Decision(NamedTuple):
-    """What happens to a parameter.
+    """The optimizer of a parameter, with the reason.
 
     Attributes:
       numbers: The axes of its matrices; None assigns it to AdamW.
