@@ -22,7 +22,7 @@ def adamw(
     Args:
       learning_rate: Number or schedule.
       eps: Added to the root. 0 gives no update where there has been no gradient.
-      mu_dtype: Dtype of the first moment of real leaves. None: that of the parameters.
+      mu_dtype: Dtype of the first moment of real leaves. None: the dtype of the parameters.
       **settings: Passed to `optax.adamw`.
 
     Returns:

@@ -101,7 +101,7 @@ _PRESETS: dict[str, tuple[Row, ...]] = {
     "cubic5": _CUBIC5,
 }
 
-# What a message says that coefficients must be.
+# The expected coefficients, in error messages.
 EXPECTED = (
     f"a preset's name ({', '.join(map(repr, _PRESETS))}), a row (a, b, c) or several rows of "
     "finite numbers"

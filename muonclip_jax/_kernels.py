@@ -29,7 +29,7 @@ class Decision(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the user set.
+    """Settings of the user.
 
     Attributes:
       outputs_first: Whether matrices are stored (outputs, inputs); None decides by evidence.

@@ -34,7 +34,7 @@ _KEY_PATTERNS = {
     "heads inputs head_dim": ("2 heads inputs head_dim",),
     "heads head_dim inputs": ("2 heads head_dim inputs",),
 }
-# What the name of a module shows: queries (q), keys (k), values (v), by field of the layout.
+# Letters in the name of a module: queries (q), keys (k), values (v), by field of the layout.
 _LETTERS = {
     "query": ({"q"},),
     "key": ({"k"}, {"k", "v"}),
