@@ -247,6 +247,8 @@ def _may_be_a_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> boo
     width, vocabulary = evidence.embedded, evidence.vocabulary
     if len(leaf.shape) != 2 or width >= vocabulary:
         return False
+    if any(names.matches(names.INTO_HEADS, name) for name in leaf.core):  # queries, keys or values
+        return False
     if _is_top(leaf):
         return n_out == vocabulary or (n_in, n_out) == (vocabulary, width)
     # A head inside of a numbered layer, as in multi-token prediction.
