@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from muonclip_jax import _newton_schulz, newton_schulz, ns_coefficients
-from muonclip_jax._coefficients import evaluate, for_sixteen_bits
+from muonclip_jax import newton_schulz, ns_coefficients
+from muonclip_jax._orthogonalize import newton_schulz as _newton_schulz
+from muonclip_jax._orthogonalize.coefficients import evaluate, for_sixteen_bits
 
 PRESETS = ("jordan", "you", "polar_express", "polar_express_6", "cans", "deepseek_v4", "cubic5")
 SPECTRA = ("gaussian", "1 .. 1e-4", "rank 8", "rank 1 + 1e-3")

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from muonclip_jax import _newton_schulz, newton_schulz
+from muonclip_jax import newton_schulz
+from muonclip_jax._orthogonalize import newton_schulz as _newton_schulz
 
 SIDES = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
 ASPECTS = (1, 4)

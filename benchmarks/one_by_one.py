@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from muonclip_jax import _newton_schulz, ns_coefficients
+from muonclip_jax import ns_coefficients
+from muonclip_jax._orthogonalize import newton_schulz as _newton_schulz
 
 BATCHES = ((4, 128, 128), (4, 384, 128), (48, 256, 256), (24, 768, 768), (12, 768, 3072))
 REPEATS = 9

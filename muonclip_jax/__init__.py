@@ -8,34 +8,34 @@ from typing import TYPE_CHECKING
 
 from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
-from muonclip_jax._attention import dot_product_attention as dot_product_attention
-from muonclip_jax._coefficients import ns_coefficients as ns_coefficients
-from muonclip_jax._fused_qkv_layout import FusedQKVLayout as FusedQKVLayout
-from muonclip_jax._max_logit import max_attention_logit as max_attention_logit
-from muonclip_jax._metrics import (
-    heads_ever_clipped as heads_ever_clipped,
-    qk_clip_metrics as qk_clip_metrics,
-)
-from muonclip_jax._mla_layout import MLALayout as MLALayout
-from muonclip_jax._multi_head_layout import MultiHeadLayout as MultiHeadLayout
-from muonclip_jax._muon import muon as muon
-from muonclip_jax._muonclip import muonclip as muonclip
-from muonclip_jax._newton_schulz import newton_schulz as newton_schulz
-from muonclip_jax._polar_express import (
-    polar_express_coefficients as polar_express_coefficients,
-)
-from muonclip_jax._qk_clip import (
-    QKClipInfo as QKClipInfo,
-    merge_max_logits as merge_max_logits,
-    qk_clip as qk_clip,
-)
-from muonclip_jax._routing import RoutingTable as RoutingTable, routing_table as routing_table
-from muonclip_jax._scale_by_muon import (
+from muonclip_jax._attention.attention import dot_product_attention as dot_product_attention
+from muonclip_jax._attention.max_logit import max_attention_logit as max_attention_logit
+from muonclip_jax._muon.muon import muon as muon
+from muonclip_jax._muon.routing import RoutingTable as RoutingTable, routing_table as routing_table
+from muonclip_jax._muon.scale_by_muon import (
     ScaleByMuonState as ScaleByMuonState,
     scale_by_muon as scale_by_muon,
     scale_by_shape as scale_by_shape,
 )
-from muonclip_jax._show_plan import sharding_plan as sharding_plan
+from muonclip_jax._muon.show_plan import sharding_plan as sharding_plan
+from muonclip_jax._muonclip import muonclip as muonclip
+from muonclip_jax._orthogonalize.coefficients import ns_coefficients as ns_coefficients
+from muonclip_jax._orthogonalize.newton_schulz import newton_schulz as newton_schulz
+from muonclip_jax._orthogonalize.polar_express import (
+    polar_express_coefficients as polar_express_coefficients,
+)
+from muonclip_jax._qk_clip.clip import (
+    QKClipInfo as QKClipInfo,
+    merge_max_logits as merge_max_logits,
+    qk_clip as qk_clip,
+)
+from muonclip_jax._qk_clip.fused_qkv import FusedQKVLayout as FusedQKVLayout
+from muonclip_jax._qk_clip.metrics import (
+    heads_ever_clipped as heads_ever_clipped,
+    qk_clip_metrics as qk_clip_metrics,
+)
+from muonclip_jax._qk_clip.mla import MLALayout as MLALayout
+from muonclip_jax._qk_clip.multi_head import MultiHeadLayout as MultiHeadLayout
 
 if TYPE_CHECKING:
     from muonclip_jax import linen as linen, nnx as nnx

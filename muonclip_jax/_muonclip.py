@@ -15,24 +15,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._attention_layouts import Layout
-from muonclip_jax._coefficients import JORDAN, Coefficients
-from muonclip_jax._injection import injectable
-from muonclip_jax._kernels import HeadPatterns, Settings
-from muonclip_jax._layout import DimensionNumbersOrFn
-from muonclip_jax._multi_head_layout import MultiHeadLayout
-from muonclip_jax._muon import with_adamw
-from muonclip_jax._overrides import Overrides
-from muonclip_jax._products import accumulator
-from muonclip_jax._qk_clip import CLIP_RULES, qk_clip
-from muonclip_jax._scale_by_muon import (
+from muonclip_jax._common.settings import NUMBERS, check_settings
+from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.injection import injectable
+from muonclip_jax._muon.kernels import HeadPatterns, Settings
+from muonclip_jax._muon.muon import with_adamw
+from muonclip_jax._muon.overrides import Overrides
+from muonclip_jax._muon.scale_by_muon import (
     ScaleByMuonState,
     momentum,
     plain_nesterov,
     scale_by_momentum,
 )
-from muonclip_jax._settings import NUMBERS, check_settings
-from muonclip_jax._types import ArrayTree, Scalar
+from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
+from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
+from muonclip_jax._orthogonalize.products import accumulator
+from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
+from muonclip_jax._qk_clip.head_layout import Layout
+from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
 
 _OPTIONAL = (
     "threshold",
@@ -48,7 +49,7 @@ _OPTIONAL = (
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muonclip` that are not allowed."""
-    check_settings("muonclip", arguments, optional=_OPTIONAL, rules=CLIP_RULES)
+    check_settings("muonclip", arguments, optional=_OPTIONAL, rules=CLIP_RULES | COEFFICIENT_RULES)
 
 
 @injectable(NUMBERS, _check)

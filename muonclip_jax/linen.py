@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Shaped
 
-from muonclip_jax._flax_attention import (
+from muonclip_jax._attention.flax_attention import (
     MaxLogit,
     attend_and_sow,
     check_no_soft_cap,

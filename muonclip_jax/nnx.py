@@ -10,7 +10,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float, Shaped
 
-from muonclip_jax._flax_attention import (
+from muonclip_jax._attention.flax_attention import (
     MaxLogit,
     attend_and_sow,
     check_no_soft_cap,

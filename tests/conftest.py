@@ -5,7 +5,7 @@ import os
 import pathlib
 import socket
 
-from strict import HAS_CAPTURE, NEEDS_CAPTURE, installed
+from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE, installed
 
 # The references are small: threads of NumPy's BLAS only wait for those of XLA.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -11,7 +11,7 @@ from benchmarks.evidence import drawing
 from benchmarks.evidence.measures import loss_of, over_seeds, paired, peaks, seeds_of, table, text
 from benchmarks.evidence.runner import Ask
 from benchmarks.evidence.tasks import Run
-from muonclip_jax._shared_key import SHARED_KEY_RULES
+from muonclip_jax._common.settings import SHARED_KEY_RULES
 
 TITLE = "Rules for shared keys, and the bound"
 CLAIM = (

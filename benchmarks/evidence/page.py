@@ -45,8 +45,8 @@ python -m benchmarks.evidence all    # hours; what is done is kept, and it goes 
 ```
 
 The trainings are in [benchmarks/evidence/results](../benchmarks/evidence/results). This page is
-written from there, and `tests/test_evidence.py` computes every figure and verdict again from the
-trainings. Versions: {{versions}}.
+written from there, and `tests/benchmarks/test_evidence.py` computes every figure and verdict again
+from the trainings. Versions: {{versions}}.
 """
 
 SECTION = """

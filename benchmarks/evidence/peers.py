@@ -18,7 +18,7 @@ from benchmarks.evidence.runner import Ask, lookup
 from benchmarks.evidence.tasks import LOGGED, SEQ_LEN, Run, corpus, finite, optimizer
 from lm import data, gqa
 from lm.step import make_loss
-from muonclip_jax._newton_schulz import _SMALLEST_IN_BLOCKS
+from muonclip_jax._orthogonalize.newton_schulz import _SMALLEST_IN_BLOCKS
 
 TITLE = "Beside optax, and beside AdamW"
 CLAIM = "At equal settings the loss curve is that of optax.contrib.muon, and the step is faster."

@@ -1,0 +1,294 @@
+"""Muon for the matrices and AdamW for the rest, as one optimizer, by the role of each parameter."""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muonclip_jax._common.paths import leaf_paths
+from muonclip_jax._common.resharding import where_moments_are
+from muonclip_jax._common.settings import NUMBERS, check_settings
+from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.adamw import adamw, in_float32
+from muonclip_jax._muon.injection import injectable
+from muonclip_jax._muon.kernels import Settings
+from muonclip_jax._muon.overrides import Overrides, check_overrides
+from muonclip_jax._muon.routing import Routing, dtype_of, route
+from muonclip_jax._muon.scale_by_muon import ScaleByMuonState, scale_by_muon, scale_by_shape
+from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
+from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, is_function, spread
+from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raises for settings of `muon` that are not allowed."""
+    optional = (
+        "mu_dtype",
+        "adam_learning_rate",
+        "adam_nesterov",
+        "consistent_rms",
+        "outputs_first",
+        "weight_decay_mask",
+    )
+    check_settings("muon", arguments, optional=optional, rules=COEFFICIENT_RULES)
+
+
+@injectable(NUMBERS, _check)
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    ns_coeffs: Coefficients = JORDAN,
+    ns_steps: int | jax.Array = 5,
+    beta: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None = None,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: str = "frobenius",
+    adam_b1: Scalar = 0.9,
+    adam_b2: Scalar = 0.999,
+    adam_eps_root: Scalar = 0.0,
+    adam_weight_decay: optax.ScalarOrSchedule = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
+    consistent_rms: Scalar | None = None,
+    ns_method: str = "auto",
+    ns_dtype: Any = "auto",
+    shardings: ArrayTree = None,
+    adam_nesterov: bool | None = None,
+    overrides: Overrides | None = None,
+    outputs_first: bool | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon for the matrices of a model, AdamW for everything else.
+
+    A matrix W moves by `-learning_rate · (scale · O + weight_decay · W)`, O its orthogonalised
+    momentum and scale that of `scale_by_shape`. Embeddings, output heads, routers, norms, biases
+    and everything with fewer than two axes go to AdamW, whatever their rank; `routing_table` shows
+    what goes where. The arguments up to `consistent_rms` are those of `optax.contrib.muon`, with
+    its defaults and meaning; what differs is the routing of leaves by role, so that scan-stacked
+    layers and experts are orthogonalised too.
+
+    Under `optax.MultiSteps` all of Newton-Schulz runs on every micro-step; averaging the gradients
+    before this transform costs less.
+
+    Args:
+      learning_rate: Number or schedule.
+      ns_coeffs: See `scale_by_muon`.
+      ns_steps: See `scale_by_muon`.
+      beta: Decay of the momentum of the matrices, in [0, 1).
+      eps: For Newton-Schulz, see `scale_by_muon`, and for AdamW.
+      weight_decay: Number or schedule; decay of the matrices, multiplied by the learning rate.
+      weight_decay_mask: Tree or prefix of booleans, or a function of the parameters that returns
+        one: which matrices decay. None: all.
+      mu_dtype: Dtype of the first moments of both optimizers. None: that of the parameters. The
+        second moments of AdamW are float32 for 16-bit parameters.
+      nesterov: See `scale_by_muon`.
+      adaptive: See `scale_by_muon`.
+      preconditioning: See `newton_schulz`.
+      adam_b1: Decay of AdamW's first moment, in [0, 1).
+      adam_b2: Decay of AdamW's second moment, in [0, 1).
+      adam_eps_root: Added inside the root of AdamW.
+      adam_weight_decay: Number or schedule; decay of AdamW's leaves, multiplied by its learning
+        rate.
+      adam_learning_rate: Number or schedule. None: `learning_rate`.
+      muon_weight_dimension_numbers: Pytree, or a prefix of one, of `MuonDimensionNumbers`, with
+        None for AdamW; or a function of the parameters that returns one. None: by role.
+      consistent_rms: See `scale_by_shape`. 0.2 lets a learning rate tuned for AdamW carry over.
+      ns_method: See `newton_schulz`.
+      ns_dtype: See `newton_schulz`.
+      shardings: See `scale_by_muon`.
+      overrides: Mapping of path patterns (`fnmatch`, on paths joined by slashes) to
+        `MuonDimensionNumbers` or None (AdamW). Other parameters keep their roles. If several
+        patterns match a path, the last one counts. An override also silences its warning.
+      outputs_first: Whether matrices are stored (outputs, inputs), as in Equinox and PyTorch, and
+        convolutions (outputs, inputs, *window). None decides by biases, names and widths.
+      adam_nesterov: Whether AdamW has Nesterov momentum, which makes it NAdamW. None: `nesterov`,
+        as in optax.
+
+    Returns:
+      An optax transformation, which ignores extra arguments. `update` needs the parameters. Each
+      update has the dtype of its gradient and is computed in float32 at least, then rounded once.
+      `init` issues one `UserWarning` that lists the parameters whose role is a weak guess.
+
+    Raises:
+      TypeError: when built, for settings of a wrong type, such as a number given as a string.
+      ValueError: when built, for settings out of range or unknown names; at `init` and while
+        tracing, for leaves that fit no optimizer and gradients that do not fit the state.
+
+    Example:
+      >>> import muonclip_jax as mc, jax.numpy as jnp, optax
+      >>> tx = mc.muon(0.1, weight_decay=0.1, consistent_rms=0.2)
+      >>> params = {"kernel": jnp.eye(4), "bias": jnp.ones(4)}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> print(f"{optax.apply_updates(params, updates)['kernel'][0, 0]:.3f}")
+      0.959
+
+    References:
+      Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025, arXiv
+      2502.16982, section 2.2 (decay, consistent_rms); optax/contrib/_muon.py (arguments).
+    """
+    _check(locals())
+    scale_by = functools.partial(
+        scale_by_muon,
+        ns_coeffs,
+        ns_steps,
+        beta,
+        eps,
+        mu_dtype,
+        nesterov=nesterov,
+        adaptive=adaptive,
+        preconditioning=preconditioning,
+        ns_method=ns_method,
+        ns_dtype=ns_dtype,
+        shardings=shardings,
+    )
+    return with_adamw(
+        "muon",
+        scale_by,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        consistent_rms=consistent_rms,
+        muon_weight_dimension_numbers=muon_weight_dimension_numbers,
+        overrides=overrides,
+        settings=Settings(outputs_first, consistent_rms is None),
+        adam_learning_rate=adam_learning_rate,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_weight_decay=adam_weight_decay,
+        eps=eps,
+        eps_root=adam_eps_root,
+        mu_dtype=mu_dtype,
+        nesterov=nesterov if adam_nesterov is None else adam_nesterov,
+    )
+
+
+def with_adamw(
+    caller: str,
+    scale_by: Callable[..., optax.GradientTransformation],
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None,
+    consistent_rms: Scalar | None,
+    muon_weight_dimension_numbers: DimensionNumbersOrFn | None,
+    overrides: Overrides | None,
+    settings: Settings,
+    adam_learning_rate: optax.ScalarOrSchedule | None,
+    adam_b1: Scalar,
+    adam_b2: Scalar,
+    adam_weight_decay: optax.ScalarOrSchedule,
+    **others: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Completes `scale_by`, a transform of matrices, to an optimizer beside AdamW.
+
+    The arguments are those of `muon`, checked; `caller` is the name of the public function, and
+    `others` is what else `optax.adamw` accepts.
+    """
+    check_overrides(caller, overrides)
+    rest = adamw(
+        learning_rate=learning_rate if adam_learning_rate is None else adam_learning_rate,
+        b1=adam_b1,
+        b2=adam_b2,
+        weight_decay=adam_weight_decay,
+        **others,
+    )
+
+    @functools.lru_cache(maxsize=4)
+    def routing_of(structure, leaves):
+        """Routes a pytree by its shapes, once for many updates outside of `jax.jit`."""
+        return route(
+            structure.unflatten(jax.ShapeDtypeStruct(*leaf) for leaf in leaves),
+            muon_weight_dimension_numbers,
+            overrides,
+            settings,
+            caller=caller,
+        )
+
+    def routed(tree):
+        """Routes a pytree and builds its optimizer: each part of a partition sees its leaves only.
+
+        The labels and the mask are functions, as optax would call a pytree that is callable.
+        """
+        leaves, structure = jax.tree.flatten(tree)
+        routing = Routing((), (), ())
+        if is_function(muon_weight_dimension_numbers):
+            routing = route(tree, muon_weight_dimension_numbers, overrides, settings, caller=caller)
+        elif leaves:
+            dtypes = [dtype_of(x) for x in leaves]
+            if None in dtypes:
+                route(tree, caller=caller)  # raises, naming the leaves that are no arrays
+            shapes = tuple((jnp.shape(x), dtype) for x, dtype in zip(leaves, dtypes, strict=True))
+            routing = routing_of(structure, shapes)
+        numbers = structure.unflatten(routing.numbers)
+        labels = structure.unflatten(["adam" if n is None else "muon" for n in routing.numbers])
+        mask = weight_decay_mask
+        if mask is not None and structure.num_leaves:
+            mask = structure.unflatten(spread("weight_decay_mask", mask, tree))
+        matrices = optax.chain(
+            scale_by(weight_dimension_numbers=numbers),
+            scale_by_shape(numbers, consistent_rms),
+            optax.add_decayed_weights(weight_decay, None if mask is None else lambda _: mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        matrices = where_moments_are(in_float32(matrices))
+        return routing, optax.partition({"muon": matrices, "adam": rest}, lambda _: labels)
+
+    def init_fn(params):
+        routing, optimizer = routed(params)
+        _warn(caller, routing)
+        return optimizer.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        routing, optimizer = routed(updates)
+        _check_state(caller, routing, state)
+        return optimizer.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _warn(caller: str, routing: Routing) -> None:
+    """Issues one warning for all parameters whose role is a weak guess."""
+    if texts := routing.warnings:
+        warnings.warn(
+            f"{caller}: the roles of these parameters are weak guesses. `routing_table` prints all "
+            "roles; an override that covers a parameter silences its warning.\n"
+            + "\n".join(f"  {text}" for text in texts),
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _check_state(caller: str, routing: Routing, state: ArrayTree) -> None:
+    """Checks that a state was made with the same assignment of parameters to Muon."""
+    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByMuonState))
+    found = [x for x in states if isinstance(x, ScaleByMuonState)]
+    if len(found) != 1:
+        return
+    in_state = set(leaf_paths(found[0].mu))
+    is_muon = {
+        path: numbers is not None
+        for path, numbers in zip(routing.paths, routing.numbers, strict=True)
+    }
+    faults = [
+        f"  {'/'.join(path)}: now {_NAMES[muon]}, {_NAMES[not muon]} in the state."
+        for path, muon in is_muon.items()
+        if muon != (path in in_state)
+    ]
+    if faults and in_state <= is_muon.keys():
+        raise ValueError(
+            f"{caller}: the state is that of another assignment of parameters to optimizers.\n"
+            + "\n".join(faults)
+            + "\nPass the same overrides, muon_weight_dimension_numbers, outputs_first and masks "
+            "as for `init`, or call `init` again."
+        )
+
+
+_NAMES = {True: "Muon", False: "AdamW"}

@@ -1,0 +1,295 @@
+"""Which parameter is assigned to Muon and which to AdamW: the table, its warnings, overrides."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from muonclip_jax._common.folding import fold
+from muonclip_jax._common.paths import aligned, components, leaf_paths
+from muonclip_jax._common.settings import check_settings
+from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.kernels import DEFAULTS, Decision, Settings
+from muonclip_jax._muon.overrides import Overrides, check_overrides, matched
+from muonclip_jax._muon.roles import decide
+from muonclip_jax._orthogonalize.matrix_axes import (
+    DimensionNumbersOrFn,
+    axes_of,
+    per_leaf,
+    sides,
+    update_scale,
+)
+
+
+class Route(NamedTuple):
+    """What happens to one parameter.
+
+    Attributes:
+      path: Its path, components joined by slashes.
+      shape: Its shape.
+      optimizer: `"muon"` or `"adamw"`.
+      num_matrices: Number of matrices, each orthogonalized on its own; 0 under AdamW.
+      n_in: Inputs of each matrix, the reduced side; 0 under AdamW.
+      n_out: Outputs of each matrix; 0 under AdamW.
+      scale: Factor on the orthogonalized matrix, see `scale_by_shape`; 1 under AdamW.
+      reason: Why.
+      dimension_numbers: Which axes are the inputs and outputs; None under AdamW.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    optimizer: str
+    num_matrices: int
+    n_in: int
+    n_out: int
+    scale: float
+    reason: str
+    dimension_numbers: MuonDimensionNumbers | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingTable:
+    """What `muon` does with each parameter; `str` of it is an aligned table.
+
+    The text folds equal layers into one line, and ends with the totals of each optimizer and the
+    warnings.
+
+    Attributes:
+      rows: One `Route` for each parameter, in the order of `jax.tree.leaves`.
+      warnings: One text for each group of rows that rest on a weak guess: path, shape, what was
+        decided, why it is doubtful, and the override that changes it.
+    """
+
+    rows: tuple[Route, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Formats the rows under a header, then totals and warnings."""
+        lines = [("path", "shape", "optimizer", "matrices", "scale", "why")]
+        cells = [row[1:] for row in self.rows]
+        for path, indices in fold([row.path.split("/") for row in self.rows], cells):
+            r = self.rows[indices[0]]
+            is_muon = r.optimizer == "muon"
+            matrices = f"{r.num_matrices} x {r.n_in} x {r.n_out}" if is_muon else "-"
+            scale = f"{r.scale:.4g}" if is_muon else "-"
+            lines.append(("/".join(path), str(r.shape), r.optimizer, matrices, scale, r.reason))
+        return "\n".join([aligned(lines), *self._totals(), *self._warnings()])
+
+    def _totals(self) -> list[str]:
+        totals = []
+        for optimizer in ("muon", "adamw"):
+            sizes = [
+                np.prod(r.shape, dtype=np.int64) for r in self.rows if r.optimizer == optimizer
+            ]
+            totals.append(f"{optimizer}: {len(sizes):,} leaves, {sum(sizes):,} parameters")
+        return totals
+
+    def _warnings(self) -> list[str]:
+        if not self.warnings:
+            return []
+        return [f"{len(self.warnings)} warnings:", *(f"  {text}" for text in self.warnings)]
+
+
+class Routing(NamedTuple):
+    """Which parameters are matrices, and along which axes.
+
+    Attributes:
+      paths: Path of each parameter.
+      shapes: Its shape.
+      decisions: What happens to it.
+    """
+
+    paths: tuple[tuple[str, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    decisions: tuple[Decision, ...]
+
+    @property
+    def numbers(self) -> list[MuonDimensionNumbers | None]:
+        """Dimension numbers of each parameter; None under AdamW."""
+        return [decision.numbers for decision in self.decisions]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One text for each group of equal layers that rests on a weak guess."""
+        doubtful = [index for index, d in enumerate(self.decisions) if d.doubt]
+        cells = [(self.shapes[i], self.decisions[i]) for i in doubtful]
+        folded = fold([self.paths[i] for i in doubtful], cells)
+        return tuple(self._warning(path, doubtful[rows[0]], len(rows)) for path, rows in folded)
+
+    def _warning(self, path: Sequence[str], index: int, count: int) -> str:
+        shape, decision = self.shapes[index], self.decisions[index]
+        parts = (part.split("{")[0] + "*" if "{" in part else part for part in path)
+        pattern = "/".join(parts).replace("[", "[[]")
+        kept = "None"
+        if decision.numbers is None:
+            what, fix = "AdamW", "mc.MuonDimensionNumbers(-2, -1)"
+        else:
+            axes = axes_of(decision.numbers, len(shape))
+            n_in, n_out = sides(shape, axes)
+            batch = np.prod([shape[axis] for axis in axes.batch], dtype=np.int64)
+            what, fix = f"Muon on {batch} x {n_in} x {n_out}", "None"
+            kept = f"mc.MuonDimensionNumbers{tuple(decision.numbers)}"
+        alternative = "AdamW" if fix == "None" else "Muon"
+        also = f" ({count} parameters)" if count > 1 else ""
+        return (
+            f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}. "
+            f'For {alternative}: overrides={{"{pattern}": {fix}}}; to keep it without this '
+            f'warning: overrides={{"{pattern}": {kept}}}.'
+        )
+
+
+def routing_table(
+    params: ArrayTree,
+    muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
+    *,
+    consistent_rms: float | None = None,
+    overrides: Overrides | None = None,
+    outputs_first: bool | None = None,
+) -> RoutingTable:
+    """Shows which optimizer `muon` and `muonclip` use for each parameter, and why.
+
+    Args:
+      params: Parameters, or their shapes as `jax.eval_shape` returns them.
+      muon_weight_dimension_numbers: As for `muon`.
+      consistent_rms: As for `muon`; the scale depends on it.
+      overrides: As for `muon`.
+      outputs_first: As for `muon`.
+
+    Returns:
+      The table: print it.
+
+    Raises:
+      ValueError: if a parameter fits no optimizer, naming its path; if an override matches no
+        parameter.
+      TypeError: if `overrides` is not a mapping of patterns to `MuonDimensionNumbers` or None.
+
+    Example:
+      >>> import muonclip_jax as mc, jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.ones((4, 16)), "bias": jnp.ones(16)}}
+      >>> print(mc.routing_table(params))
+      path       shape    optimizer  matrices    scale  why
+      up/bias    (16,)    adamw      -           -      bias 'bias'
+      up/kernel  (4, 16)  muon       1 x 4 x 16  2      last two axes
+      muon: 1 leaves, 64 parameters
+      adamw: 1 leaves, 16 parameters
+    """
+    check_settings("routing_table", locals(), optional=("consistent_rms", "outputs_first"))
+    check_overrides("routing_table", overrides)
+    settings = Settings(outputs_first, consistent_rms is None)
+    routing = route(
+        params, muon_weight_dimension_numbers, overrides, settings, caller="routing_table"
+    )
+    rows = (_row(*entry, consistent_rms) for entry in zip(*routing, strict=True))
+    return RoutingTable(tuple(rows), routing.warnings)
+
+
+def _row(
+    path: tuple[str, ...],
+    shape: tuple[int, ...],
+    decision: Decision,
+    consistent_rms: Scalar | None,
+) -> Route:
+    numbers, reason, _ = decision
+    name = "/".join(path)
+    if numbers is None:
+        return Route(name, shape, "adamw", 0, 0, 0, 1.0, reason, None)
+    _check_axes("routing_table", name, shape, numbers)
+    axes = axes_of(numbers, len(shape))
+    n_in, n_out = sides(shape, axes)
+    count = int(np.prod([shape[axis] for axis in axes.batch], dtype=np.int64))
+    scale = float(update_scale(n_in, n_out, consistent_rms))
+    return Route(name, shape, "muon", count, n_in, n_out, scale, reason, numbers)
+
+
+def route(
+    params: ArrayTree,
+    given: DimensionNumbersOrFn | None = None,
+    overrides: Overrides | None = None,
+    settings: Settings = DEFAULTS,
+    *,
+    caller: str = "muon",
+) -> Routing:
+    """Decides for each parameter which axes are its matrices, or that it is assigned to AdamW.
+
+    Args:
+      params: Parameters, gradients, or their shapes.
+      given: Dimension numbers of all parameters, as for `muon`; None decides by role.
+      overrides: As for `muon`.
+      settings: What else the user set.
+      caller: Name of the public function that was called.
+
+    Returns:
+      The decisions, in the order of `jax.tree.leaves`.
+
+    Raises:
+      ValueError: if a parameter fits no optimizer, naming its path; if an override matches no
+        parameter.
+
+    Example:
+      >>> route({"up": jnp.ones((2, 8)), "wte": jnp.ones((3, 2))}).numbers
+      [MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), None]
+    """
+    leaves = jax.tree.leaves(params)
+    paths = leaf_paths(params)
+    shapes = tuple(tuple(np.shape(x)) for x in leaves)
+    if given is not None:
+        decisions = [Decision(numbers, "given") for numbers in per_leaf(given, params)]
+    else:
+        _check_dtypes(paths, leaves)
+        decisions = decide(paths, shapes, settings)
+    if overrides and leaves:
+        joined = ["/".join(path) for path in paths]
+        hidden = [
+            "/".join(components(path))
+            for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hidden)
+            if _is_hidden(x)
+        ]
+        for index, (pattern, numbers) in matched(caller, overrides, joined, hidden).items():
+            if numbers is not None:
+                _check_axes(
+                    f"{caller}: override '{pattern}'", joined[index], shapes[index], numbers
+                )
+            decisions[index] = Decision(numbers, f"override '{pattern}'")
+    return Routing(tuple(paths), shapes, tuple(decisions))
+
+
+def _check_axes(
+    caller: str, path: str, shape: tuple[int, ...], numbers: MuonDimensionNumbers
+) -> None:
+    try:
+        axes_of(numbers, len(shape))
+    except ValueError as error:
+        raise ValueError(f"{caller}: {path} {shape}: {error}.") from error
+
+
+def _is_hidden(x: object) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def _check_dtypes(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
+    wrong = []
+    for path, x in zip(paths, leaves, strict=True):
+        dtype = dtype_of(x)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            shown = type(x).__name__ if dtype is None else f"{dtype}{list(np.shape(x))}"
+            wrong.append(f"  {'/'.join(path)}: {shown}.")
+    if wrong:
+        raise ValueError(
+            f"muon: {len(wrong)} of {len(leaves)} leaves are neither floating nor complex.\n"
+            + "\n".join(wrong)
+            + "\nKeep them out of the optimizer with `optax.masked` or `optax.partition`; of an "
+            "Equinox model pass `eqx.filter(model, eqx.is_inexact_array)`."
+        )
+
+
+def dtype_of(x: Any) -> Any:
+    """Finds the dtype of a leaf; None for what is no array, such as a function."""
+    try:
+        return jnp.result_type(x)
+    except TypeError:
+        return None

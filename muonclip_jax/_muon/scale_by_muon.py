@@ -1,0 +1,307 @@
+"""Muon as an optax transform: momentum, then Newton-Schulz, then a scale for the shape.
+
+With G the gradient, M the momentum and t the step, from 1:
+
+    M ← β M + (1 − β) G
+    O = NewtonSchulz(direction of M and G)
+    update = O · update_scale(n_in, n_out)
+
+Source: Jordan et al. 2024, KellerJordan/Muon, muon.py; optax/contrib/_muon.py for the form.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int
+
+from muonclip_jax._common.paths import path_string
+from muonclip_jax._common.resharding import placed_like_tree
+from muonclip_jax._common.settings import NUMBERS, check_settings
+from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.injection import injectable
+from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_row
+from muonclip_jax._orthogonalize.matrix_axes import (
+    DimensionNumbersOrFn,
+    matrix_axes,
+    sides,
+    update_scale,
+)
+from muonclip_jax._orthogonalize.newton_schulz import orthogonaliser
+from muonclip_jax._orthogonalize.products import accumulator
+from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._sharding.exchange import orthogonalise_leaves
+from muonclip_jax._sharding.placement import placements, shardings_by_path
+
+# w_M, w_G of the matrix that is orthogonalised, w_M M + w_G G; None leaves G out.
+Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
+# (β, t) -> the weights.
+Direction: TypeAlias = Callable[[jax.Array, jax.Array], Weights]
+
+
+class ScaleByMuonState(NamedTuple):
+    """State of `scale_by_muon`; no setting is in it.
+
+    Attributes:
+      count: Number of finished updates, an int32 scalar.
+      mu: Average of the gradients, a tree like the parameters, in `mu_dtype`.
+    """
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: ArrayTree
+
+
+def _check_muon(arguments: Mapping[str, Any]) -> None:
+    """Raises for settings of `scale_by_muon` that are not allowed."""
+    check_settings("scale_by_muon", arguments, optional=("mu_dtype",), rules=COEFFICIENT_RULES)
+
+
+@injectable(NUMBERS, _check_muon)
+def scale_by_muon(
+    ns_coeffs: Coefficients = JORDAN,
+    ns_steps: int | jax.Array = 5,
+    beta: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: str = "frobenius",
+    weight_dimension_numbers: DimensionNumbersOrFn | None = None,
+    ns_method: str = "auto",
+    ns_dtype: Any = "auto",
+    shardings: ArrayTree = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces each gradient by its orthogonalised momentum.
+
+    Every leaf must be a matrix or a batch of matrices; `muon` sends the others elsewhere. The
+    arguments up to `weight_dimension_numbers` are those of `optax.contrib.scale_by_muon`, with its
+    defaults and meaning.
+
+    Args:
+      ns_coeffs: One row (a, b, c) for every step, several rows, or a preset's name; see
+        `ns_coefficients`.
+      ns_steps: Number of steps for one row; not used for several rows and for names, which are
+        taken whole.
+      beta: Decay of the momentum, in [0, 1). 0 is no momentum.
+      eps: See `newton_schulz`. It is relative to the size of each matrix.
+      mu_dtype: Dtype in which the momentum of real leaves is kept. None: that of the parameters.
+        The arithmetic is in float32 at least either way.
+      nesterov: Whether the direction looks one step ahead, with optax's bias corrections:
+        β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t).
+      adaptive: Whether to multiply each orthogonalised matrix O by ⟨d, O⟩, d the direction.
+      preconditioning: See `newton_schulz`.
+      weight_dimension_numbers: Which axes of each leaf are the rows (reduction) and columns
+        (output) of its matrices: a tree, or a prefix of it, of `MuonDimensionNumbers`, or a
+        function of the parameters that returns one. None: the last two axes of every leaf.
+      ns_method: See `newton_schulz`.
+      ns_dtype: See `newton_schulz`.
+      shardings: How the parameters lie on an Auto mesh, a tree like them of `NamedSharding`:
+        `jax.tree.map(lambda x: x.sharding, params)`. None, on such a mesh, lets XLA decide how to
+        move the data. An Explicit mesh has them in its types.
+
+    Returns:
+      An optax transformation, which ignores extra arguments. Updates have the dtype of the
+      gradients.
+
+    Raises:
+      ValueError: when built, for a setting out of range or an unknown name; at `init` and while
+        tracing, for leaves that are no matrices and gradients that do not fit the state.
+
+    Example:
+      >>> import muonclip_jax as mc, jax.numpy as jnp
+      >>> tx = mc.scale_by_muon()
+      >>> params = {"w": jnp.eye(2)}
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> updates["w"].round(3)
+      Array([[1.108, 0.   ],
+             [0.   , 1.108]], dtype=float32)
+
+    References:
+      Jordan et al. 2024, KellerJordan/Muon, muon.py. `adaptive`: Bernstein & Newhouse 2024, arXiv
+      2409.20325.
+    """
+    _check_muon(locals())
+    return scale_by_momentum(
+        bias_corrected_nesterov if nesterov else bias_corrected,
+        ns_coeffs=ns_coeffs,
+        ns_steps=ns_steps,
+        beta=beta,
+        eps=eps,
+        mu_dtype=mu_dtype,
+        adaptive=adaptive,
+        preconditioning=preconditioning,
+        weight_dimension_numbers=weight_dimension_numbers,
+        ns_method=ns_method,
+        ns_dtype=ns_dtype,
+        shardings=shardings,
+    )
+
+
+def momentum(beta: jax.Array, t: jax.Array) -> Weights:
+    """M: Kimi K2's direction; Newton-Schulz does not see that it is the average, not the sum."""
+    del t
+    return jnp.ones_like(beta), None
+
+
+def plain_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
+    """β M + (1 − β) G: Keller Jordan's Nesterov momentum, G + β M with M the sum."""
+    del t
+    return beta, 1 - beta
+
+
+def bias_corrected(beta: jax.Array, t: jax.Array) -> Weights:
+    """M / (1 − β^t): optax's momentum. Newton-Schulz does not see the factor, `adaptive` does."""
+    return 1 / (1 - beta**t), None
+
+
+def bias_corrected_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
+    """β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t): optax's Nesterov momentum."""
+    return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
+
+
+def scale_by_momentum(
+    direction: Direction,
+    *,
+    ns_coeffs: Coefficients,
+    ns_steps: int | jax.Array,
+    beta: Scalar,
+    eps: Scalar,
+    mu_dtype: Any,
+    adaptive: bool,
+    preconditioning: str,
+    weight_dimension_numbers: DimensionNumbersOrFn | None,
+    ns_method: str,
+    ns_dtype: Any,
+    shardings: ArrayTree,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds `scale_by_muon`, whose arguments these are, checked, for any direction of M and G."""
+    steps = ns_steps if is_single_row(ns_coeffs) else None
+    orthogonalise = orthogonaliser(ns_coeffs, steps, ns_method, ns_dtype, preconditioning, eps)
+    said = shardings_by_path(shardings)
+
+    def init_fn(params):
+        if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
+            matrix_axes("scale_by_muon", params, weight_dimension_numbers)
+        mu = jax.tree.map(functools.partial(_zeros_like, dtype=mu_dtype), params)
+        return ScaleByMuonState(count=jnp.zeros([], jnp.int32), mu=mu)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        _check_fit(updates, state.mu)
+        axes = matrix_axes("scale_by_muon", updates, weight_dimension_numbers)
+        t = jnp.asarray(optax.safe_increment(state.count))
+        structure = jax.tree.structure(updates)
+        updates = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
+        G = jax.tree.leaves(updates)
+        M = [_average(m, g, beta) for m, g in zip(jax.tree.leaves(state.mu), G, strict=True)]
+        D = [
+            _combine(m, g, *direction(_real(beta, m), _real(t, m)))
+            for m, g in zip(M, G, strict=True)
+        ]
+        where = placements("scale_by_muon", structure.unflatten(D), axes, said)
+        orthogonal = orthogonalise_leaves(D, axes, where, orthogonalise)
+        if adaptive:
+            orthogonal = [
+                o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
+                for o, d, a in zip(orthogonal, D, axes, strict=True)
+            ]
+        orthogonal = [o.astype(g.dtype) for o, g in zip(orthogonal, G, strict=True)]
+        mu = jax.tree.map(lambda m, old: m.astype(old.dtype), structure.unflatten(M), state.mu)
+        orthogonal = placed_like_tree(structure.unflatten(orthogonal), params)
+        return orthogonal, ScaleByMuonState(count=t, mu=mu)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_shape(arguments: Mapping[str, Any]) -> None:
+    """Raises for settings of `scale_by_shape` that are not allowed."""
+    check_settings("scale_by_shape", arguments, optional=("consistent_rms",))
+
+
+@injectable(NUMBERS, _check_shape)
+def scale_by_shape(
+    weight_dimension_numbers: DimensionNumbersOrFn | None = None,
+    consistent_rms: Scalar | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales orthogonalised updates by a factor of their matrices' shape.
+
+    Args:
+      weight_dimension_numbers: See `scale_by_muon`.
+      consistent_rms: None scales by √max(1, n_out / n_in). A number r scales by
+        r √max(n_in, n_out), which gives every update the root mean square r; 0.2 matches AdamW.
+
+    Returns:
+      An optax transformation without state.
+
+    Raises:
+      ValueError: if `consistent_rms` is not above 0, or a leaf is no matrix.
+
+    Example:
+      >>> import muonclip_jax as mc, jax.numpy as jnp
+      >>> tx = mc.scale_by_shape()
+      >>> tx.update({"w": jnp.ones((1, 4))}, tx.init({}))[0]
+      {'w': Array([[2., 2., 2., 2.]], dtype=float32)}
+
+    References:
+      Jordan et al. 2024, KellerJordan/Muon, muon.py; Liu et al. 2025, arXiv 2502.16982,
+      section 2.2.
+    """
+    _check_shape(locals())
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        axes = matrix_axes("scale_by_shape", updates, weight_dimension_numbers)
+        scaled = []
+        for u, a in zip(map(jnp.asarray, jax.tree.leaves(updates)), axes, strict=True):
+            wide = u.astype(accumulator(u.dtype))
+            scale = jnp.asarray(update_scale(*sides(u.shape, a), consistent_rms), wide.dtype)
+            scaled.append((wide * scale).astype(u.dtype))
+        return jax.tree.structure(updates).unflatten(scaled), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def _zeros_like(p: ArrayLike, dtype: Any) -> jax.Array:
+    return jnp.zeros_like(p, dtype=None if jnp.iscomplexobj(p) else dtype)
+
+
+def _average(M: jax.Array, G: jax.Array, beta: Scalar) -> jax.Array:
+    """β M + (1 − β) G, in float32 at least: a 16-bit sum would lose most of (1 − β) G."""
+    wide = max(accumulator(M.dtype), accumulator(G.dtype), key=lambda dtype: dtype.itemsize)
+    M, G = M.astype(wide), G.astype(wide)
+    return _combine(M, G, _real(beta, M), 1 - _real(beta, M))
+
+
+def _combine(M: jax.Array, G: jax.Array, w_M: jax.Array, w_G: jax.Array | None) -> jax.Array:
+    weighted = w_M.astype(M.dtype) * M
+    return weighted if w_G is None else weighted + w_G.astype(M.dtype) * G.astype(M.dtype)
+
+
+def _real(value: Scalar, like: jax.Array) -> jax.Array:
+    """Casts a scalar to the real dtype of an array, so that no promotion is left to chance."""
+    return jnp.asarray(value).astype(like.real.dtype)
+
+
+def _check_fit(updates: ArrayTree, mu: ArrayTree) -> None:
+    """Refuses gradients that do not have the leaves and shapes of the momentum."""
+    shapes = [
+        {path_string(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (updates, mu)
+    ]
+    got, expected = shapes
+    faults = [
+        f"  {path}: got {got.get(path, 'no leaf')}, expected {expected.get(path, 'no leaf')}."
+        for path in sorted(got.keys() | expected.keys())
+        if got.get(path) != expected.get(path)
+    ]
+    if faults:
+        raise ValueError(
+            "scale_by_muon: the gradients do not fit the state.\n"
+            + "\n".join(faults)
+            + "\nCall init with the parameters that these are the gradients of."
+        )

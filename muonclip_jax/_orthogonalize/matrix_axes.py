@@ -1,0 +1,301 @@
+"""How a leaf is a batch of matrices, and how large a Muon update of it is.
+
+The equation of a layer is x W = y: a matrix has its reduction axes first and its output axes last,
+n_in x n_out. All other axes of the leaf are a batch, and a batch is never flattened into a matrix.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from muonclip_jax._common.paths import leaf_paths, path_string
+from muonclip_jax._common.types import ArrayTree, Scalar
+
+# A tree, or a prefix of one, of MuonDimensionNumbers and None; or a function from the parameters to
+# such a tree.
+DimensionNumbersOrFn: TypeAlias = ArrayTree | Callable[[ArrayTree], ArrayTree]
+
+# The matrices of a leaf about which nothing else is known.
+LAST_TWO_AXES = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+
+class Axes(NamedTuple):
+    """Axes of a leaf by their part in its matrices, as numbers that are not negative.
+
+    Attributes:
+      batch: Axes that number the matrices, in the order of the leaf.
+      reduction: Axes that together are the rows, n_in.
+      output: Axes that together are the columns, n_out.
+    """
+
+    batch: tuple[int, ...]
+    reduction: tuple[int, ...]
+    output: tuple[int, ...]
+
+
+def axes_of(dimension_numbers: MuonDimensionNumbers, ndim: int) -> Axes:
+    """Sorts the axes of a leaf into batch, rows and columns.
+
+    Args:
+      dimension_numbers: Which axes are reduced and which are put out; may be negative.
+      ndim: Number of axes of the leaf.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: if an axis is named twice or does not exist, or a side has none.
+
+    Example:
+      >>> axes_of(MuonDimensionNumbers(-3, (-2, -1)), 4)
+      Axes(batch=(0,), reduction=(1,), output=(2, 3))
+    """
+    sides = []
+    for axis in dimension_numbers:
+        named = (axis,) if isinstance(axis, int) else tuple(axis)
+        sides.append(tuple(a + ndim if a < 0 else a for a in named))
+    reduction, output = sides
+    used = reduction + output
+    if not reduction or not output or len(set(used)) < len(used) or not set(used) <= {*range(ndim)}:
+        raise ValueError(
+            f"{dimension_numbers} does not name axes of a leaf with {ndim}: each side needs at "
+            "least one axis, and no axis may be named twice"
+        )
+    return Axes(tuple(a for a in range(ndim) if a not in used), reduction, output)
+
+
+def to_matrices(x: jax.Array, axes: Axes) -> jax.Array:
+    """Brings a leaf into the form (*batch, n_in, n_out).
+
+    Args:
+      x: Leaf.
+      axes: Its axes.
+
+    Returns:
+      Its matrices, with the batch axes as they are.
+
+    Example:
+      >>> to_matrices(jnp.ones((5, 2, 3)), Axes((), (0,), (1, 2))).shape
+      (5, 6)
+    """
+    batch = tuple(x.shape[a] for a in axes.batch)
+    return x.transpose(sum(axes, ())).reshape(*batch, *sides(x.shape, axes))
+
+
+def from_matrices(matrices: jax.Array, axes: Axes, shape: Sequence[int]) -> jax.Array:
+    """Undoes `to_matrices`.
+
+    Args:
+      matrices: Array of shape (*batch, n_in, n_out).
+      axes: Axes of the leaf.
+      shape: Shape of the leaf.
+
+    Returns:
+      The leaf.
+
+    Example:
+      >>> from_matrices(jnp.ones((5, 6)), Axes((), (0,), (1, 2)), (5, 2, 3)).shape
+      (5, 2, 3)
+    """
+    order = sum(axes, ())
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return matrices.reshape([shape[a] for a in order]).transpose(inverse)
+
+
+def sides(shape: Sequence[int], axes: Axes) -> tuple[int, int]:
+    """Measures the matrices of a leaf.
+
+    Args:
+      shape: Shape of the leaf.
+      axes: Its axes.
+
+    Returns:
+      n_in and n_out.
+
+    Example:
+      >>> sides((5, 2, 3), Axes((), (0,), (1, 2)))
+      (5, 6)
+    """
+    return math.prod(shape[a] for a in axes.reduction), math.prod(shape[a] for a in axes.output)
+
+
+def update_scale(n_in: int, n_out: int, consistent_rms: Scalar | None = None) -> Scalar:
+    """Scales an orthogonalised matrix to its place in the model.
+
+    None: √max(1, n_out / n_in), so that one learning rate serves all widths. A number r:
+    r √max(n_in, n_out), so that the update has the root mean square r, which for 0.2 is that of
+    AdamW.
+
+    Args:
+      n_in: Size of the reduced side.
+      n_out: Size of the output side.
+      consistent_rms: Root mean square of the update, or None.
+
+    Returns:
+      The factor.
+
+    Example:
+      >>> update_scale(4, 16), update_scale(4, 16, consistent_rms=0.25)
+      (2.0, 1.0)
+
+    References:
+      Jordan et al. 2024, KellerJordan/Muon, muon.py; Liu et al. 2025, arXiv 2502.16982,
+      section 2.2.
+    """
+    if consistent_rms is None:
+        return math.sqrt(max(1.0, n_out / max(n_in, 1)))
+    return consistent_rms * math.sqrt(max(n_in, n_out))
+
+
+def is_function(value: Any) -> bool:
+    """Returns whether a value is a function of the parameters, and not a pytree that is callable.
+
+    Equinox and NNX modules and `flax.struct` classes with `__call__` are pytrees.
+
+    Args:
+      value: What was passed for a pytree or a function that returns one.
+
+    Returns:
+      True for functions and methods, and for the two kinds of `partial`.
+
+    Example:
+      >>> is_function(lambda params: params), is_function({"w": True})
+      (True, False)
+    """
+    if isinstance(value, jax.tree_util.Partial):
+        return True
+    return callable(value) and jax.tree.structure(value) == jax.tree.structure(0)
+
+
+def spread(
+    name: str, given: Any, tree: ArrayTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Any]:
+    """Spreads a pytree, a prefix of one, or a function that returns one over the leaves of another.
+
+    If the structures differ, as those of an `nnx.State` of booleans and of the updates that
+    `nnx.Optimizer` passes do, leaves are matched by path.
+
+    Args:
+      name: What it is, for errors.
+      given: The pytree, prefix or function.
+      tree: Parameters or gradients, or their shapes.
+      is_leaf: What is a leaf of `given`, as for `jax.tree.leaves`.
+
+    Returns:
+      One value for each leaf of `tree`, in the order of `jax.tree.leaves`.
+
+    Raises:
+      ValueError: if neither the structures nor the paths fit.
+
+    Example:
+      >>> spread("mask", {"a": True, "b": False}, {"a": [1.0, 2.0], "b": 3.0})
+      [True, True, False]
+    """
+    if is_function(given):
+        given = given(tree)
+    values, structure = jax.tree.flatten(given, is_leaf=is_leaf)
+    try:
+        subtrees = structure.flatten_up_to(tree)
+    except ValueError as error:
+        if (matched := _by_path(given, values, tree, is_leaf)) is not None:
+            return matched
+        raise ValueError(
+            f"The {name} are not a prefix of the parameter pytree: {error} Pass the pytree's own "
+            "structure, or a prefix of it."
+        ) from error
+    return [v for v, t in zip(values, subtrees, strict=True) for _ in jax.tree.leaves(t)]
+
+
+def _by_path(
+    given: Any, values: list[Any], tree: ArrayTree, is_leaf: Callable[[Any], bool] | None
+) -> list[Any] | None:
+    """Finds for each leaf the value at the longest prefix of its path; None if one has none."""
+    at = dict(zip(leaf_paths(given, is_leaf), values, strict=True))
+    found, used = [], set()
+    for path in leaf_paths(tree):
+        ends = (path[:end] for end in range(len(path), -1, -1))
+        end = next((end for end in ends if end in at), None)
+        if end is None:
+            return None
+        used.add(end)
+        found.append(at[end])
+    hidden = leaf_paths(tree, lambda x: x is None or isinstance(x, optax.MaskedNode))
+    used.update(path[:end] for path in hidden for end in range(len(path) + 1))
+    return found if used >= at.keys() else None
+
+
+def per_leaf(
+    dimension_numbers: DimensionNumbersOrFn | None, tree: ArrayTree
+) -> list[MuonDimensionNumbers | None]:
+    """Finds the dimension numbers of each leaf.
+
+    Args:
+      dimension_numbers: Pytree or prefix of one of `MuonDimensionNumbers` and None, or a function
+        that makes one from `tree`. None as a whole stands for `LAST_TWO_AXES` everywhere.
+      tree: Parameters or gradients, or their shapes.
+
+    Returns:
+      One entry for each leaf of `tree`, in the order of `jax.tree.leaves`.
+
+    Raises:
+      ValueError: if `dimension_numbers` is not a prefix of `tree`.
+
+    Example:
+      >>> per_leaf({"a": None, "b": LAST_TWO_AXES}, {"a": jnp.ones(3), "b": jnp.ones((2, 3))})
+      [None, MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)]
+    """
+    if dimension_numbers is None:
+        return [LAST_TWO_AXES] * len(jax.tree.leaves(tree))
+    return spread(
+        "dimension numbers",
+        dimension_numbers,
+        tree,
+        lambda x: x is None or isinstance(x, MuonDimensionNumbers),
+    )
+
+
+def matrix_axes(
+    where: str, tree: ArrayTree, dimension_numbers: DimensionNumbersOrFn | None
+) -> list[Axes]:
+    """Finds the axes of each leaf, and refuses the leaves that are no matrices, all at once.
+
+    Args:
+      where: Name of the public function that was called.
+      tree: Parameters or gradients, or their shapes.
+      dimension_numbers: See `per_leaf`; None as a leaf stands for `LAST_TWO_AXES`.
+
+    Returns:
+      One entry for each leaf of `tree`.
+
+    Raises:
+      ValueError: if a leaf has fewer than two axes, is neither floating nor complex, or does not
+        have the axes that its dimension numbers name.
+
+    Example:
+      >>> matrix_axes("muon", {"w": jnp.ones((4, 2, 3))}, None)
+      [Axes(batch=(0,), reduction=(1,), output=(2,))]
+    """
+    found, faults = [], []
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), numbers in zip(
+        paths_and_leaves, per_leaf(dimension_numbers, tree), strict=True
+    ):
+        try:
+            if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                raise ValueError("a matrix needs two axes or more and a floating or complex dtype")
+            found.append(axes_of(numbers or LAST_TWO_AXES, leaf.ndim))
+        except ValueError as error:
+            faults.append(f"  {path_string(path)}: {leaf.dtype}{list(leaf.shape)}: {error}.")
+    if faults:
+        raise ValueError(
+            f"{where}: {len(faults)} of {len(paths_and_leaves)} leaves cannot be orthogonalised.\n"
+            + "\n".join(faults)
+            + "\nSend them to another optimizer: `muon` does so by role, and by None in "
+            "muon_weight_dimension_numbers; `optax.masked` does so for any transform."
+        )
+    return found

@@ -1,0 +1,119 @@
+"""Queries, keys and values of all heads from one kernel."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from muonclip_jax._common.types import Scalar
+from muonclip_jax._qk_clip.head_layout import Children, Columns, Layout, Leaf
+from muonclip_jax._qk_clip.shared_key import query_and_key_factors
+
+_ORDERS = ("sectioned", "interleaved")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class FusedQKVLayout(Layout):
+    """Attention with one module for queries, keys and values: MHA, GQA, MQA.
+
+    Without a literal number in `kernel`, its `heads` are `N + 2K` heads of `head_dim` for N query
+    heads and K key heads. With a 3, they are N heads, and the 3 is the axis of queries, keys and
+    values. Values are never scaled. Immutable and hashable.
+
+    Attributes:
+      head_dim: Width of a head.
+      num_kv_heads: Number of key heads, K; None is one for each query head.
+      qkv: Name of the module inside the attention module.
+      order: `"sectioned"` is all queries, all keys, all values. `"interleaved"` is, for each key
+        head, its N / K queries, its key, its value: the order of Megatron-LM, and with K = N that
+        of GPT-NeoX. Where `kernel` has a 3, the position of the 3 is the order.
+      kernel: Pattern of one layer's kernel, of names `inputs`, `heads`, `head_dim` and a literal 3:
+        `"inputs (heads head_dim)"`, `"(heads head_dim) inputs"`, `"inputs heads head_dim"`,
+        `"inputs 3 heads head_dim"`, `"inputs heads 3 head_dim"`, `"3 heads inputs head_dim"`,
+        `"inputs (heads head_dim 3)"`, or any other order.
+      stack_axis: This and all others: see `MultiHeadLayout`.
+
+    Raises:
+      ValueError: if a pattern, a width, an axis or the order is impossible.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> layout = mc.FusedQKVLayout(head_dim=2, num_kv_heads=1)
+      >>> params = {"qkv": {"kernel": jnp.ones((1, 8))}}  # two queries, one key, one value
+      >>> new, _ = mc.qk_clip(params, {"max_logits": jnp.array([400.0, 7.0])}, layout)
+      >>> new["qkv"]["kernel"].tolist()
+      [[0.25, 0.25, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
+
+    References:
+      Kimi K2, arXiv 2507.20534, section 2.1. The interleaved order: Megatron-LM,
+      `megatron/core/transformer/attention.py`, `get_query_key_value_tensors`.
+    """
+
+    module_fields: ClassVar[tuple[str, ...]] = ("qkv",)
+    literals: ClassVar[tuple[str, ...]] = ("3",)
+
+    head_dim: int
+    num_kv_heads: int | None = None
+    qkv: str = "qkv"
+    order: str = "sectioned"
+    kernel: str = "inputs (heads head_dim)"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_int("head_dim", 1)
+        if self.num_kv_heads is not None:
+            self._check_int("num_kv_heads", 1)
+        if self.order not in _ORDERS:
+            raise ValueError(f"{self}: order must be one of {', '.join(map(repr, _ORDERS))}.")
+        names = self.patterns[self.qkv].names
+        if self.order == "interleaved" and "3" in names and names.index("3") < names.index("heads"):
+            raise ValueError(f"{self}: a 3 before the heads is not interleaved.")
+
+    def faults(
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
+    ) -> Iterator[str]:
+        """Lists what does not fit. Arguments: see `Layout`."""
+        kernel, key_heads = kernels[self.qkv], self.num_kv_heads or heads
+        pattern = self.patterns[self.qkv]
+        sizes = self.sizes(self.qkv, kernel, stack, head_dim=self.head_dim)
+        each = pattern.literal == 3
+        total = heads if each else heads + 2 * key_heads
+        if heads % key_heads:
+            yield f"{kernel}: num_kv_heads={key_heads} does not divide the {heads} of {self.stat}."
+        elif each and key_heads != heads:
+            yield f"{kernel}: a pattern with a 3 has {heads} key heads, not {key_heads}."
+        elif sizes is None:
+            yield f"{kernel} does not divide into {str(pattern)!r} with head_dim={self.head_dim}."
+        elif sizes["heads"] != total:
+            parts = (
+                "queries, of keys and of values" if each else f"queries and 2 x {key_heads} others"
+            )
+            yield (
+                f"{kernel} has {sizes['heads']} heads of head_dim {self.head_dim}, not {total}: "
+                f"{heads} of {parts}, by its {self.stat}."
+            )
+
+    def factors(
+        self,
+        gamma: Float[Array, "*stack heads"],
+        kernels: Mapping[str, Leaf],
+        alpha: Scalar,
+        shared_key: str,
+    ) -> dict[str, Columns]:
+        """Returns, by module name, the factor of each column of each head."""
+        key_heads = self.num_kv_heads or gamma.shape[-1]
+        query, key = query_and_key_factors(gamma, key_heads, alpha, shared_key)
+        value, pattern, names = jnp.ones_like(key), self.patterns[self.qkv], ("heads", "head_dim")
+        if pattern.literal == 3:
+            heads, names = jnp.stack((query, key, value), axis=-2), ("3", *names)
+        elif self.order == "interleaved":
+            # By key head: its queries, itself, its value.
+            groups = query.reshape(*key.shape, -1), key[..., None], value[..., None]
+            heads = jnp.concatenate(groups, axis=-1).reshape(*key.shape[:-1], -1)
+        else:
+            heads = jnp.concatenate((query, key, value), axis=-1)
+        factors = jnp.broadcast_to(heads[..., None], (*heads.shape, self.head_dim))
+        return {self.qkv: Columns(factors, names, pattern)}

@@ -1,0 +1,221 @@
+"""Where the query and key columns of each head are in the parameters of an attention module."""
+
+import abc
+import dataclasses
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from muonclip_jax._common.types import Scalar
+from muonclip_jax._qk_clip.child_names import normalizes
+from muonclip_jax._qk_clip.kernel_pattern import KernelPattern, kernel_pattern
+
+Shape: TypeAlias = tuple[int, ...]
+# Shapes of the leaves at or below each child of an attention module.
+Children: TypeAlias = Mapping[str, Sequence[Shape]]
+
+
+class Leaf(NamedTuple):
+    """One parameter at or below a query or key module.
+
+    Attributes:
+      name: Last component of its path, such as `kernel`.
+      path: Its path from the attention module on, such as `query/kernel`.
+      position: Its index among the flattened parameters.
+      shape: Its shape, stack axes included.
+      dtype: Its dtype.
+    """
+
+    name: str
+    path: str
+    position: int
+    shape: Shape
+    dtype: np.dtype
+
+    def __str__(self) -> str:
+        """Shows path and shape, as messages do."""
+        return f"{self.path} {self.shape}"
+
+
+class Columns(NamedTuple):
+    """The factors of one module's output columns.
+
+    Attributes:
+      factors: `[*stack, *names]`, such as `[*stack, heads, head_dim]`.
+      names: Names of the last axes: all names of the pattern but `inputs`.
+      pattern: The axes of one layer's kernel.
+    """
+
+    factors: Float[Array, "..."]
+    names: tuple[str, ...]
+    pattern: KernelPattern
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Layout(abc.ABC):
+    """The fields that every head layout has.
+
+    A subclass names the children of the attention module (`module_fields`), lists what in them does
+    not fit the max logits (`faults`), and gives the factor of each column (`factors`).
+
+    Attributes:
+      module_fields: The fields that hold names of children.
+      literals: The literal numbers that `kernel` may contain.
+      kernel: This and all others: see `MultiHeadLayout`.
+    """
+
+    module_fields: ClassVar[tuple[str, ...]] = ()
+    literals: ClassVar[tuple[str, ...]] = ()
+    axis_names: ClassVar[tuple[str, ...]] = ("inputs", "heads", "head_dim")
+
+    kernel: str = "inputs heads head_dim"
+    stack_axis: int = 0
+    stat_stack_axis: int = 0
+    stat: str = "max_logits"
+    scaled_leaves: tuple[str, ...] = ("kernel", "bias", "lora_b")
+    kept_leaves: tuple[str, ...] = ("lora_a",)
+    qk_norm: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        self._parse("kernel", self.literals, self.axis_names)
+        if not self.scaled_leaves:
+            raise ValueError(f"{self}: scaled_leaves must be a tuple, the kernel's name first.")
+        for field in ("stack_axis", "stat_stack_axis"):
+            self._check_int(field)
+        for field in ("scaled_leaves", "kept_leaves", "qk_norm"):
+            self._check_names(field)
+        for field in (*self.module_fields, "stat"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{self}: {field} must be a name, a string.")
+        names = self.modules
+        if len(set(names)) != len(names):
+            raise ValueError(f"{self}: {' and '.join(self.module_fields)} must be two modules.")
+
+    def __repr__(self) -> str:
+        """Shows the module names, and each field that differs from its default."""
+        others = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        names = dict.fromkeys((*self.module_fields, *others))
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{type(self).__name__}({shown})"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the children that the attention module must have."""
+        return tuple(getattr(self, field) for field in self.module_fields)
+
+    @property
+    def patterns(self) -> dict[str, KernelPattern]:
+        """The pattern of one layer's kernel, by module name."""
+        pattern = kernel_pattern(self.kernel, self.literals, self.axis_names)
+        return dict.fromkeys(self.modules, pattern)
+
+    @abc.abstractmethod
+    def faults(
+        self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
+    ) -> Iterator[str]:
+        """Lists what does not fit.
+
+        Args:
+          kernels: The kernels by module name, with `stack` axes of layers each.
+          stack: Number of stack axes.
+          heads: Number of heads of the max logits.
+          children: All children of the attention module.
+
+        Yields:
+          One text per fault.
+        """
+
+    @abc.abstractmethod
+    def factors(
+        self,
+        gamma: Float[Array, "*stack heads"],
+        kernels: Mapping[str, Leaf],
+        alpha: Scalar,
+        shared_key: str,
+    ) -> dict[str, Columns]:
+        """Returns, by module name, the factor of each column of each head."""
+
+    def normalizes(self, child: str) -> str | None:
+        """Returns what a child of the attention module normalizes, by its name.
+
+        Args:
+          child: Its name.
+
+        Returns:
+          See `muonclip_jax._qk_clip.child_names.normalizes`.
+        """
+        return normalizes(child)
+
+    def stack_axes(self, axis: int, count: int) -> tuple[int, ...]:
+        """Lists `count` stack axes, outermost first: a scan of a scan inserts twice at `axis`."""
+        return tuple(axis + i if axis >= 0 else axis - i for i in range(count))
+
+    def fits(self, child: str, shape: Shape, stack: int) -> bool:
+        """Returns whether a leaf has the rank of the child's kernel or of its bias."""
+        axes = self.stack_axes(self.stack_axis, stack)
+        in_range = all(-len(shape) <= axis < len(shape) for axis in axes)
+        return in_range and len(self.patterns[child].axes) + stack - len(shape) in (0, 1)
+
+    def split(self, shape: Shape, stack: int) -> tuple[Shape, Shape]:
+        """Splits a leaf's shape into the sizes of its stack and of one layer."""
+        axes = self.stack_axes(self.stack_axis, stack)
+        sizes = tuple(shape[axis] for axis in axes_first(axes, len(shape)))
+        return sizes[:stack], sizes[stack:]
+
+    def column_shape(self, child: str, shape: Shape, stack: int) -> tuple[Shape, Shape]:
+        """Splits a leaf's shape into the sizes of its stack and of its output axes."""
+        pattern = self.patterns[child]
+        stacked, layer = self.split(shape, stack)
+        if len(layer) == len(pattern.axes):
+            layer = layer[: pattern.input_axis] + layer[pattern.input_axis + 1 :]
+        return stacked, layer
+
+    def leaf_factor(self, columns: Columns, leaf: Leaf) -> Float[Array, "..."]:
+        """Gives factors the axes of a leaf; the axis of the inputs has size 1."""
+        stack = columns.factors.ndim - len(columns.names)
+        is_kernel = len(leaf.shape) == len(columns.pattern.axes) + stack
+        x = columns.pattern.arrange(columns.factors, columns.names, is_kernel=is_kernel)
+        return jnp.moveaxis(x, range(stack), self.stack_axes(self.stack_axis, stack))
+
+    def sizes(self, child: str, kernel: Leaf, stack: int, **known: int) -> dict[str, int] | None:
+        """Infers the sizes of the axes of one layer's kernel; None if they do not fit."""
+        return self.patterns[child].sizes(self.split(kernel.shape, stack)[1], known)
+
+    def _parse(self, field: str, literals: tuple[str, ...], names: tuple[str, ...]) -> None:
+        """Checks a pattern, and that `head_dim` is given where its size cannot be read."""
+        value = getattr(self, field)
+        if not isinstance(value, str):
+            raise TypeError(f"{self}: {field} must be a string of axis names.")
+        try:
+            pattern = kernel_pattern(value, literals, names)
+        except ValueError as error:
+            raise ValueError(f"{self}: {field}={error}.") from None
+        if pattern.is_flat and getattr(self, "head_dim", 0) is None:
+            raise ValueError(f"{self}: {field} has a flattened head axis and needs head_dim=.")
+
+    def _check_names(self, field: str) -> None:
+        """Raises if a field is not a tuple of names; a list would not be hashable."""
+        value: Any = getattr(self, field)
+        is_tuple = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+        if not is_tuple and not (value is None and field == "qk_norm"):
+            raise ValueError(f"{self}: {field} must be a tuple of names.")
+
+    def _check_int(self, field: str, minimum: int | None = None) -> None:
+        """Raises if a field is not a whole number, or below the minimum."""
+        value: Any = getattr(self, field)
+        try:
+            whole = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{self}: {field} must be a whole number.") from None
+        if isinstance(value, bool) or (minimum is not None and whole < minimum):
+            raise ValueError(f"{self}: {field} must be at least {minimum}.")
+
+
+def axes_first(axes: Shape, ndim: int) -> list[int]:
+    """Orders the axes of an array as `moveaxis` would, with these in front."""
+    front = [axis % ndim for axis in axes]
+    return front + [axis for axis in range(ndim) if axis not in front]

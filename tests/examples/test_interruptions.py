@@ -1,0 +1,432 @@
+"""A run that is cut short, or whose folder was touched, goes on bit for bit, or says why not."""
+
+import dataclasses
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import train_lm
+from lm import checkpoint, data, rundir, training
+from lm.config import BadInput, Config
+from tests.support import lm_cases
+from tests.support.interruption_cases import (
+    Killed,
+    after,
+    assert_equal_runs,
+    ended,
+    environment,
+    kill,
+    kill_after,
+    limit_files,
+    start,
+    unlimited_files,
+    wait_for,
+)
+from tests.support.lm_cases import CONFIG, CORPUS, TEXT, TINY, compiled_once, trainer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    for _ in compiled_once(folder):
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Drawing takes as long as all the rest of a run; `test_train_lm` looks at the plots."""
+    monkeypatch.setattr("lm.plots.draw", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 20 steps, with checkpoints of steps 7, 14 and 20, without a pause."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert trainer(path).train() == CONFIG.steps
+    return path
+
+
+@pytest.fixture
+def cut(whole, tmp_path):
+    """A copy of that run as a kill before its summary leaves it."""
+    path = shutil.copytree(whole, tmp_path / "run")
+    (path / "summary.json").unlink()
+    return path
+
+
+# Kills and signals, in this process
+
+
+def test_stopped_run_resumes_bit_for_bit(whole, tmp_path):
+    stopped = trainer(tmp_path, should_stop=after(9, lambda: True))
+    assert stopped.train() == 9
+    assert not (tmp_path / "summary.json").exists()
+    assert (tmp_path / "checkpoints" / "9").exists()
+    trainer(tmp_path, resume=True).train()
+    assert_equal_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 11, "lo'], ids=["clean", "torn"])
+def test_killed_run_resumes_bit_for_bit(whole, tmp_path, torn):
+    with pytest.raises(Killed):
+        trainer(tmp_path, should_stop=after(11, kill)).train()
+    with (tmp_path / "metrics.jsonl").open("ab") as log:
+        log.write(torn)
+    trainer(tmp_path, resume=True).train()
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(whole, tmp_path, capsys):
+    with pytest.raises(Killed):
+        trainer(tmp_path, should_stop=after(3, kill)).train()
+    trainer(tmp_path, resume=True).train()
+    assert "no checkpoint yet: starting at step 0" in capsys.readouterr().out
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_run_killed_before_its_summary_gets_it(whole, cut):
+    trainer(cut, resume=True).train()
+    assert_equal_runs(cut, whole)
+
+
+def test_accumulate(tmp_path):
+    """Micro-batches are inside one step: no cut falls between them."""
+    trainer(tmp_path / "whole", accumulate=2, steps=10).train()
+    with pytest.raises(Killed):
+        trainer(tmp_path / "cut", accumulate=2, steps=10, should_stop=after(9, kill)).train()
+    trainer(tmp_path / "cut", accumulate=2, steps=10, resume=True).train()
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole", accumulate=2, steps=10)
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+    yield from lm_cases.program(monkeypatch, tmp_path, "--steps", "20", "--out", "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_the_running_step(program, tmp_path, monkeypatch, capfd, number):
+    def send(step):
+        if step == 5:
+            os.kill(os.getpid(), number)
+        return True
+
+    monkeypatch.setattr("lm.rundir.is_logged", send)
+    assert program() == 0
+    captured = capfd.readouterr()
+    assert captured.out.splitlines()[-1].startswith("stopped after step 5; continue with: ")
+    assert captured.err == ""
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
+    assert len(rundir.read_metrics(tmp_path / "run")) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_at_once(number):
+    code = (
+        "import os, time; from lm.stop import StopFlag; flag = StopFlag(); assert not flag\n"
+        f"os.kill(os.getpid(), {number:d}); assert flag; print('first', flush=True)\n"
+        f"os.kill(os.getpid(), {number:d}); time.sleep(60)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(train_lm.__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert (result.stdout, result.stderr) == ("first\n", "")
+    assert result.returncode == 128 + number
+
+
+# A full disk: a file may not grow beyond a limit, which needs no rights; Python ignores SIGXFSZ
+
+
+def test_disk_full(whole, program, tmp_path, monkeypatch, capfd):
+    def fill(step):
+        if step == 10:
+            wait_for(tmp_path / "run" / "checkpoints" / "7")
+            limit_files(20_000)  # less than a checkpoint has, and more than the metrics
+        return True
+
+    with unlimited_files(), monkeypatch.context() as patch:
+        patch.setattr("lm.rundir.is_logged", fill)
+        assert program("--checkpoint-every", "7") == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("train_lm.py: run: step 14: the checkpoint could not be written (")
+    assert line.endswith("; make room, then --resume goes on from the one before")
+    assert program("--checkpoint-every", "7", "--resume") == 0
+    assert "resumed after step 7" in capfd.readouterr().out
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_disk_full_of_metrics(program, tmp_path, monkeypatch, capfd):
+    def fill(step):
+        if step == 3:
+            limit_files((tmp_path / "run" / "metrics.jsonl").stat().st_size)
+        return True
+
+    monkeypatch.setattr("lm.rundir.is_logged", fill)
+    with unlimited_files():
+        assert program() == 1
+    assert capfd.readouterr().err == (
+        "train_lm.py: run: step 3: metrics.jsonl could not be written (File too large); make room,"
+        " then --resume goes on\n"
+    )
+
+
+# Folders that were touched
+
+
+def newest(path, pattern):
+    return max((path / "checkpoints" / "20").glob(pattern), key=lambda file: file.stat().st_size)
+
+
+def truncated(path):
+    file = newest(path, "d/*")
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def absent(path):
+    newest(path, "ocdbt.process_0/d/*").unlink()
+
+
+def flipped(path):
+    file = newest(path, "ocdbt.process_0/d/*")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def flipped_digest(path):
+    file = path / "checkpoints" / "20" / "digests.json"
+    content = file.read_text()
+    at = content.index('"sha256": "') + len('"sha256": "')
+    file.write_text(content[:at] + ("1" if content[at] == "0" else "0") + content[at + 1 :])
+
+
+DAMAGES = [truncated, absent, flipped, flipped_digest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged(whole, cut, capfd, damage):
+    damage(cut)
+    trainer(cut, resume=True).train()
+    captured = capfd.readouterr()
+    (line,) = captured.err.splitlines()
+    folder = cut / "checkpoints"
+    assert line.startswith(f"train_lm.py: warning: {folder}: step 20 is damaged (")
+    assert line.endswith("); resuming from step 14 instead")
+    assert "resumed after step 14" in captured.out
+    assert_equal_runs(cut, whole)
+
+
+def test_all_damaged(cut, program, capfd):
+    for path in (cut / "checkpoints").iterdir():
+        (path / "digests.json").unlink()
+    with pytest.raises(SystemExit) as leave:
+        program("--resume")
+    assert leave.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "no checkpoint is left: step 20 is damaged (digests.json: " in line
+    assert all(f"step {n} is damaged (digests.json: " in line for n in (14, 7))
+    assert line.endswith("; start again with another --out")
+
+
+def test_leftovers(whole, cut, capfd):
+    folder = cut / "checkpoints"
+    (folder / "20").rename(folder / "20.orbax-checkpoint-tmp")
+    trainer(cut, resume=True).train()
+    assert capfd.readouterr().err == ""
+    assert sorted(path.name for path in folder.iterdir()) == ["14", "20", "7"]
+    assert_equal_runs(cut, whole)
+
+
+def test_foreign(whole, cut, tmp_path, capfd):
+    folder = cut / "checkpoints"
+    elsewhere = shutil.copytree(folder / "14", tmp_path / "elsewhere")
+    (folder / "999").mkdir()
+    (folder / "abc").mkdir()
+    (folder / "notes").write_text("kept")
+    (folder / "998").symlink_to(elsewhere)
+    trainer(cut, resume=True).train()
+    captured = capfd.readouterr()
+    assert captured.err.splitlines() == [
+        f"train_lm.py: warning: {folder / name}: holds no checkpoint of this run; left out"
+        for name in ("998", "999")
+    ]
+    assert "resumed after step 20" in captured.out
+    assert checkpoint.DIGESTS in [path.name for path in elsewhere.iterdir()]
+    assert (folder / "notes").read_text() == "kept"
+    assert_equal_runs(cut, whole)
+
+
+CHANGES = {
+    "model": "mla",
+    "preset": "small",
+    "dtype": "bfloat16",
+    "optimizer": "adamw",
+    "steps": 21,
+    "batch_size": 8,
+    "seq_len": 8,
+    "learning_rate": 0.5,
+    "seed": 1,
+    "accumulate": 2,
+}
+
+
+def resumed(path, **typed):
+    """The settings of `--resume --out path` with these other flags."""
+    return rundir.resumed(Config(out=path, resume=True, **typed, given=frozenset(typed)))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_settings(whole, name):
+    before = CONFIG.peak if name == "learning_rate" else getattr(CONFIG, name)
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(BadInput) as error:
+        resumed(whole, **{name: CHANGES[name]})
+    assert f"{flag} was {before}, now {CHANGES[name]}" in str(error.value)
+    assert "another --out" in str(error.value)
+
+
+def test_changed_settings_are_listed_together(whole):
+    with pytest.raises(BadInput) as error:
+        resumed(whole, seed=1, steps=7)
+    assert str(error.value) == (
+        f"--resume {whole}: --steps was 20, now 7; --seed was 0, now 1;"
+        " give the old values, or another --out"
+    )
+
+
+def test_settings_that_were_not_typed_are_those_of_the_run(whole):
+    config = resumed(whole)
+    assert config == dataclasses.replace(
+        CONFIG, out=whole, resume=True, learning_rate=CONFIG.peak, no_progress=False
+    )
+
+
+def test_mesh_and_text_that_were_not_typed_are_those_of_the_run(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, out=tmp_path, mesh={"fsdp": -1}, simulate_devices=8, data=pathlib.Path("text")
+    )
+    rundir.open_run(config, CORPUS)
+    again = resumed(tmp_path)
+    assert (again.mesh, again.simulate_devices) == (config.mesh, 8)
+    assert again.data == pathlib.Path("text").absolute()
+    assert resumed(tmp_path, mesh={"data": -1}).mesh == {"data": -1}
+
+
+def test_settings_that_differ_from_the_run_are_refused_however_they_came(whole):
+    config = dataclasses.replace(CONFIG, out=whole, resume=True, seed=1)
+    with pytest.raises(BadInput, match="--seed was 0, now 1"):
+        rundir.open_run(config, CORPUS)
+
+
+def test_threshold_may_change_and_is_kept(tmp_path):
+    trainer(tmp_path, threshold=1e30, should_stop=after(9, lambda: True)).train()
+    for typed, steps in ({"threshold": 2.0}, 12), ({}, 20):
+        config = resumed(tmp_path, **typed)
+        assert config.threshold == 2.0
+        rundir.open_run(config, CORPUS)
+        stop = after(steps - 9 if typed else 100, lambda: True)
+        made = training.Trainer(config, CORPUS, tmp_path, TINY, stop, jax.devices()[:1])
+        assert made.train() == steps
+    lines = rundir.read_metrics(tmp_path)
+    over = [sum(x > 2.0 for layer in line["max_logits"] for x in layer) for line in lines]
+    assert [line["heads_clipped"] for line in lines] == [0] * 9 + over[9:]
+    assert sum(over[9:12]) > 0
+    assert sum(over[12:]) > 0
+
+
+def test_changed_text_is_refused(whole):
+    other = data.split("tiny", TEXT[:-1] + b"!", 0, CONFIG.seq_len)
+    with pytest.raises(BadInput, match=rf"--data was .*{CORPUS.sha256}, now .*{other.sha256}"):
+        rundir.open_run(resumed(whole), other)
+
+
+def test_default_learning_rate_may_be_named_on_resume(whole):
+    assert rundir.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).done
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x: x.astype(jnp.bfloat16), "was float32[2, 16, 2, 8], now bfloat16[2, 16, 2, 8]"),
+        (lambda x: x[..., :4], "was float32[2, 16, 2, 8], now float32[2, 16, 2, 4]"),
+    ],
+    ids=["dtype", "shape"],
+)
+def test_changed_dtype(whole, change, text):
+    made = training.Trainer(CONFIG, CORPUS, whole, TINY, devices=jax.devices()[:1])
+    target = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.eval_shape(change, x) if "key" in str(path[-2:]) else x, made.target
+    )
+    with made.checkpoints() as checkpoints, pytest.raises(BadInput) as error:
+        checkpoints.restore_newest(target)
+    assert f"params/blocks/attn/key/kernel {text}; " in str(error.value)
+
+
+# Kills, of a process
+
+STEPS = 120  # all with one schedule, and so one compiled program
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory, cache):
+    """A run of `STEPS` in a process of its own, without a pause."""
+    folder = tmp_path_factory.mktemp("long")
+    ended(start(folder, cache, "--steps", str(STEPS), "--out", "whole"))
+    return folder / "whole"
+
+
+def kill_and_resume(folder, cache, kills, steps, whole, model="gqa"):
+    """Kills a run at random moments, and compares its end with that of one that was let alone."""
+    flags = ["--steps", str(steps), "--model", model]
+    flags += ["--checkpoint-every", "2"]  # most of the time one is being written
+    draw = random.Random(0)
+    for n in range(kills):
+        process = start(folder, cache, *flags, "--out", "run", "--resume")
+        lines = 0 if n == 0 else draw.randrange(1, steps // kills)
+        assert kill_after(process, folder / "run/metrics.jsonl", lines, 0.05 * draw.random())
+        process.communicate()
+    ended(start(folder, cache, *flags, "--out", "run", "--resume"))
+    assert_equal_runs(folder / "run", whole, steps=steps, model=model)
+    logged = [step for step, _ in lm_cases.scalars(folder / "run")["loss"]]
+    assert logged == list(range(1, steps + 1))
+
+
+def test_kill_nine(tmp_path, cache, long):
+    kill_and_resume(tmp_path, cache, 3, STEPS, long)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
+def test_kill_nine_at_twenty_moments(tmp_path, cache, model):
+    ended(start(tmp_path, cache, "--steps", "240", "--model", model, "--out", "whole"))
+    kill_and_resume(tmp_path, cache, 20, 240, tmp_path / "whole", model)
+
+
+def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache, long):
+    """The flags of the run, such as --steps and --preset, are not in the command."""
+    flags = ["--steps", str(STEPS), "--checkpoint-every", "5"]  # each waits for the one before
+    process = start(tmp_path, cache, *flags, "--out", "run")
+    wait_for(tmp_path / "run" / "checkpoints" / "5")
+    process.send_signal(signal.SIGTERM)
+    _, last = ended(process).splitlines()
+    steps = [line["step"] for line in rundir.read_metrics(tmp_path / "run")]
+    assert (tmp_path / "run" / "checkpoints" / str(steps[-1])).exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    stopped, command = last.split("; continue with: ")
+    assert stopped == f"stopped after step {steps[-1]}"
+    resume = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment(cache), capture_output=True, text=True
+    )
+    assert resume.returncode == 0, resume.stderr
+    assert_equal_runs(tmp_path / "run", long, steps=STEPS)

@@ -1,0 +1,356 @@
+"""The pages of docs/: blocks run, links lead somewhere, numbers are those that tests hold."""
+
+import contextlib
+import functools
+import inspect
+import io
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import muonclip_jax as mc
+from muonclip_jax._orthogonalize.iterations import gram_cost, restart_windows, standard_cost
+from muonclip_jax._qk_clip.head_layout import Layout
+from muonclip_jax._qk_clip.shared_key import query_and_key_factors
+from tests.orthogonalize.test_published_numbers import ABOVE_ONE, RANGES
+from tests.support import reference
+from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+# A block of Python, and the plain block right after it: what it prints.
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+
+every_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
+
+
+@functools.cache
+def run_page(name: str) -> dict[str, Any]:
+    """Names that a page's blocks define, run one after the other."""
+    namespace: dict[str, Any] = {"__name__": name}
+    text = (ROOT / "docs" / name).read_text()
+    if "nnx.capture" in text and not HAS_CAPTURE:
+        pytest.skip(NEEDS_CAPTURE)
+    for source, shown in BLOCK.findall(text):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(source, name, "exec"), namespace)
+        assert printed.getvalue() == shown
+    return namespace
+
+
+@every_page
+def test_blocks_run_and_print_what_the_page_shows(page):
+    text = page.read_text()
+    assert len(BLOCK.findall(text)) == text.count("```python")
+    run_page(page.name)
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        linked = (page.parent / target).resolve() if target else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in _anchors(linked.read_text()), f"{target}#{anchor}"
+
+
+def _anchors(text):
+    """The heads of a page as GitHub makes them anchors."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@every_page
+def test_names_exist(page):
+    text = page.read_text()
+    for name in set(re.findall(r"\bmc\.(\w+(?:\.\w+)?)", text)):
+        functools.reduce(getattr, name.split("."), mc)
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for name in set(re.findall(r"\btest_\w+(?:\.py)?", text)):
+        found = (
+            (ROOT / "tests" / name).exists() if name.endswith(".py") else f"def {name}(" in tests
+        )
+        assert found, name
+    for name in set(re.findall(r"\bbenchmarks/[\w/.-]+\w", text)):
+        assert (ROOT / name).exists(), name
+
+
+# --- qk_clip.md -----------------------------------------------------------------------------------
+
+
+def test_layouts_in_the_table_can_be_built():
+    rows = _table("qk_clip.md", "| your model | layout |")
+    calls = [call.strip("`") for _, call in rows if call.startswith("`mc.")]
+    assert len(calls) == 15
+    for call in calls:
+        assert isinstance(eval(call, {"mc": mc}), Layout)
+
+
+def test_shared_keys_in_the_table_are_what_the_rules_do():
+    rows = _table("qk_clip.md", "| `shared_key` |")
+    assert len(rows) == 4
+    for name, queries, key, logits, _ in rows:
+        rule = name.split('"')[1]
+        gamma = jnp.asarray([0.25, 1.0])
+        query_factors, (key_factor,) = query_and_key_factors(gamma, 1, 0.5, rule)
+        assert queries == ", ".join(f"{float(q):g}" for q in query_factors)
+        assert key == f"{float(key_factor):g}"
+        landed = np.asarray([400.0, 10.0]) * np.asarray(query_factors) * float(key_factor)
+        assert logits == ", ".join(f"{x:g}" for x in landed)
+
+
+def test_costs_of_the_statistic_are_the_committed_ones():
+    path = ROOT / "benchmarks" / "results" / "max_logits.json"
+    row = json.loads(path.read_text())["lengths"][-1]
+    full, causal = (100 * (row[f"exact_flops_{kind}"] - 1) for kind in ("full", "causal"))
+    said = (
+        f'At {row["length"]} positions `"exact"` is {full:.1f} % more FLOPs than attention has, '
+        f"forward and backward, and {causal:.1f} % if it is causal; it needs "
+        f"{row['exact_temporary_bytes'] / 2**20:.0f} MiB"
+    )
+    assert said in (ROOT / "docs" / "qk_clip.md").read_text().replace("\n", " ")
+    share = f"{causal:.1f} % of attention's FLOPs at {row['length']} positions, causal"
+    assert share in (ROOT / "docs" / "choosing.md").read_text()
+    assert row["lse_bound_flops_full"] == row["lse_bound_flops_causal"] == 1
+
+
+def test_the_default_rule_is_the_one_the_page_says():
+    rule = inspect.signature(mc.qk_clip).parameters["shared_key"].default
+    assert f'| `"{rule}"`, the default |' in (ROOT / "docs" / "qk_clip.md").read_text()
+
+
+# --- sharding.md ----------------------------------------------------------------------------------
+
+
+def _result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_costs_of_a_sharded_step_are_the_committed_ones():
+    figures = ("seconds", "cycles", "flops", "sent_bytes", "temporary_bytes", "compile_seconds")
+    expected = [
+        [
+            f"{case['layers']} {'in stacks' if case['stacked'] else 'apart'}",
+            case["topology"],
+            " x ".join(map(str, case["mesh"])),
+            *(f"{by[f]:.2g}" if (by := case["ours_by_optax"]).get(f) else "-" for f in figures),
+        ]
+        for case in _result("sharded_step")["cases"].values()
+    ]
+    assert _table("sharding.md", "| layers | slice |") == expected
+
+
+def test_costs_of_a_step_of_kimi_are_the_committed_ones():
+    def gigabytes(bytes_):
+        return f"{bytes_ / 1e9:.1f} GB"
+
+    expected = [
+        [
+            name,
+            " x ".join(map(str, x["mesh"].values())),
+            *(gigabytes(x[f"{memory}_bytes"]) for memory in ("argument", "temporary", "peak")),
+            f"{x['flops_by_standard']:.2f}",
+            gigabytes(x["sent_bytes"]),
+            f"{100 * x['training_step']['optimizer_share']:.2f} %",
+        ]
+        for name, x in _result("kimi_k2")["slices"].items()
+    ]
+    assert _table("sharding.md", "| slice | expert x fsdp |") == expected
+
+
+# --- choosing.md ----------------------------------------------------------------------------------
+
+
+def _table(page, head):
+    """Cells of the table whose first line begins with `head`, without that line and the rule."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(head))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_calls_in_the_table_build_optimizers():
+    rows = _table("choosing.md", "| you want | call |")
+    assert len(rows) == 6
+    for _, call, _ in rows:
+        tx = eval(call.strip("`"), {"mc": mc, "lr": 3e-4})
+        assert isinstance(tx, optax.GradientTransformationExtraArgs)
+
+
+def test_presets_in_the_table_of_choices_arrive_where_it_says():
+    rows = _table("choosing.md", "| you want | `ns_coeffs` |")
+    assert len(rows) == 4
+    for _, choice, said in rows:
+        name = choice.split('"')[1]
+        assert said == "{:.3f} to {:.3f}".format(*RANGES[name][2])
+
+
+def test_figures_of_the_demo_are_the_committed_ones():
+    path = ROOT / "benchmarks" / "results" / "train_lm.json"
+    clip, plain, _ = json.loads(path.read_text())["runs"]
+    said = (
+        f"heads are clipped in {clip['steps_with_a_clip']} of {clip['steps']} steps, the largest"
+        f" logit is {clip['largest_logit']:.1f} instead of {plain['largest_logit']:.1f}, and the"
+        f" validation loss {clip['validation_loss']:.3f} instead of {plain['validation_loss']:.3f}"
+    )
+    assert said in " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+
+
+def test_what_is_sent_without_a_plan_is_the_committed_ratio():
+    path = ROOT / "benchmarks" / "results" / "sharded_step.json"
+    stacks = json.loads(path.read_text())["cases"]["stacks"]
+    assert (stacks["layers"], stacks["side"], stacks["hidden"]) == (32, 4096, 11008)  # 7B
+    times = f"sends {1 / stacks['ours_by_optax']['sent_bytes']:.0f} times as much"
+    assert times in (ROOT / "docs" / "choosing.md").read_text()
+
+
+def test_numbers_to_watch_are_those_of_the_metrics():
+    params = {"attn": {name: {"kernel": jnp.ones((4, 2, 2))} for name in ("query", "key")}}
+    stats, ever = {"attn": {"max_logits": jnp.ones(2)}}, {"attn": jnp.zeros(2, bool)}
+    _, info = mc.qk_clip(params, stats, ever_clipped=ever)
+    rows = _table("choosing.md", "| number | means |")
+    watched = [name.strip("`") for name, *_ in rows if "qk_clip/" in name]
+    assert len(watched) == 6
+    assert set(watched) < set(mc.qk_clip_metrics(info))
+
+
+def test_momentum_weighs_068_of_keller_jordans_at_step_2():
+    beta = 0.95
+    optax_ratio = (beta / (1 - beta**3)) / ((1 - beta) / (1 - beta**2))
+    assert round(optax_ratio / (beta / (1 - beta)), 2) == 0.68
+
+
+def test_a_view_changes_nothing_for_an_elementwise_optimizer():
+    page = run_page("choosing.md")
+    rng = np.random.default_rng(0)
+    params = {
+        "qkv": {"kernel": rng.normal(size=(64, 192)), "bias": rng.normal(size=192)},
+        "q_b": {"kernel": rng.normal(size=(2, 32, 96))},
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    tx = page["through"](page["views"], page["inverses"], optax.adamw(0.1))
+    got, _ = tx.update(params, tx.init(params), params, max_logits="not for AdamW")
+    expected, _ = optax.adamw(0.1).update(params, optax.adamw(0.1).init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+# --- numerics.md ----------------------------------------------------------------------------------
+
+
+def test_table_of_presets_is_the_table_of_the_published_numbers():
+    rows = _table("numerics.md", "| preset |")
+    assert sorted(row[0].split('"')[1] for row in rows) == sorted(RANGES)
+    for names, steps, slope, *ranges, above, _ in rows:
+        name, *aliases = names.split('"')[1::2]
+        expected_slope, *expected_ranges = RANGES[name]
+        assert int(steps) == len(mc.ns_coefficients(name))
+        assert int(slope) == expected_slope
+        assert ranges == [f"{low:.3f} to {high:.3f}" for low, high in expected_ranges]
+        expected = ["beyond 1e100" if p is None else f"{p:g}" for p in ABOVE_ONE[name]]
+        assert above.split(", ") == expected
+        for alias in aliases:
+            assert mc.ns_coefficients(alias) == mc.ns_coefficients(name)
+
+
+def test_a_safety_of_101_explodes_where_105_does_not():
+    p = {
+        safety: reference.polynomial(mc.polar_express_coefficients(1e-3, 5, safety=safety), 1.02)
+        for safety in (1.01, 1.05)
+    }
+    np.testing.assert_allclose(p[1.01], 2e88, rtol=0.1)
+    np.testing.assert_allclose(p[1.05], 1.11, atol=6e-3)
+    slopes = [
+        np.prod([a for a, _, _ in mc.polar_express_coefficients(1e-3, 5, safety=safety)])
+        for safety in (1.01, 1.05)
+    ]
+    assert [round(slope) for slope in slopes] == [976, 804]
+
+
+def test_the_aol_table_that_is_not_shipped_turns_the_sign():
+    # NVIDIA-NeMo/Emerging-Optimizers, muon_utils.py, "aol"; unchanged.
+    rows = (
+        (4.0098, -7.0585, 2.4635),
+        (3.4585, -5.5479, 2.5959),
+        (2.7573, -3.2939, 1.4254),
+        (2.7215, -3.0494, 1.3169),
+    )
+    s = np.linspace(0.001, 1, 100_000)
+    p = reference.polynomial(rows, s)
+    np.testing.assert_allclose(s[p < 0].min(), 0.884, atol=1e-3)
+    assert np.all(p[s > 0.884] < 0)
+    np.testing.assert_allclose(p[-1], -0.99, atol=0.01)
+    with pytest.raises(ValueError, match="unknown preset 'aol'"):
+        mc.ns_coefficients("aol")
+
+
+def test_both_forms_cost_the_same_at_an_aspect_of_one_and_a_half():
+    for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
+        rows = mc.ns_coefficients("jordan")
+        assert gram_cost(restart_windows(rows, dtype), 1.5) == standard_cost(rows, 1.5) == 40
+
+
+def test_costs_in_the_page_are_the_formulas():
+    rows = mc.ns_coefficients("jordan")
+    for aspect, standard, *gram in _table("numerics.md", "| m / n |"):
+        assert float(standard) == standard_cost(rows, float(aspect))
+        costs = [
+            gram_cost(restart_windows(rows, dtype), float(aspect))
+            for dtype in (jnp.float32, jnp.bfloat16)
+        ]
+        assert [float(cell) for cell in gram] == costs
+
+
+def test_gain_of_the_blocks_is_the_committed_one():
+    path = ROOT / "benchmarks" / "results" / "blocks.json"
+    ratios = [
+        shape["blocks_by_plain"]
+        for shape in json.loads(path.read_text())["shapes"]
+        if shape["matrix"][0] >= 384
+    ]
+    said = f"{min(ratios):.2f} to {max(ratios):.2f} of the time"
+    assert said in " ".join((ROOT / "docs" / "numerics.md").read_text().split())
+
+
+@pytest.mark.parametrize("preset", RANGES)
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_accuracy_is_the_committed_one(preset, method):
+    path = ROOT / "benchmarks" / "results" / "accuracy.json"
+
+    def figure(key, dtype, spectrum):
+        wanted = {"preset": preset, "method": method, "dtype": dtype, "spectrum": spectrum}
+        wanted |= {"matrix": [128, 512], "blocks": 1}
+        rows = json.loads(path.read_text())["rows"]
+        (row,) = [row for row in rows if wanted.items() <= row.items()]
+        return row[key]
+
+    spectra = ("gaussian", "1 .. 1e-4")
+    cells = [f"{figure('error', 'float32', spectrum):.1e}" for spectrum in spectra]
+    cells += [f"{figure('leakage_by_plain', 'bfloat16', spectrum):.2f}" for spectrum in spectra]
+    said = f"| `{preset}` | {method} | {' | '.join(cells)} |"
+    assert said in (ROOT / "docs" / "numerics.md").read_text()
+
+
+# --- references.md --------------------------------------------------------------------------------
+
+
+def test_every_paper_that_is_named_anywhere_is_among_the_references():
+    listed = (ROOT / "docs" / "references.md").read_text()
+    folders = ("muonclip_jax", "examples", "docs", "tests")
+    sources = [p for d in folders for p in (ROOT / d).rglob("*") if p.suffix in (".py", ".md")]
+    for source in [*ROOT.glob("*.md"), *sources]:
+        for number in re.findall(r"\b2[0-9](?:0[1-9]|1[0-2])\.\d{5}\b", source.read_text()):
+            assert number in listed, f"{source.name}: arXiv {number}"

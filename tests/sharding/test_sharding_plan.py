@@ -1,0 +1,271 @@
+"""Who orthogonalises which matrix, from shapes and shardings alone: no device is used here."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muonclip_jax._orthogonalize.matrix_axes import Axes
+from muonclip_jax._sharding import plan as _sharding_plan
+from muonclip_jax._sharding.plan import Placed, make_plan
+
+F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
+
+
+def work(m, n, dtype):
+    """Ten products of an m x m and an m x n matrix, as three steps of the standard form."""
+    del dtype
+    return 20.0 * m * m * n
+
+
+def leaf(path, shape, *spec, axes=None, dtype: Any = F32):
+    """A leaf whose matrices are its last two axes, and the mesh axes that divide each axis."""
+    axes = axes or Axes(tuple(range(len(shape) - 2)), (len(shape) - 2,), (len(shape) - 1,))
+    names = [tuple(entry.split()) for entry in (*spec, *[""] * (len(shape) - len(spec)))]
+    return Placed(path, shape, np.dtype(dtype), axes, tuple(names))
+
+
+def plan(*leaves, wire=lambda dtype: dtype, **mesh):
+    return make_plan(leaves, mesh, work, wire)
+
+
+def only_group(*leaves, **mesh):
+    (group,) = plan(*leaves, **mesh).groups
+    return group
+
+
+def moved(m, n, count, pieces, item=4):
+    """Bytes that leave a device when so many matrices in so many pieces are exchanged twice."""
+    return 2 * count * (m * n * item / pieces) * (pieces - 1) / pieces
+
+
+def exchanged(m, item=4):
+    """Bytes that leave a member of a team: two sums in float32, both ways, and fourteen gathers."""
+    return 16 * m * m + 14 * m * m * item
+
+
+# Strategies, with all numbers by hand.
+
+
+def test_whole_matrices_stay_where_they_are():
+    group = only_group(leaf("w", (8, 64, 128), "x"), x=4)
+    assert group.strategy() == "local"
+    assert (group.count, group.whole, group.flops, group.sent) == (2, 2, 2 * work(64, 128, F32), 0)
+
+
+def test_experts_and_layers_are_counted_on_each_device():
+    group = only_group(leaf("w", (6, 8, 64, 128), "y", "x"), x=4, y=2)
+    assert (group.strategy(), group.count) == ("local", 6 // 2 * 8 // 4)
+
+
+def test_as_many_matrices_as_devices_are_one_for_each():
+    group = only_group(leaf("w", (8, 512, 1024), "", "x"), x=8)
+    assert group.strategy() == "move: 1 whole"
+    assert (group.flops, group.sent) == (work(512, 1024, F32), moved(512, 1024, 8, 8))
+    assert group.sent == 3_670_016
+
+
+def test_both_sides_may_be_divided_and_by_several_axes_each():
+    group = only_group(leaf("w", (24, 512, 1024), "", "z", "y x"), x=2, y=2, z=2)
+    assert (group.rows, group.columns, group.axes) == (("z",), ("y", "x"), ("z", "y", "x"))
+    assert (group.strategy(), group.whole) == ("move: 3 whole", 3)
+
+
+def test_batch_axes_stay_divided_while_sides_move():
+    group = only_group(leaf("w", (3, 4, 64, 64), "", "x", "y"), x=2, y=2)
+    assert (group.strategy(), group.count, group.replicas) == ("move: 3 whole", 6, ())
+
+
+def test_a_small_rest_is_padded_with_zeros():
+    group = only_group(leaf("w", (11, 64, 128), "", "x"), x=8)
+    assert group.strategy() == "move: 2 whole"
+    # Sixteen are sent and two orthogonalised on each device, five of them zero.
+    assert (group.flops, group.sent) == (2 * work(64, 128, F32), moved(64, 128, 16, 8))
+
+
+@pytest.mark.parametrize(
+    ("count", "strategy", "whole", "rest", "team"),
+    [
+        (3, "move: 3 by teams of 2", 0, 3, 2),
+        (11, "move: 1 whole + 3 by teams of 2", 1, 3, 2),
+        (2, "move: 2 by teams of 4", 0, 2, 4),
+        (1, "move: 1 by teams of 8", 0, 1, 8),
+        (5, "move: 1 whole", 1, 0, 1),  # more than half as many as devices: no two for each
+    ],
+)
+def test_a_large_rest_is_shared_by_teams(count, strategy, whole, rest, team):
+    m, n = 8192, 16384
+    group = only_group(leaf("w", (count, m, n), "", "x"), x=8)
+    assert group.strategy() == strategy
+    assert (group.whole, group.rest, group.team, group.stays) == (whole, rest, team, False)
+    if rest:
+        assert group.flops == (whole + 1 / team) * work(m, n, F32)
+        assert group.sent == moved(m, n, 8 * whole + 8 // team, 8) + exchanged(m)
+
+
+def test_a_team_needs_equal_columns():
+    # 8200 / 8 columns are odd: no team can have an equal part of each piece.
+    group = only_group(leaf("w", (1, 8200, 8200), "", "", "x y"), x=4, y=2)
+    assert group.stays
+    group = only_group(leaf("w", (1, 8192, 8200), "", "z", "x y"), x=4, y=2, z=2)
+    assert group.strategy() == "move: 1 whole"
+
+
+def test_columns_that_are_divided_already_stay():
+    for w in (
+        leaf("wide", (8192, 16384), "", "x"),
+        leaf("tall", (16384, 8192), "x"),
+        leaf("square", (8192, 8192), "x"),
+    ):
+        group = only_group(w, x=8)
+        assert group.strategy() == "teams of 8, nothing moves"
+        assert (group.flops, group.sent) == (work(group.m, group.n, F32) / 8, exchanged(8192))
+
+
+def test_many_long_thin_matrices_stay():
+    # A member sends 16 sums of 16 x 16 instead of moving 16 matrices of 16 x 65536.
+    group = only_group(leaf("w", (16, 16, 65536), "", "", "x"), x=8)
+    assert (group.stays, group.rest, group.team) == (True, 16, 8)
+    assert group.sent == 16 * exchanged(16) < moved(16, 65536, 16, 8) / 40
+
+
+# Replicas.
+
+
+def test_replicas_share_large_matrices():
+    group = only_group(leaf("w", (3, 2048, 2048)), x=4)
+    assert (group.strategy(), group.replicas, group.whole) == ("replicas share", ("x",), 1)
+    # Each gets one from each of three others, and one of those is padding.
+    assert (group.flops, group.sent) == (work(2048, 2048, F32), 3 * 2048**2 * 4)
+
+
+def test_replicas_share_what_moves_over_other_axes():
+    group = only_group(leaf("w", (8, 2048, 2048), "", "x"), x=2, y=4)
+    assert (group.strategy(), group.replicas) == ("move: 1 whole", ("y",))
+    matrix = 2048**2 * 4
+    assert group.flops == work(2048, 2048, F32)
+    assert group.sent == moved(2048, 2048, 2, 2) + 8 * (matrix / 2) * 3 / 4
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4096, 4096), (4096, 4096)])
+def test_each_replica_works_alone_on_one_matrix_and_on_small_ones(shape):
+    group = only_group(leaf("w", shape), x=4)
+    assert (group.strategy(), group.replicas, group.sent) == ("local", (), 0)
+
+
+def test_many_replicas_of_two_matrices_would_mostly_send_padding():
+    shape = (2, 1024, 1024)
+    # One matrix less, 20 · 2³⁰ FLOPs, for matrices of 2²² bytes from one other device, or from 63.
+    assert only_group(leaf("w", shape), x=2).strategy() == "replicas share"
+    assert only_group(leaf("w", shape), x=64).strategy() == "local"
+
+
+# Groups.
+
+
+def paths_of(p):
+    """Which leaves are together, and which of them are turned."""
+    return sorted(
+        sorted((p.leaves[m.leaf].path, m.transposed) for m in group.members) for group in p.groups
+    )
+
+
+def test_tall_leaves_meet_wide_ones_with_their_axes_turned():
+    p = plan(leaf("up", (2, 8, 16), "", "x", "y"), leaf("down", (16, 8), "y", "x"), x=2, y=2)
+    assert paths_of(p) == [[("down", True), ("up", False)]]
+    (group,) = p.groups
+    assert (group.m, group.n, group.rows, group.columns, group.count) == (8, 16, ("x",), ("y",), 3)
+
+
+def test_tall_leaves_whose_axes_do_not_fit_stay_apart():
+    p = plan(leaf("up", (8, 16), "x", "y"), leaf("down", (16, 8), "x", "y"), x=2, y=2)
+    assert paths_of(p) == [[("down", True)], [("up", False)]]
+
+
+def test_squares_are_turned_so_that_their_axes_meet():
+    specs = {"q": "xy", "o": "yx", "row": "x ", "column": " x"}
+    squares = [leaf(name, (8, 8), *spec) for name, spec in specs.items()]
+    p = plan(*squares, x=2, y=2)
+    assert paths_of(p) == [[("column", False), ("row", True)], [("o", True), ("q", False)]]
+
+
+def test_other_shapes_dtypes_and_batch_axes_stay_apart():
+    leaves = [
+        leaf("w", (4, 8, 16), "", "x"),
+        leaf("shape", (4, 8, 32), "", "x"),
+        leaf("dtype", (4, 8, 16), "", "x", dtype=np.float64),
+        leaf("batch", (4, 8, 16), "y", "x"),
+    ]
+    assert len(plan(*leaves, x=2, y=2).groups) == 4
+
+
+def test_batch_axes_meet_in_any_order():
+    leaves = [leaf("a", (2, 2, 8, 16), "y", "x"), leaf("b", (2, 2, 8, 16), "x", "y")]
+    assert only_group(*leaves, x=2, y=2).count == 2
+
+
+def test_merged_sides_are_divided_by_the_axes_of_all_their_parts():
+    heads = Axes((0,), (1,), (2, 3))
+    per_head = Axes((0, 2), (1,), (3,))
+    shape, spec = (3, 8, 4, 4), ("", "x", "y", "z")
+    merged = only_group(leaf("q", shape, *spec, axes=heads), x=2, y=2, z=2)
+    assert (merged.m, merged.n, merged.rows, merged.columns) == (8, 16, ("x",), ("y", "z"))
+    each = only_group(leaf("q", shape, *spec, axes=per_head), x=2, y=2, z=2)
+    # 4 x 8, as its matrices are tall: rows and columns change places, and the heads are divided.
+    assert (each.m, each.n, each.rows, each.columns, each.count) == (4, 8, ("z",), ("x",), 6)
+
+
+def test_a_leaf_that_fills_the_memory_of_a_move_is_alone(monkeypatch):
+    leaves = [
+        leaf(name, (count, 8, 16), "", "x")
+        for name, count in zip("abcd", (8, 9, 9, 8), strict=True)
+    ]
+    monkeypatch.setattr(_sharding_plan, "MOST_BYTES_MOVED", 8 * 8 * 16 * 4 // 2)
+    p = plan(*leaves, x=2)
+    assert paths_of(p) == [[("a", False), ("d", False)], [("b", False)], [("c", False)]]
+    halved = plan(*leaves, x=2, wire=lambda dtype: F16)
+    assert len(halved.groups) == 1
+
+
+@pytest.mark.parametrize(("fit", "chunk"), [(0, 1), (1, 1), (3, 3), (5, 4), (11, 6), (12, 12)])
+def test_chunks_are_equal_and_fit(monkeypatch, fit, chunk):
+    monkeypatch.setattr(_sharding_plan, "MOST_BYTES_MOVED", fit * 8 * 16 * 4)
+    assert only_group(leaf("w", (24, 8, 16), "", "x"), x=2).chunk == chunk
+
+
+def test_the_wire_halves_what_is_sent():
+    w = leaf("w", (8, 512, 1024), "", "x")
+    wide, narrow = (plan(w, x=8, wire=lambda _, d=d: d).groups[0].sent for d in (F32, F16))
+    assert narrow == wide / 2
+
+
+def test_axes_of_one_device_are_no_axes():
+    p = plan(leaf("w", (8, 16, 32), "", "y"), x=1, y=8, z=1)
+    assert p.mesh == {"y": 8}
+    assert p.groups[0].replicas == ()
+
+
+def test_an_empty_tree():
+    assert plan(x=8).groups == ()
+
+
+# What a reader sees.
+
+GOLDEN = """\
+mesh fsdp=4, tp=2; per device and step 4.3e+12 FLOPs, 1,635.8 MB sent
+matrices  rows         columns          on each device                   FLOPs     MB sent  leaves
+11        4096 / fsdp  8192 / tp        move: 1 whole + 3 by teams of 2  4.12e+12  1,560.3  up and 1 more
+3         128          256              local                            2.52e+08  0.0      experts
+1         1024         65536 / fsdp.tp  teams of 8, nothing moves        1.72e+11  75.5     thin"""  # noqa: E501
+
+
+def test_the_table():
+    p = plan(
+        leaf("up", (10, 4096, 8192), "", "fsdp", "tp"),
+        leaf("down", (8192, 4096), "tp", "fsdp"),
+        leaf("experts", (6, 4, 256, 128), "", "fsdp tp"),
+        leaf("thin", (1024, 65536), "", "fsdp tp"),
+        fsdp=4,
+        tp=2,
+    )
+    assert str(p) == GOLDEN

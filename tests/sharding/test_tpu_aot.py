@@ -1,0 +1,90 @@
+"""Compiled for TPUs that are not there, a step sends what was planned and nothing else."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+LIMIT = 900  # seconds; measured 120 s of processors
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason='libtpu is not installed: pip install "muonclip-jax[tpu]"',
+    ),
+]
+
+# Its own process: libtpu reads its settings when JAX first looks for devices, and eight CPU devices
+# are what the other tests have.
+WORKER = """
+import dataclasses, json, sys
+import sharded_step
+
+few = sharded_step.CASES["few_layers"]
+fewer_chips = dataclasses.replace(few, topology="v5p:2x2x2", mesh=(4, 2))
+results = {"teams": sharded_step.measure(few, compilations=1)}
+results["whole"] = sharded_step.measure(fewer_chips, compilations=1, names=["ours"])
+print("RESULTS" + json.dumps(results))
+"""
+SIDE, HIDDEN, LAYERS = 4096, 11008, 8
+SQUARES, LONG = 4 * LAYERS, 3 * LAYERS  # matrices
+PARAMETERS = SQUARES * SIDE**2 + LONG * SIDE * HIDDEN
+BF16, F32 = 2, 4  # bytes
+
+
+@pytest.fixture(scope="module")
+def results():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(BENCHMARKS), str(BENCHMARKS.parent), environment.get("PYTHONPATH", "")]
+    )
+    worker = subprocess.run(
+        [sys.executable, "-c", WORKER],
+        env=environment,
+        timeout=LIMIT,
+        capture_output=True,
+        text=True,
+    )
+    assert worker.returncode == 0, worker.stderr
+    (line,) = (x for x in worker.stdout.splitlines() if x.startswith("RESULTS"))
+    return json.loads(line.removeprefix("RESULTS"))
+
+
+def test_whole_matrices_move_by_all_to_all_and_nothing_else(results):
+    """32 and 24 matrices on 8 chips: each gets four and three."""
+    ours = results["whole"]["ours"]
+    assert set(ours["counts"]) == {"all-to-all"}
+    assert ours["sent"]["all-to-all"] == 2 * PARAMETERS * BF16 / 8
+
+
+def test_teams_sum_and_gather_what_the_plan_says(results):
+    """32 and 24 matrices on 64 chips: teams of two, of which eight have none of the long ones."""
+    ours = results["teams"]["ours"]
+    assert set(ours["counts"]) == {"all-to-all", "all-gather", "all-reduce"}
+    # Squares in the standard form: five sums, five products. The others in the Gram form: two and
+    # fourteen. And the largest entries and the norms.
+    assert 0 <= ours["sent"]["all-reduce"] - (5 + 2) * F32 * SIDE**2 <= 1000
+    assert ours["sent"]["all-gather"] == (5 + 14) * BF16 * SIDE**2
+    padded = SQUARES * SIDE**2 + 32 * SIDE * HIDDEN
+    assert ours["sent"]["all-to-all"] == 2 * padded * BF16 / 64
+
+
+@pytest.mark.parametrize("case", ["whole", "teams"])
+def test_no_array_is_gathered_for_want_of_a_way(case, results):
+    assert results[case]["ours"]["rematerialisations"] == 0
+    assert results[case]["ours"]["unknown_loops"] == 0
+
+
+def test_a_step_costs_less_than_one_of_optax(results):
+    ratios = results["teams"]["ours_by_optax"]
+    # Measured: 0.647, 0.086, 0.310 and 0.200.
+    assert ratios["flops"] <= 0.70
+    assert ratios["sent_bytes"] <= 0.10
+    assert ratios["seconds"] <= 0.40
+    assert ratios["temporary_bytes"] <= 0.50

@@ -1,0 +1,138 @@
+"""Meshes, leaves of every kind that lie on them, and what a compiled program sends."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import muonclip_jax as mc
+from muonclip_jax._orthogonalize.matrix_axes import matrix_axes
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonaliser, Traced
+from muonclip_jax._sharding.exchange import plan_for
+from muonclip_jax._sharding.placement import placements
+from tests.support import reference
+
+NAMES = ("x", "y", "z")
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make_mesh(sizes, kind="explicit"):
+    """Makes a mesh of the axes x, y, z, as many as there are sizes."""
+    return jax.make_mesh(sizes, NAMES[: len(sizes)], axis_types=(KINDS[kind],) * len(sizes))
+
+
+def on(mesh, spec):
+    """Keeps of a spec what this mesh has: P(("x", "z"), "y") is P("x") on the mesh of x alone."""
+    entries = (e if isinstance(e, tuple) else (e,) for e in spec)
+    kept = (tuple(name for name in names if name in mesh.axis_names) for names in entries)
+    return P(*(names or None for names in kept))
+
+
+@pytest.fixture(autouse=True)
+def no_rematerialisation(capfd):
+    """XLA says it on file descriptor 2 when it gathers an array to lay it out in another way."""
+    yield
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+class Leaf(NamedTuple):
+    """A leaf of the test trees: its shape, how it lies, and which axes are its matrices."""
+
+    shape: tuple[int, ...]
+    spec: P
+    numbers: mc.MuonDimensionNumbers = mc.MuonDimensionNumbers(-2, -1)
+
+
+def draw(leaves, seed=0, dtype=jnp.float32):
+    """Draws an array for each leaf of a tree."""
+    rng = np.random.default_rng(seed)
+
+    def normal(leaf):
+        x = rng.normal(size=leaf.shape)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            x = x + 1j * rng.normal(size=leaf.shape)
+        return jnp.asarray(x, dtype)
+
+    return jax.tree.map(normal, leaves, is_leaf=is_leaf)
+
+
+def shardings_of(mesh, leaves):
+    """Says how each leaf of a tree lies on a mesh."""
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, on(mesh, leaf.spec)), leaves, is_leaf=is_leaf
+    )
+
+
+def numbers_of(leaves):
+    """Says which axes of each leaf are its matrices."""
+    return jax.tree.map(lambda leaf: leaf.numbers, leaves, is_leaf=is_leaf)
+
+
+def is_leaf(x):
+    return isinstance(x, Leaf)
+
+
+class Collective(NamedTuple):
+    """What one instruction sends; `bytes` are those of its result on each device."""
+
+    kind: str
+    bytes: int
+    in_loop: bool
+
+
+_COLLECTIVES = (
+    "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute"
+    "|collective-broadcast"
+)
+_INSTRUCTION = re.compile(rf" = (\(.*?\)|\S+) ({_COLLECTIVES})(?:-start)?\(")
+_ARRAY = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\[([\d,]*)\]")
+_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
+
+
+def collectives(compiled) -> list[Collective]:
+    """Lists the communication in a function compiled for the CPU; a combined one counts once."""
+    text = compiled.as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found, computation = [], ""
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            computation = header[1]
+        elif match := _INSTRUCTION.search(line):
+            found.append(Collective(match[2], _size(match[1]), computation in bodies))
+    return found
+
+
+def _size(shapes):
+    """Counts the bytes of all arrays in the text of a shape."""
+    total = 0
+    for dtype, bits, dimensions in _ARRAY.findall(shapes):
+        item = _BYTES[dtype] if dtype in _BYTES else int(bits) // 8
+        total += item * int(np.prod([int(d) for d in dimensions.split(",") if d]))
+    return total
+
+
+def assert_close(got, expected, tolerance):
+    """Compares each leaf by the norm of its error."""
+    errors = jax.tree.map(reference.relative_error, got, expected)
+    flat = jax.tree_util.tree_leaves_with_path(errors)
+    bad = {jax.tree_util.keystr(path): e for path, e in flat if not e < tolerance}
+    assert bad == {}
+
+
+def planned(leaves, mesh):
+    """Plans leaves on an Explicit mesh, with the default settings."""
+
+    def shape_of(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=sharding)
+
+    tree = jax.tree.map(shape_of, leaves, shardings_of(mesh, leaves), is_leaf=is_leaf)
+    axes = matrix_axes("test", tree, numbers_of(leaves))
+    found = []
+    jax.eval_shape(lambda tree: found.append(placements("test", tree, axes, {})), tree)
+    rows = mc.ns_coefficients("jordan")
+    return plan_for(found[0], Orthogonaliser(rows, "auto", "auto", "frobenius", Traced(1e-8)))
