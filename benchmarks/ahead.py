@@ -35,13 +35,13 @@ class Compilation:
       cost: What it costs.
       seconds: What compiling took.
       cpu_seconds: The same in time of processors, which does not see other programs.
-      rematerialisations: Warnings that an array was gathered whole.
+      rematerializations: Warnings that an array was gathered whole.
     """
 
     cost: Cost
     seconds: float
     cpu_seconds: float
-    rematerialisations: int
+    rematerializations: int
 
 
 def tpu_mesh(topology: str, shape: Sequence[int], names: Sequence[str]) -> Mesh:

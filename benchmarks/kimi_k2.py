@@ -201,7 +201,7 @@ def measure(model: Model, mesh: Mesh) -> dict[str, Any]:
         ).splitlines(),
         **dataclasses.asdict(cost),
         "sent_bytes": cost.sent_bytes,
-        "rematerialisations": compilation.rematerialisations,
+        "rematerializations": compilation.rematerializations,
         "compile_seconds": compilation.seconds,
         "compile_cpu_seconds": compilation.cpu_seconds,
         # By the sum of what is allocated, and by the most that is in use at any time.
@@ -247,9 +247,9 @@ def table(results: dict[str, Any]) -> str:
         f"FLOPs {results['flops']:.3g}, by standard steps {results['flops_by_standard']:.3f}",
         f"GB of collectives: {sent}",
         f"unknown loops {results['unknown_loops']}, "
-        f"whole arrays gathered {results['rematerialisations']}",
+        f"whole arrays gathered {results['rematerializations']}",
         f"optimizer {step['optimizer_seconds']:.3f} s, model {step['model_seconds']:.1f} s at "
-        f"{UTILISATION:.0%} utilisation: {step['optimizer_share']:.2%} of a training step",
+        f"{UTILISATION:.0%} utilization: {step['optimizer_share']:.2%} of a training step",
     ]
     return "\n".join(lines)
 

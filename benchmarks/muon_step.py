@@ -299,10 +299,10 @@ def draw(results: dict) -> Figure:
     width = 0.8 / len(bars)
     figure = Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = figure.add_subplot(ylabel="ours by optax")
-    for i, (key, (label, colour)) in enumerate(bars.items()):
+    for i, (key, (label, color)) in enumerate(bars.items()):
         heights = [tree["ours_by_optax"][key] for tree in trees.values()]
         where = [j + (i - (len(bars) - 1) / 2) * width for j in range(len(heights))]
-        drawn = axes.bar(where, heights, 0.92 * width, color=colour, label=label)
+        drawn = axes.bar(where, heights, 0.92 * width, color=color, label=label)
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=3, bbox=box)
     axes.axhline(1, color="#444444", linewidth=1, zorder=0.9)

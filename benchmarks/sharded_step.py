@@ -131,7 +131,7 @@ def summary(compilations: Sequence[Compilation]) -> dict[str, Any]:
     return {
         **dataclasses.asdict(first.cost),
         "sent_bytes": first.cost.sent_bytes,
-        "rematerialisations": first.rematerialisations,
+        "rematerializations": first.rematerializations,
         "compile_seconds": statistics.median(c.seconds for c in compilations),
         "compile_cpu_seconds": statistics.median(c.cpu_seconds for c in compilations),
     }

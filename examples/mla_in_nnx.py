@@ -70,7 +70,7 @@ class LatentAttention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then an MLP, each on the normalised stream."""
+    """Attention, then an MLP, each on the normalized stream."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.attn_norm, self.attn = nnx.RMSNorm(WIDTH, rngs=rngs), LatentAttention(rngs)

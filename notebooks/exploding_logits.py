@@ -166,12 +166,12 @@ def smooth(losses, width=10):
 first = int((gammas < 1).any(axis=1).argmax())
 tails = [losses[-100:].mean() for losses in (plain_loss, clipped_loss)]
 figure, axes = plt.subplots(figsize=(9, 3.2))
-for losses, colour, label in (
+for losses, color, label in (
     (plain_loss, GREY, "Muon"),
     (clipped_loss, BLUE, "Muon with QK-clip"),
 ):
-    axes.plot(losses, color=colour, alpha=0.2, linewidth=0.8)
-    axes.plot(np.arange(STEPS - 9) + 4.5, smooth(losses), color=colour, label=label)
+    axes.plot(losses, color=color, alpha=0.2, linewidth=0.8)
+    axes.plot(np.arange(STEPS - 9) + 4.5, smooth(losses), color=color, label=label)
 axes.axvline(first, color=RED, linestyle="dashed", linewidth=1, label=f"first clip, step {first}")
 axes.set(xlabel="step", ylabel="loss, nats per symbol", yscale="log")
 tails = "{:.4f} without and {:.4f} with the clip".format(*tails)

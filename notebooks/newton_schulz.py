@@ -65,13 +65,13 @@ PRESETS = ("jordan", "you", "polar_express_6", "cubic5")
 figure, panels = plt.subplots(1, 4, figsize=(10, 3.6), sharey=True)
 for axes, name in zip(panels, PRESETS, strict=True):
     count = len(mc.ns_coefficients(name))
-    colours = plt.colormaps["viridis"](np.linspace(0.95, 0.1, count + 1))
+    colors = plt.colormaps["viridis"](np.linspace(0.95, 0.1, count + 1))
     values = sizes
-    axes.plot(values, color=colours[0], label="0")
+    axes.plot(values, color=colors[0], label="0")
     for k in range(1, count + 1):
         update = mc.newton_schulz(M, name, steps=k, dtype=jnp.float32)
         values = np.linalg.svd(update, compute_uv=False)
-        axes.plot(values, color=colours[k], label=f"{k}")
+        axes.plot(values, color=colors[k], label=f"{k}")
     axes.axhline(1, color=GREY, linestyle="dashed", linewidth=1, zorder=0)
     axes.set(yscale="log", xlabel="number of the value, by size")
     axes.set_title(f"{name}: {values.min():.2f} to {values.max():.2f}", fontsize=9)
@@ -85,7 +85,7 @@ plt.show()
 # ## The polynomial
 #
 # What a singular value becomes depends on nothing else. At the left its slope is the product of
-# all a, which lifts the small values. `jordan` is content with the neighbourhood of one,
+# all a, which lifts the small values. `jordan` is content with the neighborhood of one,
 # `polar_express_6` lands on it with one step more, and `cubic5` leaves out c, and with it a third
 # of the products.
 
@@ -102,12 +102,12 @@ COLOURS = dict(zip(PRESETS, (BLUE, ORANGE, "#222222", GREY), strict=True))
 s = np.geomspace(1e-5, 1, 4001)
 figure, axes = plt.subplots(figsize=(9, 3.8))
 worst = 0.0
-for name, colour in COLOURS.items():
+for name, color in COLOURS.items():
     rows = mc.ns_coefficients(name)
     got = U.T @ np.asarray(mc.newton_schulz(M, name, dtype=jnp.float32)) @ V
     slope = np.prod([a for a, _, _ in rows])
-    axes.plot(s, p(rows, s), color=colour, label=f"{name}, slope {slope:.0f}")
-    axes.plot(sizes, np.diag(got), ".", color=colour, markersize=5)
+    axes.plot(s, p(rows, s), color=color, label=f"{name}, slope {slope:.0f}")
+    axes.plot(sizes, np.diag(got), ".", color=color, markersize=5)
     worst = max(worst, np.abs(np.diag(got) - p(rows, sizes)).max())
 axes.axhline(1, color=GREY, linestyle="dashed", linewidth=1, zorder=0)
 axes.set(xscale="log", xlabel="singular value before, as a part of ‖M‖", ylabel="after")
@@ -129,12 +129,12 @@ rows = mc.ns_coefficients("jordan")
 exact = p(rows, sizes)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
 errors = {}
-for dtype, colour in ((jnp.float32, BLUE), (jnp.bfloat16, ORANGE)):
+for dtype, color in ((jnp.float32, BLUE), (jnp.bfloat16, ORANGE)):
     for method, marker in (("standard", "o"), ("gram", "x")):
         update = mc.newton_schulz(M, "jordan", method=method, dtype=dtype)
         got = U.T @ np.asarray(update, np.float64) @ V
         off = np.linalg.norm(got - np.diag(np.diag(got)), axis=1)
-        style = {"marker": marker, "linestyle": "", "color": colour, "markersize": 3}
+        style = {"marker": marker, "linestyle": "", "color": color, "markersize": 3}
         label = f"{jnp.dtype(dtype)}, {method}"
         left.plot(sizes, np.abs(np.diag(got) - exact), **style)
         right.plot(sizes, off, **style, label=label)
@@ -155,8 +155,8 @@ plt.show()
 # %% [markdown]
 # ## What the update looks like
 #
-# The gradient of a layer whose inputs are random walks: neighbouring columns are alike, and one
-# direction has nearly everything. Steepest descent would spend the step on it. The orthogonalised
+# The gradient of a layer whose inputs are random walks: neighboring columns are alike, and one
+# direction has nearly everything. Steepest descent would spend the step on it. The orthogonalized
 # update moves all directions alike.
 
 # %%
@@ -168,7 +168,7 @@ gradient = jax.grad(lambda W: jnp.mean((jnp.tanh(x @ W) - target) ** 2))(W)
 update = mc.newton_schulz(gradient, "you")
 
 figure, panels = plt.subplots(1, 3, figsize=(10, 3), width_ratios=(1.2, 1.2, 1))
-for axes, matrix, name, colour in (
+for axes, matrix, name, color in (
     (panels[0], gradient, "gradient", GREY),
     (panels[1], update, "update", BLUE),
 ):
@@ -178,7 +178,7 @@ for axes, matrix, name, colour in (
     axes.imshow(matrix.T / rms, cmap="RdBu", vmin=-3, vmax=3, interpolation="nearest")
     axes.set(xlabel="input", ylabel="output")
     axes.set_title(f"{name}: {share:.0%} in one direction")
-    panels[2].plot(values / values[0], color=colour, label=name)
+    panels[2].plot(values / values[0], color=color, label=name)
 panels[2].set(yscale="log", xlabel="number of the value, by size")
 panels[2].set_ylabel("singular value, by the largest")
 panels[2].set_title(f"update: {values.min():.2f} to {values.max():.2f}")

@@ -50,7 +50,7 @@ WIDTH, LAYERS, HEADS, LENGTH = 128, 2, 4, 64
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each on the normalised stream."""
+    """Attention, then an MLP, each on the normalized stream."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@
 # # Muon on eight devices
 #
 # Newton–Schulz needs the whole of a matrix, and on a mesh every device has a piece of it. So
-# whole matrices move: each device gets a few, orthogonalises them alone, and sends the pieces
+# whole matrices move: each device gets a few, orthogonalizes them alone, and sends the pieces
 # home. This notebook has a step on eight devices: simulated ones, unless the machine has eight of
 # its own.
 
@@ -77,21 +77,21 @@ params, grads = (draw(key) for key in jax.random.split(jax.random.key(SEED)))
 # %% [markdown]
 # ## The plan
 #
-# `mc.sharding_plan` says, before anything is compiled, who orthogonalises what and what each
+# `mc.sharding_plan` says, before anything is compiled, who orthogonalizes what and what each
 # device sends. All projections of one shape are one group.
 
 # %%
 print(mc.sharding_plan(params, shardings=shardings))
 
 # %% [markdown]
-# Its first group in colours, one for each device. Up and down projections of all layers are one
+# Its first group in colors, one for each device. Up and down projections of all layers are one
 # stack, and each device gets as many of its matrices as the others.
 
 # %%
 stack = (2 * LAYERS, WIDTH, HIDDEN)
 stored, whole = (NamedSharding(mesh, spec) for spec in (into, P(("fsdp", "tp"))))
 figure, panels = plt.subplots(2, stack[0], figsize=(10, 3))
-for row, sharding, label in zip(panels, (stored, whole), ("stored", "orthogonalised"), strict=True):
+for row, sharding, label in zip(panels, (stored, whole), ("stored", "orthogonalized"), strict=True):
     owner = np.empty(stack)
     for device, index in sharding.devices_indices_map(stack).items():
         owner[index] = list(devices).index(device)
@@ -107,7 +107,7 @@ norm = Normalize(-0.5, devices.size - 0.5)
 figure.colorbar(
     plt.cm.ScalarMappable(norm, shades), ax=panels, label="device", ticks=range(devices.size)
 )
-figure.suptitle("Stored in pieces, orthogonalised whole", x=0.01, ha="left")
+figure.suptitle("Stored in pieces, orthogonalized whole", x=0.01, ha="left")
 plt.show()
 
 # %% [markdown]

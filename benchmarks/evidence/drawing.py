@@ -13,8 +13,8 @@ _NAMED = {"adamw": "#8d99ae", "muon": "#2a6f97", "muonclip": "#e36414"}
 _GRID = "#e5e7eb"
 
 
-def colour(name: str) -> str:
-    """Gives an optimizer the same colour in all figures."""
+def color(name: str) -> str:
+    """Gives an optimizer the same color in all figures."""
     return _NAMED.get(name, "#588157")
 
 
@@ -36,7 +36,7 @@ def band(axes: Axes, x: Sequence[float], over: Sequence[Mapping[str, Any]], name
     kept = [(at, one["mean"], one["sd"]) for at, one in zip(x, over, strict=True) if one["mean"]]
     if kept:
         at, means, sds = zip(*kept, strict=True)
-        axes.errorbar(at, means, sds, color=colour(name), label=name, marker="o", ms=3, capsize=2)
+        axes.errorbar(at, means, sds, color=color(name), label=name, marker="o", ms=3, capsize=2)
 
 
 def by_rate(axes: Axes, rates: Sequence[float]) -> None:

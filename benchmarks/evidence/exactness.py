@@ -1,4 +1,4 @@
-"""Whether a more exact orthogonalisation trains better."""
+"""Whether a more exact orthogonalization trains better."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from benchmarks.evidence.measures import grid, paired, seeds_of, table, text, tu
 from benchmarks.evidence.runner import Ask
 from benchmarks.evidence.tasks import Run, finite
 
-TITLE = "Exactness of the orthogonalisation"
-CLAIM = "How exactly the momentum is orthogonalised hardly matters to the loss."
+TITLE = "Exactness of the orthogonalization"
+CLAIM = "How exactly the momentum is orthogonalized hardly matters to the loss."
 SOURCE = "arXiv 2606.00371; Polar Express, arXiv 2505.16932, reports gains instead"
 PUBLISHED = "cubic5 and jordan within 1e-3 of loss at 1 to 4 billion parameters"
 RATES = (0.008, 0.016, 0.032)
@@ -105,9 +105,9 @@ bfloat16 ({text(ours["jordan, bfloat16"]["minus_reference"])}): rounding, and no
 def draw(result: Mapping[str, Any]) -> Figure:
     """Draws the loss by the error."""
     figure, axes = drawing.panels(1, size=(7.2, 3.8))
-    for (name, line), colour in zip(result["ours"].items(), drawing.COLOURS, strict=True):
+    for (name, line), color in zip(result["ours"].items(), drawing.COLOURS, strict=True):
         loss = line["loss"]
-        axes.errorbar(line["error"], loss["mean"], loss["sd"], color=colour, marker="o", label=name)
+        axes.errorbar(line["error"], loss["mean"], loss["sd"], color=color, marker="o", label=name)
     axes.set(xlabel="distance to the orthogonal factor, relative")
     axes.set(ylabel="validation loss, nats per byte")
     axes.legend(frameon=False, fontsize="small")

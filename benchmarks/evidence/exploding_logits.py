@@ -139,10 +139,10 @@ def draw(result: Mapping[str, Any]) -> Figure:
     ask = lookup(result["runs"])
     figure, axes = drawing.panels(len(LINES), 2, (3.2, 2.9), sharex=True, sharey=True)
     for column, name in zip(axes.T, LINES, strict=True):
-        for one, half, colour in zip(column, runs(name), drawing.COLOURS, strict=False):
+        for one, half, color in zip(column, runs(name), drawing.COLOURS, strict=False):
             (record,) = ask(half[:1])
             heads = np.reshape(record["max_logits"], (len(record["logged"]), -1))
-            one.plot(record["logged"], np.maximum(heads, 1), color=colour, linewidth=1, alpha=0.7)
+            one.plot(record["logged"], np.maximum(heads, 1), color=color, linewidth=1, alpha=0.7)
             one.axhline(THRESHOLD, color=drawing.LIMIT, linestyle="dashed", linewidth=1)
             one.set_title(f"{name}\nloss {record['validation_loss']:.3f}")
         column[-1].set_xlabel("step")

@@ -108,11 +108,11 @@ def draw(result: Mapping[str, Any]) -> Figure:
     drawing.bars(left, {f"τ = {name}": ours[name]["minus_plain"] for name in names})
     left.axvline(0, color="black", linewidth=0.8)
     left.set_title("validation loss minus that without clip, same seed")
-    for threshold, colour in zip(THRESHOLDS[1:], drawing.COLOURS, strict=False):
+    for threshold, color in zip(THRESHOLDS[1:], drawing.COLOURS, strict=False):
         each = [record["clipped"] for record in ask(runs(threshold))]
         share = ours[f"{threshold:g}"]["ever_clipped"]["mean"]
         label = f"τ = {threshold:g}: {share:.0%} of heads ever"
-        right.plot(drawing.smooth(each), color=colour, label=label)
+        right.plot(drawing.smooth(each), color=color, label=label)
     right.set(xlabel="step", title="heads clipped, mean of seeds and 20 steps")
     right.legend(frameon=False, fontsize="small")
     return figure

@@ -178,17 +178,17 @@ def draw(result: Mapping[str, Any]) -> Figure:
     for run, name, style in ((OURS, "muonclip_jax", "solid"), (PEER, "optax", "dotted")):
         for seed, record in enumerate(ask(seeds_of(run))):
             label = name if seed == 0 else None
-            colour = drawing.COLOURS[seed]
-            curves.plot(record["logged"], record["losses"], color=colour, ls=style, label=label)
+            color = drawing.COLOURS[seed]
+            curves.plot(record["logged"], record["losses"], color=color, ls=style, label=label)
     curves.set(xlabel="step", ylabel="training loss, nats per byte")
     curves.set_title(f"mc.muon and optax.contrib.muon, {len(SEEDS)} seeds")
     curves.legend(frameon=False)
     for axes, (name, values) in zip(shares, SIZES.items(), strict=True):
         smallest = {other: rest[0] for other, rest in SIZES.items()}
-        for optimizer_, colour in zip(OPTIMIZERS, drawing.COLOURS, strict=False):
+        for optimizer_, color in zip(OPTIMIZERS, drawing.COLOURS, strict=False):
             records = ask([StepTime(**smallest | {name: value}) for value in values])
             y = [100 * record["share"][optimizer_] for record in records]
-            axes.plot(values, y, marker="o", color=colour, label=optimizer_)
+            axes.plot(values, y, marker="o", color=color, label=optimizer_)
         axes.set(xlabel=name, ylabel="% of a step", ylim=(0, None))
         axes.legend(frameon=False)
     return figure

@@ -168,7 +168,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
     drawing.band(right, [int(steps) for steps in line], list(line.values()), "muonclip")
     drawing.band(right, list(targets), [one["loss"] for one in targets.values()], "adamw")
     for one in targets.values():
-        right.axhline(one["loss"]["mean"], color=drawing.colour("adamw"), linestyle="dashed")
+        right.axhline(one["loss"]["mean"], color=drawing.color("adamw"), linestyle="dashed")
     right.set(xlabel="steps of the whole schedule", title="steps to AdamW's loss (dashed)")
     left.legend(frameon=False)
     return figure

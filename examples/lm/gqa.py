@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP: each reads the normalised residual stream and adds to it.
+    """Attention, then the MLP: each reads the normalized residual stream and adds to it.
 
     Attributes:
       heads: Query heads, N.

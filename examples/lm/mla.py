@@ -5,7 +5,7 @@
 of which the last columns of each head are rotated too.
 DeepSeek-V2, arXiv 2405.04434, equations 9 to 19, without the forms for inference. Axis letters are
 those of `layers.py`. Every kernel is flat, [inputs, N times the columns of a head], so that it is
-the one matrix that Muon orthogonalises.
+the one matrix that Muon orthogonalizes.
 """
 
 from typing import Any
@@ -70,7 +70,7 @@ class LatentAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP: each reads the normalised residual stream and adds to it.
+    """Attention, then the MLP: each reads the normalized residual stream and adds to it.
 
     Attributes:
       attention: Sizes of the attention.

@@ -138,7 +138,7 @@ class Mixture(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the mixture: each reads the normalised residual stream and adds to it.
+    """Attention, then the mixture: each reads the normalized residual stream and adds to it.
 
     Attributes:
       attention: Sizes of the attention.

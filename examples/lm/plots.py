@@ -109,11 +109,11 @@ def _max_logits(config: Config, metrics: list[dict[str, Any]]) -> Figure:
     axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     _style(axes, "largest attention logit")
     axes.set_title(_verdict(config, heads, metrics[-1]["heads_ever_clipped"]), loc="left")
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, heads.shape[1]))
-    for layer, colour in enumerate(colours):
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, heads.shape[1]))
+    for layer, color in enumerate(colors):
         each, largest = heads[:, layer], heads[:, layer].max(axis=-1)
-        axes.plot(steps, each, color=colour, alpha=0.2, linewidth=0.6)
-        axes.plot(steps, largest, color=colour, linewidth=1.3, label=f"layer {layer + 1}")
+        axes.plot(steps, each, color=color, alpha=0.2, linewidth=0.6)
+        axes.plot(steps, largest, color=color, linewidth=1.3, label=f"layer {layer + 1}")
     label = f"threshold {config.threshold:g}" + ("" if clips else ", not applied")
     style = "solid" if clips else "dashed"
     axes.axhline(config.threshold, color=_THRESHOLD, linewidth=1.2, linestyle=style, label=label)
@@ -138,7 +138,7 @@ def _heads(config: Config, metrics: list[dict[str, Any]]) -> Figure:
         [*steps, metrics[-1]["step"] + 1],
         np.arange(layers * heads + 1),
         logits.reshape(len(steps), -1).T,
-        **_colours(config.threshold, logits),
+        **_colors(config.threshold, logits),
     )
     axes.invert_yaxis()
     axes.set_yticks(heads * (np.arange(layers) + 0.5), [str(n + 1) for n in range(layers)])
@@ -153,7 +153,7 @@ def _heads(config: Config, metrics: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _colours(threshold: float, logits: np.ndarray) -> dict[str, Any]:
+def _colors(threshold: float, logits: np.ndarray) -> dict[str, Any]:
     low, high = min(0.0, float(logits.min())), float(logits.max())
     if high > threshold:
         return {"cmap": "RdBu_r", "norm": TwoSlopeNorm(threshold, low, high)}

@@ -67,12 +67,12 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for everything else.
 
-    A matrix W moves by `-learning_rate · (scale · O + weight_decay · W)`, O its orthogonalised
+    A matrix W moves by `-learning_rate · (scale · O + weight_decay · W)`, O its orthogonalized
     momentum and scale that of `scale_by_shape`. Embeddings, output heads, routers, norms, biases
     and everything with fewer than two axes go to AdamW, whatever their rank; `routing_table` shows
     what goes where. The arguments up to `consistent_rms` are those of `optax.contrib.muon`, with
     its defaults and meaning; what differs is the routing of leaves by role, so that scan-stacked
-    layers and experts are orthogonalised too.
+    layers and experts are orthogonalized too.
 
     Under `optax.MultiSteps` all of Newton-Schulz runs on every micro-step; averaging the gradients
     before this transform costs less.

@@ -31,13 +31,13 @@ from muonclip_jax._orthogonalize.matrix_axes import (
     sides,
     update_scale,
 )
-from muonclip_jax._orthogonalize.newton_schulz import orthogonaliser
+from muonclip_jax._orthogonalize.newton_schulz import orthogonalizer
 from muonclip_jax._orthogonalize.products import accumulator
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
-from muonclip_jax._sharding.exchange import orthogonalise_leaves
+from muonclip_jax._sharding.exchange import orthogonalize_leaves
 from muonclip_jax._sharding.placement import placements, shardings_by_path
 
-# w_M, w_G of the matrix that is orthogonalised, w_M M + w_G G; None leaves G out.
+# w_M, w_G of the matrix that is orthogonalized, w_M M + w_G G; None leaves G out.
 Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
 # (β, t) -> the weights.
 Direction: TypeAlias = Callable[[jax.Array, jax.Array], Weights]
@@ -76,7 +76,7 @@ def scale_by_muon(
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces each gradient by its orthogonalised momentum.
+    """Replaces each gradient by its orthogonalized momentum.
 
     Every leaf must be a matrix or a batch of matrices; `muon` sends the others elsewhere. The
     arguments up to `weight_dimension_numbers` are those of `optax.contrib.scale_by_muon`, with its
@@ -93,7 +93,7 @@ def scale_by_muon(
         The arithmetic is in float32 at least either way.
       nesterov: Whether the direction looks one step ahead, with optax's bias corrections:
         β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t).
-      adaptive: Whether to multiply each orthogonalised matrix O by ⟨d, O⟩, d the direction.
+      adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
       preconditioning: See `newton_schulz`.
       weight_dimension_numbers: Which axes of each leaf are the rows (reduction) and columns
         (output) of its matrices: a tree, or a prefix of it, of `MuonDimensionNumbers`, or a
@@ -181,7 +181,7 @@ def scale_by_momentum(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds `scale_by_muon`, whose arguments these are, checked, for any direction of M and G."""
     steps = ns_steps if is_single_row(ns_coeffs) else None
-    orthogonalise = orthogonaliser(ns_coeffs, steps, ns_method, ns_dtype, preconditioning, eps)
+    orthogonalize = orthogonalizer(ns_coeffs, steps, ns_method, ns_dtype, preconditioning, eps)
     said = shardings_by_path(shardings)
 
     def init_fn(params):
@@ -204,7 +204,7 @@ def scale_by_momentum(
             for m, g in zip(M, G, strict=True)
         ]
         where = placements("scale_by_muon", structure.unflatten(D), axes, said)
-        orthogonal = orthogonalise_leaves(D, axes, where, orthogonalise)
+        orthogonal = orthogonalize_leaves(D, axes, where, orthogonalize)
         if adaptive:
             orthogonal = [
                 o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
@@ -228,7 +228,7 @@ def scale_by_shape(
     weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     consistent_rms: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales orthogonalised updates by a factor of their matrices' shape.
+    """Scales orthogonalized updates by a factor of their matrices' shape.
 
     Args:
       weight_dimension_numbers: See `scale_by_muon`.

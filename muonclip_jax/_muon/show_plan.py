@@ -21,7 +21,7 @@ from muonclip_jax._orthogonalize.matrix_axes import (
     matrix_axes,
     to_matrices,
 )
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonaliser, orthogonaliser
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
 from muonclip_jax._orthogonalize.products import accumulator
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._sharding.exchange import plan_for
@@ -81,7 +81,7 @@ def sharding_plan(
     numbers = route(params, given, overrides, settings, caller="sharding_plan").numbers
     structure = jax.tree.structure(params)
     steps = ns_steps if is_single_row(ns_coeffs) else None
-    orthogonalise = orthogonaliser(ns_coeffs, steps, ns_method, ns_dtype, "frobenius", 0.0)
+    orthogonalize = orthogonalizer(ns_coeffs, steps, ns_method, ns_dtype, "frobenius", 0.0)
     plans = []
 
     def look(params):
@@ -96,15 +96,15 @@ def sharding_plan(
         )
         where = placements("sharding_plan", matrices, axes, shardings_by_path(shardings))
         if where is None:
-            plans.append(_without_plan(matrices, axes, orthogonalise))
+            plans.append(_without_plan(matrices, axes, orthogonalize))
         else:
-            plans.append(plan_for(where, orthogonalise._replace(platform=where.platform)))
+            plans.append(plan_for(where, orthogonalize._replace(platform=where.platform)))
 
     jax.eval_shape(look, params)
     return plans[0]
 
 
-def _without_plan(matrices: ArrayTree, axes: list[Axes], orthogonalise: Orthogonaliser) -> Plan:
+def _without_plan(matrices: ArrayTree, axes: list[Axes], orthogonalize: Orthogonalizer) -> Plan:
     """Describes what happens on one device, and on an Auto mesh of which nothing is known."""
     flat = jax.tree_util.tree_leaves_with_path(matrices)
     leaves = tuple(
@@ -114,12 +114,12 @@ def _without_plan(matrices: ArrayTree, axes: list[Axes], orthogonalise: Orthogon
     batches = [to_matrices(x, a) for (_, x), a in zip(flat, axes, strict=True)]
     meshes = (jax.typeof(x).sharding.mesh for _, x in flat)
     mesh = next((dict(m.shape) for m in meshes if math.prod(m.shape.values()) > 1), {})
-    groups = tuple(_call(batches, indices, orthogonalise) for indices in groups_of(batches))
+    groups = tuple(_call(batches, indices, orthogonalize) for indices in groups_of(batches))
     return Plan(mesh, leaves, groups, by_xla=bool(mesh))
 
 
 def _call(
-    batches: Sequence[jax.Array], indices: Sequence[int], orthogonalise: Orthogonaliser
+    batches: Sequence[jax.Array], indices: Sequence[int], orthogonalize: Orthogonalizer
 ) -> Group:
     """Describes one call of Newton-Schulz."""
     members = tuple(
@@ -128,5 +128,5 @@ def _call(
     )
     count, first = sum(member.count for member in members), batches[indices[0]]
     m, n = sorted(first.shape[-2:])
-    flops = count * orthogonalise.flops((m, n), first.dtype)
+    flops = count * orthogonalize.flops((m, n), first.dtype)
     return Group(members, m, n, (), (), (), count, count, 0, 1, False, flops, 0.0)

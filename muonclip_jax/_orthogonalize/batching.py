@@ -1,4 +1,4 @@
-"""Matrices of equal shape, from any leaves, orthogonalised in one call.
+"""Matrices of equal shape, from any leaves, orthogonalized in one call.
 
 Every matrix is laid on its short side first, so that the up and down projections of an MLP meet. A
 program then has one Newton-Schulz iteration for each distinct shape, however many layers there are.
@@ -15,17 +15,17 @@ MOST_BYTES = 2**30
 
 
 def in_groups(
-    orthogonalise: Callable[[jax.Array], jax.Array], matrices: Sequence[jax.Array]
+    orthogonalize: Callable[[jax.Array], jax.Array], matrices: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """Orthogonalises batches of matrices with one call for all that have a shape in common.
+    """Orthogonalizes batches of matrices with one call for all that have a shape in common.
 
     Args:
-      orthogonalise: Takes and returns arrays of shape (*batch, n, m) with n <= m, and treats every
+      orthogonalize: Takes and returns arrays of shape (*batch, n, m) with n <= m, and treats every
         matrix on its own.
       matrices: Arrays of shape (*batch, n_in, n_out).
 
     Returns:
-      Each of `matrices` orthogonalised, in its shape.
+      Each of `matrices` orthogonalized, in its shape.
 
     Example:
       >>> up, down = in_groups(lambda x: 2 * x, [jnp.ones((2, 3)), jnp.ones((4, 3, 2))])
@@ -36,11 +36,11 @@ def in_groups(
     results: dict[int, jax.Array] = {}
     for members in groups_of(matrices):
         if len(members) == 1:  # as it is: to join its batch axes could move it between devices
-            results[members[0]] = orthogonalise(oriented[members[0]])
+            results[members[0]] = orthogonalize(oriented[members[0]])
             continue
         stacks = [oriented[i].reshape(-1, *oriented[i].shape[-2:]) for i in members]
         ends = list(itertools.accumulate(len(stack) for stack in stacks))
-        parts = jnp.split(orthogonalise(jnp.concatenate(stacks)), ends[:-1])
+        parts = jnp.split(orthogonalize(jnp.concatenate(stacks)), ends[:-1])
         for i, part in zip(members, parts, strict=True):
             results[i] = part.reshape(oriented[i].shape)
     return [results[i].mT if _is_tall(x) else results[i] for i, x in enumerate(matrices)]

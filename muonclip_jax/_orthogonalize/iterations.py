@@ -1,4 +1,4 @@
-"""The two forms of the Newton-Schulz iteration, on normalised n x m matrices with n <= m.
+"""The two forms of the Newton-Schulz iteration, on normalized n x m matrices with n <= m.
 
 standard:  A = X Xᴴ,  Z = b A + c A²,  X ← a X + Z X                       each step
 Gram:      R = X Xᴴ once; then on n x n matrices alone, with Z = b R + c R²,

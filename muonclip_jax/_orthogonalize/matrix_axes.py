@@ -125,7 +125,7 @@ def sides(shape: Sequence[int], axes: Axes) -> tuple[int, int]:
 
 
 def update_scale(n_in: int, n_out: int, consistent_rms: Scalar | None = None) -> Scalar:
-    """Scales an orthogonalised matrix to its place in the model.
+    """Scales an orthogonalized matrix to its place in the model.
 
     None: √max(1, n_out / n_in), so that one learning rate serves all widths. A number r:
     r √max(n_in, n_out), so that the update has the root mean square r, which for 0.2 is that of
@@ -293,7 +293,7 @@ def matrix_axes(
             faults.append(f"  {path_string(path)}: {leaf.dtype}{list(leaf.shape)}: {error}.")
     if faults:
         raise ValueError(
-            f"{where}: {len(faults)} of {len(paths_and_leaves)} leaves cannot be orthogonalised.\n"
+            f"{where}: {len(faults)} of {len(paths_and_leaves)} leaves cannot be orthogonalized.\n"
             + "\n".join(faults)
             + "\nSend them to another optimizer: `muon` does so by role, and by None in "
             "muon_weight_dimension_numbers; `optax.masked` does so for any transform."

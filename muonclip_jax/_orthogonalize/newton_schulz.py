@@ -33,7 +33,7 @@ from muonclip_jax._orthogonalize.iterations import (
     standard,
     standard_cost,
 )
-from muonclip_jax._orthogonalize.normalize import normalise
+from muonclip_jax._orthogonalize.normalize import normalize
 from muonclip_jax._orthogonalize.products import accumulator
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._orthogonalize.team import Team
@@ -111,7 +111,7 @@ def newton_schulz(
     x = jnp.asarray(x)
     if x.ndim < 2:
         raise ValueError(f"newton_schulz: x must have at least two axes, got shape {x.shape}.")
-    return orthogonaliser(coefficients, steps, method, dtype, preconditioning, eps)(x)
+    return orthogonalizer(coefficients, steps, method, dtype, preconditioning, eps)(x)
 
 
 class Traced(NamedTuple):
@@ -128,7 +128,7 @@ class Traced(NamedTuple):
     rows: Any = None
 
 
-class Orthogonaliser(NamedTuple):
+class Orthogonalizer(NamedTuple):
     """`newton_schulz` with its settings, checked, and with what the devices have to do with it.
 
     Attributes:
@@ -149,7 +149,7 @@ class Orthogonaliser(NamedTuple):
     platform: str | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Orthogonalises (..., m, n), whole matrices."""
+        """Orthogonalizes (..., m, n), whole matrices."""
         if x.size == 0:
             return x
         platform = self.platform or jax.default_backend()
@@ -167,9 +167,9 @@ class Orthogonaliser(NamedTuple):
         )
 
     def shared(self, x: jax.Array, team: Team, shape: Sequence[int]) -> jax.Array:
-        """Orthogonalises (..., m, n / team.size), this device's columns of matrices of `shape`."""
+        """Orthogonalizes (..., m, n / team.size), this device's columns of matrices of `shape`."""
         computed = self.compute_dtype(x.dtype)
-        orthogonal = _orthogonalise(
+        orthogonal = _orthogonalize(
             x,
             rows=self._rows(computed),
             method=self.form(shape, computed, blocks=1),
@@ -212,15 +212,15 @@ class Orthogonaliser(NamedTuple):
         return for_sixteen_bits(self.rows) if jnp.finfo(computed).bits == 16 else self.rows
 
 
-def orthogonaliser(
+def orthogonalizer(
     coefficients: Coefficients,
     steps: Any,
     method: str,
     dtype: Any,
     preconditioning: str,
     eps: Scalar,
-) -> Orthogonaliser:
-    """Builds an `Orthogonaliser` from the arguments of `newton_schulz`, which are checked."""
+) -> Orthogonalizer:
+    """Builds an `Orthogonalizer` from the arguments of `newton_schulz`, which are checked."""
     loop = steps if is_traced(steps) else None
     if is_traced(coefficients):
         table = traced_rows(coefficients, steps)
@@ -230,7 +230,7 @@ def orthogonaliser(
         rows = as_rows(
             coefficients, steps if loop is None or not is_single_row(coefficients) else 1
         )
-    return Orthogonaliser(rows, method, dtype, preconditioning, Traced(eps, loop, table))
+    return Orthogonalizer(rows, method, dtype, preconditioning, Traced(eps, loop, table))
 
 
 def compute_dtype(dtype: Any, wanted: Any = "auto", platform: str | None = None) -> Any:
@@ -310,8 +310,8 @@ def _matrices_at_once(shape: Sequence[int], platform: str) -> int:
     ),
 )
 def _iterate(x: jax.Array, traced: Traced, *, at_once: int, **settings: Any) -> jax.Array:
-    """Orthogonalises all matrices in one batched call, or `at_once` of them after the others."""
-    f = functools.partial(_orthogonalise, traced=traced, **settings)
+    """Orthogonalizes all matrices in one batched call, or `at_once` of them after the others."""
+    f = functools.partial(_orthogonalize, traced=traced, **settings)
     if at_once == 1:
         for _ in x.shape[:-2]:
             f = functools.partial(jax.lax.map, f)
@@ -321,7 +321,7 @@ def _iterate(x: jax.Array, traced: Traced, *, at_once: int, **settings: Any) -> 
     return f(x).astype(x.dtype)
 
 
-def _orthogonalise(
+def _orthogonalize(
     x: jax.Array,
     *,
     rows: Any,
@@ -336,10 +336,10 @@ def _orthogonalise(
     # A = X Xᴴ is smaller on the short side, and f(Xᵀ) = f(X)ᵀ. A team has its matrices on the short
     # side already, and sees some columns of them only.
     tall = team is None and x.shape[-2] > x.shape[-1]
-    x = normalise(x.mT if tall else x, preconditioning, eps, team)
+    x = normalize(x.mT if tall else x, preconditioning, eps, team)
     x = x.astype(compute_dtype)
     if jnp.finfo(compute_dtype).bits == 16:
-        # Else the compiler normalises it again, in float32, inside of every product.
+        # Else the compiler normalizes it again, in float32, inside of every product.
         x = jax.lax.optimization_barrier(x)
     if method == "gram":
         x = gram(x, restart_windows(rows, compute_dtype), preconditioning, blocks, team)

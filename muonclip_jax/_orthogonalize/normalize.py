@@ -7,12 +7,12 @@ from muonclip_jax._orthogonalize.iterations import nonzero
 from muonclip_jax._orthogonalize.products import accumulator, multiply
 from muonclip_jax._orthogonalize.team import Team
 
-# 2⁶⁴ is exact in every dtype we normalise in, and takes the reciprocal of the largest and smallest
+# 2⁶⁴ is exact in every dtype we normalize in, and takes the reciprocal of the largest and smallest
 # float32 out of the subnormal range, where XLA flushes it to zero.
 _SHIFT = 2.0**64
 
 
-def normalise(x: jax.Array, preconditioning: str, eps: jax.Array, team: Team | None) -> jax.Array:
+def normalize(x: jax.Array, preconditioning: str, eps: jax.Array, team: Team | None) -> jax.Array:
     """Divides each matrix by its norm, at any scale; zero stays zero.
 
     A squared norm of the matrix as it comes would overflow at 1e19 and vanish at 1e-23 in float32,

@@ -1,6 +1,6 @@
 """Polar Express: the composition of odd quintics that brings singular values nearest to one.
 
-Each step takes the p(s) = a s + b s³ + c s⁵ that minimises the largest |1 − p(s)| on the interval
+Each step takes the p(s) = a s + b s³ + c s⁵ that minimizes the largest |1 − p(s)| on the interval
 [l, u] where the singular values are by then; it maps them into [p(l), 2 − p(l)], the interval of
 the next. Source: Amsel et al. 2025, arXiv 2505.16932, algorithms 1 and 2. NumPy in float64, no JAX:
 this makes constants.
@@ -56,7 +56,7 @@ def polar_express_coefficients(
     for _ in range(steps):
         inner = max(l, cushion * u)
         row = _optimal_quintic(inner, u)
-        if inner > l:  # centre the values at the true ends around one
+        if inner > l:  # center the values at the true ends around one
             row = _times(row, 2 / (_p(row, l) + _p(row, u)))
         rows.append(row)
         l = _p(row, l)  # noqa: E741

@@ -1,4 +1,4 @@
-"""Carries out a plan: moves pieces of matrices between devices, and orthogonalises them there.
+"""Carries out a plan: moves pieces of matrices between devices, and orthogonalizes them there.
 
 Everything happens inside of `jax.shard_map`, on the pieces that a device has: k x m_l x n_l, of
 R = m / m_l rows of pieces and C = n / n_l columns of pieces. How the pieces of a merged side follow
@@ -17,54 +17,54 @@ from jax.sharding import PartitionSpec
 from muonclip_jax._orthogonalize.batching import in_groups
 from muonclip_jax._orthogonalize.iterations import nonzero
 from muonclip_jax._orthogonalize.matrix_axes import Axes, from_matrices, to_matrices
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonaliser, Traced
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, Traced
 from muonclip_jax._orthogonalize.team import Team
 from muonclip_jax._sharding.placement import Placements
 from muonclip_jax._sharding.plan import Group, Plan, make_plan
 
 
-def orthogonalise_leaves(
+def orthogonalize_leaves(
     leaves: Sequence[jax.Array],
     axes: Sequence[Axes],
     where: Placements | None,
-    orthogonalise: Orthogonaliser,
+    orthogonalize: Orthogonalizer,
 ) -> list[jax.Array]:
-    """Orthogonalises the matrices of all leaves.
+    """Orthogonalizes the matrices of all leaves.
 
     Args:
       leaves: Batches of matrices.
       axes: The axes of each.
       where: Where their pieces are; None if every device has all it needs, or nobody knows.
-      orthogonalise: What is done to matrices.
+      orthogonalize: What is done to matrices.
 
     Returns:
-      Each of `leaves` orthogonalised, in its shape, lying as it did.
+      Each of `leaves` orthogonalized, in its shape, lying as it did.
     """
     if where is None:
         batches = [to_matrices(x, a) for x, a in zip(leaves, axes, strict=True)]
-        done = in_groups(orthogonalise, batches)
+        done = in_groups(orthogonalize, batches)
         return [from_matrices(o, a, x.shape) for o, a, x in zip(done, axes, leaves, strict=True)]
-    orthogonalise = orthogonalise._replace(platform=where.platform)
-    return _as_planned(leaves, where, plan_for(where, orthogonalise), orthogonalise)
+    orthogonalize = orthogonalize._replace(platform=where.platform)
+    return _as_planned(leaves, where, plan_for(where, orthogonalize), orthogonalize)
 
 
-def plan_for(where: Placements, orthogonalise: Orthogonaliser) -> Plan:
-    """Plans the orthogonalisation of leaves that are in pieces."""
+def plan_for(where: Placements, orthogonalize: Orthogonalizer) -> Plan:
+    """Plans the orthogonalization of leaves that are in pieces."""
     return make_plan(
         where.leaves,
         where.sizes,
-        work=lambda m, n, dtype: orthogonalise.flops((m, n), dtype),
-        wire=orthogonalise.compute_dtype,
+        work=lambda m, n, dtype: orthogonalize.flops((m, n), dtype),
+        wire=orthogonalize.compute_dtype,
     )
 
 
 def _as_planned(
-    leaves: Sequence[jax.Array], where: Placements, plan: Plan, orthogonalise: Orthogonaliser
+    leaves: Sequence[jax.Array], where: Placements, plan: Plan, orthogonalize: Orthogonalizer
 ) -> list[jax.Array]:
     """Carries out a plan, group by group."""
     results: list[Any] = [None] * len(leaves)
     # An argument: what is traced must not be closed over.
-    traced = jax.tree.map(jnp.asarray, orthogonalise.traced)
+    traced = jax.tree.map(jnp.asarray, orthogonalize.traced)
     for group in plan.groups:
         indices = [member.leaf for member in group.members]
         done = _run(
@@ -75,7 +75,7 @@ def _as_planned(
             specs=tuple(where.specs[i] for i in indices),
             axes=tuple(plan.leaves[i].axes for i in indices),
             group=group,
-            orthogonalise=orthogonalise._replace(traced=Traced(None)),
+            orthogonalize=orthogonalize._replace(traced=Traced(None)),
         )
         for i, result in zip(indices, done, strict=True):
             results[i] = result
@@ -84,7 +84,7 @@ def _as_planned(
 
 # jit: outside of one, shard_map would compile every operation on its own.
 @functools.partial(
-    jax.jit, static_argnames=("mesh", "axis_names", "specs", "axes", "group", "orthogonalise")
+    jax.jit, static_argnames=("mesh", "axis_names", "specs", "axes", "group", "orthogonalize")
 )
 def _run(
     traced: Traced,
@@ -95,7 +95,7 @@ def _run(
     specs: tuple[PartitionSpec, ...],
     **settings: Any,
 ) -> tuple[jax.Array, ...]:
-    """Orthogonalises the matrices of a group."""
+    """Orthogonalizes the matrices of a group."""
     return jax.shard_map(
         functools.partial(_on_one_device, sizes=mesh.shape, **settings),
         mesh=mesh,
@@ -113,12 +113,12 @@ def _on_one_device(
     sizes: Mapping[str, int],
     axes: tuple[Axes, ...],
     group: Group,
-    orthogonalise: Orthogonaliser,
+    orthogonalize: Orthogonalizer,
 ) -> tuple[jax.Array, ...]:
-    """Orthogonalises the matrices of a group, seen from one device."""
-    orthogonalise = orthogonalise._replace(traced=traced)
+    """Orthogonalizes the matrices of a group, seen from one device."""
+    orthogonalize = orthogonalize._replace(traced=traced)
     moves = bool(group.axes or group.replicas)
-    wire = orthogonalise.compute_dtype(blocks[0].dtype) if moves else blocks[0].dtype
+    wire = orthogonalize.compute_dtype(blocks[0].dtype) if moves else blocks[0].dtype
     stacks = []
     for member, a, block in zip(group.members, axes, blocks, strict=True):
         x = to_matrices(block, a)
@@ -126,7 +126,7 @@ def _on_one_device(
         x = _kept(_to_wire(x, wire, group))
         stacks.append(x.mT if member.transposed else x)
     x = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
-    x = _shared_by_replicas(x, group, sizes, orthogonalise)
+    x = _shared_by_replicas(x, group, sizes, orthogonalize)
     results, start = [], 0
     for member, a, block in zip(group.members, axes, blocks, strict=True):
         part = jax.lax.slice_in_dim(x, start, start + member.count)
@@ -145,43 +145,43 @@ def _to_wire(x: jax.Array, wire: Any, group: Group) -> jax.Array:
 
 
 def _shared_by_replicas(
-    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalise: Orthogonaliser
+    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalize: Orthogonalizer
 ) -> jax.Array:
-    """Lets each replica orthogonalise its part of the stack, and gathers the parts."""
+    """Lets each replica orthogonalize its part of the stack, and gathers the parts."""
     if not group.replicas:
-        return _orthogonalised(x, group, sizes, orthogonalise)
+        return _orthogonalized(x, group, sizes, orthogonalize)
     copies = math.prod(sizes[name] for name in group.replicas)
     mine = -(-len(x) // copies)
     padded = _padded(x, mine * copies)
     start = mine * jax.lax.axis_index(group.replicas)
     part = jax.lax.dynamic_slice_in_dim(padded, start, mine)
-    part = _orthogonalised(part, group, sizes, orthogonalise)
+    part = _orthogonalized(part, group, sizes, orthogonalize)
     return jax.lax.all_gather(part, group.replicas, tiled=True)[: len(x)]
 
 
-def _orthogonalised(
-    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalise: Orthogonaliser
+def _orthogonalized(
+    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalize: Orthogonalizer
 ) -> jax.Array:
-    """Orthogonalises a stack of pieces."""
+    """Orthogonalizes a stack of pieces."""
     R, C = (math.prod(sizes[name] for name in axes) for axes in (group.rows, group.columns))
     if R * C == 1:
-        return orthogonalise(x)
+        return orthogonalize(x)
     if group.stays:
         team = Team(group.axes, group.team, None)
-        return jax.lax.map(lambda X: orthogonalise.shared(X, team, (group.m, group.n)), x)
-    # One buffer for all: what has been orthogonalised is put back where it was.
+        return jax.lax.map(lambda X: orthogonalize.shared(X, team, (group.m, group.n)), x)
+    # One buffer for all: what has been orthogonalized is put back where it was.
     cut = group.whole * R * C
     done = _padded(x, max(len(x), cut))
     if group.whole:
-        done = _by_whole_matrices(done, group, (R, C), orthogonalise)
+        done = _by_whole_matrices(done, group, (R, C), orthogonalize)
     if group.rest:
-        rest = _by_teams(done[cut:], group, (R, C), orthogonalise)
+        rest = _by_teams(done[cut:], group, (R, C), orthogonalize)
         done = jax.lax.dynamic_update_slice_in_dim(done, rest, cut, 0)
     return done[: len(x)]
 
 
 def _by_whole_matrices(
-    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalise: Orthogonaliser
+    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalize: Orthogonalizer
 ) -> jax.Array:
     """Moves the first matrices to the devices whole, some at a time, and back."""
     devices = math.prod(grid)
@@ -189,7 +189,7 @@ def _by_whole_matrices(
 
     def there_and_back(pieces):
         moved = _exchange(pieces.reshape(devices, group.chunk, *pieces.shape[1:]), group)
-        X = orthogonalise(_kept(_assembled(moved.swapaxes(0, 1), grid)))
+        X = orthogonalize(_kept(_assembled(moved.swapaxes(0, 1), grid)))
         home = _exchange(_taken_apart(_kept(X), grid).swapaxes(0, 1), group)
         return home.reshape(pieces.shape)
 
@@ -205,7 +205,7 @@ def _by_whole_matrices(
 
 
 def _by_teams(
-    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalise: Orthogonaliser
+    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalize: Orthogonalizer
 ) -> jax.Array:
     """Moves each matrix to a team, whose members get some columns of every piece, and back."""
     devices, p = math.prod(grid), group.team
@@ -215,7 +215,7 @@ def _by_teams(
     moved = _exchange(x.reshape(devices, rows, columns), group)
     members = tuple(tuple(range(i * p, (i + 1) * p)) for i in range(teams))
     team = Team(group.axes, p, members)
-    X = orthogonalise.shared(_kept(_assembled(moved, grid)), team, (group.m, group.n))
+    X = orthogonalize.shared(_kept(_assembled(moved, grid)), team, (group.m, group.n))
     home = _exchange(_taken_apart(_kept(X), grid), group).reshape(teams, p, rows, columns)
     return home.swapaxes(1, 2).reshape(teams, rows, p * columns)[:count]
 

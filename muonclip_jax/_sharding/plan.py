@@ -1,8 +1,8 @@
-"""Decides which devices orthogonalise which matrix: from shapes and shardings alone, while tracing.
+"""Decides which devices orthogonalize which matrix: from shapes and shardings alone, while tracing.
 
 Where a mesh divides the sides of a matrix, each device has a block of it, and Newton-Schulz needs
 all of it at every step. So whole matrices move: of K equal ones on N devices, each device gets
-K / N by one all-to-all, orthogonalises them, and another all-to-all takes the blocks home.
+K / N by one all-to-all, orthogonalizes them, and another all-to-all takes the blocks home.
 """
 
 import math
@@ -76,9 +76,9 @@ class Group(NamedTuple):
       rows: Mesh axes that divide the m rows.
       columns: Mesh axes that divide the n columns.
       replicas: Mesh axes along which every device has the same pieces; those that share the work.
-      whole: Matrices that each device orthogonalises alone.
+      whole: Matrices that each device orthogonalizes alone.
       chunk: How many of them move at once.
-      rest: Matrices that are left, each orthogonalised by a team.
+      rest: Matrices that are left, each orthogonalized by a team.
       team: Devices in a team.
       stays: Whether the rest stays where it is, as every team has its columns already.
       flops: Of each device.
@@ -172,7 +172,7 @@ def make_plan(
     work: Callable[[int, int, Any], float],
     wire: Callable[[Any], Any],
 ) -> Plan:
-    """Plans the orthogonalisation of a tree.
+    """Plans the orthogonalization of a tree.
 
     Args:
       leaves: The leaves.
@@ -297,7 +297,7 @@ class _Way(NamedTuple):
 
 
 def _ways(matrix: _Matrix, count: int, pieces: int, width: int, rows_divided: bool) -> list[_Way]:
-    """Lists the ways to orthogonalise `count` matrices that lie in so many pieces."""
+    """Lists the ways to orthogonalize `count` matrices that lie in so many pieces."""
     if pieces == 1:
         return [_Way(count, 0, 1, False, count * matrix.flops, 0.0)]
     whole, rest = divmod(count, pieces)

@@ -105,17 +105,17 @@ def products(function, *args):
     return count
 
 
-@pytest.mark.parametrize("flavour", EVALUATE)
+@pytest.mark.parametrize("flavor", EVALUATE)
 @pytest.mark.parametrize(
     ("options", "extra"),
     [({}, 1), ({"implementation": "xla"}, 1), ({"max_logit": "lse_bound"}, 0)],
 )
-def test_evaluation_does_not_pay_for_the_statistic(flavour, options, extra):
-    if flavour == "nnx":
+def test_evaluation_does_not_pay_for_the_statistic(flavor, options, extra):
+    if flavor == "nnx":
         skip_without_capture()
     q = draw(1, 3, 7, 2, 8)
-    assert products(lambda q: EVALUATE[flavour](q, options), q) == 2
-    assert products(lambda q: TRAIN[flavour](q, options), q) == 2 + extra
+    assert products(lambda q: EVALUATE[flavor](q, options), q) == 2
+    assert products(lambda q: TRAIN[flavor](q, options), q) == 2 + extra
 
 
 HOOKS = {
@@ -136,15 +136,15 @@ HOOKS = {
 
 
 @pytest.mark.parametrize(
-    ("flavour", "settings", "shown"), [(f, *case) for f, cases in HOOKS.items() for case in cases]
+    ("flavor", "settings", "shown"), [(f, *case) for f, cases in HOOKS.items() for case in cases]
 )
 @pytest.mark.parametrize("form", ["max_logit='lse_bound'", "implementation='xla'"])
 @pytest.mark.usefixtures("no_typecheck")
-def test_what_only_flax_can_do_is_refused_and_not_dropped(flavour, settings, shown, form):
+def test_what_only_flax_can_do_is_refused_and_not_dropped(flavor, settings, shown, form):
     bound = form == "max_logit='lse_bound'"
     q = draw(1, 3, 7, 2, 8)
     with pytest.raises(ValueError, match="attention_fn") as error:
-        getattr(mc, flavour).attention_fn(
+        getattr(mc, flavor).attention_fn(
             q,
             q,
             q,
@@ -198,13 +198,13 @@ SOW = {"linen": sow_in_linen, "nnx": sow_in_nnx}
 ONES = jnp.ones((3, 2))
 
 
-@pytest.mark.parametrize("flavour", SOW)
-def test_nothing_flows_back_through_what_is_sown(flavour):
-    gradient = jax.grad(lambda x: jnp.sum(SOW[flavour](x, "no_cap", None)))(ONES)
+@pytest.mark.parametrize("flavor", SOW)
+def test_nothing_flows_back_through_what_is_sown(flavor):
+    gradient = jax.grad(lambda x: jnp.sum(SOW[flavor](x, "no_cap", None)))(ONES)
     np.testing.assert_array_equal(gradient, 0)
 
 
-@pytest.mark.parametrize("flavour", SOW)
+@pytest.mark.parametrize("flavor", SOW)
 @pytest.mark.parametrize(
     "name",
     [
@@ -217,12 +217,12 @@ def test_nothing_flows_back_through_what_is_sown(flavour):
     ],
 )
 @pytest.mark.parametrize("cap", [None, 0, 0.0, -1, False, 50, 50.0, np.float32(50.0), jnp.ones(2)])
-def test_what_may_come_after_a_soft_cap_is_refused_unless_told_otherwise(flavour, name, cap):
+def test_what_may_come_after_a_soft_cap_is_refused_unless_told_otherwise(flavor, name, cap):
     off = cap is None or (np.ndim(cap) == 0 and cap <= 0)
     refused = pytest.raises(ValueError, match=f"Attention.* has {name}=")
     with contextlib.nullcontext() if off else refused:
-        SOW[flavour](ONES, name, cap)
-    SOW[flavour](ONES, name, cap, before_soft_cap=True)
+        SOW[flavor](ONES, name, cap)
+    SOW[flavor](ONES, name, cap, before_soft_cap=True)
 
 
 @needs_capture

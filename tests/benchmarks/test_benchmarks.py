@@ -218,7 +218,7 @@ def test_committed_figures_reach_the_goals(case, figure):
     path = BENCHMARKS / "results" / "sharded_step.json"
     got = json.loads(path.read_text())["cases"][case]
     assert got["ours_by_optax"][figure] <= sharded_step.GOALS[case][figure]
-    assert got["ours"]["rematerialisations"] == got["ours"]["unknown_loops"] == 0
+    assert got["ours"]["rematerializations"] == got["ours"]["unknown_loops"] == 0
 
 
 def test_the_committed_step_of_kimi_fits_its_chips():
@@ -226,7 +226,7 @@ def test_the_committed_step_of_kimi_fits_its_chips():
     assert slices.keys() == kimi_k2.MESHES.keys()
     for figures in slices.values():
         assert figures["argument_bytes"] + figures["temporary_bytes"] < kimi_k2.MEMORY
-        assert figures["rematerialisations"] == figures["unknown_loops"] == 0
+        assert figures["rematerializations"] == figures["unknown_loops"] == 0
     assert slices["v5p:8x8x16"]["compile_cpu_seconds"] < 300
 
 

@@ -253,13 +253,13 @@ def test_color_bar_names_its_quantity():
 
 
 def test_heat_map_is_white_at_the_threshold_and_red_above():
-    style = plots._colours(15.0, np.array([-2.0, 14.0, 18.0]))
+    style = plots._colors(15.0, np.array([-2.0, 14.0, 18.0]))
     white, red = (matplotlib.colormaps[style["cmap"]](style["norm"](x)) for x in (15.0, 18.0))
     assert min(white) > 0.95
     assert red[0] > 2 * max(red[1:3])
 
 
 def test_heat_map_below_the_threshold_has_no_red():
-    style = plots._colours(1e30, np.array([-2.0, 14.0, 18.0]))
+    style = plots._colors(1e30, np.array([-2.0, 14.0, 18.0]))
     red, _, blue, _ = matplotlib.colormaps[style["cmap"]](style["norm"](np.linspace(-2, 18, 9))).T
     assert (blue >= red).all()

@@ -99,7 +99,7 @@ def test_wrong_leaf_names_its_path():
         mc.scale_by_muon().init(tree)
     wanted = "a matrix needs two axes or more and a floating or complex dtype"
     assert str(error.value) == (
-        "scale_by_muon: 3 of 4 leaves cannot be orthogonalised.\n"
+        "scale_by_muon: 3 of 4 leaves cannot be orthogonalized.\n"
         f"  a/bias: float32[3]: {wanted}.\n"
         f"  ids: int32[2, 2]: {wanted}.\n"
         f"  x: float32[]: {wanted}.\n"

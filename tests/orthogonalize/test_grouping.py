@@ -1,4 +1,4 @@
-"""Leaves of equal shape are orthogonalised together, and nobody can tell from the values."""
+"""Leaves of equal shape are orthogonalized together, and nobody can tell from the values."""
 
 from typing import Any
 
@@ -27,14 +27,14 @@ def _tree(layers=3, seed=0):
 
 
 def _calls(matrices):
-    """Shapes that reach the function which orthogonalises."""
+    """Shapes that reach the function which orthogonalizes."""
     seen = []
 
-    def orthogonalise(x):
+    def orthogonalize(x):
         seen.append(x.shape)
         return x
 
-    for x, y in zip(matrices, in_groups(orthogonalise, matrices), strict=True):
+    for x, y in zip(matrices, in_groups(orthogonalize, matrices), strict=True):
         np.testing.assert_array_equal(x, y)
     return seen
 
@@ -54,7 +54,7 @@ def test_a_leaf_that_is_alone_keeps_its_batch_axes():
     assert _calls([jnp.ones((2, 3, 8, 4))]) == [(2, 3, 4, 8)]
 
 
-def test_nothing_to_orthogonalise():
+def test_nothing_to_orthogonalize():
     assert in_groups(lambda x: x, []) == []
 
 

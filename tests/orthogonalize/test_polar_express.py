@@ -38,7 +38,7 @@ def test_a_row_leaves_one_by_as_much_at_four_points(lower):
 
 @pytest.mark.parametrize("lower", [1e-6, 1e-3, 0.1, 0.5, 0.99, 0.99999, 1.0])
 @pytest.mark.parametrize("cushion", [0.0, 0.02407327424182761, 0.5])
-def test_values_are_centred_on_one_and_never_further_off_with_more_steps(lower, cushion):
+def test_values_are_centerd_on_one_and_never_further_off_with_more_steps(lower, cushion):
     s = np.geomspace(lower, 1, 100_001)
     before = np.inf
     for steps in (1, 2, 4, 8):
@@ -81,7 +81,7 @@ def test_bad_arguments_are_refused(settings, message):
         mc.polar_express_coefficients(**{"lower": 1e-3, "steps": 5} | settings)
 
 
-def test_rows_orthogonalise_a_matrix():
+def test_rows_orthogonalize_a_matrix():
     x = np.random.default_rng(0).normal(size=(16, 40)).astype(np.float32)
     y = np.asarray(mc.newton_schulz(x, mc.polar_express_coefficients(0.05, 4)))
     np.testing.assert_allclose(np.linalg.svd(y, compute_uv=False), 1.0, atol=0.02)

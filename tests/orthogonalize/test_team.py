@@ -1,4 +1,4 @@
-"""Devices that have some columns of a matrix each orthogonalise it together."""
+"""Devices that have some columns of a matrix each orthogonalize it together."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonaliser, Traced
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, Traced
 from muonclip_jax._orthogonalize.team import Team
 from tests.support.sharding_cases import assert_close, make_mesh
 
@@ -55,7 +55,7 @@ def test_a_team_does_what_one_device_does(size, height):
 
     def shared(part, team):
         each = [
-            Orthogonaliser(rows_of(case[1]), case[0], "auto", case[1], Traced(1e-8)).shared(
+            Orthogonalizer(rows_of(case[1]), case[0], "auto", case[1], Traced(1e-8)).shared(
                 part, team, (height, WIDTH)
             )
             for case in CASES

@@ -139,7 +139,7 @@ def test_biases_that_were_not_scaled_kept_the_logits_above_the_threshold():
     np.testing.assert_allclose(landing(new, x), TAU, rtol=1e-5)
 
 
-def test_maxtext_direct_query_of_mla_was_not_recognised():
+def test_maxtext_direct_query_of_mla_was_not_recognized():
     # MaxText, src/maxtext/utils/qk_clip_utils.py: of wq_b and wkv_b; q_lora_rank 0 has no wq_b.
     layout = functools.partial(mc.MLALayout, nope_dim=2, rope_dim=1, value_dim=2)
     params = {"q": {"kernel": jnp.ones((3, 1, 3))}, "kv_b": {"kernel": jnp.ones((3, 1, 4))}}

@@ -92,7 +92,7 @@ def test_no_head_is_above_the_threshold_afterwards(form, rule):
     form = FORMS[form]
     params = form.params()
     before = form.logits(params, X)
-    # Half of the heads calm: the mean of two neighbours as threshold.
+    # Half of the heads calm: the mean of two neighbors as threshold.
     tau = float(np.sort(before.max(0))[form.heads // 2 - 1 : form.heads // 2 + 1].mean())
     stats = {"max_logits": jnp.asarray(before, jnp.float32)}
     new, info = mc.qk_clip(params, stats, form.layout, threshold=tau, shared_key=rule)

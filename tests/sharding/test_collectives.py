@@ -17,7 +17,7 @@ from tests.support.sharding_cases import (
     draw,
     each_kind,
     make_mesh,
-    no_rematerialisation,  # noqa: F401  (of every test here)
+    no_rematerialization,  # noqa: F401  (of every test here)
     planned,
     shardings_of,
 )
@@ -61,7 +61,7 @@ def test_collectives_are_read_off_a_program():
 @pytest.mark.skipif(
     os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3", reason="conftest.py silences old jaxlib"
 )
-def test_a_rematerialisation_is_seen(capfd):
+def test_a_rematerialization_is_seen(capfd):
     mesh = make_mesh((2, 4), "auto")
     before, after = (NamedSharding(mesh, s) for s in (P(None, "x", "y"), P(("y", "x"))))
     f = jax.jit(lambda x: 2 * x, in_shardings=before, out_shardings=after)

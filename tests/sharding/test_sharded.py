@@ -1,4 +1,4 @@
-"""Sharded matrices are orthogonalised to the same numbers, and stay where they are."""
+"""Sharded matrices are orthogonalized to the same numbers, and stay where they are."""
 
 import functools
 
@@ -19,7 +19,7 @@ from tests.support.sharding_cases import (
     draw,
     each_kind,
     make_mesh,
-    no_rematerialisation,  # noqa: F401  (of every test here)
+    no_rematerialization,  # noqa: F401  (of every test here)
     numbers_of,
     planned,
     shardings_of,
@@ -200,7 +200,7 @@ def test_bfloat16_parameters_are_rounded_once():
     grads = draw(FEW, dtype=jnp.bfloat16)
     got, expected = on_mesh(grads, dtype=jnp.bfloat16), without_mesh(grads)
     chex.assert_trees_all_equal_dtypes(got, grads)
-    # Measured: 2e-5, of numbers between two neighbours; another rounding would be 1e-3.
+    # Measured: 2e-5, of numbers between two neighbors; another rounding would be 1e-3.
     assert_close(got, expected, 1e-4)
 
 

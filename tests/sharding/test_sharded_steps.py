@@ -19,7 +19,7 @@ from tests.support.sharding_cases import (
     draw,
     each_kind,
     make_mesh,
-    no_rematerialisation,  # noqa: F401  (of every test here)
+    no_rematerialization,  # noqa: F401  (of every test here)
     shardings_of,
 )
 

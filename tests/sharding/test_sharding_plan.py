@@ -1,4 +1,4 @@
-"""Who orthogonalises which matrix, from shapes and shardings alone: no device is used here."""
+"""Who orthogonalizes which matrix, from shapes and shardings alone: no device is used here."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ def test_batch_axes_stay_divided_while_sides_move():
 def test_a_small_rest_is_padded_with_zeros():
     group = only_group(leaf("w", (11, 64, 128), "", "x"), x=8)
     assert group.strategy() == "move: 2 whole"
-    # Sixteen are sent and two orthogonalised on each device, five of them zero.
+    # Sixteen are sent and two orthogonalized on each device, five of them zero.
     assert (group.flops, group.sent) == (2 * work(64, 128, F32), moved(64, 128, 16, 8))
 
 

@@ -1,4 +1,4 @@
-"""Whatever the leaves and the mesh, a plan orthogonalises every matrix once and shares the work."""
+"""Whatever the leaves and the mesh, a plan orthogonalizes every matrix once and shares the work."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_every_leaf_is_in_one_group_that_fits_it(tree):
 
 @many
 @each_tree
-def test_every_matrix_is_orthogonalised_once_and_work_is_shared(tree):
+def test_every_matrix_is_orthogonalized_once_and_work_is_shared(tree):
     mesh, leaves = tree
     for group in make_plan(leaves, mesh, work, lambda dtype: dtype).groups:
         pieces = parts(mesh, group.axes)

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize import batching as _grouping
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonaliser
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
 from muonclip_jax._sharding import exchange as _sharded
 from muonclip_jax._sharding.plan import PASS_SHARDINGS
 
@@ -95,8 +95,8 @@ matrices  rows  columns  on each device  FLOPs     MB sent  leaves
 
 def calls(monkeypatch, params):
     """Counts the calls of Newton-Schulz in an update of `muon` without shardings."""
-    shapes, call = [], Orthogonaliser.__call__
-    monkeypatch.setattr(Orthogonaliser, "__call__", lambda o, x: shapes.append(x) or call(o, x))
+    shapes, call = [], Orthogonalizer.__call__
+    monkeypatch.setattr(Orthogonalizer, "__call__", lambda o, x: shapes.append(x) or call(o, x))
     tx = mc.muon(0.1)
     jax.eval_shape(lambda g: tx.update(g, tx.init(g), g)[0], params)
     return len(shapes)

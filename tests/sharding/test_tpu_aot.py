@@ -77,7 +77,7 @@ def test_teams_sum_and_gather_what_the_plan_says(results):
 
 @pytest.mark.parametrize("case", ["whole", "teams"])
 def test_no_array_is_gathered_for_want_of_a_way(case, results):
-    assert results[case]["ours"]["rematerialisations"] == 0
+    assert results[case]["ours"]["rematerializations"] == 0
     assert results[case]["ours"]["unknown_loops"] == 0
 
 

@@ -17,7 +17,7 @@ def _wide(x):
 
 
 def newton_schulz(x, rows, preconditioning="frobenius"):
-    """Takes the singular values of the normalised matrix through the polynomials."""
+    """Takes the singular values of the normalized matrix through the polynomials."""
     x = _wide(x)
     u, s, vh = np.linalg.svd(x, full_matrices=False)
     if preconditioning == "frobenius":

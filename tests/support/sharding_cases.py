@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.matrix_axes import matrix_axes
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonaliser, Traced
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, Traced
 from muonclip_jax._sharding.exchange import plan_for
 from muonclip_jax._sharding.placement import placements
 from tests.support import reference
@@ -34,7 +34,7 @@ def on(mesh, spec):
 
 
 @pytest.fixture(autouse=True)
-def no_rematerialisation(capfd):
+def no_rematerialization(capfd):
     """XLA says it on file descriptor 2 when it gathers an array to lay it out in another way."""
     yield
     assert "rematerialization" not in capfd.readouterr().err
@@ -135,4 +135,4 @@ def planned(leaves, mesh):
     found = []
     jax.eval_shape(lambda tree: found.append(placements("test", tree, axes, {})), tree)
     rows = mc.ns_coefficients("jordan")
-    return plan_for(found[0], Orthogonaliser(rows, "auto", "auto", "frobenius", Traced(1e-8)))
+    return plan_for(found[0], Orthogonalizer(rows, "auto", "auto", "frobenius", Traced(1e-8)))
