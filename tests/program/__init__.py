@@ -1,0 +1,1 @@
+"""Tests of `muonclip_jax._program`."""
