@@ -63,10 +63,17 @@ class View(NamedTuple):
     Attributes:
       axes: The index along each axis.
       parts: The named indices for which the view exists: those where all of these exist.
+      is_partial: Whether it exists for unknown indices only.
     """
 
     axes: tuple[Axis, ...]
     parts: tuple[Part, ...] = ()
+    is_partial: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all axes are exact, and the indices for which the view exists are known."""
+        return not self.is_partial and all(axis.is_exact for axis in self.axes)
 
     @property
     def names(self) -> frozenset[Hashable]:
@@ -130,6 +137,13 @@ def reverse(view: View, dimensions: Sequence[int], shape: Shape) -> View:
     return view._replace(axes=tuple(axes))
 
 
+def tile(view: View, operand: Shape) -> View:
+    """Pulls a view back through the repetition of a whole array along its axes."""
+    pairs = zip(view.axes, operand, strict=True)
+    axes = [_divided(axis, n)[1] if n > 1 else Axis() for axis, n in pairs]
+    return view._replace(axes=tuple(axes))
+
+
 def piece(view: View, axis: int, start: int, size: int) -> View | None:
     """Pulls a view back to one operand of a concatenation, or to what a pad surrounds.
 
@@ -145,7 +159,7 @@ def piece(view: View, axis: int, start: int, size: int) -> View | None:
     old = view.axes[axis]
     low, high = _bounds(old)
     if not old.is_exact:
-        return _with(view, axis, old)
+        return view._replace(is_partial=True)
     if high < start or low >= start + size:
         return None
     if start <= low and high < start + size:
@@ -153,14 +167,14 @@ def piece(view: View, axis: int, start: int, size: int) -> View | None:
     *others, (stride, digit) = sorted(old.terms, key=lambda term: term[0])
     inner = _bounds(Axis(0, tuple(others)))  # blocks of the outermost digit, if they have no gaps
     if inner != (0, stride - 1) or (start - old.offset) % stride or size % stride:
-        return _with(view, axis, lost(old))
+        return _with(view, axis, lost(old))._replace(is_partial=True)
     first = (start - old.offset) // stride
     last = first + size // stride
     first, last = max(first, 0), min(last, digit.size)
     part = Part(digit, first, last - first)
     terms = ((stride, Digit(part, 1, part.size)),) if part.size > 1 else ()
     new = Axis(old.offset + first * stride - start, (*terms, *others))
-    return View(_with(view, axis, new).axes, (*view.parts, part))
+    return _with(view, axis, new)._replace(parts=(*view.parts, part))
 
 
 def reshape(view: View, result: Shape, operand: Shape) -> View:
@@ -193,7 +207,7 @@ def evaluate(view: View, grid: Mapping[Hashable, np.ndarray]) -> tuple[list[Any]
     Raises:
       ValueError: if an axis is not exact.
     """
-    if not all(axis.is_exact for axis in view.axes):
+    if not view.is_exact:
         raise ValueError(f"{view} is not exact.")
     indices = [
         axis.offset + sum(stride * _value(digit, grid) for stride, digit in axis.terms)

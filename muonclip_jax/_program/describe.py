@@ -1,0 +1,229 @@
+"""An attention site in words and numbers that can be stored: no jaxpr in it."""
+
+import dataclasses
+import math
+from collections.abc import Hashable, Sequence
+
+from muonclip_jax._program.axes import Axis, Digit, Part, View, identity
+from muonclip_jax._program.graph import Node
+from muonclip_jax._program.head_map import HeadMap, SiteSource, head_maps
+from muonclip_jax._program.sites import Source, Traced, sources
+
+# Components that name an array inside a projection.
+_ARRAYS = frozenset("kernel weight w bias b lora_a lora_b w_lora_a w_lora_b value".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a program, or a stack of attentions that a scan runs over.
+
+    Attributes:
+      path: The part of the paths of its parameters that they share.
+      query: Paths of the parameters of its queries.
+      key: Paths of the parameters of its keys.
+      num_heads: Number of query heads.
+      num_kv_heads: Number of key heads; for latent attention, heads of the keys that are not
+        shared.
+      head_dim: Number of columns of queries times keys.
+      num_layers: Number of layers of the stack; 1 if it is none.
+      qk_norm: Whether queries or keys are normalized after their projection.
+      soft_cap: Whether logits pass a tanh.
+      sink: Whether the softmax has columns that are no logits.
+      opaque: Name of a kernel that cannot be read; empty for others.
+      faults: Why its heads cannot be read, or not be clipped.
+      layers: Sizes of the stacks of layers, outermost first.
+      heads: Sizes of the axes of heads, outermost first.
+      dims: For each product of queries and keys, the sizes of the axes it sums over.
+      sources: Where queries and keys are in their parameters.
+    """
+
+    path: str
+    query: tuple[str, ...]
+    key: tuple[str, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int = 1
+    qk_norm: bool = False
+    soft_cap: bool = False
+    sink: bool = False
+    opaque: str = ""
+    faults: tuple[str, ...] = ()
+    layers: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    heads: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    dims: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), repr=False)
+    sources: tuple[SiteSource, ...] = dataclasses.field(default=(), repr=False)
+
+    def head_maps(self) -> list[HeadMap]:
+        """Computes which head each element of its parameters belongs to.
+
+        Raises:
+          ValueError: if the program does not show it.
+        """
+        if self.faults:
+            raise ValueError(f"{self.path}: {'; '.join(self.faults)}.")
+        return head_maps(self.sources, self.layers, self.heads, self.dims)
+
+    def __str__(self) -> str:
+        """Describes it in one line."""
+        heads = f"{self.num_heads} heads"
+        if self.num_kv_heads != self.num_heads:
+            heads += f", {self.num_kv_heads} key heads"
+        stack = f"{self.num_layers} x " if self.layers else ""
+        notes = [
+            name
+            for name, there in [
+                ("QK-norm", self.qk_norm),
+                ("soft cap", self.soft_cap),
+                ("sink", self.sink),
+                (f"kernel {self.opaque}", self.opaque),
+            ]
+            if there
+        ]
+        line = f"{stack}{heads} of {self.head_dim} columns"
+        line += f"; queries {', '.join(self.query) or '?'}; keys {', '.join(self.key) or '?'}"
+        line += f"; {', '.join(notes)}" if notes else ""
+        return line + "".join(f"; WARNING: {fault}" for fault in self.faults)
+
+
+def describe(
+    traced: Traced, paths: Sequence[Sequence[str]], shapes: Sequence[tuple[int, ...]]
+) -> AttentionSite:
+    """Describes an attention.
+
+    Args:
+      traced: What is known of it.
+      paths: Components of the path of each parameter.
+      shapes: Its shape.
+
+    Returns:
+      The site.
+    """
+    softmax = traced.softmax
+    names: dict[Hashable, Hashable] = {("row", d): ("head", i) for i, d in enumerate(traced.heads)}
+    names |= {("layer", path): ("layer", i) for i, path in enumerate(traced.layers)}
+    dims: list[tuple[int, ...]] = []
+    for product in softmax.products:
+        contract = product.node.params["dimension_numbers"][0][0]
+        sizes = tuple(product.node.inputs[0].shape[d] for d in contract)
+        start = sum(map(len, dims))
+        names |= {("sum", product.node.path, k): ("dim", start + k) for k in range(len(sizes))}
+        dims.append(sizes)
+    found = tuple(
+        SiteSource(side, "/".join(paths[s.number]), shapes[s.number], _renamed(s.view, names))
+        for side, some in (("query", traced.queries), ("key", traced.keys))
+        for s in some
+    )
+    rows = softmax.top.inputs[0].shape
+    layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
+    marks = frozenset().union(*(s.marks for s in (*traced.queries, *traced.keys)))
+    faults = list(traced.faults)
+    faults += [f"{m} is applied to queries or keys" for m in sorted(marks - {"norm"})]
+    site = AttentionSite(
+        path=_common((*traced.queries, *traced.keys), paths),
+        query=_unique(paths, traced.queries),
+        key=_unique(paths, traced.keys),
+        num_heads=math.prod(rows[d] for d in traced.heads),
+        num_kv_heads=math.prod(rows[d] for d in traced.heads),
+        head_dim=sum(map(math.prod, dims)),
+        num_layers=math.prod(layers),
+        qk_norm="norm" in marks,
+        soft_cap=bool(softmax.caps),
+        sink=bool(softmax.sinks),
+        faults=tuple(faults),
+        layers=layers,
+        heads=tuple(rows[d] for d in traced.heads),
+        dims=tuple(dims),
+        sources=found,
+    )
+    return _with_key_heads(site)
+
+
+def _with_key_heads(site: AttentionSite) -> AttentionSite:
+    """Counts the key heads; a map that cannot be computed is one more fault."""
+    if site.faults:
+        return site
+    try:
+        maps = site.head_maps()
+    except ValueError as error:
+        return dataclasses.replace(site, faults=(str(error).rstrip("."),))
+    groups = [
+        {tuple(sorted({*map(int, group)})) for group in m.heads.reshape(-1, m.heads.shape[-1])}
+        for m in maps
+        if m.side == "key"
+    ]
+    count = max((len({g for g in found if g[0] >= 0}) for found in groups), default=0)
+    return dataclasses.replace(site, num_kv_heads=count // site.num_layers)
+
+
+def _unique(paths: Sequence[Sequence[str]], sources: Sequence[Source]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys("/".join(paths[s.number]) for s in sources))
+
+
+def _common(sources: Sequence[Source], paths: Sequence[Sequence[str]]) -> str:
+    """Returns the components that the paths of all queries and keys begin with."""
+    found = [tuple(paths[s.number]) for s in sources]
+    modules = [path[:-1] if path[-1] in _ARRAYS else path for path in found]
+    common: list[str] = []
+    for parts in zip(*modules, strict=False):
+        if len({*parts}) > 1:
+            break
+        common.append(parts[0])
+    if modules and len({*modules}) == 1:
+        common = common[:-1]  # one projection for both, inside the attention
+    return "/".join(common)
+
+
+def _renamed(view: View, names: dict[Hashable, Hashable]) -> View:
+    """Gives a view names that do not depend on the program."""
+    others: dict[Hashable, Hashable] = {}
+
+    def name(old: Hashable) -> Hashable:
+        if isinstance(old, Part):
+            return part(old)
+        if old in names:
+            return names[old]
+        return others.setdefault(old, ("other", len(others)))
+
+    def part(old: Part) -> Part:
+        return old._replace(digit=digit(old.digit))
+
+    def digit(old: Digit) -> Digit:
+        return old._replace(name=name(old.name))
+
+    axes = tuple(
+        Axis(
+            axis.offset,
+            tuple((stride, digit(d)) for stride, d in axis.terms),
+            None if axis.lost is None else frozenset(map(name, axis.lost)),
+        )
+        for axis in view.axes
+    )
+    return View(axes, tuple(map(part, view.parts)), view.is_partial)
+
+
+def closed_site(node: Node, paths: Sequence[Sequence[str]]) -> AttentionSite:
+    """Describes a kernel that cannot be read, its first operand taken for the queries.
+
+    Args:
+      node: The kernel.
+      paths: Components of the path of each parameter.
+
+    Returns:
+      The site; its numbers of heads are 0.
+    """
+    found = []
+    for operand in node.inputs[:2]:
+        view = identity(operand.shape, [("row", d) for d in range(len(operand.shape))])
+        found.append(tuple(dict.fromkeys(sources(operand, view)[0])))
+    queries, keys = (*found, (), ())[:2]
+    return AttentionSite(
+        path=_common((*queries, *keys), paths),
+        query=_unique(paths, queries),
+        key=_unique(paths, keys),
+        num_heads=0,
+        num_kv_heads=0,
+        head_dim=0,
+        opaque=node.params["name"],
+        faults=(f"the kernel {node.params['name']} cannot be read",),
+    )

@@ -1,0 +1,239 @@
+"""Attention sites: the parameters of queries and keys, their heads, and what is on the way."""
+
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
+
+from muonclip_jax._program.axes import Axis, Part, View, base
+from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Node
+from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, has_rule, pull
+from muonclip_jax._program.softmax import COPIES, Softmax
+from muonclip_jax._program.uses import is_float
+from muonclip_jax._program.walk import is_tiled, parameters_of, walk
+
+_MOVES = frozenset(
+    "transpose reshape broadcast_in_dim squeeze expand_dims slice split concatenate pad "
+    "dynamic_slice rev unstack stack tile layer stacked shard unshard gather reduce_sum".split()
+)
+_FACTORS = frozenset(
+    "rsqrt sqrt pow integer_pow square exp exp2 cos sin logistic tanh div reduce_sum reduce_max "
+    "iota input constant literal".split()
+)
+
+
+class Source(NamedTuple):
+    """Where elements of queries or keys are in a parameter.
+
+    Attributes:
+      number: The number of the parameter.
+      view: Its elements by the axes of the logits (`row`), of queries times keys (`dim`), layers
+        (`layer`), and others.
+      is_kernel: Whether it is multiplied with activations, unlike a bias.
+      marks: What is between it and the logits: `norm`, or the name of a nonlinear primitive.
+    """
+
+    number: int
+    view: View
+    is_kernel: bool
+    marks: frozenset[str]
+
+
+class Traced(NamedTuple):
+    """What is known of one attention.
+
+    Attributes:
+      softmax: The softmax.
+      queries: Where its queries are.
+      keys: Where its keys are.
+      heads: The axes of the row maxima that are heads, outermost first.
+      batch: Those that are shared by queries and keys, without heads.
+      layers: Paths of the scans over layers, outermost first.
+      sizes: Size of each named index of the views.
+      faults: Why its heads cannot be read.
+    """
+
+    softmax: Softmax
+    queries: tuple[Source, ...]
+    keys: tuple[Source, ...]
+    heads: tuple[int, ...]
+    batch: tuple[int, ...]
+    layers: tuple[tuple[int, ...], ...]
+    sizes: dict[Hashable, int]
+    faults: tuple[str, ...]
+
+
+def trace(softmax: Softmax) -> Traced:
+    """Walks back from both operands of an attention to parameters.
+
+    Args:
+      softmax: The attention.
+
+    Returns:
+      What is known of it.
+    """
+    shape, faults, sizes = softmax.top.inputs[0].shape, [], {}
+    both: tuple[list[Source], list[Source]] = [], []
+    shared: set[Hashable] = set()
+    for product in softmax.products:
+        for side, i in enumerate((product.query, 1 - product.query)):
+            view = pull(product.node, i, product.view)
+            if view is None:
+                continue
+            if side == 1:
+                shared |= view.names
+            if side == 0 and ("row", softmax.axis) in view.names:
+                faults.append("queries and keys are not told apart")
+            found, wrong = sources(product.node.inputs[i], view)
+            both[side].extend(found)
+            faults += wrong
+    for source in (*both[0], *both[1]):
+        sizes |= _sizes(source.view)
+    sizes |= {("row", d): n for d, n in enumerate(shape)}
+    queries, keys = (tuple(dict.fromkeys(side)) for side in both)
+    if softmax.mixes:
+        faults.append("logits of several heads are mixed (talking heads)")
+    heads, layers, wrong = _heads(softmax, queries)
+    rows = [d for d in range(len(shape)) if d != softmax.axis]
+    batch = tuple(d for d in rows if ("row", d) in shared and d not in heads)
+    faults = tuple(dict.fromkeys((*faults, *wrong)))
+    return Traced(softmax, queries, keys, heads, batch, layers, sizes, faults)
+
+
+def _heads(
+    softmax: Softmax, queries: tuple[Source, ...]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], list[str]]:
+    """Finds the axes of heads and the scans over layers among the axes of query kernels."""
+    kernels = [source for source in queries if source.is_kernel]
+    order: dict[int, tuple[int, int]] = {}
+    layers: dict[tuple[int, ...], None] = {}
+    faults = [] if kernels else ["its queries come from no parameter"]
+    for source in kernels:
+        for d, axis in enumerate(source.view.axes):
+            for name in axis.names:
+                kind = name[0]  # pyright: ignore[reportIndexIssue]
+                if kind == "row" and name != ("row", softmax.axis):
+                    order.setdefault(name[1], (d, -_stride(axis, name)))  # pyright: ignore
+                    if not axis.is_exact:
+                        faults.append("its heads are not clear")
+                elif kind == "layer":
+                    layers[name[1]] = None  # pyright: ignore
+                elif kind in ("loop", "pick"):
+                    faults.append("its layer is chosen by a loop counter or by data")
+                elif kind == "shard" and any(n[0] in ("row", "dim") for n in axis.names):
+                    faults.append("its heads are split by shard_map")
+    return tuple(sorted(order, key=order.__getitem__)), tuple(sorted(layers, key=len)), faults
+
+
+def _stride(axis: Axis, name: Hashable) -> int:
+    return max((stride for stride, digit in axis.terms if base(digit.name) == name), default=0)
+
+
+def _sizes(view: View) -> Iterator[tuple[Hashable, int]]:
+    """Yields the size of each named index, as far as digits show it."""
+    digits = [digit for axis in view.axes for _, digit in axis.terms]
+    digits += [part.digit for part in view.parts]
+    sizes: dict[Hashable, int] = {}
+    for digit in digits:
+        while isinstance(digit.name, Part):
+            digit = digit.name.digit
+        sizes[digit.name] = max(sizes.get(digit.name, 1), digit.div * digit.size)
+    return iter(sizes.items())
+
+
+def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
+    """Walks back from queries or keys to the parameters that they are linear in.
+
+    Args:
+      node: The queries or keys.
+      view: A view of them.
+
+    Returns:
+      Where they are in parameters, and what cannot be read on the way.
+    """
+    found: list[Source] = []
+    faults: list[str] = []
+
+    def follow(node: Node, view: View, marks: frozenset[str]) -> Iterator[tuple[int, Any]]:
+        if node.kind != DATA or node.op in PRODUCTS:
+            return
+        if node.op in ("mul", "div"):
+            yield from _carriers(node, marks)
+        elif node.op in LINEAR or node.op in _MOVES:
+            for i, operand in enumerate(node.inputs):
+                if operand.kind != CONSTANT and is_float(operand):
+                    yield i, marks
+        elif node.op in ELEMENTWISE:
+            for i, operand in enumerate(node.inputs):
+                if is_float(operand):
+                    yield i, marks | {node.op}
+
+    for reached, at, marks in walk(node, view, follow, frozenset()):
+        if reached.kind == PARAMETER:
+            parameters = [(r, False) for r in parameters_of(reached, at)]
+        elif reached.kind == DATA and reached.op in PRODUCTS:
+            parameters = [(r, True) for r in _kernels(reached, at)]
+            if not parameters:
+                faults.append("a product with an array that is no parameter is on the way")
+        elif reached.kind == DATA and not has_rule(reached.op) and reached.inputs:
+            faults.append(f"{reached.op}, which has no rule, is on the way")
+            continue
+        else:
+            continue
+        for r, is_kernel in parameters:
+            found.append(Source(r.node.number, r.view, is_kernel, marks))
+    return found, faults
+
+
+def _kernels(node: Node, view: View) -> Iterator[Any]:
+    """Yields the parameters of a product with activations."""
+    for i, operand in enumerate(node.inputs[:2]):
+        if operand.kind == PARAMETER and not _is_activation(node, i):
+            pulled = pull(node, i, view)
+            if pulled is not None:
+                yield from parameters_of(operand, pulled)
+
+
+def _is_activation(node: Node, i: int) -> bool:
+    """Returns whether this operand of two parameters is a learned token."""
+    both = all(v.kind == PARAMETER for v in node.inputs[:2])
+    return both and node.op == "dot_general" and is_tiled(node, i)
+
+
+def _carriers(node: Node, marks: frozenset[str]) -> Iterator[tuple[int, frozenset[str]]]:
+    """Yields which factor carries queries; the other is a scale, a gain, a rotation or a norm."""
+    active = [i for i, v in enumerate(node.inputs) if v.kind == DATA]
+    if node.op == "div" and 0 in active:
+        active = [0]
+    plain = [i for i in active if not _is_factor(node.inputs[i])] or active
+    for i in plain[:1] if len(plain) == 1 else plain:
+        others = [v for k, v in enumerate(node.inputs) if k != i]
+        if any(_normalizes(v, node.inputs[i]) for v in others):
+            yield i, marks | {"norm"}
+        elif len(plain) > 1:
+            yield i, marks | {"mul"}
+        else:
+            yield i, marks
+
+
+def _is_factor(node: Node) -> bool:
+    """Returns whether a value is a scale, a rotation or a gate, and no queries."""
+    while node.op not in _FACTORS and node.op in _MOVES | COPIES | {"neg"} and node.inputs:
+        node = node.inputs[0]
+    if node.op in _FACTORS or node.kind == CONSTANT:
+        return True
+    active = [v for v in node.inputs if v.kind == DATA]
+    return node.op in ("mul", "add", "max") and any(map(_is_factor, active))
+
+
+def _normalizes(factor: Node, carrier: Node) -> bool:
+    """Returns whether a factor is computed from a reduction of what carries the queries."""
+    while carrier.op in ("convert_element_type", "sub", "reshape", "transpose", "stop_gradient"):
+        carrier = carrier.inputs[0]
+    seen, todo, reduced = set(), [(factor, False)], False
+    while todo:
+        node, reduced = todo.pop()
+        if node is carrier:
+            return reduced
+        if (node, reduced) not in seen and node.op not in PRODUCTS and len(seen) < 200:
+            seen.add((node, reduced))
+            todo += [(v, reduced or node.op in REDUCTIONS) for v in node.inputs]
+    return False

@@ -1,0 +1,278 @@
+"""Finds every softmax over a product of activations, from the row maximum that it subtracts."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from muonclip_jax._program.axes import View, identity
+from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, Graph, Node
+from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
+from muonclip_jax._program.walk import names_of_product, parameters_of, walk
+
+_MOVES = frozenset(
+    "transpose reshape broadcast_in_dim squeeze expand_dims slice split concatenate pad "
+    "dynamic_slice rev unstack stack tile layer shard unshard".split()
+)
+_SAME = frozenset(
+    "convert_element_type copy stop_gradient sharding_constraint optimization_barrier name "
+    "reduce_precision mul div add sub neg select_n max min clamp carry join".split()
+)
+COPIES = frozenset(
+    "convert_element_type copy stop_gradient sharding_constraint optimization_barrier name".split()
+)
+_EXPONENTIALS = frozenset({"exp", "exp2"})
+
+
+class Product(NamedTuple):
+    """A product of queries and keys.
+
+    Attributes:
+      node: The product.
+      query: Which operand has the queries.
+      view: A view of the product by the axes of the logits, `("row", axis)`.
+    """
+
+    node: Node
+    query: int
+    view: View
+
+
+class Softmax(NamedTuple):
+    """A softmax over a product of activations.
+
+    Attributes:
+      top: The row maximum.
+      axis: The axis of the keys.
+      products: The products that are added to logits.
+      caps: The tanh of a soft cap, by path.
+      sinks: For each concatenation with columns that are no logits, by path, which operand has
+        logits.
+      mixes: Whether logits of several heads are mixed.
+      base: The base of the exponentials: 2, or 0 for e.
+    """
+
+    top: Node
+    axis: int
+    products: tuple[Product, ...]
+    caps: frozenset[tuple[int, ...]]
+    sinks: dict[tuple[int, ...], int]
+    mixes: bool
+    base: int
+
+
+def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
+    """Finds the attention of a program.
+
+    Args:
+      graph: The program.
+
+    Returns:
+      Every softmax over a product of activations that weighs values; and every exponential of such
+      a product that weighs values and belongs to none of them.
+    """
+    found, taken = [], set()
+    forward = [node for node in graph.nodes if node in graph.live and not node.is_backward]
+    for top in forward:
+        if top.op != "reduce_max" or top.kind != DATA or len(top.params["axes"]) != 1:
+            continue
+        axis = int(top.params["axes"][0])
+        exps = [e for e in _exponentials(top) if _weighs_values(e, axis)]
+        taken |= set(exps)
+        if exps and (softmax := _softmax(top, axis, exps[0])):
+            found.append(softmax)
+    suspects = [
+        e
+        for e in forward
+        if e.op in _EXPONENTIALS and e.kind == DATA and e not in taken and _is_suspect(e)
+    ]
+    return found, suspects
+
+
+def _exponentials(top: Node) -> Iterator[Node]:
+    """Yields the exponentials of `x - max(x)`, also with a maximum over blocks or a log-sum-exp."""
+    logits = {*_copies(top.inputs[0])}
+    passes = COPIES | _MOVES | {"max", "select_n", "carry", "join", "add", "log", "reduce_sum"}
+    seen = set()
+    for node in _forward(top, passes):
+        if node.op == "sub" and not logits.isdisjoint(_copies(node.inputs[0])):
+            for after in _forward(node, COPIES | _MOVES | {"mul", "select_n"}):
+                if after.op in _EXPONENTIALS and after not in seen:
+                    seen.add(after)
+                    yield after
+
+
+def _copies(node: Node) -> Iterator[Node]:
+    """Yields a value, and what it is a copy of, cast or moved."""
+    yield node
+    while node.op in COPIES | _MOVES and len(node.inputs) == 1:
+        (node,) = node.inputs
+        yield node
+
+
+def _forward(start: Node, passes: frozenset[str]) -> Iterator[Node]:
+    """Yields what a value reaches through some primitives, itself left out."""
+    seen, todo = {start}, [*start.users]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if node.op in passes:
+            todo += node.users
+
+
+def _weighs_values(exponential: Node, axis: int) -> bool:
+    """Returns whether exponentials are multiplied with values and summed along the keys.
+
+    Args:
+      exponential: The exponentials.
+      axis: Their axis of keys; None for any.
+    """
+    parents: dict[Node, Node] = {exponential: exponential}
+    todo = [exponential]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            i = next(k for k, v in enumerate(user.inputs) if v is node)
+            if user in parents or user.is_backward:
+                continue
+            parents[user] = node
+            if user.op == "dot_general" and i < 2:
+                other = user.inputs[1 - i]
+                summed = _summed(user, i, parents, exponential)
+                if other.kind != CONSTANT and _sums(summed, axis):
+                    return True
+                if other.kind == PARAMETER:
+                    todo.append(user)
+            elif _is_weighted_sum(user, node, exponential):
+                return True
+            elif user.op in _SAME | _MOVES:
+                todo.append(user)
+    return False
+
+
+def _summed(user: Node, i: int, parents: dict[Node, Node], start: Node) -> View | None:
+    """Pulls the operand of a product back to the exponentials."""
+    view: View | None = names_of_product(user, i)
+    node = user.inputs[i]
+    while node is not start and view is not None:
+        parent = parents[node]
+        at = next(k for k, v in enumerate(node.inputs) if v is parent)
+        view, node = pull(node, at, view), parent
+    return view
+
+
+def _sums(view: View | None, axis: int) -> bool:
+    names = view.axes[axis].names if view is not None else frozenset()
+    return any(name[0] == "in" for name in names)  # pyright: ignore
+
+
+def _is_weighted_sum(user: Node, node: Node, start: Node) -> bool:
+    """Returns whether exponentials times values are summed, without a `dot_general`."""
+    if user.op != "reduce_sum" or node.op != "mul":
+        return False
+    others = [v for v in node.inputs if v.kind == DATA and v.shape == node.shape]
+    return len(others) == 2 and not all(_depends(v, start) for v in others)
+
+
+def _depends(node: Node, start: Node) -> bool:
+    seen, todo = set(), [node]
+    while todo:
+        v = todo.pop()
+        if v is start:
+            return True
+        if v not in seen and (v.op in ELEMENTWISE | _MOVES | REDUCTIONS):
+            seen.add(v)
+            todo += v.inputs
+    return False
+
+
+def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
+    """Walks back from the logits to the products of activations."""
+    logits = top.inputs[0]
+    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
+    found = list(_products(logits, view, ("row", axis)))
+    if not found:
+        return None
+    sides = defaultdict(set)
+    for _, markers in found:
+        for kind, path, i in markers:
+            sides[kind, path].add(i)
+    sinks = {path: i for (kind, path), (i, *more) in sides.items() if kind == "join" and not more}
+    return Softmax(
+        top,
+        axis,
+        tuple(dict.fromkeys(product for product, _ in found)),
+        frozenset(path for kind, path in sides if kind == "cap"),
+        sinks,
+        any(kind == "mix" for kind, _ in sides),
+        2 if exponential.op == "exp2" else 0,
+    )
+
+
+def _products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any]]:
+    """Yields the products of activations that logits are made of, and what is on the way."""
+
+    def follow(node: Node, view: View, markers: Any) -> Iterator[tuple[int, Any]]:
+        mixed = any(kind == "mix" for kind, _, _ in markers)
+        if key not in view.names or node.kind != DATA:
+            return
+        if node.op == "dot_general":
+            if not mixed and (i := _mixed_operand(node, view, key)) is not None:
+                yield i, markers | {("mix", node.path, 0)}
+        elif node.op in REDUCTIONS or not has_rule(node.op) or (mixed and _is_nonlinear(node)):
+            return
+        else:
+            for i in range(len(node.inputs)):
+                yield i, markers | _marker(node, i, view, key)
+
+    for node, at, markers in walk(logits, view, follow, frozenset()):
+        if node.op != "dot_general" or node.kind != DATA or key not in at.names:
+            continue
+        sides = [pull(node, i, at) for i in (0, 1)]
+        has_key = [side is not None and key in side.names for side in sides]
+        kinds = [v.kind for v in node.inputs]
+        i = has_key.index(False) if False in has_key else 0
+        if kinds == [DATA, DATA] or (kinds[1 - i] == DATA and _is_learned_query(node, i, markers)):
+            yield Product(node, i, at), markers
+
+
+def _is_learned_query(node: Node, i: int, markers: Any) -> bool:
+    """Returns whether an operand is a product of parameters: a learned query."""
+    if node.inputs[i].kind != PARAMETER or markers:
+        return False
+    return any(r.is_chained for r in parameters_of(node.inputs[i], names_of_product(node, i)))
+
+
+def _mixed_operand(node: Node, view: View, key: Any) -> int | None:
+    """Returns which operand has logits, if a product mixes those of several heads."""
+    for i in (0, 1):
+        pulled = pull(node, i, view)
+        if node.inputs[i].kind == DATA and node.inputs[1 - i].kind == PARAMETER and pulled:
+            if key in pulled.names:
+                return i
+    return None
+
+
+def _is_nonlinear(node: Node) -> bool:
+    """Returns whether a value is more than a scaled, masked or moved operand."""
+    return node.op in ELEMENTWISE and sum(v.kind == DATA and v.shape != () for v in node.inputs) > 1
+
+
+def _marker(node: Node, i: int, view: View, key: Any) -> frozenset[Any]:
+    if node.op == "tanh":
+        return frozenset({("cap", node.path, 0)})
+    if node.op == "concatenate" and key in view.axes[node.params["dimension"]].names:
+        return frozenset({("join", node.path, i)})
+    return frozenset()
+
+
+def _is_suspect(exponential: Node) -> bool:
+    """Returns whether this is a softmax without a row maximum."""
+    (x,) = exponential.inputs
+    view = identity(x.shape, [("row", d) for d in range(len(x.shape))])
+    return any(
+        n > 1 and _weighs_values(exponential, axis) and any(_products(x, view, ("row", axis)))
+        for axis, n in enumerate(x.shape)
+    )
