@@ -10,6 +10,7 @@ from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
 from muonclip_jax._attention.attention import dot_product_attention as dot_product_attention
 from muonclip_jax._attention.max_logit import max_attention_logit as max_attention_logit
+from muonclip_jax._muon.analyze import analyze as analyze
 from muonclip_jax._muon.muon import muon as muon
 from muonclip_jax._muon.routing import RoutingTable as RoutingTable, routing_table as routing_table
 from muonclip_jax._muon.scale_by_muon import (
@@ -24,6 +25,8 @@ from muonclip_jax._orthogonalize.newton_schulz import newton_schulz as newton_sc
 from muonclip_jax._orthogonalize.polar_express import (
     polar_express_coefficients as polar_express_coefficients,
 )
+from muonclip_jax._program.analysis import Analysis as Analysis
+from muonclip_jax._program.max_logits import with_max_logits as with_max_logits
 from muonclip_jax._qk_clip.clip import (
     QKClipInfo as QKClipInfo,
     merge_max_logits as merge_max_logits,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [  # linen and nnx are imported on first use
+    "Analysis",
     "FusedQKVLayout",
     "MLALayout",
     "MultiHeadLayout",
@@ -50,6 +54,7 @@ __all__ = [  # linen and nnx are imported on first use
     "QKClipInfo",
     "RoutingTable",
     "ScaleByMuonState",
+    "analyze",
     "dot_product_attention",
     "heads_ever_clipped",
     "linen",
@@ -67,6 +72,7 @@ __all__ = [  # linen and nnx are imported on first use
     "scale_by_muon",
     "scale_by_shape",
     "sharding_plan",
+    "with_max_logits",
 ]
 
 

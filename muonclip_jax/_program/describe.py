@@ -161,7 +161,7 @@ def _unique(paths: Sequence[Sequence[str]], sources: Sequence[Source]) -> tuple[
 
 
 def _common(sources: Sequence[Source], paths: Sequence[Sequence[str]]) -> str:
-    """Returns the components that the paths of all queries and keys begin with."""
+    """Returns the components that all paths begin with, without `params`."""
     found = [tuple(paths[s.number]) for s in sources]
     modules = [path[:-1] if path[-1] in _ARRAYS else path for path in found]
     common: list[str] = []
@@ -171,7 +171,7 @@ def _common(sources: Sequence[Source], paths: Sequence[Sequence[str]]) -> str:
         common.append(parts[0])
     if modules and len({*modules}) == 1:
         common = common[:-1]  # one projection for both, inside the attention
-    return "/".join(common)
+    return "/".join(common[1:] if common[:1] == ["params"] else common)
 
 
 def _renamed(view: View, names: dict[Hashable, Hashable]) -> View:

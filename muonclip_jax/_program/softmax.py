@@ -20,6 +20,8 @@ _SAME = frozenset(
 COPIES = frozenset(
     "convert_element_type copy stop_gradient sharding_constraint optimization_barrier name".split()
 )
+# What logits may pass between queries times keys and the softmax.
+LOGIT_CHAIN = _SAME | _MOVES | COPIES | {"tanh", "reduce_max"}
 _EXPONENTIALS = frozenset({"exp", "exp2"})
 
 

@@ -1,0 +1,167 @@
+"""`with_max_logits`: a function of a model, with the max logits of its attention beside."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from muonclip_jax._program.describe import AttentionSite
+from muonclip_jax._program.evaluate import Statistic, evaluate
+from muonclip_jax._program.jaxprs import bare
+from muonclip_jax._program.read import Program, call, read
+
+_NAME = "max_logits"
+
+
+def with_max_logits(
+    fn: Callable[..., Any],
+    *,
+    expect: int,
+    has_aux: bool = False,
+    kernels: Mapping[str, Callable[..., Any]] | None = None,
+    ignore: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Makes a function of a model return the max logits of its attention too.
+
+    The model is not changed: the program of the call is traced, and the row maximum that each
+    softmax subtracts anyway is one more result. The output and the gradients are bit for bit those
+    of `fn`. The max logits are those before a soft cap, and without attention sinks.
+
+    Use it for models and trainers that you do not own. In a model that you can edit,
+    `linen.sow_max_logits` and `nnx.sow_max_logits` work with every kernel.
+
+    Args:
+      fn: A forward pass, a loss or a train step; its first argument are the parameters.
+      expect: How many attentions the model has; a scan over layers counts each layer. Any number
+        at first: the error prints the right one, with a table to check.
+      has_aux: Whether `fn` returns a pair `(output, aux)`, as for `jax.value_and_grad`.
+      kernels: For each kernel that cannot be read, by its name: a function that computes its max
+        logits `[..., heads]` from its operands, such as one around `max_attention_logit`. The name
+        of a jitted function works too, and keeps it from being read.
+      ignore: Names of such kernels that are no attention.
+
+    Returns:
+      A function with the arguments of `fn` that returns `(output, stats)`, or `(output, (aux,
+      stats))` with `has_aux`. The pytree `stats` has `max_logits`, float32
+      `[*layers, *batch, heads]`, at the path of each attention, as `qk_clip` accepts it; a tuple
+      where several attentions share a path.
+
+    Raises:
+      TypeError: if `expect` is no integer.
+      ValueError: when the function is called: if another number of attentions is found; if a kernel
+        cannot be read and is neither in `kernels` nor in `ignore`; if the queries of an attention
+        come from no parameter, or its heads or layers cannot be told apart.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import muonclip_jax as mc
+      >>> def fn(params, x):
+      ...     q, k = (jnp.einsum("btd,dhk->bthk", x, params[name]) for name in ("query", "key"))
+      ...     weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k))
+      ...     return jnp.einsum("bhts,bshk->bthk", weights, k).sum()
+      >>> params = {"query": jnp.ones((4, 2, 3)), "key": jnp.ones((4, 2, 3))}
+      >>> fn = mc.with_max_logits(fn, expect=1)
+      >>> out, stats = fn(params, jnp.ones((2, 5, 4)))
+      >>> stats["max_logits"].tolist()  # batch, heads
+      [[48.0, 48.0], [48.0, 48.0]]
+    """
+    if isinstance(expect, bool) or not isinstance(expect, int):
+        raise TypeError(f"with_max_logits: expect must be an integer, got {expect!r}.")
+    hooks = dict(kernels or {})
+
+    @functools.wraps(fn)
+    def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
+        traced = call(fn, params, args, kwargs)
+        program = read(traced, hooks)
+        _check(program, expect, hooks, (ignore,) if isinstance(ignore, str) else tuple(ignore))
+        statistics = _statistics(program, hooks)
+        jaxpr, consts = bare(traced.closed)
+        outs, found = evaluate(jaxpr, consts, traced.arrays, statistics)
+        out = jax.tree.unflatten(jax.tree.structure(traced.out), outs)
+        stats = _nested([site.path for site in _counted(program)], found)
+        if not has_aux:
+            return out, stats
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(
+                "with_max_logits: has_aux=True, but fn returned no pair (output, aux)."
+            )
+        return out[0], (out[1], stats)
+
+    return wrapped
+
+
+def _counted(program: Program) -> list[AttentionSite]:
+    """Returns the sites that have max logits."""
+    readable = program.sites[: len(program.traced)]
+    return [*readable, *program.sites[len(program.sites) - len(program.hooked) :]]
+
+
+def _check(program: Program, expect: int, hooks: Mapping[str, Any], ignore: Sequence[str]) -> None:
+    """Raises where attention may have been missed, or its heads be mistaken."""
+    faults = []
+    names = {site.opaque for site in program.sites if site.opaque}
+    closed = program.sites[len(program.traced) : len(program.sites) - len(program.hooked)]
+    for name in dict.fromkeys(site.opaque for site in closed):
+        if name not in ignore:
+            faults.append(
+                f"the kernel {name!r} has two activations as operands and cannot be read. If it is "
+                f"attention, pass kernels={{{name!r}: f}}, where f(*operands) computes its max "
+                f"logits [..., heads]; if it is not, pass ignore=({name!r},)."
+            )
+    for name in (*hooks, *ignore):
+        if name not in names:
+            faults.append(f"no kernel named {name!r} has two activations as operands.")
+    faults += [
+        f"a softmax over a product of activations that is not understood: {place}. Sow its max "
+        "logits in the model."
+        for place in program.suspects
+    ]
+    for traced, site in zip(program.traced, program.sites, strict=False):
+        faults += [f"attention {site.path or '(root)'}: {fault}." for fault in traced.faults]
+    counted = _counted(program)
+    count = sum(site.num_layers for site in counted)
+    if count != expect:
+        faults.append(f"found {count} attentions, expected expect={expect}.")
+    if faults:
+        table = [f"  {site.path or '(root)'}: {site}" for site in program.sites]
+        found = ["The program has these attentions:", *(table or ["  none"])]
+        raise ValueError("\n".join(["with_max_logits:", *(f"  {f}" for f in faults), *found]))
+
+
+def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
+    statistics = [
+        Statistic(
+            number,
+            one.softmax.top.path,
+            one.heads,
+            one.batch,
+            one.layers,
+            {**dict.fromkeys(one.softmax.caps), **one.softmax.sinks},
+            one.softmax.base,
+        )
+        for number, one in enumerate(program.traced)
+    ]
+    start = len(statistics)
+    statistics += [
+        Statistic(start + i, node.path, kernel=hooks[node.params["name"]])
+        for i, node in enumerate(program.hooked)
+    ]
+    return statistics
+
+
+def _nested(paths: Sequence[str], found: Mapping[int, jax.Array]) -> dict[str, Any]:
+    """Puts max logits at the paths of their attentions, as `sow` does."""
+    tree: dict[str, Any] = {}
+    for number, path in enumerate(paths):
+        node = tree
+        for part in path.split("/") if path else ():
+            node = node.setdefault(part, {})
+        node.setdefault(_NAME, []).append(found[number])
+
+    def single(node: Any) -> Any:
+        if isinstance(node, list):
+            return node[0] if len(node) == 1 else tuple(node)
+        return {key: single(value) for key, value in node.items()}
+
+    return single(tree)
