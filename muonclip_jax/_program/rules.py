@@ -48,8 +48,8 @@ def pull(node: Node, i: int, view: View) -> View | None:
     operand = node.inputs[i]
     if not operand.shape:
         return View((), view.parts, view.is_partial)
-    if node.op in ELEMENTWISE and operand.shape == node.shape:
-        return view
+    if node.op in ELEMENTWISE and len(operand.shape) == len(node.shape):
+        return _elementwise(node, i, view)
     rule = _RULES.get(node.op, _unknown)
     return rule(node, i, view)
 
@@ -68,6 +68,12 @@ def choice_axis(node: Node) -> int:
     if node.op == "approx_top_k":
         return node.params["reduction_dimension"] % len(node.inputs[0].shape)
     return node.params.get("axis", len(node.inputs[0].shape) - 1) % len(node.inputs[0].shape)
+
+
+def _elementwise(node: Node, i: int, view: View) -> View:
+    """Axes of size 1 are repeated."""
+    sizes = zip(view.axes, node.inputs[i].shape, node.shape, strict=True)
+    return view._replace(axes=tuple(axis if n == m else Axis() for axis, n, m in sizes))
 
 
 def _unknown(node: Node, i: int, view: View) -> View:
