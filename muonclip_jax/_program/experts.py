@@ -1,17 +1,17 @@
-"""Axes of experts that products have among their outputs, because every expert sees every token."""
+"""Axes of experts among the inputs or outputs of products: each expert sees each token."""
 
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Hashable, Iterator
+from typing import Any, NamedTuple
 
 from muonclip_jax._program.axes import Axis, Digit, View, identity
 from muonclip_jax._program.graph import DATA, PARAMETER, PRODUCTS, Graph, Node, reached_back
 from muonclip_jax._program.rules import CHOICES, has_rule
 from muonclip_jax._program.uses import Uses, outputs_at, products_behind
-from muonclip_jax._program.walk import names_of_product, parameters_of, walk
+from muonclip_jax._program.walk import Reached, names_of_product, parameters_of, walk
 
 
 def expert_axes(graph: Graph, uses: Uses, routers: Collection[int]) -> Iterator[tuple[int, int]]:
-    """Finds axes of experts among the outputs of parameters.
+    """Finds axes of experts among the inputs and outputs of parameters.
 
     Such an axis meets, in a product or elementwise, an axis of what the router put out or of a
     comparison with what was chosen; or a batch axis of the next product with experts.
@@ -24,83 +24,86 @@ def expert_axes(graph: Graph, uses: Uses, routers: Collection[int]) -> Iterator[
     Yields:
       The number of a parameter and an axis.
     """
-    counts = {n for number in routers for n in graph.parameters[number].shape}
     if not routers:
         return
+    finder = _Finder(graph, uses, frozenset(routers))
     for node in graph.nodes:
-        if node not in graph.live or node.kind != DATA or len(node.inputs) < 2:
-            continue
-        if node.op == "mul" or node.op == "dot_general":
-            views = [_names(node, i) for i in (0, 1)]
+        if node in graph.live and node.kind == DATA and node.op in ("mul", "dot_general"):
             for i in (0, 1):
-                yield from _meeting(node, i, views, counts, uses, routers)
+                yield from finder.meeting(node, i)
+
+
+class _Finder(NamedTuple):
+    graph: Graph
+    uses: Uses
+    routers: frozenset[int]
+
+    def meeting(self, node: Node, i: int) -> Iterator[tuple[int, int]]:
+        """Yields axes of parameters that meet a choice of experts in the other operand."""
+        counts = {n for number in self.routers for n in self.graph.parameters[number].shape}
+        if not any(n in counts for n in node.inputs[i].shape):
+            return
+        chosen: frozenset[Hashable] | None = None
+        for reached in self._parameters(node, i):
+            shape = reached.node.shape
+            for d, axis in enumerate(reached.view.axes):
+                name = _whole(axis, shape[d])
+                if name is None or name[0] != "met" or shape[d] not in counts:
+                    continue
+                chosen = self._chosen(node, 1 - i) if chosen is None else chosen
+                if name in chosen and reached.node.number not in self.routers:
+                    yield reached.node.number, d
+
+    def _parameters(self, node: Node, i: int) -> Iterator[Reached]:
+        """Yields the parameters that an operand is, or is a product with."""
+        operand, view = node.inputs[i], _names(node, i)
+        if operand.kind == PARAMETER and node.op == "dot_general":
+            yield from parameters_of(operand, view)
+        elif operand.kind == DATA:
+            for product, at in products_behind(operand, view, self.uses.products):
+                yield from outputs_at(product, at)
+
+    def _chosen(self, node: Node, i: int) -> frozenset[Hashable]:
+        """Returns the names along which an operand differs by expert."""
+        operand, view = node.inputs[i], _names(node, i)
+        if operand.kind == PARAMETER:  # the next product with experts
+            found = parameters_of(operand, view) if node.op == "dot_general" else []
+            names = frozenset().union(*(reached.view.names for reached in found))
+            return frozenset(n for n in names if n[0] == "met" and n[1] == "batch")  # pyright: ignore
+        found = set()
+        for reached, at, _ in walk(operand, view, _follow):
+            if not self.routers.isdisjoint(self.uses.products.get(reached, ())):
+                for parameter in outputs_at(reached, at):
+                    if parameter.node.number in self.routers:
+                        found |= parameter.view.names
+            elif reached.op == "eq" or reached.op.startswith("scatter"):
+                before = reached_back([reached], lambda one: one.op in PRODUCTS)
+                if any(one.op in CHOICES for one in before):
+                    found |= at.names
+        return frozenset(found)
+
+
+def _follow(node: Node, view: View, state: Any) -> Iterator[tuple[int, Any]]:
+    is_scaling = node.op == "dot_general" and not node.params["dimension_numbers"][0][0]
+    if is_scaling or (node.op not in PRODUCTS and has_rule(node.op)):
+        yield from ((i, state) for i in range(len(node.inputs)))
+
+
+def _whole(axis: Axis, size: int) -> Any:
+    """Returns the named index that an axis is, all of it; None if it is none."""
+    (name,) = axis.names if len(axis.names) == 1 else (None,)
+    return name if axis == Axis(0, ((1, Digit(name, 1, size)),)) else None
 
 
 def _names(node: Node, i: int) -> View:
     """Names the axes of an operand; those that meet have one name in both operands."""
     operand = node.inputs[i]
     if node.op == "mul":
-        return identity(operand.shape, [("axis", d) for d in range(len(operand.shape))])
+        return identity(operand.shape, [("met", "batch", d) for d in range(len(operand.shape))])
     view = names_of_product(node, i)
-    pairs = [tuple(side) for side in zip(*node.params["dimension_numbers"][0], strict=True)]
-    pairs += [tuple(side) for side in zip(*node.params["dimension_numbers"][1], strict=True)]
-    met = {pair[i]: ("axis", k) for k, pair in enumerate(pairs)}
-    names = [met.get(d, ("free", i, d)) for d in range(len(view.axes))]
+    contract, batch = node.params["dimension_numbers"]
+    names = [("free", i, d) for d in range(len(view.axes))]
+    for kind, pairs in (("sum", contract), ("batch", batch)):
+        for k, d in enumerate(pairs[i]):
+            names[d] = ("met", kind, k)
     return identity(operand.shape, names)
-
-
-def _meeting(
-    node: Node,
-    i: int,
-    views: list[View],
-    counts: Collection[int],
-    uses: Uses,
-    routers: Collection[int],
-) -> Iterator[tuple[int, int]]:
-    operand, other = node.inputs[i], node.inputs[1 - i]
-    if operand.kind != DATA or not any(n in counts for n in operand.shape):
-        return
-    names = {name for name in views[i].names if name[0] == "axis"}  # pyright: ignore
-    chosen: frozenset[Any] | None = None
-    for product, view in products_behind(operand, views[i], uses.products):
-        for reached in outputs_at(product, view):
-            number, shape = reached.node.number, reached.node.shape
-            for d, axis in enumerate(reached.view.axes):
-                (name,) = axis.names if len(axis.names) == 1 else (None,)
-                whole = axis == Axis(0, ((1, Digit(name, 1, shape[d])),))
-                if number in routers or not whole or name not in names or shape[d] not in counts:
-                    continue
-                if chosen is None:
-                    chosen = _chosen_names(other, views[1 - i], uses, routers, node)
-                if name in chosen:
-                    yield number, d
-
-
-def _chosen_names(
-    node: Node, view: View, uses: Uses, routers: Collection[int], at: Node
-) -> frozenset[Any]:
-    """Returns the names along which a value differs by expert."""
-    if node.kind == PARAMETER:
-        reached = parameters_of(node, view) if at.op == "dot_general" else []
-        batch = (
-            {("axis", k) for k in range(len(at.params["dimension_numbers"][0][0]), 99)}
-            if (at.op == "dot_general")
-            else set()
-        )
-        return frozenset().union(*(r.view.names for r in reached)) & frozenset(batch)
-    found: set[Any] = set()
-
-    def follow(node: Node, view: View, state: Any) -> Iterator[tuple[int, Any]]:
-        if node.op in PRODUCTS or not has_rule(node.op):
-            return
-        yield from ((i, state) for i in range(len(node.inputs)))
-
-    for reached, pulled, _ in walk(node, view, follow):
-        if reached in uses.products and not {*uses.products[reached]}.isdisjoint(routers):
-            for parameter in outputs_at(reached, pulled):
-                if parameter.node.number in routers:
-                    found |= parameter.view.names
-        elif reached.op == "eq" or reached.op.startswith("scatter"):
-            if any(v.op in CHOICES for v in reached_back([reached], lambda n: n.op in PRODUCTS)):
-                found |= pulled.names
-    return frozenset(found)

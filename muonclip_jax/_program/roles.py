@@ -55,7 +55,7 @@ class _Facts:
     Attributes:
       heads: Parameters whose product no other product with a parameter follows.
       routers: Parameters whose product is sorted along its outputs.
-      stacks: Axes of parameters that are a stack, though products have them among their outputs.
+      stacks: Axes of parameters that are a stack, though products contract or put them out.
     """
 
     def __init__(self, graph: Graph, uses: Uses):
@@ -147,9 +147,9 @@ def _matrix(number: int, ndim: int, products: Sequence[Use], facts: _Facts) -> R
     sides = {(use.inputs, use.outputs) for use in products}
     if len(sides) > 1:
         return _unknown("its inputs in one place are outputs in another")
-    ((inputs, outputs),) = sides
+    (sides,) = sides
     stack = facts.stacks.get(number, set())
-    outputs = tuple(d for d in outputs if d not in stack) or outputs
+    inputs, outputs = (tuple(d for d in side if d not in stack) or side for side in sides)
     numbers = MuonDimensionNumbers(_axes(inputs, ndim), _axes(outputs, ndim))
     if number in facts.heads:
         return Role("adamw", numbers, 0, "output head: no product with a parameter follows")

@@ -111,7 +111,7 @@ def _slice(node: Node, i: int, view: View) -> View:
 
 def _split(node: Node, i: int, view: View) -> View:
     starts = [0] * len(node.shape)
-    starts[node.params["axis"]] = sum(node.params["sizes"][: node.out])
+    starts[node.params["axis"]] = int(sum(node.params["sizes"][: node.out]))
     return axes.slices(view, starts, None)
 
 

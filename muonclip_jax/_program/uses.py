@@ -10,6 +10,7 @@ from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
 from muonclip_jax._program.walk import (
     Reached,
     is_lookup,
+    is_tiled,
     names_of_product,
     parameters_of,
     walk,
@@ -57,7 +58,9 @@ class Uses:
     def _meet(self, node: Node) -> None:
         operands = [i for i, v in enumerate(node.inputs) if v.kind == PARAMETER]
         for i in operands:
-            if node.op in PRODUCTS and i < 2:
+            if node.op == "dot_general" and len(operands) == 2 and is_tiled(node, i):
+                self._other(node, i)  # a learned token
+            elif node.op in PRODUCTS and i < 2:
                 self._product(node, i, names_of_product(node, i))
             else:
                 self._other(node, i)
@@ -70,7 +73,8 @@ class Uses:
         if is_lookup(node):
             what = "lookup" if i == 0 else "elementwise"
         else:
-            what = "elementwise" if node.op in _JOINS else f"opaque {node.op}"
+            joins = node.op in _JOINS or node.op == "dot_general"
+            what = "elementwise" if joins else f"opaque {node.op}"
         for reached in parameters_of(operand, identity(operand.shape, range(len(operand.shape)))):
             chained = reached.is_chained and what == "elementwise"
             self._add(reached.node, Use("chain" if chained else what, (), (), node))

@@ -1,0 +1,164 @@
+"""More small models: mixtures of experts, convolutions, recurrences, adapters."""
+
+import jax
+import jax.numpy as jnp
+
+from tests.support.program_models import IMAGES, MEMORY, family, loss_of, norm
+
+
+@family(
+    emb="vd:looked up", head="dv:d>v output head", router="de:d>e router",
+    up="edf:d>f", down="efd:f>d",
+)  # fmt: skip
+def experts_dense(p, tokens, **_):
+    """Every expert sees every token; gates of the chosen ones are not zero."""
+    x = p["emb"][tokens]
+    gates, chosen = jax.lax.top_k(jax.nn.softmax(x @ p["router"]), 2)
+    weights = (jax.nn.one_hot(chosen, 4) * gates[..., None]).sum(-2)
+    h = jax.nn.silu(jnp.einsum("btd,edf->btef", x, p["up"]))
+    x = x + jnp.einsum("btef,efd,bte->btd", h, p["down"], weights)
+    return loss_of(x @ p["head"])
+
+
+@family(
+    emb="vd:looked up", head="dv:d>v output head", router="de:d>e router",
+    up="edf:d>f", down="efd:f>d",
+)  # fmt: skip
+def experts_sorted(p, tokens, **_):
+    """Tokens sorted by expert, with `ragged_dot`."""
+    x = p["emb"][tokens].reshape(-1, 16)
+    gates, chosen = jax.lax.top_k(jax.nn.softmax(x @ p["router"]), 2)
+    order = jnp.argsort(chosen.reshape(-1))
+    rows = x[order // 2]
+    sizes = jnp.bincount(chosen.reshape(-1), length=4)
+    h = jax.nn.silu(jax.lax.ragged_dot(rows, p["up"], sizes))
+    y = jax.lax.ragged_dot(h, p["down"], sizes) * gates.reshape(-1)[order][:, None]
+    x = x + jnp.zeros_like(x).at[order // 2].add(y)
+    return loss_of(x @ p["head"])
+
+
+@family(
+    emb="vd:looked up", head="dv:d>v output head", router="de:d>e router",
+    up="edf:d>f", down="efd:f>d",
+)  # fmt: skip
+def experts_dispatched(p, tokens, **_):
+    """One-hot dispatch into a buffer for each expert."""
+    x = p["emb"][tokens].reshape(-1, 16)
+    gate, chosen = jax.lax.top_k(jax.nn.softmax(x @ p["router"]), 1)
+    one_hot = jax.nn.one_hot(chosen[:, 0], 4)
+    place = (jnp.cumsum(one_hot, 0) * one_hot).sum(-1) - 1
+    dispatch = one_hot[..., None] * jax.nn.one_hot(place.astype(int), 20)[:, None]
+    rows = jnp.einsum("nd,nec->ecd", x, dispatch)
+    h = jax.nn.gelu(jnp.einsum("ecd,edf->ecf", rows, p["up"]))
+    y = jnp.einsum("ecf,efd->ecd", h, p["down"])
+    x = x + jnp.einsum("ecd,nec->nd", y, dispatch * gate[..., None])
+    return loss_of(x @ p["head"])
+
+
+@family(
+    emb="vd:looked up", head="dv:d>v output head", router="de:d>e router",
+    up="edf:d>f", down="efd:f>d",
+)  # fmt: skip
+def experts_gathered(p, tokens, **_):
+    """The kernels of each token's expert are gathered."""
+    x = p["emb"][tokens].reshape(-1, 16)
+    chosen = jnp.argmax(x @ p["router"], -1)
+    h = jax.nn.relu(jnp.einsum("nd,ndf->nf", x, p["up"][chosen]))
+    x = x + jnp.einsum("nf,nfd->nd", h, p["down"][chosen])
+    return loss_of(x @ p["head"])
+
+
+def conv(x, w, stride=1, groups=1):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
+@family(
+    args=(IMAGES,), stem="zzzd:zzz>d", depthwise="zzod:depthwise", point="oodf:d>f",
+    bn__g="f:elementwise", bn__b="f:elementwise", head="fv:f>v output head",
+)  # fmt: skip
+def convolutions(p, images, **_):
+    x = jax.nn.relu(conv(images, p["stem"]))
+    x = conv(x, p["depthwise"], groups=16)
+    x = conv(x, p["point"], stride=2)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    x = (x - mean) * jax.lax.rsqrt(var + 1e-5) * p["bn"]["g"] + p["bn"]["b"]
+    return loss_of(jax.nn.relu(x).mean((1, 2)) @ p["head"])
+
+
+@family(
+    args=(MEMORY,), h0="r:elementwise", wx="dr:d>r", wh="rr:r>r", head="rv:r>v output head",
+    b="r:elementwise",
+)  # fmt: skip
+def recurrent(p, x, **_):
+    """A recurrence over the sequence, with a learned start."""
+
+    def step(h, x):
+        h = jnp.tanh(x @ p["wx"] + h @ p["wh"] + p["b"])
+        return h, h
+
+    start = jnp.broadcast_to(p["h0"], (2, 12))
+    return loss_of(jax.lax.scan(step, start, x.swapaxes(0, 1))[1] @ p["head"])
+
+
+@family(
+    args=(MEMORY,), mix_in="sf:s>f", mix_out="fs:f>s", up="df:d>f", down="fd:f>d",
+    head="dv:d>v output head",
+)  # fmt: skip
+def mixer(p, x, **_):
+    """Products along tokens, then along channels."""
+    y = jnp.einsum("bsd,sf->bfd", norm(x), p["mix_in"])
+    x = x + jnp.einsum("bfd,fs->bsd", jax.nn.gelu(y), p["mix_out"])
+    x = x + jax.nn.gelu(norm(x) @ p["up"]) @ p["down"]
+    return loss_of(x.mean(1) @ p["head"])
+
+
+@family(
+    args=(MEMORY,), base="df:d>f", a="dr:d>r", b="rf:r>f", merged="fd:f>d", ma="fr:f>r",
+    mb="rd:r>d", head="dv:d>v output head",
+)  # fmt: skip
+def low_rank(p, x, **_):
+    """Adapters beside a kernel, and adapters that are added to it."""
+    y = x @ p["base"] + (x @ p["a"]) @ p["b"] * 0.5
+    x = x + jax.nn.relu(y) @ (p["merged"] + p["ma"] @ p["mb"])
+    return loss_of(x @ p["head"])
+
+
+@family(
+    args=(MEMORY,), in_proj="dx:d>x", conv="yz:elementwise", a_log="yr:elementwise",
+    bcd="yu:y>u", skip="y:elementwise", out="yd:y>d", head="dv:d>v output head",
+)  # fmt: skip
+def state_space(p, x, **_):
+    """A selective state space: a short convolution by hand, and a recurrence."""
+    u, gate = jnp.split(x @ p["in_proj"], 2, -1)
+    padded = jnp.pad(u, ((0, 0), (2, 0), (0, 0)))
+    u = jax.nn.silu(sum(padded[:, i : i + 6] * p["conv"][:, i] for i in range(3)))
+    bcd = u @ p["bcd"]
+    delta, b = jax.nn.softplus(bcd[..., :1]), bcd[..., 1:13]
+    decay = jnp.exp(delta[..., None] * -jnp.exp(p["a_log"]))
+
+    def step(h, xs):
+        a, bx = xs
+        h = h * a + bx
+        return h, h.sum(-1)
+
+    inner = (delta * u)[..., None] * b[..., None, :]
+    start = jnp.zeros((2, 32, 12))
+    _, y = jax.lax.scan(step, start, (decay.swapaxes(0, 1), inner.swapaxes(0, 1)))
+    y = (y.swapaxes(0, 1) + u * p["skip"]) * jax.nn.silu(gate)
+    return loss_of((x + y @ p["out"]) @ p["head"])
+
+
+@family(
+    args=(MEMORY,), v="df:d>f", g="f:elementwise", w="fd:f>d", head="dv:d>v output head",
+)  # fmt: skip
+def weight_norm(p, x, **_):
+    """A kernel divided by the norms of its outputs, and one rounded to eight bits."""
+    kernel = p["v"] / jnp.linalg.norm(p["v"], axis=0) * p["g"]
+    scale = jnp.abs(p["w"]).max() / 127
+    rounded = jnp.round(p["w"] / scale) * scale
+    quantized = p["w"] + jax.lax.stop_gradient(rounded - p["w"])
+    x = x + jax.nn.relu(x @ kernel) @ quantized
+    return loss_of(x @ p["head"]) + 1e-3 * sum(jnp.sum(u**2) for u in (p["v"], p["w"]))
