@@ -1,6 +1,6 @@
 """A transformer with grouped-query attention: RoPE, RMSNorm, SwiGLU, no QK-norm.
 
-Axis letters are those of `layers.py`. The layers are one scanned block, so each of their parameters
+`layers.py` lists the axis letters. The layers are one scanned block, so each of their parameters
 has a leading axis L.
 """
 
@@ -11,19 +11,29 @@ import jax
 import jax.numpy as jnp
 
 import muonclip_jax as mc
-from lm.layers import MLP, VOCABULARY, embed, head, linear, rotate, stack, to_sequences, zeros_init
-from lm.rules import constrain
+from examples.language_model.models.layers import (
+    MLP,
+    VOCABULARY,
+    embed,
+    head,
+    linear,
+    rotate,
+    shard_sequences,
+    stack,
+    zeros_init,
+)
+from examples.language_model.models.logical_axes import constrain
 
 
 class Attention(nn.Module):
-    """Causal attention in which N / K query heads share a key head; sows its largest logits.
+    """Causal attention in which N / K query heads share a key head; sows its max logits.
 
     Attributes:
       heads: Query heads, N.
       kv_heads: Key and value heads, K; divides N.
-      head_dim: Width of a head, H; even, as RoPE turns pairs.
-      dtype: To compute in.
-      max_logit: `"exact"`, or `"lse_bound"` for the upper bound that flash attention gives.
+      head_dim: Width of a head, H; even, as RoPE rotates pairs.
+      dtype: Of the computation.
+      max_logit: `"exact"`, or `"lse_bound"` for the upper bound that flash attention returns.
     """
 
     heads: int
@@ -66,8 +76,8 @@ class Block(nn.Module):
       heads: Query heads, N.
       kv_heads: Key and value heads, K.
       head_dim: Width of a head, H.
-      hidden: Width inside the MLP, F.
-      dtype: To compute in.
+      hidden: Hidden units of the MLP, F.
+      dtype: Of the computation.
       max_logit: See `Attention`.
     """
 
@@ -80,7 +90,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        """Maps [B T D] to [B T D], in the form that `nn.scan` wants."""
+        """Maps [B T D] to [B T D], with the signature of `nn.scan`."""
         x = constrain(x, "batch", None, None)
         sizes = (self.heads, self.kv_heads, self.head_dim)
         attention = Attention(*sizes, self.dtype, self.max_logit, name="attn")
@@ -90,7 +100,7 @@ class Block(nn.Module):
 
 
 class GQA(nn.Module):
-    """The whole model, bytes in and logits of the next byte out.
+    """The model, from bytes to the logits of the next byte.
 
     Attributes:
       layers: Blocks, L.
@@ -98,9 +108,9 @@ class GQA(nn.Module):
       heads: Query heads, N.
       kv_heads: Key and value heads, K.
       head_dim: Width of a head, H.
-      hidden: Width inside the MLP, F.
+      hidden: Hidden units of the MLP, F.
       vocabulary: V.
-      dtype: To compute in; parameters, logits and the largest logits are float32.
+      dtype: Of the computation; parameters, logits and max logits are float32.
       max_logit: See `Attention`.
     """
 
@@ -116,15 +126,15 @@ class GQA(nn.Module):
 
     @property
     def layout(self) -> mc.MultiHeadLayout:
-        """Where QK-clip finds the heads."""
+        """The head layout of QK-clip."""
         return mc.MultiHeadLayout()
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
         """Maps byte values [B T] to logits [B T V]."""
-        x = to_sequences(embed(self.vocabulary, self.width, self.dtype)(text))
+        x = shard_sequences(embed(self.vocabulary, self.width, self.dtype)(text))
         heads = (self.heads, self.kv_heads, self.head_dim)
-        how = (self.hidden, self.dtype, self.max_logit)
-        x, _ = stack(Block, self.layers)(*heads, *how, name="blocks")(x, None)
+        rest = (self.hidden, self.dtype, self.max_logit)
+        x, _ = stack(Block, self.layers)(*heads, *rest, name="blocks")(x, None)
         x = constrain(x, "batch", None, None)
         return head(self.vocabulary)(nn.RMSNorm(name="final_norm")(x))

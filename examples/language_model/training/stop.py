@@ -9,7 +9,7 @@ class StopFlag:
     """True after SIGTERM or SIGINT, so that the running step can end and be saved.
 
     Attributes:
-      number: The signal that came, None before.
+      number: The first signal received; None before it.
     """
 
     def __init__(self) -> None:

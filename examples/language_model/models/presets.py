@@ -1,7 +1,7 @@
-"""The sizes of the models, by name, as data; JAX is not needed to read them.
+"""The sizes of the models as data, by name; imports no JAX.
 
 `tiny` is for tests, `small` the default, which trains in minutes on two CPU cores, `medium` for one
-accelerator or a few, and `kimi-k2` Kimi K2 itself, for ahead-of-time compilation.
+or a few accelerators, and `kimi-k2` Kimi K2 itself, for ahead-of-time compilation.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ class Latent(NamedTuple):
       q_rank: Width of the latent query.
       kv_rank: Width of the latent keys and values.
       nope: Columns of a head that are not rotated.
-      rope: Columns of a head that are rotated; even. Their key is one for all heads.
+      rope: Columns of a head that are rotated; even. All heads share their key.
       value: Columns of a value head.
-      rotary_base: Of the angles of the rotation.
+      rotary_base: Base of the frequencies of the rotation.
     """
 
     heads: int
@@ -40,21 +40,21 @@ class Routed(NamedTuple):
       experts: Routed experts, E.
       hidden: Hidden units of each, and of each shared expert, F.
       chosen: Experts of a token, K.
-      shared: Experts that every token has.
-      scale: Factor on the gates, which sum to one before it.
-      capacity: Tokens of a sequence that an expert can take, in units of the mean. What is above
-        it goes past the routed experts; a token never waits for a later one.
+      shared: Experts of every token.
+      scale: Factor on the gates, which sum to one without it.
+      capacity: Tokens of a sequence that an expert accepts, in units of the mean. Later tokens skip
+        the expert.
     """
 
     experts: int
     hidden: int
     chosen: int
     shared: int = 1
-    scale: float = 2.5  # of DeepSeek-V3, arXiv 2412.19437: its config.json, routed_scaling_factor
+    scale: float = 2.5  # DeepSeek-V3, arXiv 2412.19437: config.json, routed_scaling_factor
     capacity: float = 2.0
 
 
-# Of moonshotai/Kimi-K2-Instruct, config.json; the capacity is ours, as Kimi K2 drops no token.
+# moonshotai/Kimi-K2-Instruct, config.json; the capacity is ours, as Kimi K2 drops no tokens.
 _KIMI_K2 = {
     "dense_layers": 1,
     "moe_layers": 60,

@@ -1,4 +1,4 @@
-"""The pictures of a run: its loss, and the largest attention logit of every head, drawn twice."""
+"""The plots of a run: the loss, and the largest attention logit of every head as curves and map."""
 
 import io
 import pathlib
@@ -12,16 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from lm import rundir
-from lm.config import Config
+from examples.language_model.config import Config
+from examples.language_model.run_folder import files
 
 LOSS, MAX_LOGITS, HEADS = "loss.png", "max_logits.png", "heads.png"
 PLOTS = HEADS, LOSS, MAX_LOGITS
 
 _SIZE = (8.0, 4.5)  # inches
 _DPI = 150
-_HALF_WINDOW = 20  # logged steps on each side of one, in the smoothed loss
-_COLUMNS = 800  # of the heat map; more steps than this share a column, which shows the largest
+_HALF_WINDOW = 20  # logged steps on each side, in the smoothed loss
+_COLUMNS = 800  # of the heat map; if there are more steps, a column shows the maximum of several
 _TRAIN, _VALIDATION, _THRESHOLD, _GRID = "#2a6f97", "#e36414", "#c1121f", "#e5e7eb"
 
 
@@ -36,7 +36,7 @@ def draw(
     Args:
       config: Settings.
       metrics: Logged steps, in order.
-      validation: Step and validation loss in nats per byte; the last pair is of the last step.
+      validation: Step and validation loss in nats per byte; the last pair is the last step.
       path: Run folder.
     """
     _save(_loss(config, metrics, validation), path / LOSS)
@@ -47,7 +47,7 @@ def draw(
 def _save(figure: Figure, path: pathlib.Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=_DPI)
-    rundir.write_atomically(path, image.getvalue())
+    files.write_atomically(path, image.getvalue())
 
 
 def _style(axes: Axes, ylabel: str) -> None:
@@ -83,9 +83,9 @@ def _loss(
 
 
 def _smooth(steps: ArrayLike, values: ArrayLike) -> list[float]:
-    """Fits a line to the values around each step and takes its value there.
+    """Evaluates at each step a line fitted to the values around it.
 
-    A straight series is returned unchanged, so the curve does not lag behind a falling loss. The
+    A straight line is returned unchanged, so the curve does not lag behind a falling loss. The
     window is symmetric, narrower in the first steps, where the loss falls fast, and one-sided in
     the last ones.
     """
@@ -108,7 +108,7 @@ def _max_logits(config: Config, metrics: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     _style(axes, "largest attention logit")
-    axes.set_title(_verdict(config, heads, metrics[-1]["heads_ever_clipped"]), loc="left")
+    axes.set_title(_title(config, heads, metrics[-1]["heads_ever_clipped"]), loc="left")
     colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, heads.shape[1]))
     for layer, color in enumerate(colors):
         each, largest = heads[:, layer], heads[:, layer].max(axis=-1)
@@ -128,11 +128,11 @@ def _max_logits(config: Config, metrics: list[dict[str, Any]]) -> Figure:
 
 
 def _heads(config: Config, metrics: list[dict[str, Any]]) -> Figure:
-    """A row for each head, layer by layer; red where it is above the threshold."""
+    """Draws a heat map, one row per head, layer by layer; red is above the threshold."""
     steps, logits = _columns(metrics)
     layers, heads = logits.shape[1:]
     figure = Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="layer, and its heads from the top")
+    axes = figure.add_subplot(xlabel="step", ylabel="layer (heads from the top)")
     axes.set_title("largest attention logit of every head", loc="left")
     cells = axes.pcolormesh(
         [*steps, metrics[-1]["step"] + 1],
@@ -145,10 +145,10 @@ def _heads(config: Config, metrics: list[dict[str, Any]]) -> Figure:
     for layer in range(1, layers):
         axes.axhline(heads * layer, color="black", linewidth=0.8)
     _style_steps(axes)
-    passed = logits.max() > config.threshold
-    label = f"{'white' if passed else 'all below'}: threshold {config.threshold:g}"
+    exceeds = logits.max() > config.threshold
+    label = f"{'white' if exceeds else 'all below'}: threshold {config.threshold:g}"
     bar = figure.colorbar(cells, ax=axes, label=f"largest attention logit ({label})")
-    if passed:
+    if exceeds:
         bar.ax.axhline(config.threshold, color=_THRESHOLD, linewidth=1.5)
     return figure
 
@@ -161,21 +161,22 @@ def _colors(threshold: float, logits: np.ndarray) -> dict[str, Any]:
 
 
 def _columns(metrics: list[dict[str, Any]]) -> tuple[list[int], np.ndarray]:
-    """First step and largest logits [column L N] of at most `_COLUMNS` columns."""
+    """Returns the first step and the max logits [column L N] of at most `_COLUMNS` columns."""
     logits = np.array([m["max_logits"] for m in metrics])  # [step L N]
     starts = np.unique(np.linspace(0, len(logits), _COLUMNS, endpoint=False).astype(int))
     return [metrics[i]["step"] for i in starts], np.maximum.reduceat(logits, starts)
 
 
-def _verdict(config: Config, heads: np.ndarray, ever_clipped: int) -> str:
-    """Returns the title: how many heads were clipped, or exceed the threshold."""
+def _title(config: Config, heads: np.ndarray, ever_clipped: int) -> str:
+    """Returns the number of heads that were clipped, or that exceeded the threshold."""
     count, tau, largest = heads[0].size, config.threshold, heads.max()
     if config.optimizer == "muonclip":
         return (
             f"muonclip: {ever_clipped} of {count} heads clipped at least once; "
             f"largest logit {largest:.1f}, threshold {tau:g}"
         )
-    passed = int((heads > config.threshold).any(axis=0).sum())
+    exceeding = int((heads > config.threshold).any(axis=0).sum())
     return (
-        f"{config.optimizer}: {passed} of {count} heads above {tau:g}; largest logit {largest:.1f}"
+        f"{config.optimizer}: {exceeding} of {count} heads above {tau:g};"
+        f" largest logit {largest:.1f}"
     )

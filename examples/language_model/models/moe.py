@@ -2,17 +2,17 @@
 
     s_e = sigmoid(w_e · x),   y = shared(x) + scale · Σ s_e expert_e(x) / Σ s_e
 
-where both sums go over the K experts with the largest s_e + b_e.
+where both sums are over the K experts with the largest s_e + b_e.
 
-DeepSeek-V3, arXiv 2412.19437, equations 12 to 16; b balances the load without a loss, moved by
-`step.py`. Each sequence gives each expert so many slots, in the order of its positions. So every
-array has a fixed size, and the work is one product batched over experts, which a mesh divides by
-experts with one all-to-all on the way in and one on the way back. The price: what is above the
-capacity passes the routed experts by, and the metrics say how much that is. `jax.lax.ragged_dot`
-needs no slots, but where there is no kernel for it, as on CPU, it multiplies every row by every
-expert, and the compiler cannot divide the sort before it among devices.
+DeepSeek-V3, arXiv 2412.19437, equations 12 to 16. The bias b balances the load without a loss term;
+`training.step` updates it. In each sequence every expert has a fixed number of slots, which tokens
+fill in order of position. Therefore all arrays have static shapes, and the experts are one batched
+product, which is sharded over the experts with one all-to-all before it and one after it. Tokens
+beyond the capacity skip the routed experts, and a metric reports their share. `jax.lax.ragged_dot`
+needs no slots, but without a kernel for it, as on CPU, it multiplies every token by every expert,
+and the compiler cannot shard the sort before it.
 
-Axis letters are those of `layers.py`; K chosen experts of a token, C slots of an expert.
+`layers.py` lists the axis letters; also K chosen experts of a token, C slots of an expert.
 """
 
 import math
@@ -23,16 +23,25 @@ import jax
 import jax.numpy as jnp
 
 import muonclip_jax as mc
-from lm import mla
-from lm.layers import MLP, VOCABULARY, embed, head, linear, stack, to_sequences, zeros_init
-from lm.presets import Latent, Routed
-from lm.rules import constrain
+from examples.language_model.models import mla
+from examples.language_model.models.layers import (
+    MLP,
+    VOCABULARY,
+    embed,
+    head,
+    linear,
+    shard_sequences,
+    stack,
+    zeros_init,
+)
+from examples.language_model.models.logical_axes import constrain
+from examples.language_model.models.presets import Latent, Routed
 
 experts_init = nn.initializers.lecun_normal(batch_axis=(0,))
 
 
 def find_slots(chosen: jax.Array, experts: int, capacity: int) -> jax.Array:
-    """Numbers the slots that the tokens of a sequence get, first come first served.
+    """Assigns the tokens of a sequence to the slots of their experts, in order of position.
 
     Args:
       chosen: Experts of each token, [T K].
@@ -40,7 +49,7 @@ def find_slots(chosen: jax.Array, experts: int, capacity: int) -> jax.Array:
       capacity: Slots of an expert, C.
 
     Returns:
-      Numbers [T K]: e C + c for slot c of expert e, and E C, which is none, where e is full.
+      Indices [T K]: e C + c for slot c of expert e; E C, which is no slot, if e is full.
     """
     asks = jax.nn.one_hot(chosen, experts, dtype=jnp.int32).sum(1)  # [T E], 0 or 1
     queue = jnp.take_along_axis(jnp.cumsum(asks, axis=0) - asks, chosen, axis=1)  # [T K]
@@ -48,7 +57,7 @@ def find_slots(chosen: jax.Array, experts: int, capacity: int) -> jax.Array:
 
 
 def into_slots(x: jax.Array, slots: jax.Array, count: int) -> jax.Array:
-    """Copies tokens [T D] to their slots [T K] of `count`; an empty slot is zero."""
+    """Copies tokens [T D] to their slots [T K], [count D]; an empty slot is zero."""
     length, chosen = slots.shape
     tokens = jnp.repeat(jnp.arange(length), chosen)
     tokens = jnp.full(count, length).at[slots.ravel()].set(tokens, mode="drop")
@@ -56,16 +65,16 @@ def into_slots(x: jax.Array, slots: jax.Array, count: int) -> jax.Array:
 
 
 def out_of_slots(y: jax.Array, slots: jax.Array) -> jax.Array:
-    """Copies from slots [E·C D] back to tokens [T K D]; a token without a slot gets zero."""
+    """Copies slots [E·C D] back to tokens [T K D]; a token without a slot gets zero."""
     return y.at[slots].get(mode="fill", fill_value=0)
 
 
 class Experts(nn.Module):
-    """One MLP for each expert, on its own slots.
+    """One MLP for each expert, applied to its slots.
 
     Attributes:
-      hidden: Width between, F.
-      dtype: To compute in.
+      hidden: Hidden units, F.
+      dtype: Of the computation.
     """
 
     hidden: int
@@ -75,14 +84,14 @@ class Experts(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B E C D] to [B E C D]."""
         _, experts, _, width = x.shape
-        into, back = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        inner, outer = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
 
-        def kernel(name, axes, init, *sides):
+        def kernel(name, axes, init, *shape):
             boxed = nn.with_logical_partitioning(init, axes)
-            return jnp.asarray(self.param(name, boxed, (experts, *sides)), self.dtype)
+            return jnp.asarray(self.param(name, boxed, (experts, *shape)), self.dtype)
 
-        gate, up = (kernel(n, into, experts_init, width, self.hidden) for n in ("gate", "up"))
-        down = kernel("down", back, zeros_init, self.hidden, width)
+        gate, up = (kernel(n, inner, experts_init, width, self.hidden) for n in ("gate", "up"))
+        down = kernel("down", outer, zeros_init, self.hidden, width)
         hidden = nn.silu(jnp.einsum("becd,edf->becf", x, gate))
         hidden = hidden * jnp.einsum("becd,edf->becf", x, up)
         hidden = constrain(hidden, "expert_batch", "experts", None, "mlp")
@@ -91,11 +100,11 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Routed experts and shared ones; sows how many tokens each routed one got.
+    """Routed and shared experts; sows the load of each routed expert.
 
     Attributes:
       sizes: Of the mixture.
-      dtype: To compute in; the router computes in float32.
+      dtype: Of the computation; the router is float32.
     """
 
     sizes: Routed
@@ -110,7 +119,7 @@ class Mixture(nn.Module):
         slots = jax.vmap(find_slots, (0, None, None))(chosen, s.experts, capacity)
         self._sow_loads(chosen, slots == s.experts * capacity)
         y = jax.vmap(into_slots, (0, 0, None))(x, slots, s.experts * capacity)
-        # Where a mesh divides the experts, the compiler is told to send the slots to them and back.
+        # If the experts are sharded, these constraints are the two all-to-alls.
         y = constrain(y.reshape(b, s.experts, capacity, d), "batch", None, None, None)
         y = constrain(y, "expert_batch", "experts", None, None)
         y = Experts(s.hidden, self.dtype, name="experts")(y)
@@ -120,18 +129,18 @@ class Mixture(nn.Module):
         return y + MLP(s.shared * s.hidden, self.dtype, name="shared")(x)
 
     def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Chooses experts [B T K] and gives their gates [B T K], float32."""
+        """Returns the chosen experts [B T K] and their gates [B T K], float32."""
         experts = self.sizes.experts
         router = linear(experts, ("embed", "router"), name="router", dtype=jnp.float32)
         scores = nn.sigmoid(router(x))
-        # Not a parameter: the train step moves it, and it has no part in the gates.
+        # Not a parameter: the train step updates it, and the gates do not depend on it.
         bias = self.variable("balance", "routed", jnp.zeros, (experts,)).value
         _, chosen = jax.lax.top_k(scores + bias[None, None], self.sizes.chosen)
         gates = jnp.take_along_axis(scores, chosen, axis=-1)
         return chosen, self.sizes.scale * gates / gates.sum(-1, keepdims=True)
 
     def _sow_loads(self, chosen: jax.Array, full: jax.Array) -> None:
-        """Stores how many tokens asked for each expert, and how many of them in vain: [2 E]."""
+        """Sows how many tokens asked for each expert, and how many of them were dropped: [2 E]."""
         asks = jax.nn.one_hot(chosen, self.sizes.experts)  # [B T K E]
         loads = jnp.stack([asks.sum((0, 1, 2)), (asks * full[..., None]).sum((0, 1, 2))])
         self.sow("loads", "routed", loads, init_fn=lambda: 0.0, reduce_fn=jnp.add)
@@ -143,7 +152,7 @@ class Block(nn.Module):
     Attributes:
       attention: Sizes of the attention.
       routed: Sizes of the mixture.
-      dtype: To compute in.
+      dtype: Of the computation.
     """
 
     attention: Latent
@@ -152,7 +161,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        """Maps [B T D] to [B T D], in the form that `nn.scan` wants."""
+        """Maps [B T D] to [B T D], with the signature of `nn.scan`."""
         x = constrain(x, "batch", None, None)
         attention = mla.LatentAttention(self.attention, self.dtype, name="attn")
         x = x + attention(nn.RMSNorm(dtype=self.dtype, name="attn_norm")(x))
@@ -161,18 +170,18 @@ class Block(nn.Module):
 
 
 class MoE(nn.Module):
-    """The whole model, tokens in and logits of the next token out.
+    """The model, from tokens to the logits of the next token.
 
     Attributes:
       dense_layers: Blocks with an MLP, which come first.
       moe_layers: Blocks with a mixture of experts.
       width: Of the residual stream, D.
       attention: Sizes of the attention.
-      hidden: Width inside the MLP of a dense block, F.
+      hidden: Hidden units of the MLP of a dense block, F.
       routed: Sizes of the mixture.
       vocabulary: V.
       keep_products: See `layers.stack`.
-      dtype: To compute in; parameters, router, logits and the largest logits are float32.
+      dtype: Of the computation; parameters, router, logits and max logits are float32.
     """
 
     dense_layers: int
@@ -187,13 +196,13 @@ class MoE(nn.Module):
 
     @property
     def layout(self) -> mc.MLALayout:
-        """Where QK-clip finds the heads."""
+        """The head layout of QK-clip."""
         return mla.layout_of(self.attention)
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
         """Maps tokens [B T] to logits [B T V]."""
-        x = to_sequences(embed(self.vocabulary, self.width, self.dtype)(text))
+        x = shard_sequences(embed(self.vocabulary, self.width, self.dtype)(text))
         dense = stack(mla.Block, self.dense_layers, self.keep_products)
         x, _ = dense(self.attention, self.hidden, self.dtype, name="dense_blocks")(x, None)
         moe = stack(Block, self.moe_layers, self.keep_products)

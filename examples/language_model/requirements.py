@@ -1,12 +1,15 @@
-"""The packages that the training program needs beside muonclip-jax: all there, or one line."""
+"""The packages that the training program needs, checked before any of them is imported."""
 
 import importlib.util
 
-from lm.config import BadInput
+from examples.language_model.config import BadInput
 
-# By module; `examples` of pyproject.toml lists the same packages with their versions.
+# Package by module: the dependencies of muonclip-jax and its extra `examples`, in pyproject.toml.
 PACKAGES = {
-    "muonclip_jax": "muonclip-jax",
+    "jax": "jax",
+    "optax": "optax",
+    "flax": "flax",
+    "jaxtyping": "jaxtyping",
     "orbax.checkpoint": "orbax-checkpoint",
     "grain": "grain",
     "tqdm": "tqdm",
@@ -25,8 +28,8 @@ def not_installed(*packages: str) -> BadInput:
     """Returns the error for packages that are not installed."""
     verb = "is" if len(packages) == 1 else "are"
     return BadInput(
-        f"{', '.join(packages)} {verb} not installed; run pip install 'muonclip-jax[examples]',"
-        " or in a clone pip install -e '.[examples]'"
+        f"{', '.join(packages)} {verb} not installed; run pip install -e '.[examples]' in the"
+        " repository"
     )
 
 

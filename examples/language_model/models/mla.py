@@ -2,10 +2,10 @@
 
     c = norm(W_kva x),   k = (W_kb c, rotated(W_r x)),   v = W_vb c,   q = W_qb norm(W_qa x),
 
-of which the last columns of each head are rotated too.
-DeepSeek-V2, arXiv 2405.04434, equations 9 to 19, without the forms for inference. Axis letters are
-those of `layers.py`. Every kernel is flat, [inputs, N times the columns of a head], so that it is
-the one matrix that Muon orthogonalizes.
+where the last columns of each query head are rotated too.
+DeepSeek-V2, arXiv 2405.04434, equations 9 to 19, without the reformulation for inference.
+`layers.py` lists the axis letters. Every kernel is flat, [inputs, N times the columns of a head]:
+the matrix that Muon orthogonalizes.
 """
 
 from typing import Any
@@ -15,13 +15,23 @@ import jax
 import jax.numpy as jnp
 
 import muonclip_jax as mc
-from lm.layers import MLP, VOCABULARY, embed, head, linear, rotate, stack, to_sequences, zeros_init
-from lm.presets import Latent
-from lm.rules import constrain
+from examples.language_model.models.layers import (
+    MLP,
+    VOCABULARY,
+    embed,
+    head,
+    linear,
+    rotate,
+    shard_sequences,
+    stack,
+    zeros_init,
+)
+from examples.language_model.models.logical_axes import constrain
+from examples.language_model.models.presets import Latent
 
 
 def layout_of(sizes: Latent) -> mc.MLALayout:
-    """Says where QK-clip finds the heads."""
+    """Returns the head layout of QK-clip."""
     return mc.MLALayout(
         nope_dim=sizes.nope,
         rope_dim=sizes.rope,
@@ -31,11 +41,11 @@ def layout_of(sizes: Latent) -> mc.MLALayout:
 
 
 class LatentAttention(nn.Module):
-    """Causal attention through two narrow vectors a position; sows its largest logits.
+    """Causal attention through two latent vectors per position; sows its max logits.
 
     Attributes:
-      sizes: Of its parts.
-      dtype: To compute in.
+      sizes: Of the attention.
+      dtype: Of the computation.
     """
 
     sizes: Latent
@@ -74,8 +84,8 @@ class Block(nn.Module):
 
     Attributes:
       attention: Sizes of the attention.
-      hidden: Width inside the MLP, F.
-      dtype: To compute in.
+      hidden: Hidden units of the MLP, F.
+      dtype: Of the computation.
     """
 
     attention: Latent
@@ -84,7 +94,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        """Maps [B T D] to [B T D], in the form that `nn.scan` wants."""
+        """Maps [B T D] to [B T D], with the signature of `nn.scan`."""
         x = constrain(x, "batch", None, None)
         attention = LatentAttention(self.attention, self.dtype, name="attn")
         x = x + attention(nn.RMSNorm(dtype=self.dtype, name="attn_norm")(x))
@@ -93,15 +103,15 @@ class Block(nn.Module):
 
 
 class MLA(nn.Module):
-    """The whole model, tokens in and logits of the next token out.
+    """The model, from tokens to the logits of the next token.
 
     Attributes:
       layers: Blocks, L.
       width: Of the residual stream, D.
       attention: Sizes of the attention.
-      hidden: Width inside the MLP, F.
+      hidden: Hidden units of the MLP, F.
       vocabulary: V.
-      dtype: To compute in; parameters, logits and the largest logits are float32.
+      dtype: Of the computation; parameters, logits and max logits are float32.
     """
 
     layers: int
@@ -113,13 +123,13 @@ class MLA(nn.Module):
 
     @property
     def layout(self) -> mc.MLALayout:
-        """Where QK-clip finds the heads."""
+        """The head layout of QK-clip."""
         return layout_of(self.attention)
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
         """Maps tokens [B T] to logits [B T V]."""
-        x = to_sequences(embed(self.vocabulary, self.width, self.dtype)(text))
+        x = shard_sequences(embed(self.vocabulary, self.width, self.dtype)(text))
         blocks = stack(Block, self.layers)(self.attention, self.hidden, self.dtype, name="blocks")
         x, _ = blocks(x, None)
         x = constrain(x, "batch", None, None)

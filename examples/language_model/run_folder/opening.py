@@ -1,4 +1,4 @@
-"""The folder of a run: which one, its settings (`run.json`), its metrics and its summary."""
+"""Choosing and opening the folder of a run, and comparing its settings (`run.json`) on resume."""
 
 import dataclasses
 import itertools
@@ -7,11 +7,17 @@ import os
 import pathlib
 from typing import Any
 
-from lm.config import BadInput, Config, check
-from lm.data import Corpus
+from examples.language_model.config import BadInput, Config, check
+from examples.language_model.data import Corpus
+from examples.language_model.run_folder.files import (
+    CHECKPOINTS,
+    METRICS,
+    SETTINGS,
+    SUMMARY,
+    write_json,
+)
 
-SETTINGS, METRICS, SUMMARY, CHECKPOINTS = "run.json", "metrics.jsonl", "summary.json", "checkpoints"
-# A resume may not change these. --steps is among them: the learning rate reaches 0 at the last.
+# A resume may not change these. --steps is among them: the learning rate is 0 after the last step.
 PINNED = (
     "model",
     "preset",
@@ -24,11 +30,9 @@ PINNED = (
     "accumulate",
     "learning_rate",
 )
-# A resume may change these; without the flag it takes the value of the run.
+# A resume may change these; without the flag, the value of the run is used.
 CHANGEABLE = ("threshold", "checkpoint_every", "mesh", "simulate_devices")
 TEXT = "text"  # size and digest of the text in `run.json`, which are pinned too
-LOGGED_WITHOUT_GAP = 1_000  # a curve is read from its start
-LOG_EVERY = 10  # after that; a step that is not logged does not wait for the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,31 +41,26 @@ class Run:
 
     Attributes:
       path: The folder; it exists and holds `run.json`.
-      done: Whether the run has ended, that is, `summary.json` is there.
+      complete: Whether the run has ended, that is, `summary.json` exists.
     """
 
     path: pathlib.Path
-    done: bool
-
-
-def is_logged(step: int) -> bool:
-    """Says whether a step has a line in the metrics; steps count from 1."""
-    return step <= LOGGED_WITHOUT_GAP or step % LOG_EVERY == 0
+    complete: bool
 
 
 def resumed(config: Config) -> Config:
-    """Completes the settings of a run that is resumed with those in its folder.
+    """Fills in the settings of a run that is resumed from its folder.
 
     Args:
-      config: Settings as typed.
+      config: Settings from the command line.
 
     Returns:
       With `resume` and a run in the folder: the settings of that run, replaced by the flags that
-      were typed and may change. Otherwise `config`.
+      were passed and may change. Otherwise `config`.
 
     Raises:
-      BadInput: if a flag was typed with another value than the run has, if the settings of the run
-        cannot be read, or if two settings contradict each other.
+      BadInput: if a flag has another value than the run, if the settings of the run cannot be read,
+        or if two settings contradict each other.
     """
     if not config.resume:
         return config
@@ -78,74 +77,40 @@ def resumed(config: Config) -> Config:
 
 
 def open_run(config: Config, corpus: Corpus) -> Run:
-    """Finds or makes the folder of a run.
+    """Finds or creates the folder of a run.
 
     Args:
       config: Settings, from `resumed`.
-      corpus: The text, whose digest is pinned.
+      corpus: The text; its digest is pinned.
 
     Returns:
-      The folder. Nothing was made if this raises.
+      The folder.
 
     Raises:
-      BadInput: if the folder cannot be made, holds another run, or holds one with other settings.
+      BadInput: if the folder cannot be created, holds another run, or holds one with other
+        settings. In these cases nothing is created.
     """
     now = _settings(config, corpus)
     path = config.out or _default(config)
     if not _holds_run(path):
-        taken_is_ours = config.out is not None or config.resume
-        return Run(_start(path, now, exist_ok=taken_is_ours), done=False)
+        may_exist = config.out is not None or config.resume
+        return Run(_create(path, now, may_exist), complete=False)
     if not config.resume:
-        raise BadInput(f"--out {path}: holds a run; give another folder, or --resume to go on")
+        raise BadInput(
+            f"--out {path}: already holds a run; pass another folder, or --resume to continue it"
+        )
     before = _read_settings(path)
     _check_pinned(path, before, {name: now[name] for name in (*PINNED, TEXT)})
-    done = (path / SUMMARY).exists()
-    if now != before and not done:
+    complete = (path / SUMMARY).exists()
+    if now != before and not complete:
         _rewrite(path, now)
-    return Run(path, done)
+    return Run(path, complete)
 
 
 def identity(path: pathlib.Path) -> bytes:
-    """Returns the pinned settings of a run, to which its checkpoints belong."""
+    """Returns the pinned settings of a run, which its checkpoints have to match."""
     before = _read_settings(path)
     return json.dumps({name: before[name] for name in (*PINNED, TEXT)}).encode()
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole or not at all: beside its place first, then moved there."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)  # a full disk must not keep half a file
-        raise
-
-
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """Writes one JSON object, atomically; refuses NaN and infinity, which JSON does not have."""
-    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def read_metrics(run: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the logged steps in order; a last line torn by a kill is left out."""
-    path = run / METRICS
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-
-def cut_metrics(run: pathlib.Path, step: int) -> None:
-    """Drops the lines after a step, and a torn one: a resumed run writes them again."""
-    kept = [line for line in read_metrics(run) if line["step"] <= step]
-    write_atomically(run / METRICS, b"".join(metrics_line(line) for line in kept))
-
-
-def metrics_line(metrics: dict[str, Any]) -> bytes:
-    """Formats the metrics of one step; floats keep every bit, as JSON has Python's `repr`."""
-    return (json.dumps(metrics, allow_nan=False) + "\n").encode()
 
 
 def _settings(config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -160,7 +125,7 @@ def _settings(config: Config, corpus: Corpus) -> dict[str, Any]:
 
 
 def _default(config: Config) -> pathlib.Path:
-    """The first free folder; on resume the last that is taken, or the first if none is."""
+    """Returns the first free folder; on resume the last one that exists, or the first."""
 
     def folder(number: int) -> pathlib.Path:
         suffix = f"-{number}" if number > 1 else ""
@@ -174,19 +139,19 @@ def _holds_run(path: pathlib.Path) -> bool:
     return any(os.path.lexists(path / name) for name in (SETTINGS, METRICS, SUMMARY, CHECKPOINTS))
 
 
-def _start(path: pathlib.Path, settings: dict[str, Any], exist_ok: bool) -> pathlib.Path:
-    """Makes the folder with `run.json`, or leaves the disk as it was."""
+def _create(path: pathlib.Path, settings: dict[str, Any], may_exist: bool) -> pathlib.Path:
+    """Creates the folder with `run.json`; on an error, removes what it created."""
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
-        path.mkdir(parents=True, exist_ok=exist_ok)
+        path.mkdir(parents=True, exist_ok=may_exist)
         write_json(path / SETTINGS, settings)
     except OSError as error:
-        # If it exists now, another program has just taken it, and it is not ours to remove.
+        # If it exists now, another program has just created it, and must keep it.
         for folder in [] if isinstance(error, FileExistsError) else missing:
-            if os.path.isdir(folder):  # not pathlib, which raises on a name too long
+            if os.path.isdir(folder):  # not pathlib, which raises on a name that is too long
                 folder.rmdir()
         raise BadInput(
-            f"--out {path}: cannot be made ({error.strerror}); name a folder that can be written"
+            f"--out {path}: cannot be created ({error.strerror}); pass a folder that is writable"
         ) from error
     return path
 
@@ -196,7 +161,8 @@ def _rewrite(path: pathlib.Path, settings: dict[str, Any]) -> None:
         write_json(path / SETTINGS, settings)
     except OSError as error:
         raise BadInput(
-            f"{path / SETTINGS}: cannot be written ({error.strerror}); make room, then --resume"
+            f"{path / SETTINGS}: cannot be written ({error.strerror}); free disk space, then"
+            " --resume"
         ) from error
 
 
@@ -210,7 +176,7 @@ def _read_settings(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{path / SETTINGS}: not readable, so the settings of this run are unknown;"
-            " start a new one with another --out"
+            " start a new run with another --out"
         ) from error
     return before
 
@@ -224,7 +190,7 @@ def _check_pinned(path: pathlib.Path, before: dict[str, Any], now: dict[str, Any
     ]
     if changed:
         raise BadInput(
-            f"--resume {path}: {'; '.join(changed)}; give the old values, or another --out"
+            f"--resume {path}: {'; '.join(changed)}; pass the old values, or another --out"
         )
 
 
