@@ -4,7 +4,7 @@
     python benchmarks/cloud_tpu.py
 
 Writes results/cloud_tpu.json, and prints the table of examples/cloud_tpu/README.md. Each line is
-what `train_lm.py --aot-topology` prints: memory, FLOPs and what is sent, of one chip in one step.
+what `python -m examples.language_model --aot-topology` prints: memory, FLOPs and what is sent, of one chip in one step.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Case:
     def command(self) -> str:
         """What prints the figures."""
         return (
-            f"python examples/train_lm.py --model {self.model} --preset {self.preset} {self.flags}"
+            f"python -m examples.language_model --model {self.model} --preset {self.preset} {self.flags}"
             f" --aot-topology {self.topology}"
         )
 
@@ -76,14 +76,14 @@ def parse(report: str) -> dict[str, Any]:
         found = re.findall(pattern, report, re.MULTILINE)
         return float(found[0].replace(",", "")) if found else None
 
-    collectives = re.findall(r"^  ([a-z]+-[a-z-]+) +(\d+) of ([\d,.]+) MB$", report, re.MULTILINE)
+    collectives = re.findall(r"^  ([a-z]+-[a-z-]+) +(\d+) with ([\d,.]+) MB$", report, re.MULTILINE)
     return {
         "chips": number(r"^\S+: (\d+) chips"),
-        "mesh": re.findall(r"^\S+: \d+ chips as (.*)$", report, re.MULTILINE)[0],
+        "mesh": re.findall(r"^\S+: \d+ chips, mesh (.*)$", report, re.MULTILINE)[0],
         "parameters": number(r"([\d,]+) parameters"),
         "fits": ": fits\n" in report,
-        "used_gib": number(r"^  both +([\d.]+) of"),
-        "chip_gib": number(r"^  both .* the (\d+) GiB of a chip"),
+        "used_gib": number(r"^  total memory +([\d.]+) of"),
+        "chip_gib": number(r"^  total memory .* the (\d+) GiB of a chip"),
         "refused": "".join(re.findall(r"^  does not fit: (Used .*?);", report, re.MULTILINE)),
         "flops": number(r"^  matrix products +([\d.e+]+) FLOPs"),
         "muon_flops": number(r"^mesh .* per device and step ([\d.e+]+) FLOPs"),

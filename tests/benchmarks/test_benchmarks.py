@@ -11,8 +11,8 @@ import pytest
 
 import muonclip_jax as mc
 from benchmarks.compiled import Cost
-from lm import ahead
-from lm.config import Config
+from examples.language_model.config import Config
+from examples.language_model.measurement import ahead, cost_table
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 N, M = 8, 24
@@ -302,7 +302,7 @@ def test_figures_of_a_slice_are_read_off_what_the_training_program_prints():
     config = Config(preset="medium", aot_topology="v5e:4x2")
     head = ahead._head(config, mesh, {"w": jnp.ones((2, 4))})
     plan = "mesh fsdp=8; per device and step 1e+11 FLOPs, 0.3 MB sent"
-    read = cloud_tpu.parse("\n".join([*head, *ahead._table(cost, 16), plan]))
+    read = cloud_tpu.parse("\n".join([*head, *cost_table.cost_table(cost, 16), plan]))
     assert read == {
         "chips": 8,
         "mesh": "fsdp=8",

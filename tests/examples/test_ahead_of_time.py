@@ -11,7 +11,7 @@ import pytest
 import train_lm
 from benchmarks.compiled import Cost
 from lm import ahead, training
-from lm.config import BadInput, Config
+from examples.language_model.config import BadInput, Config
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -30,10 +30,10 @@ def test_without_libtpu_the_cure_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", hide)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
-        train_lm.main(["--aot-topology", "v5p:2x2x1"])
+        program.main(["--aot-topology", "v5p:2x2x1"])
     assert error.value.code == 2
     assert capsys.readouterr().err == (
-        "train_lm.py: --aot-topology: libtpu is not installed; pip install '.[tpu]' has it\n"
+        "language_model: --aot-topology: libtpu is not installed; pip install '.[tpu]' has it\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -97,20 +97,20 @@ class Chip:
 def test_a_step_that_does_not_fit_is_told_by_the_words_of_the_compiler():
     """The first line of what libtpu 0.0.42.1 said to a product that was too large."""
     said = "Ran out of memory on HBM, the total memory required exceeds available HBM (95.74G)."
-    lines = ahead._compiled(Program(f"RESOURCE_EXHAUSTED: {said}\nmore"), Chip)
+    lines = cost_table.compile_and_format(Program(f"RESOURCE_EXHAUSTED: {said}\nmore"), Chip)
     assert lines == [f"  does not fit; give more chips, or more --accumulate: {said}"]
 
 
 def test_other_errors_of_the_compiler_are_not_hidden():
     with pytest.raises(jax.errors.JaxRuntimeError, match="UNIMPLEMENTED"):
-        ahead._compiled(Program("UNIMPLEMENTED: this"), Chip)
+        cost_table.compile_and_format(Program("UNIMPLEMENTED: this"), Chip)
 
 
 @pytest.mark.parametrize(
     ("model", "chips", "expert"), [("gqa", 8, 1), ("moe", 8, 2), ("moe", 6, 2), ("moe", 4, 1)]
 )
 def test_experts_get_an_axis_of_their_own_below_that_of_the_weights(model, chips, expert):
-    made = ahead.default_mesh(training.make_model(Config(model=model)), jax.devices()[:chips])
+    made = ahead.default_mesh(loop.make_model(Config(model=model)), jax.devices()[:chips])
     assert dict(made.shape) == {"data": 1, "fsdp": chips // expert, "tensor": 1, "expert": expert}
 
 
@@ -121,7 +121,7 @@ def test_experts_get_an_axis_that_the_chips_are_wired_for(monkeypatch):
         return "all on fsdp"
 
     monkeypatch.setattr(ahead.meshes, "make", make)
-    assert ahead.default_mesh(training.make_model(Config(model="moe")), range(64)) == "all on fsdp"
+    assert ahead.default_mesh(loop.make_model(Config(model="moe")), range(64)) == "all on fsdp"
 
 
 @pytest.mark.parametrize(
@@ -134,20 +134,20 @@ def test_experts_get_an_axis_that_the_chips_are_wired_for(monkeypatch):
 )
 def test_only_the_default_batch_grows_with_the_chips(batch, accumulate, taken, notes):
     config = Config(batch_size=batch, accumulate=accumulate)
-    divided, told = ahead._divided(config, ahead.meshes.make(None))
+    divided, told = ahead.fit_batch(config, mesh.make_mesh(None))
     assert (divided.batch_size, told) == (taken, notes)
 
 
 def test_a_batch_that_was_asked_for_is_refused_if_it_does_not_divide():
     with pytest.raises(BadInput, match=r"among 8 chips; expected a multiple of 8"):
-        ahead._divided(Config(batch_size=12), ahead.meshes.make(None))
+        ahead.fit_batch(Config(batch_size=12), mesh.make_mesh(None))
 
 
 COST = Cost(2.5e9, {"all-to-all": 3}, {"all-to-all": 1.5e6}, 0.0, 0.002, 0, 10**9, 2 * 10**9)
 
 
 def test_the_table_has_what_a_chip_does():
-    assert ahead._table(COST, 16) == [
+    assert cost_table.cost_table(COST, 16) == [
         "  arguments           1,000.0 MB",
         "  temporary memory    2,000.0 MB",
         "  both                2.8 of the 16 GiB of a chip: fits",
@@ -158,8 +158,8 @@ def test_the_table_has_what_a_chip_does():
 
 
 def test_the_table_says_what_does_not_fit():
-    assert "  both                2.8 of the 2 GiB of a chip: does not fit" in ahead._table(COST, 2)
+    assert "  both                2.8 of the 2 GiB of a chip: does not fit" in cost_table.cost_table(COST, 2)
 
 
 def test_the_table_is_silent_about_chips_that_it_does_not_know():
-    assert not any("both" in line for line in ahead._table(COST, None))
+    assert not any("both" in line for line in cost_table.cost_table(COST, None))

@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from lm import checkpoint
-from lm.checkpoint import Checkpoints, Damaged
-from lm.config import BadInput, Failed
+from examples.language_model.run_folder.checkpoint import Checkpoints, Damaged
+from examples.language_model.config import BadInput, Failed
 
 STATE = {"a": jnp.arange(3.0), "b": [jnp.ones((2, 2), jnp.bfloat16), jnp.int32(7)]}
 SHAPES = jax.eval_shape(lambda: STATE)
@@ -69,7 +69,7 @@ def test_digest_does_not_depend_on_how_a_leaf_is_divided():
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     x = jnp.arange(12.0).reshape(3, 4)
     divided = jax.device_put(x, NamedSharding(mesh, P(None, "x")))
-    assert checkpoint.digests({"x": divided}) == checkpoint.digests({"x": x})
+    assert digests.leaf_digests({"x": divided}) == digests.leaf_digests({"x": x})
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_digest_does_not_depend_on_how_a_leaf_is_divided():
     ids=["shape", "dtype", "rank", "value"],
 )
 def test_digest_tells_shape_dtype_and_every_value(other):
-    assert checkpoint.digests([other]) != checkpoint.digests([STATE["a"]])
+    assert digests.leaf_digests([other]) != digests.leaf_digests([STATE["a"]])
 
 
 def test_digest_tells_zero_from_minus_zero():
-    assert checkpoint.digests([jnp.float32(0.0)]) != checkpoint.digests([jnp.float32(-0.0)])
+    assert digests.leaf_digests([jnp.float32(0.0)]) != digests.leaf_digests([jnp.float32(-0.0)])
 
 
 def test_saved_state_may_be_donated_at_once(tmp_path):
@@ -165,8 +165,8 @@ def test_leaf_with_other_bytes_is_named(saved):
         checkpoints.save(6, STATE | {"a": STATE["a"].at[1].add(1.0)})
         checkpoints.wait()
         path = saved / "6" / "digests.json"
-        content = json.loads(path.read_bytes()) | {"leaves": checkpoint.digests(STATE)}
-        path.write_bytes(checkpoint._sealed(content))
+        content = json.loads(path.read_bytes()) | {"leaves": digests.leaf_digests(STATE)}
+        path.write_bytes(digests.seal(content))
         with pytest.raises(Damaged, match=r"^not the bytes that were saved: a$"):
             checkpoints.restore(6, SHAPES)
 
@@ -216,7 +216,7 @@ def test_newest_whole_step_is_taken_with_one_warning(saved, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     why = "(digests.json: of another step, or of a run with other settings)"
     assert line == (
-        f"train_lm.py: warning: {saved}: step 7 is damaged {why}, step 6 is damaged {why};"
+        f"language_model: warning: {saved}: step 7 is damaged {why}, step 6 is damaged {why};"
         " resuming from step 5 instead"
     )
 
@@ -279,7 +279,7 @@ def test_foreign_names_files_and_links_are_left_out(saved, tmp_path, capsys):
         assert newest(checkpoints)[0] == 5
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        f"train_lm.py: warning: {saved / name}: holds no checkpoint of this run; left out"
+        f"language_model: warning: {saved / name}: holds no checkpoint of this run; left out"
         for name in ("0005", "997", "998", "999")
     ]
 
@@ -311,7 +311,7 @@ def test_tracebacks_of_a_loop_that_orbax_has_closed_are_dropped(monkeypatch):
     """A failed save or read has some, after the one error that is raised."""
     seen = []
     monkeypatch.setattr("sys.unraisablehook", seen.append)
-    checkpoint._hush_closed_loops.__wrapped__()
+    checkpoint._ignore_closed_loops.__wrapped__()
     closed, other = (
         types.SimpleNamespace(exc_value=RuntimeError(text))
         for text in ("Event loop is closed", "something else")

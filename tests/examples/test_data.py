@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lm import data
-from lm.config import BadInput
+from examples.language_model.config import BadInput
 
 TEXT = bytes(range(1, 101)) * 10  # 1,000 bytes; data.split does not look at the encoding
 
@@ -71,14 +71,14 @@ def test_one_byte_less_is_refused_with_both_numbers():
 
 def test_validation_sequences_reach_from_the_first_to_the_last_byte():
     text = np.arange(100, dtype=np.uint8)
-    rows = data.spread(text, 5, seq_len=9)
+    rows = data.evenly_spaced(text, 5, seq_len=9)
     assert rows.shape == (5, 10)
     assert rows[0, 0] == 0
     assert rows[-1, -1] == 99
 
 
 def test_validation_sequences_do_not_overlap():
-    rows = data.spread(np.arange(100, dtype=np.uint8), 1_000, seq_len=9)
+    rows = data.evenly_spaced(np.arange(100, dtype=np.uint8), 1_000, seq_len=9)
     assert len(np.unique(rows)) == rows.size == 100
 
 
@@ -171,7 +171,7 @@ def test_batch_is_the_same_bytes_as_ever():
 @pytest.mark.parametrize("rows", [slice(2, 5), np.array([0, 3, 7]), slice(0, 0)])
 def test_some_rows_are_those_of_the_whole_batch(rows):
     text = data.split("a", TEXT, 0, seq_len=16).train
-    some = data.batch(text, 3, 7, batch_size=8, seq_len=16, rows=rows)
+    some = data.batch(text, 3, 7, batch_size=8, seq_len=16, indices=indices)
     np.testing.assert_array_equal(some, draw(7)[rows])
 
 

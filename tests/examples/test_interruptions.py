@@ -15,8 +15,8 @@ import pytest
 
 import train_lm
 from lm import checkpoint, data, rundir, training
-from lm.config import BadInput, Config
-from tests.support import lm_cases
+from examples.language_model.config import BadInput, Config
+from tests.support import tiny_run
 from tests.support.interruption_cases import (
     Killed,
     after,
@@ -30,7 +30,7 @@ from tests.support.interruption_cases import (
     unlimited_files,
     wait_for,
 )
-from tests.support.lm_cases import CONFIG, CORPUS, TEXT, TINY, compiled_once, trainer
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT, TINY, compiled_once, trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +43,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """Drawing takes as long as all the rest of a run; `test_train_lm` looks at the plots."""
-    monkeypatch.setattr("lm.plots.draw", lambda *_: None)
+    monkeypatch.setattr("examples.language_model.run_folder.plots.draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_accumulate(tmp_path):
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
-    yield from lm_cases.program(monkeypatch, tmp_path, "--steps", "20", "--out", "run")
+    yield from tiny_run.program(monkeypatch, tmp_path, "--steps", "20", "--out", "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -118,13 +118,13 @@ def test_signal_saves_the_running_step(program, tmp_path, monkeypatch, capfd, nu
             os.kill(os.getpid(), number)
         return True
 
-    monkeypatch.setattr("lm.rundir.is_logged", send)
+    monkeypatch.setattr("examples.language_model.run_folder.files.is_logged", send)
     assert program() == 0
     captured = capfd.readouterr()
     assert captured.out.splitlines()[-1].startswith("stopped after step 5; continue with: ")
     assert captured.err == ""
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
-    assert len(rundir.read_metrics(tmp_path / "run")) == 5
+    assert len(files.read_metrics(tmp_path / "run")) == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -156,10 +156,10 @@ def test_disk_full(whole, program, tmp_path, monkeypatch, capfd):
         return True
 
     with unlimited_files(), monkeypatch.context() as patch:
-        patch.setattr("lm.rundir.is_logged", fill)
+        patch.setattr("examples.language_model.run_folder.files.is_logged", fill)
         assert program("--checkpoint-every", "7") == 1
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("train_lm.py: run: step 14: the checkpoint could not be written (")
+    assert line.startswith("language_model: run: step 14: the checkpoint could not be written (")
     assert line.endswith("; make room, then --resume goes on from the one before")
     assert program("--checkpoint-every", "7", "--resume") == 0
     assert "resumed after step 7" in capfd.readouterr().out
@@ -172,11 +172,11 @@ def test_disk_full_of_metrics(program, tmp_path, monkeypatch, capfd):
             limit_files((tmp_path / "run" / "metrics.jsonl").stat().st_size)
         return True
 
-    monkeypatch.setattr("lm.rundir.is_logged", fill)
+    monkeypatch.setattr("examples.language_model.run_folder.files.is_logged", fill)
     with unlimited_files():
         assert program() == 1
     assert capfd.readouterr().err == (
-        "train_lm.py: run: step 3: metrics.jsonl could not be written (File too large); make room,"
+        "language_model: run: step 3: metrics.jsonl could not be written (File too large); make room,"
         " then --resume goes on\n"
     )
 
@@ -221,7 +221,7 @@ def test_damaged(whole, cut, capfd, damage):
     captured = capfd.readouterr()
     (line,) = captured.err.splitlines()
     folder = cut / "checkpoints"
-    assert line.startswith(f"train_lm.py: warning: {folder}: step 20 is damaged (")
+    assert line.startswith(f"language_model: warning: {folder}: step 20 is damaged (")
     assert line.endswith("); resuming from step 14 instead")
     assert "resumed after step 14" in captured.out
     assert_equal_runs(cut, whole)
@@ -258,11 +258,11 @@ def test_foreign(whole, cut, tmp_path, capfd):
     trainer(cut, resume=True).train()
     captured = capfd.readouterr()
     assert captured.err.splitlines() == [
-        f"train_lm.py: warning: {folder / name}: holds no checkpoint of this run; left out"
+        f"language_model: warning: {folder / name}: holds no checkpoint of this run; left out"
         for name in ("998", "999")
     ]
     assert "resumed after step 20" in captured.out
-    assert checkpoint.DIGESTS in [path.name for path in elsewhere.iterdir()]
+    assert digests.DIGESTS in [path.name for path in elsewhere.iterdir()]
     assert (folder / "notes").read_text() == "kept"
     assert_equal_runs(cut, whole)
 
@@ -283,7 +283,7 @@ CHANGES = {
 
 def resumed(path, **typed):
     """The settings of `--resume --out path` with these other flags."""
-    return rundir.resumed(Config(out=path, resume=True, **typed, given=frozenset(typed)))
+    return opening.resumed(Config(out=path, resume=True, **typed, given=frozenset(typed)))
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -316,7 +316,7 @@ def test_mesh_and_text_that_were_not_typed_are_those_of_the_run(tmp_path):
     config = dataclasses.replace(
         CONFIG, out=tmp_path, mesh={"fsdp": -1}, simulate_devices=8, data=pathlib.Path("text")
     )
-    rundir.open_run(config, CORPUS)
+    opening.open_run(config, CORPUS)
     again = resumed(tmp_path)
     assert (again.mesh, again.simulate_devices) == (config.mesh, 8)
     assert again.data == pathlib.Path("text").absolute()
@@ -326,7 +326,7 @@ def test_mesh_and_text_that_were_not_typed_are_those_of_the_run(tmp_path):
 def test_settings_that_differ_from_the_run_are_refused_however_they_came(whole):
     config = dataclasses.replace(CONFIG, out=whole, resume=True, seed=1)
     with pytest.raises(BadInput, match="--seed was 0, now 1"):
-        rundir.open_run(config, CORPUS)
+        opening.open_run(config, CORPUS)
 
 
 def test_threshold_may_change_and_is_kept(tmp_path):
@@ -334,11 +334,11 @@ def test_threshold_may_change_and_is_kept(tmp_path):
     for typed, steps in ({"threshold": 2.0}, 12), ({}, 20):
         config = resumed(tmp_path, **typed)
         assert config.threshold == 2.0
-        rundir.open_run(config, CORPUS)
+        opening.open_run(config, CORPUS)
         stop = after(steps - 9 if typed else 100, lambda: True)
-        made = training.Trainer(config, CORPUS, tmp_path, TINY, stop, jax.devices()[:1])
+        made = loop.Trainer(config, CORPUS, tmp_path, TINY, stop, jax.devices()[:1])
         assert made.train() == steps
-    lines = rundir.read_metrics(tmp_path)
+    lines = files.read_metrics(tmp_path)
     over = [sum(x > 2.0 for layer in line["max_logits"] for x in layer) for line in lines]
     assert [line["heads_clipped"] for line in lines] == [0] * 9 + over[9:]
     assert sum(over[9:12]) > 0
@@ -348,11 +348,11 @@ def test_threshold_may_change_and_is_kept(tmp_path):
 def test_changed_text_is_refused(whole):
     other = data.split("tiny", TEXT[:-1] + b"!", 0, CONFIG.seq_len)
     with pytest.raises(BadInput, match=rf"--data was .*{CORPUS.sha256}, now .*{other.sha256}"):
-        rundir.open_run(resumed(whole), other)
+        opening.open_run(resumed(whole), other)
 
 
 def test_default_learning_rate_may_be_named_on_resume(whole):
-    assert rundir.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).done
+    assert opening.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).done
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_default_learning_rate_may_be_named_on_resume(whole):
     ids=["dtype", "shape"],
 )
 def test_changed_dtype(whole, change, text):
-    made = training.Trainer(CONFIG, CORPUS, whole, TINY, devices=jax.devices()[:1])
+    made = loop.Trainer(CONFIG, CORPUS, whole, TINY, devices=jax.devices()[:1])
     target = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.eval_shape(change, x) if "key" in str(path[-2:]) else x, made.target
     )
@@ -398,7 +398,7 @@ def kill_and_resume(folder, cache, kills, steps, whole, model="gqa"):
         process.communicate()
     ended(start(folder, cache, *flags, "--out", "run", "--resume"))
     assert_equal_runs(folder / "run", whole, steps=steps, model=model)
-    logged = [step for step, _ in lm_cases.scalars(folder / "run")["loss"]]
+    logged = [step for step, _ in tiny_run.scalars(folder / "run")["loss"]]
     assert logged == list(range(1, steps + 1))
 
 
@@ -420,7 +420,7 @@ def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache, 
     wait_for(tmp_path / "run" / "checkpoints" / "5")
     process.send_signal(signal.SIGTERM)
     _, last = ended(process).splitlines()
-    steps = [line["step"] for line in rundir.read_metrics(tmp_path / "run")]
+    steps = [line["step"] for line in files.read_metrics(tmp_path / "run")]
     assert (tmp_path / "run" / "checkpoints" / str(steps[-1])).exists()
     assert not (tmp_path / "run" / "summary.json").exists()
     stopped, command = last.split("; continue with: ")

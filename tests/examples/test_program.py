@@ -13,8 +13,8 @@ import pytest
 
 import train_lm
 from lm import config as settings, extras, observe, rundir
-from lm.config import BadInput, Config
-from tests.support.lm_cases import TEXT, compiled_once, program as run_program, trainer
+from examples.language_model.config import BadInput, Config
+from tests.support.tiny_run import TEXT, compiled_once, program as run_program, trainer
 from tests.support.strict import STRICT
 
 # Compiles in half the time; speed and the last bits do not matter where this is used.
@@ -57,7 +57,7 @@ def test_quiet_program_still_says_what_is_wrong(program, capfd):
     assert program("--quiet", "--learning-rate", "1e30") == 1
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("train_lm.py: runs/gqa-muonclip: loss is nan at step ")
+    assert captured.err.startswith("language_model: runs/gqa-muonclip: loss is nan at step ")
 
 
 def test_taken_default_folder_is_followed_by_the_next(program, tmp_path):
@@ -98,7 +98,7 @@ def test_existing_folder_without_a_run_is_used(program, tmp_path):
 def test_diverged_program_exits_1_with_one_line(program, capsys):
     assert program("--learning-rate", "1e30") == 1
     error = capsys.readouterr().err
-    assert error.startswith("train_lm.py: runs/gqa-muonclip: loss is nan at step ")
+    assert error.startswith("language_model: runs/gqa-muonclip: loss is nan at step ")
     assert error.endswith("; lower --learning-rate\n")
     assert len(error.splitlines()) == 1
     assert not pathlib.Path("runs/gqa-muonclip/summary.json").exists()
@@ -120,14 +120,14 @@ def test_refused_resume_in_the_program_exits_2(program, capsys):
     assert "--seed was 0, now 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", extras.PACKAGES)
+@pytest.mark.parametrize("module", requirements.PACKAGES)
 def test_missing_package_is_one_line_and_no_folder(program, tmp_path, monkeypatch, capsys, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit) as leave:
         program("--out", "run")
     assert leave.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"train_lm.py: {extras.PACKAGES[module]} is not installed; run pip inst")
+    assert line.startswith(f"language_model: {requirements.PACKAGES[module]} is not installed; run pip inst")
     assert "'muonclip-jax[examples]'" in line
     assert not (tmp_path / "run").exists()
 
@@ -136,13 +136,13 @@ def test_missing_packages_are_listed_together(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(BadInput, match="grain, tqdm are not installed; run pip"):
-        extras.check()
+        requirements.check()
 
 
 def test_extras_are_those_of_the_package():
     project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
     listed = {re.split("[><=~]", x)[0] for x in project["optional-dependencies"]["examples"]}
-    assert set(extras.PACKAGES.values()) == {"muonclip-jax", *listed}
+    assert set(requirements.PACKAGES.values()) == {"muonclip-jax", *listed}
 
 
 def test_interpreter_without_any_package_gets_one_line(tmp_path):
@@ -173,18 +173,18 @@ RISING = [(100, 2.0), (200, 1.9), (300, 1.95), (400, 2.1)]
     ids=["end", "sooner", "falling", "alone", "within_1_percent"],
 )
 def test_rise_of_the_validation_loss(losses, line):
-    found = observe.validation_rise(losses)
+    found = evaluation.validation_rise(losses)
     assert (found or "none").startswith(line or "none")
 
 
 def test_rise_of_the_validation_loss_is_a_warning_at_the_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lm.plots.draw", lambda *_: None)
+    monkeypatch.setattr("examples.language_model.run_folder.plots.draw", lambda *_: None)
     made = trainer(tmp_path)
     lines = [{"step": n, "loss": 1.0, "validation_loss": float(n)} for n in (1, 2)]
-    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(rundir.metrics_line, lines)))
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(files.metrics_line, lines)))
     made._finish(2.5, 1.0)
     assert capsys.readouterr().err.startswith(
-        "train_lm.py: warning: validation loss rose from 1.000 at step 1 to 2.500 at step 20; "
+        "language_model: warning: validation loss rose from 1.000 at step 1 to 2.500 at step 20; "
     )
 
 
@@ -211,7 +211,7 @@ def test_sixty_steps_from_the_command_line(tmp_path):
     text = r", loss [0-9.]+, [0-9,]+ tokens/s, largest logit [0-9.]+, heads clipped 0, [0-9:]+ left"
     assert re.fullmatch(f"step 50/60{text}", first)
     assert re.fullmatch(f"step 60/60{text}", last)
-    assert len(rundir.read_metrics(tmp_path / "run")) == 60
+    assert len(files.read_metrics(tmp_path / "run")) == 60
 
 
 def test_terminal_shows_a_bar_with_the_time_left(program, monkeypatch):
@@ -223,7 +223,7 @@ def test_terminal_shows_a_bar_with_the_time_left(program, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")  # of the bar, which is cut where the terminal ends
     monkeypatch.setenv("LINES", "40")
     config = settings.parse(["--steps", "4"])
-    with observe.Journal(config, pathlib.Path(), 0, observe.Speed()) as journal:
+    with journal.Journal(config, pathlib.Path(), 0, progress.Speed()) as journal:
         for step in (1, 2, 3):
             journal.log({"step": step, "loss": 1.25, "max_logit": 3.0, "heads_clipped": 2})
     assert re.search(
@@ -241,7 +241,7 @@ def test_default_run_learns_and_holds_its_heads_at_the_threshold(tmp_path, model
     subprocess.run([*arguments, "--out", "run", "--quiet"], cwd=tmp_path, check=True, timeout=900)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["validation_loss"] < loss
-    logits = [line["max_logit"] for line in rundir.read_metrics(tmp_path / "run")]
+    logits = [line["max_logit"] for line in files.read_metrics(tmp_path / "run")]
     assert 1 < max(logits) / Config().threshold < 1.4  # measured 1.21 to 1.23; gqa 2.8 with muon
-    clipped = sum(line["heads_clipped"] > 0 for line in rundir.read_metrics(tmp_path / "run"))
+    clipped = sum(line["heads_clipped"] > 0 for line in files.read_metrics(tmp_path / "run"))
     assert clipped > 200  # measured 361 to 379 of 600

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lm import data, step, training
-from tests.support.lm_cases import CONFIG, CORPUS, TINY, drawn
+from tests.support.tiny_run import CONFIG, CORPUS, TINY, drawn
 
 
 def test_schedule_rises_to_its_peak_and_ends_at_zero():
@@ -99,7 +99,7 @@ def test_model_does_not_look_ahead(random_params):
 
 
 def test_train_step_compiles_once_whatever_the_threshold():
-    made = training.Trainer(CONFIG, CORPUS, pathlib.Path("unused"), TINY)
+    made = loop.Trainer(CONFIG, CORPUS, pathlib.Path("unused"), TINY)
     state = jax.jit(made.initial_state)()
     tx = step.make_optimizer(CONFIG)
     train_step = chex.assert_max_traces(step.make_train_step(TINY, tx), n=1)

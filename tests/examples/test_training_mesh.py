@@ -19,10 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.compiled import compiled_cost
 from lm import config, mesh, rules, rundir, training
-from lm.config import BadInput
-from lm.layers import AXES
-from lm.step import make_loss
-from tests.support.lm_cases import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
+from examples.language_model.config import BadInput
+from examples.language_model.models.logical_axes import AXES
+from examples.language_model.training.step import make_loss
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
 from tests.support.strict import STRICT
 
 PROGRAM = pathlib.Path(training.__file__).parents[1] / "train_lm.py"
@@ -59,7 +59,7 @@ def test_flag_that_is_no_mesh_is_refused_with_one_line(capsys, text):
         config.parse([f"--mesh={text}"])
     assert leave.value.code == 2
     assert capsys.readouterr().err == (
-        f"train_lm.py: argument --mesh: got {text!r}, expected axes among data, fsdp, tensor,"
+        f"language_model: argument --mesh: got {text!r}, expected axes among data, fsdp, tensor,"
         " expert, each once with its size or -1 for all devices that are left, such as"
         " data=2,fsdp=-1; --help lists every flag\n"
     )
@@ -81,7 +81,7 @@ def test_two_open_sizes_are_refused(capsys):
     ],
 )
 def test_mesh_has_all_four_axes_and_all_devices(sizes, shape):
-    made = mesh.make(sizes)
+    made = mesh.make_mesh(sizes)
     assert made.axis_names == ("data", "fsdp", "tensor", "expert")
     assert made.devices.shape == shape
 
@@ -90,7 +90,7 @@ def test_mesh_has_all_four_axes_and_all_devices(sizes, shape):
 def test_sizes_that_are_not_those_of_the_devices_are_refused(sizes):
     got = ",".join(f"{name}={size}" for name, size in sizes.items())
     with pytest.raises(BadInput) as error:
-        mesh.make(sizes)
+        mesh.make_mesh(sizes)
     assert str(error.value) == (
         f"argument --mesh: got {got}, but there are 8 devices; expected sizes whose product is 8,"
         " or -1 for one of them"
@@ -129,7 +129,7 @@ def test_devices_that_are_not_there_are_refused_and_leave_no_folder(tmp_path, fl
     ended = program(tmp_path, *flags)
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr.startswith(f"train_lm.py: {line}")
+    assert ended.stderr.startswith(f"language_model: {line}")
     assert ended.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -164,7 +164,7 @@ def test_program_trains_on_simulated_devices_and_says_how_they_are_laid_out(tmp_
     ],
 )
 def test_names_are_divided_by_the_rules(names, shape, sizes, spec):
-    divided, notes = rules.divide(names, shape, mesh.make(sizes))
+    divided, notes = logical_axes.partition(names, shape, mesh.make_mesh(sizes))
     assert tuple(divided) == (*spec, *[None] * (len(shape) - len(spec)))
     assert notes == ()
 
@@ -180,7 +180,7 @@ def test_names_are_divided_by_the_rules(names, shape, sizes, spec):
     ],
 )
 def test_size_that_does_not_divide_takes_the_next_rule_and_says_so(name, size, sizes, spec, note):
-    divided, (line,) = rules.divide((name,), (size,), mesh.make(sizes))
+    divided, (line,) = logical_axes.partition((name,), (size,), mesh.make_mesh(sizes))
     assert divided == P(spec)
     assert line.startswith(f"{name} of size {size} does not divide among ")
     assert line.endswith(note)
@@ -188,12 +188,12 @@ def test_size_that_does_not_divide_takes_the_next_rule_and_says_so(name, size, s
 
 def test_rules_and_layers_have_the_same_names():
     whole = {"head_dim", "rope", "router", "layers"}
-    assert {name for name, _ in rules.RULES} == AXES.keys() - whole
+    assert {name for name, _ in logical_axes.RULES} == AXES.keys() - whole
 
 
 @pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
 def test_every_matrix_of_a_model_has_names(model):
-    made = training.make_model(dataclasses.replace(CONFIG, model=model))
+    made = loop.make_model(dataclasses.replace(CONFIG, model=model))
     boxed = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     specs = jax.tree_util.tree_leaves_with_path(nn.get_partition_spec(boxed))
     for path, spec in specs:
@@ -209,9 +209,9 @@ def test_every_matrix_of_a_model_has_names(model):
 def on(sizes, count=8, **changes):
     """A trainer on so many devices that writes nothing."""
     settings = dataclasses.replace(CONFIG, mesh=sizes, batch_size=8, **changes)
-    made = training.make_model(settings)
+    made = loop.make_model(settings)
     devices = jax.devices()[:count]
-    return training.Trainer(settings, CORPUS, pathlib.Path("unused"), made, devices=devices)
+    return loop.Trainer(settings, CORPUS, pathlib.Path("unused"), made, devices=devices)
 
 
 def specs(tree):
@@ -244,9 +244,9 @@ def test_moments_lie_as_their_weights_and_the_rest_everywhere(optimizer):
 def test_no_device_ever_has_a_whole_weight_when_they_are_drawn():
     made = on(EIGHT)
     shardings = jax.tree.map(lambda x: x.sharding, made.target)
-    with jax.set_mesh(made.places.mesh):
+    with jax.set_mesh(made.shardings.mesh):
         compiled = jax.jit(made.initial_state, out_shardings=shardings).lower().compile()
-        state = made._new_state()
+        state = made._initialize()
     assert jax.tree.map(lambda x: x.sharding, state) == shardings
     text = compiled.as_text()
     assert text is not None
@@ -272,7 +272,7 @@ def test_process_draws_the_rows_of_its_devices_alone(rows):
             return {row: (slice(None), slice(row, row + 1), slice(None)) for row in rows}
 
     sharding: Any = Sharding()
-    assert mesh.own_rows(sharding, (2, 8, 17)).tolist() == list(rows)
+    assert mesh.local_sequences(sharding, (2, 8, 17)).tolist() == list(rows)
 
 
 # The same numbers
@@ -280,11 +280,11 @@ def test_process_draws_the_rows_of_its_devices_alone(rows):
 
 def advance(made, steps):
     """Trains from weights without zeros; weights, losses and largest logits."""
-    with jax.set_mesh(made.places.mesh):
-        state = made._new_state()
+    with jax.set_mesh(made.shardings.mesh):
+        state = made._initialize()
         params = drawn(made.model, 0.3)["params"]
-        state = state._replace(params=jax.device_put(params, made.places.params))
-        step, results = made._compile(), []
+        state = state._replace(params=jax.device_put(params, made.shardings.params))
+        step, results = made._jit_train_step(), []
         for n in range(1, steps + 1):
             state, metrics = step(state, made._text(made._draw(n)), made.config.tau)
             results.append(jax.device_get((state.params, metrics)))
@@ -327,9 +327,9 @@ def test_eight_devices_train_as_one(on_one_device, sizes, micro):
 def seen(made):
     """Loss, largest logits and loads of the experts on the first batch, with weights as above."""
     weights = drawn(made.model, 0.3)
-    params = jax.device_put(weights["params"], made.places.params)
-    balance = jax.device_put(weights["balance"], made.places.everywhere)
-    with jax.set_mesh(made.places.mesh):
+    params = jax.device_put(weights["params"], made.shardings.params)
+    balance = jax.device_put(weights["balance"], made.shardings.replicated)
+    with jax.set_mesh(made.shardings.mesh):
         text = made._text(made._draw(1))[0]
         return jax.device_get(jax.jit(make_loss(made.model))(params, text, balance))
 
@@ -376,7 +376,7 @@ def test_run_goes_on_on_another_mesh(tmp_path):
         tmp_path / "still", optimizer="adamw", batch_size=8, should_stop=stopping_after(6)
     )
     assert still.train() == 6
-    moved, still = (rundir.read_metrics(tmp_path / name) for name in ("moved", "still"))
+    moved, still = (files.read_metrics(tmp_path / name) for name in ("moved", "still"))
     assert [line["step"] for line in moved] == [1, 2, 3, 4, 5, 6]
     for ours, reference in zip(moved, still, strict=True):
         np.testing.assert_allclose(ours["loss"], reference["loss"], rtol=1e-5)
@@ -389,7 +389,7 @@ def test_run_goes_on_on_another_mesh(tmp_path):
 def test_eight_devices_send_weights_and_gradients_and_not_activations():
     made = on(None, optimizer="adamw")
     text = made._text(made._draw(1))
-    with jax.set_mesh(made.places.mesh):
-        cost = compiled_cost(made._compile().lower(made.target, text, made.config.tau).compile())
+    with jax.set_mesh(made.shardings.mesh):
+        cost = compiled_cost(made._jit_train_step().lower(made.target, text, made.config.tau).compile())
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(made.target.params))
-    assert sum(cost.sent.values()) < 3 * size  # measured 1.8; 8.5 without `rules.constrain`
+    assert sum(cost.sent.values()) < 3 * size  # measured 1.8; 8.5 without `logical_axes.constrain`

@@ -15,7 +15,7 @@ import jax
 
 import train_lm
 from lm import training
-from tests.support.lm_cases import CONFIG, CORPUS, TEXT
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT
 from tests.support.strict import STRICT
 
 
@@ -35,8 +35,8 @@ def after(calls, then):
 
 def final_state(path, **changes):
     config = dataclasses.replace(CONFIG, preset="tiny", **changes)
-    model = training.make_model(config)
-    made = training.Trainer(config, CORPUS, path, model, devices=jax.devices()[:1])
+    model = loop.make_model(config)
+    made = loop.Trainer(config, CORPUS, path, model, devices=jax.devices()[:1])
     with made.checkpoints() as checkpoints:
         return checkpoints.restore(config.steps, made.target)
 
