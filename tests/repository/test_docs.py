@@ -77,9 +77,8 @@ def test_names_exist(page):
         functools.reduce(getattr, name.split("."), mc)
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for name in set(re.findall(r"\btest_\w+(?:\.py)?", text)):
-        found = (
-            (ROOT / "tests" / name).exists() if name.endswith(".py") else f"def {name}(" in tests
-        )
+        is_file = name.endswith(".py")
+        found = [*(ROOT / "tests").rglob(name)] if is_file else f"def {name}(" in tests
         assert found, name
     for name in set(re.findall(r"\bbenchmarks/[\w/.-]+\w", text)):
         assert (ROOT / name).exists(), name
