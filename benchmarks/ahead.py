@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from compiled_cost import Cost, compiled_cost
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+from benchmarks.compiled import Cost, compiled_cost
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 

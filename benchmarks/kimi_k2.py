@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ahead import LIBTPU, about, compile_ahead, placed_like, rounded, tpu_mesh
-from compiled_cost import Cost
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+from benchmarks.compiled import Cost
 
 AXES = ("expert", "fsdp")
 MESHES = {"v5p:8x8x16": (16, 64), "v5p:16x16x16": (32, 128)}

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import muonclip_jax as mc
+from benchmarks.compiled import Cost, compiled_cost
 from lm import mesh as meshes
-from lm.compiled_cost import Cost, compiled_cost
 from lm.config import BadInput, Config
 from lm.layers import VOCABULARY
 from lm.step import initial_state, make_optimizer, make_train_step

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 import muonclip_jax as mc
+from benchmarks.compiled import Cost
 from lm import ahead
-from lm.compiled_cost import Cost
 from lm.config import Config
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"

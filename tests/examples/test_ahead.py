@@ -9,8 +9,8 @@ import jax
 import pytest
 
 import train_lm
+from benchmarks.compiled import Cost
 from lm import ahead, training
-from lm.compiled_cost import Cost
 from lm.config import BadInput, Config
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.compiled import compiled_cost
 from lm import config, mesh, rules, rundir, training
-from lm.compiled_cost import compiled_cost
 from lm.config import BadInput
 from lm.layers import AXES
 from lm.step import make_loss
