@@ -13,12 +13,11 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from benchmarks import report, tpu
 from benchmarks.compiled import Cost, compiled_cost
 
 # XLA writes this to stderr where it reaches a sharding only by gathering the full array.
 REMATERIALIZATION = "Involuntary full rematerialization"
-MACHINE = "compiled only, nothing executed"
-NOTE = "nothing was executed; estimates of time leave out the links between chips"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,3 +99,10 @@ def captured_stderr() -> Iterator[list[str]]:
             os.close(kept)
             file.seek(0)
             log.append(file.read().decode(errors="replace"))
+
+
+def head(module: str) -> dict[str, Any]:
+    """Returns the head of the results of a benchmark that compiles only."""
+    packages = ("optax", *(["libtpu"] if tpu.LIBTPU else []))
+    note = "nothing was executed; estimates of time leave out the links between chips"
+    return report.provenance(module, *packages, machine="for the compiler") | {"note": note}

@@ -10,18 +10,16 @@ import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def provenance(module: str, *packages: str, machine: str | None = None) -> dict[str, Any]:
+def provenance(module: str, *packages: str, machine: str = "cpu") -> dict[str, Any]:
     """Returns the fields at the head of a result.
 
     Args:
       module: Name of the module in `benchmarks`.
       *packages: Installed packages whose versions the result depends on, besides jax and jaxlib.
-      machine: Use of the machine; by default the backend of JAX.
+      machine: Backend, or the use that is made of the machine.
 
     Returns:
       `command`, `date`, `versions`, `machine`, and `load_before`: the number of programs that ran
@@ -32,13 +30,9 @@ def provenance(module: str, *packages: str, machine: str | None = None) -> dict[
         "command": f"python -m benchmarks.{module}",
         "date": datetime.date.today().isoformat(),
         "versions": versions(*names),
-        "machine": f"{os.cpu_count()} {platform.machine()} cores, {machine or _backend()}",
+        "machine": f"{os.cpu_count()} {platform.machine()} cores, {machine}",
         "load_before": os.getloadavg()[0],
     }
-
-
-def _backend() -> str:
-    return jax.default_backend()
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -92,14 +86,12 @@ def columns(rows: Iterable[Sequence[Any]]) -> str:
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Writes a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    first, *others = (f"| {' | '.join(line)} |" for line in (head, *rows))
+    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
     """Makes the parser of a benchmark, with `--out`, the folder of its results."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
-    made.add_argument(
-        "--out", type=pathlib.Path, default=RESULTS, help=f"folder of {module}.json"
-    )
+    made.add_argument("--out", type=pathlib.Path, default=RESULTS, help=f"folder of {module}.json")
     return made

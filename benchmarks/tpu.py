@@ -1,4 +1,7 @@
-"""Settings to compile for TPU slices that are not attached. Needs libtpu: `pip install ".[tpu]"`."""
+"""Settings of ahead-of-time compilation for TPU slices that are not attached.
+
+Needs libtpu: `pip install "muonclip-jax[tpu]"`.
+"""
 
 import importlib.util
 import os
