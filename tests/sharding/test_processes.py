@@ -22,7 +22,7 @@ LIMIT = 180  # seconds; 15 s on two idle cores
 
 def run_together(commands, folder, limit):
     """Runs commands at the same time; fails with what they printed if one fails or takes long."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(WORKER.parents[1])}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(WORKER.parents[2])}
     logs = [folder / f"{rank}.log" for rank in range(len(commands))]
     processes = []
     try:
