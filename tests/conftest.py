@@ -7,6 +7,8 @@ import socket
 
 from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE, installed
 
+ROOT = pathlib.Path(__file__).parents[1]
+
 # The references are small: threads of NumPy's BLAS only wait for those of XLA.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -15,17 +17,18 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if installed("jaxlib") < (0, 10, 2):
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
+# In the environment, so that programs that tests start have them too: XLA compiles quickly rather
+# than well, and each program once for all runs of the suite.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import hypothesis
 import jax
 import jaxtyping
 import pytest
 
-# Programs are compiled quickly rather than well, once for all runs of the suite.
-_CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
-jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
