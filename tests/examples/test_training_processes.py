@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from lm import config, rundir
-from tests.sharding.test_processes import free_port
 from tests.support.lm_cases import TEXT, compiled_once, trainer
+from tests.support.processes import free_port
 from tests.support.strict import STRICT
 
 WORKER = pathlib.Path(__file__).parents[1] / "support" / "lm_process_worker.py"
