@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
@@ -29,7 +30,6 @@ from muonclip_jax._muon.scale_by_muon import (
 )
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
-from muonclip_jax._orthogonalize.products import accumulator
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
 from muonclip_jax._qk_clip.head_layout import Layout

@@ -19,6 +19,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
@@ -32,7 +33,6 @@ from muonclip_jax._orthogonalize.matrix_axes import (
     update_scale,
 )
 from muonclip_jax._orthogonalize.newton_schulz import orthogonalizer
-from muonclip_jax._orthogonalize.products import accumulator
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._sharding.exchange import orthogonalize_leaves
 from muonclip_jax._sharding.placement import placements, shardings_by_path

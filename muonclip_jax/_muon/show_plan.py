@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.settings import check_settings
 from muonclip_jax._common.types import ArrayTree
@@ -22,7 +23,6 @@ from muonclip_jax._orthogonalize.matrix_axes import (
     to_matrices,
 )
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
-from muonclip_jax._orthogonalize.products import accumulator
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._sharding.exchange import plan_for
 from muonclip_jax._sharding.placement import placements, shardings_by_path
