@@ -34,7 +34,7 @@ from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
-from muonclip_jax._qk_clip.head_layout import Layout
+from muonclip_jax._qk_clip.head_layout import HeadLayout
 from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
 from muonclip_jax._sharding.placement import shardings_by_path
 
@@ -60,7 +60,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    layout: Layout | tuple[Layout, ...] = MultiHeadLayout(),
+    layout: HeadLayout | tuple[HeadLayout, ...] = MultiHeadLayout(),
     threshold: optax.ScalarOrSchedule | None = 100.0,
     alpha: Scalar = 0.5,
     shared_key: str = "query",
@@ -204,7 +204,7 @@ def muonclip(
     return _then_clip(optimizer, clip, threshold)
 
 
-def _heads(layout: Layout | tuple[Layout, ...]) -> tuple[HeadPatterns, ...]:
+def _heads(layout: HeadLayout | tuple[HeadLayout, ...]) -> tuple[HeadPatterns, ...]:
     """Lists for each layout the modules that project into heads, with the axes of their kernels."""
     layouts = layout if isinstance(layout, tuple) else (layout,)
     return tuple(

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
-
 from lm import checkpoint
 from lm.checkpoint import Checkpoints, Damaged
 from lm.config import BadInput, Failed

@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-
 from lm import data
 from lm.config import BadInput
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-
-import muonclip_jax as mc
 from lm import config, step, training
 from lm.config import Config
 from lm.layers import AXES
 from lm.presets import PRESETS
+
+import muonclip_jax as mc
 from tests.support import reference_lm
 from tests.support.lm_cases import CONFIG, drawn
 

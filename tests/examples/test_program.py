@@ -10,10 +10,10 @@ import sys
 import tomllib
 
 import pytest
-
 import train_lm
 from lm import config as settings, extras, observe, rundir
 from lm.config import BadInput, Config
+
 from tests.support.lm_cases import TEXT, compiled_once, program as run_program, trainer
 from tests.support.strict import STRICT
 

@@ -5,10 +5,10 @@ import json
 import matplotlib
 import numpy as np
 import pytest
-
 from lm import observe, plots, rundir
 from lm.config import BadInput
 from lm.plots import PLOTS
+
 from tests.support.lm_cases import CONFIG, CORPUS, TINY, compiled_once, scalars, trainer
 
 LOW_THRESHOLD = 2.0  # of the largest attention logit

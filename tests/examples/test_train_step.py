@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from lm import data, step, training
+
 from tests.support.lm_cases import CONFIG, CORPUS, TINY, drawn
 
 

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-
-from benchmarks.compiled import compiled_cost
 from lm import config, mesh, rules, rundir, training
 from lm.config import BadInput
 from lm.layers import AXES
 from lm.step import make_loss
+
+from benchmarks.compiled import compiled_cost
 from tests.support.lm_cases import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
 from tests.support.strict import STRICT
 

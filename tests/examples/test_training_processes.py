@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
-
 from lm import config, rundir
+
 from tests.support.lm_cases import TEXT, compiled_once, trainer
 from tests.support.processes import free_port
 from tests.support.strict import STRICT

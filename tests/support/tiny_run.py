@@ -7,13 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
-from tensorboardX.proto import event_pb2
-
 import train_lm
+from jax.experimental.compilation_cache import compilation_cache
 from lm import data, gqa, rundir, training
 from lm.config import Config
 from lm.presets import PRESETS
+from tensorboardX.proto import event_pb2
 
 TINY = gqa.GQA(**PRESETS["gqa"]["tiny"])
 CONFIG = Config(
