@@ -1,9 +1,10 @@
-"""Reads what a compiled step costs on each device; nothing is run.
+"""Reads the cost of a compiled program on each device. Nothing is executed.
 
     print(compiled_cost(jax.jit(step).lower(*arguments).compile()))
 
-The program that XLA has made is text: functions of instructions, each with its shapes. Here those
-that matter are counted, and what is in a loop as often as the loop runs. Works for CPU and TPU.
+XLA returns the optimized program as text: computations of instructions, each with its shapes. This
+module counts matrix products and collectives, and multiplies the contents of a loop by its trip
+count. It reads programs compiled for CPU and for TPU.
 """
 
 import collections
@@ -11,43 +12,43 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 COLLECTIVES = (
-    *("all-gather", "all-reduce", "all-to-all"),
+    *("all-gather", "all-reduce", "all-to-all", "collective-broadcast"),
     *("collective-permute", "ragged-all-to-all", "reduce-scatter"),
 )
 # Sums under "flops", "cycles", "unknown", ("count", kind) and ("sent", kind).
 Figures: TypeAlias = dict[Any, float]
 
-_FUNCTION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 # %name = shape opcode(%operand, ...), attributes
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-# Cycles that stand for none: 2^63 - 1, at what a SparseCore does.
-_UNKNOWN = 2**62
-# What runs another function once. The collectives of TPU7x run on its SparseCores: call-start.
+# The TPU compiler writes 2^63 - 1 cycles where it has no estimate: kernels on a SparseCore.
+_NO_ESTIMATE = 2**62
+# Opcodes that run another computation once. TPU7x runs collectives on its SparseCores: call-start.
 _CALLS = ("fusion", "call", "async-start", "call-start")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one device does in one step.
+    """The work of one device in one step.
 
     Attributes:
-      flops: Of all matrix products; a multiply-add is two.
-      counts: Number of collectives of each kind, but those of one device.
-      sent: Bytes of each kind: the larger of what a device puts in and what it gets out.
-      cycles: Cycles that the TPU compiler expects each of its kernels to take; 0 elsewhere.
-      seconds: The TPU compiler's estimate for the step, without the time of links; None elsewhere.
-      unknown_loops: Loops that do not tell how often they run: counted once, so that the figures
-        are then too small.
+      flops: FLOPs of all matrix products; a multiply-add counts as two.
+      counts: Number of collectives of each kind, without collectives within a single device.
+      sent: Bytes of each kind: the larger of the operands and the results on one device.
+      cycles: Sum of the TPU compiler's estimates for each kernel; 0 on other platforms.
+      seconds: The TPU compiler's estimate for the step without communication; None elsewhere.
+      unknown_loops: Loops without a known trip count. They count once, so the figures are too small
+        if there are any.
       argument_bytes: Memory of the arguments.
-      temporary_bytes: Memory besides arguments and results, as the compiler adds it up.
-      peak_bytes: Most memory in use at any time, arguments included.
+      temporary_bytes: Memory allocated besides arguments and results.
+      peak_bytes: Largest memory in use at any time, arguments included.
     """
 
     flops: float
@@ -66,12 +67,26 @@ class Cost:
         return sum(self.sent.values())
 
 
+class Collective(NamedTuple):
+    """One collective instruction.
+
+    Attributes:
+      kind: Opcode, such as `"all-to-all"`.
+      bytes: The larger of its operands and its results on one device.
+      times: How often a step executes it; None inside a loop without a known trip count.
+    """
+
+    kind: str
+    bytes: int
+    times: int | None
+
+
 def compiled_cost(compiled: Any) -> Cost:
-    """Counts what a `jax.stages.Compiled` costs."""
+    """Reads the cost of a `jax.stages.Compiled`."""
     cost, once = (program_cost(compiled.as_text(), loops=loops) for loops in (True, False))
     memory = compiled.memory_analysis()
     seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
-    # The compiler takes each loop as if it ran once. On CPU its figure is negative.
+    # The compiler's estimate counts each loop once. On CPU it is negative.
     repeated = cost.cycles / once.cycles if once.cycles else 1.0
     return dataclasses.replace(
         cost,
@@ -83,14 +98,14 @@ def compiled_cost(compiled: Any) -> Cost:
 
 
 def program_cost(text: str, loops: bool = True) -> Cost:
-    """Counts the same from the text alone, without what is only in the compiler.
+    """Reads the cost from the text of a compiled program; memory and seconds are then None.
 
     Args:
-      text: Of the compiled program.
-      loops: Whether a loop counts as often as it runs, or once.
+      text: Text of the compiled program.
+      loops: Whether the contents of a loop count as often as they run, or once.
 
     Raises:
-      ValueError: if this is no such text.
+      ValueError: if `text` is not the text of a compiled program.
     """
     program = _Program(text, loops)
     found = collections.defaultdict(float, program.total(program.entry))
@@ -104,6 +119,18 @@ def program_cost(text: str, loops: bool = True) -> Cost:
     )
 
 
+def collectives(compiled: Any) -> list[Collective]:
+    """Lists the collectives of a `jax.stages.Compiled`; a combined one counts once."""
+    program = _Program(compiled.as_text())
+    return list(program.collectives(program.entry, 1))
+
+
+def instruction_counts(compiled: Any) -> collections.Counter[str]:
+    """Counts the instructions of a `jax.stages.Compiled` by opcode; those in a loop count once."""
+    computations = _Program(compiled.as_text()).computations.values()
+    return collections.Counter(i.opcode for found in computations for i in found.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
     name: str
@@ -114,79 +141,105 @@ class _Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names what it works on; in some programs each shape stands before its name."""
+        """Names of the operands; in some programs each name follows its shape."""
         return re.findall(r"%([\w.\-]+)", self.arguments)
 
     def called(self, *keys: str) -> list[str]:
-        """Lists the functions that stand under some attributes."""
+        """Names of the computations under some attributes."""
         found = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return [name for names in found for name in re.findall(r"[\w.\-]+", names)]
 
+    @property
+    def branches(self) -> list[str]:
+        """Names of the computations of which a conditional runs one."""
+        return self.called("branch_computations", "true_computation", "false_computation")
+
+    @property
+    def inner(self) -> list[str]:
+        """Names of the computations that this instruction runs once."""
+        return self.called("calls", "to_apply") if self.opcode in _CALLS else []
+
 
 class _Program:
-    """The functions of a program; figures of each are found once."""
+    """The computations of a program; the figures of each are computed once."""
 
-    def __init__(self, text: str, loops: bool) -> None:
+    def __init__(self, text: str, loops: bool = True) -> None:
         self.loops = loops
-        self.functions: dict[str, dict[str, _Instruction]] = {}
-        self.entry, inside = "", None
+        self.computations: dict[str, dict[str, _Instruction]] = {}
+        self.entry, current = "", None
         for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-            if inside is not None and (match := _INSTRUCTION.match(line)):
+            if current is not None and (match := _INSTRUCTION.match(line)):
                 name, shape, opcode, rest = match.groups()
-                inside[name] = _Instruction(name, shape, opcode, *_cut(rest))
-            elif match := _FUNCTION.match(line):
-                inside = self.functions.setdefault(match[2], {})
+                current[name] = _Instruction(name, shape, opcode, *_split_attributes(rest))
+            elif match := _COMPUTATION.match(line):
+                current = self.computations.setdefault(match[2], {})
                 self.entry = match[2] if match[1] else self.entry
             elif line.startswith("}"):
-                inside = None
+                current = None
         if not self.entry:
-            raise ValueError("program_cost: no ENTRY; expected what compiled.as_text() gives.")
+            raise ValueError(
+                "program_cost: text has no ENTRY computation; pass the text of a compiled program, "
+                "compiled.as_text()."
+            )
         self.total = functools.cache(self._total)
 
-    def _total(self, function: str) -> Figures:
-        """Adds up one run of a function."""
-        return _sum(self._figures(function, i) for i in self.functions[function].values())
+    def collectives(self, computation: str, times: int | None) -> Iterator[Collective]:
+        """Yields the collectives of one computation, which runs so many times."""
+        instructions = self.computations[computation]
+        for i in instructions.values():
+            if (kind := i.opcode.removesuffix("-start")) in COLLECTIVES and not _alone(i):
+                yield Collective(kind, int(self._bytes_sent(instructions, i)), times)
+            for name in (*i.branches, *i.inner):
+                yield from self.collectives(name, times)
+            if i.opcode == "while":
+                trips = self._trip_count(i)
+                known = times is not None and trips is not None
+                yield from self.collectives(i.called("body")[0], times * trips if known else None)
 
-    def _figures(self, function: str, i: _Instruction) -> Figures:
-        """Gives the figures of one instruction and of all that it calls."""
+    def _total(self, computation: str) -> Figures:
+        """Adds up one run of a computation."""
+        instructions = self.computations[computation]
+        return _sum(self._figures(instructions, i) for i in instructions.values())
+
+    def _figures(self, instructions: dict[str, _Instruction], i: _Instruction) -> Figures:
+        """Returns the figures of one instruction and of all computations that it calls."""
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            return self._collective(function, i, kind)
+            sent = self._bytes_sent(instructions, i)
+            return {} if _alone(i) else {("count", kind): 1, ("sent", kind): sent}
         if i.opcode in ("dot", "convolution"):
-            left, right = (_dimensions(self.functions[function][x].shape) for x in i.operands)
+            left, right = (_dimensions(instructions[x].shape) for x in i.operands)
             flops = _dot_flops if i.opcode == "dot" else _convolution_flops
             return {"flops": flops(left, right, _dimensions(i.shape), i.attributes)}
         if i.opcode == "while":
-            times, body = self._times(i), self.total(*i.called("body"))
-            repeated = {key: value * (times or 1) for key, value in body.items()}
-            return _sum([repeated, {"unknown": float(times is None)}])
-        if i.opcode == "conditional":  # the dearest branch, figure by figure
-            names = i.called("branch_computations", "true_computation", "false_computation")
-            branches = [self.total(name) for name in names]
+            trips, body = self._trip_count(i), self.total(*i.called("body"))
+            repeated = {key: value * (trips or 1) for key, value in body.items()}
+            return _sum([repeated, {"unknown": float(trips is None)}])
+        if i.opcode == "conditional":  # the most expensive branch, figure by figure
+            branches = [self.total(name) for name in i.branches]
             return {k: max(b.get(k, 0.0) for b in branches) for branch in branches for k in branch}
-        calls = ("calls", "to_apply") if i.opcode in _CALLS else ()
-        inner = _sum(self.total(name) for name in (i.called(*calls) if calls else ()))
-        expected = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
-        if expected is None or int(expected[1]) >= _UNKNOWN:
+        inner = _sum(self.total(name) for name in i.inner)
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+        if estimate is None or int(estimate[1]) >= _NO_ESTIMATE:
             return inner
-        return inner | {"cycles": float(expected[1])}  # of a fusion, for all that is in it
+        return inner | {"cycles": float(estimate[1])}  # for a fusion with all its contents
 
-    def _times(self, i: _Instruction) -> int | None:
-        """Tells how often a loop runs: while a counter is below a constant; None if not so."""
+    def _trip_count(self, i: _Instruction) -> int | None:
+        """Reads how often a loop runs; None unless a counter stays below a constant."""
         if not self.loops:
             return 1
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes):
             return int(known[1])
-        condition = self.functions[i.called("condition")[0]]
+        condition = self.computations[i.called("condition")[0]]
         limits = [j.arguments for j in condition.values() if j.opcode == "constant"]
         below = [j for j in condition.values() if "direction=LT" in j.attributes]
         if not (below and len(limits) == 1 and limits[0].isdigit()):
             return None
-        return math.ceil(int(limits[0]) / self._step(i, condition.get(below[0].operands[0])))
+        return math.ceil(int(limits[0]) / self._stride(i, condition.get(below[0].operands[0])))
 
-    def _step(self, i: _Instruction, counter: _Instruction | None) -> int:
-        """Tells what a loop adds to its counter: 2 where XLA has put two turns into one."""
-        body = self.functions[i.called("body")[0]]
+    def _stride(self, i: _Instruction, counter: _Instruction | None) -> int:
+        """Reads what a loop adds to its counter: 2 if XLA has unrolled it once."""
+        body = self.computations[i.called("body")[0]]
         place = re.match(r"\W*index=(\d+)", counter.attributes) if counter else None
         root = list(body.values())[-1]
         if place is None or root.opcode != "tuple":
@@ -196,15 +249,18 @@ class _Program:
         steps = [int(term.arguments) for term in terms if term.opcode == "constant"]
         return steps[0] if steps else 1
 
-    def _collective(self, function: str, i: _Instruction, kind: str) -> Figures:
-        """Counts a collective, unless its groups are of one device."""
-        if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", i.attributes):
-            return {}
-        put_in = sum(sum(_bytes(self.functions[function][name].shape)) for name in i.operands)
-        got_out = _bytes(i.shape)
-        if i.opcode.endswith("-start") and kind != "all-reduce":  # inputs, outputs and others
-            got_out = got_out[len(i.operands) : 2 * len(i.operands)]
-        return {("count", kind): 1, ("sent", kind): max(put_in, sum(got_out))}
+    def _bytes_sent(self, instructions: dict[str, _Instruction], i: _Instruction) -> float:
+        """Counts the larger of the operands and the results of a collective."""
+        operands = sum(sum(_array_bytes(instructions[name].shape)) for name in i.operands)
+        results = _array_bytes(i.shape)
+        if i.opcode.endswith("-start") and i.opcode != "all-reduce-start":
+            results = results[len(i.operands) : 2 * len(i.operands)]  # after the operands
+        return max(operands, sum(results))
+
+
+def _alone(i: _Instruction) -> bool:
+    """Whether each group of a collective is a single device, so that nothing is sent."""
+    return re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", i.attributes) is not None
 
 
 def _sum(parts: Iterable[Figures]) -> Figures:
@@ -216,8 +272,8 @@ def _sum(parts: Iterable[Figures]) -> Figures:
     return dict(total)
 
 
-def _cut(rest: str) -> tuple[str, str]:
-    """Separates `arguments), attributes`."""
+def _split_attributes(rest: str) -> tuple[str, str]:
+    """Splits `arguments), attributes`."""
     depth = 1
     for end, character in enumerate(rest):
         depth += (character == "(") - (character == ")")
@@ -230,11 +286,11 @@ def _dimensions(shape: str) -> list[int]:
     return [int(size) for size in _ARRAY.findall(shape)[0][1].split(",") if size]
 
 
-def _bytes(shape: str) -> list[float]:
+def _array_bytes(shape: str) -> list[float]:
     """Lists the bytes of each array of a shape, which may be a tuple."""
     found = []
     for dtype, sizes in _ARRAY.findall(shape):
-        width = re.search(r"\d+", dtype)  # of f8e4m3fn the first, too
+        width = re.search(r"\d+", dtype)  # the first number, also of f8e4m3fn
         bits = int(width[0]) if width else 8  # pred
         found.append(math.prod(int(size) for size in sizes.split(",") if size) * bits / 8)
     return found
@@ -247,10 +303,8 @@ def _dot_flops(left: list[int], _: list[int], out: list[int], attributes: str) -
 
 
 def _convolution_flops(left: list[int], right: list[int], out: list[int], attributes: str) -> float:
-    """Counts as products those of an entry that is there: a batch is a window full of holes."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-    assert labels is not None
-    of_left, of_right, of_out = labels.groups()
+    """Counts only products with entries that exist: TPUs write a batch as a dilated window."""
+    (of_left, of_right, of_out), *_ = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     window = re.search(r"window=\{([^}]*)\}", attributes)
     settings = dict(pair.split("=") for pair in window[1].split()) if window else {}
     flops = 2.0 * right[of_right.index("i")]
@@ -263,7 +317,7 @@ def _convolution_flops(left: list[int], right: list[int], out: list[int], attrib
         o = np.arange(out[of_out.index(label)])[:, None]
         k = np.arange(right[of_right.index(label)])[None, :]
         at = o * setting("stride", "1") + k * setting("rhs_dilate", "1") - setting("pad", "0")
-        holes = setting("lhs_dilate", "1")
-        last = (left[of_left.index(label)] - 1) * holes
-        flops *= np.count_nonzero((at >= 0) & (at <= last) & (at % holes == 0))
+        dilation = setting("lhs_dilate", "1")
+        last = (left[of_left.index(label)] - 1) * dilation
+        flops *= np.count_nonzero((at >= 0) & (at <= last) & (at % dilation == 0))
     return float(flops)

@@ -7,11 +7,11 @@ import sys
 
 import jax
 import pytest
-
 import train_lm
-from benchmarks.compiled import Cost
 from lm import ahead, training
 from examples.language_model.config import BadInput, Config
+
+from benchmarks.compiled import Cost
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 LIBTPU = importlib.util.find_spec("libtpu") is not None

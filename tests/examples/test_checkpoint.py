@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
-
 from lm import checkpoint
 from examples.language_model.run_folder.checkpoint import Checkpoints, Damaged
 from examples.language_model.config import BadInput, Failed

@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-
 from lm import data
 from examples.language_model.config import BadInput
 

@@ -12,7 +12,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-
 import train_lm
 from lm import checkpoint, data, rundir, training
 from examples.language_model.config import BadInput, Config

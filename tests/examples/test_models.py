@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-
-import muonclip_jax as mc
 from lm import config, step, training
 from examples.language_model.config import Config
 from examples.language_model.models.logical_axes import AXES

@@ -10,7 +10,6 @@ import sys
 import tomllib
 
 import pytest
-
 import train_lm
 from lm import config as settings, extras, observe, rundir
 from examples.language_model.config import BadInput, Config

@@ -5,7 +5,6 @@ import json
 import matplotlib
 import numpy as np
 import pytest
-
 from lm import observe, plots, rundir
 from examples.language_model.config import BadInput
 from examples.language_model.run_folder.plots import PLOTS

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from lm import data, step, training
 from tests.support.tiny_run import CONFIG, CORPUS, TINY, drawn
 

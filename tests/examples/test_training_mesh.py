@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-
-from benchmarks.compiled import compiled_cost
 from lm import config, mesh, rules, rundir, training
 from examples.language_model.config import BadInput
 from examples.language_model.models.logical_axes import AXES

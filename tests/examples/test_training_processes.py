@@ -11,7 +11,6 @@ import time
 
 import numpy as np
 import pytest
-
 from lm import config, rundir
 from tests.sharding.test_processes import free_port
 from tests.support.tiny_run import TEXT, compiled_once, trainer

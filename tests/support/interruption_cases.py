@@ -12,7 +12,6 @@ import time
 
 import chex
 import jax
-
 import train_lm
 from lm import training
 from tests.support.tiny_run import CONFIG, CORPUS, TEXT

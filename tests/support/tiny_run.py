@@ -7,10 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
-from tensorboardX.proto import event_pb2
-
 import train_lm
+from jax.experimental.compilation_cache import compilation_cache
 from lm import data, gqa, rundir, training
 from examples.language_model.config import Config
 from examples.language_model.models.presets import PRESETS

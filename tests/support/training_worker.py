@@ -9,7 +9,6 @@ import signal
 import sys
 
 import jax
-
 import train_lm
 from lm import checkpoint, processes, training
 from examples.language_model.config import Failed

@@ -174,6 +174,7 @@ FROM_RESIDUAL = (
 TO_RESIDUAL = (
     r"down|(down|ffn?_down)_proj|w2|fc2|fc_out|w_(down|out)|linear2|dense_4h_to_h|wo|down_einsum"
 )
+PROJECTIONS = (FROM_RESIDUAL, TO_RESIDUAL, INTO_HEADS, OUT_OF_HEADS)
 GATED_PAIR = r"wi|(\w+_)?gate_?up(_\w+)?|(\w+_)?gating(_\w+)?|gate_and_up\w*|w13|fc1|linear_fc1"
 
 GATE = r"gate|gating|wg|w_gate|gate_(w|weights?|kernel|linear|proj)|switch"

@@ -1,29 +1,27 @@
-"""Both forms of Newton-Schulz against float64 and against the textbook iteration in the same dtype.
+"""Both methods of Newton–Schulz against float64, and against the plain iteration in their own dtype.
 
-    python benchmarks/accuracy.py
+    python -m benchmarks.newton_schulz_accuracy
 
-Writes results/accuracy.json and prints its rows. With x = U S Vᴴ in float64, O what came out, C =
-Uᴴ O V and p the polynomial (in 16 bits with the guarded rows that `newton_schulz` then takes):
+Writes results/newton_schulz_accuracy.json and prints its rows. With x = U S Vᴴ in float64, O the
+result, C = Uᴴ O V, and p the polynomial (in 16-bit dtypes with the guarded coefficients that
+`newton_schulz` then uses):
 
     smallest, largest   singular values of C where S is at least 3e-3 of the norm of x
-    largest_of_all      singular value of O
+    largest_of_all      largest singular value of O
     error               ‖O - U p(S / ‖x‖) Vᴴ‖ / ‖p(S / ‖x‖)‖
-    leakage             ‖C - diag C‖ / ‖C‖, what rounding mixes of the singular vectors
-    ..._by_plain        the same, divided by that of `plain`
+    leakage             ‖C - diag C‖ / ‖C‖: how far rounding mixes the singular vectors
+    ..._by_plain        the same, divided by the figure of `plain`
 
 Each is the worst of `SEEDS`.
 """
 
-import datetime
-import json
-import pathlib
-import platform
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import report
 from muonclip_jax import newton_schulz, ns_coefficients
 from muonclip_jax._orthogonalize import newton_schulz as _newton_schulz
 from muonclip_jax._orthogonalize.coefficients import evaluate, for_sixteen_bits
@@ -32,9 +30,9 @@ PRESETS = ("jordan", "you", "polar_express", "polar_express_6", "cans", "deepsee
 SPECTRA = ("gaussian", "1 .. 1e-4", "rank 8", "rank 1 + 1e-3")
 SEEDS = (0, 1, 2)
 WIDE, SQUARE = (128, 512), (128, 128)
-# The singular values of which the presets say what comes out.
+# Smallest singular value for which the presets state a range of results.
 LEAST = 3e-3
-# Matrix, methods, dtypes; each without blocks and with.
+# Matrix, methods, dtypes; each with 1 and 2 blocks.
 CASES = (
     (WIDE, ("standard", "gram"), ("float32", "bfloat16", "float16")),
     (SQUARE, ("standard",), ("float32", "bfloat16")),
@@ -54,14 +52,16 @@ def matrices(n: int, m: int) -> np.ndarray:
     return np.swapaxes(np.array(made, np.float32), 0, 1)
 
 
-def plain(x: np.ndarray, rows: Sequence[tuple[float, float, float]], dtype: str) -> np.ndarray:
-    """Runs A = X Xᵀ, Z = b A + c A², X ← a X + Z X, and rounds A, Z and X alone."""
+def plain(
+    x: np.ndarray, coefficients: Sequence[tuple[float, float, float]], dtype: str
+) -> np.ndarray:
+    """Computes A = X Xᵀ, Z = b A + c A², X ← a X + Z X, and rounds only A, Z and X."""
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
 
     X = jnp.asarray(x / np.linalg.norm(x, axis=(-2, -1), keepdims=True), dtype)
-    for a, b, c in rows:  # not under jit, where XLA may leave a rounding out
+    for a, b, c in coefficients:  # not under jit, where XLA may omit a rounding
         A = product(X, X.mT).astype(dtype)
         Z = (b * A.astype(jnp.float32) + c * product(A, A)).astype(dtype)
         X = (a * X.astype(jnp.float32) + product(Z, X)).astype(dtype)
@@ -69,7 +69,7 @@ def plain(x: np.ndarray, rows: Sequence[tuple[float, float, float]], dtype: str)
 
 
 def scores(out: np.ndarray, u: np.ndarray, s: np.ndarray, vh: np.ndarray, p: np.ndarray) -> dict:
-    """Computes what the top of this file lists, each as (spectra, seeds)."""
+    """Computes the figures that the docstring of this module defines, each (spectra, seeds)."""
     C = np.swapaxes(u, -1, -2) @ out @ np.swapaxes(vh, -1, -2)
     off = C * (1 - np.eye(C.shape[-1]))
     kept = s >= LEAST
@@ -92,10 +92,10 @@ def rows_of(shape: tuple[int, int], methods: Sequence[str], dtype: str) -> Itera
     u, s, vh = np.linalg.svd(x.astype(np.float64), full_matrices=False)
     s /= np.linalg.norm(s, axis=-1, keepdims=True)
     for preset in PRESETS:
-        rows = ns_coefficients(preset)
-        rows = rows if dtype == "float32" else for_sixteen_bits(rows)
-        p = np.vectorize(lambda value, rows=rows: evaluate(rows, value))(s)
-        base = scores(plain(x, rows, dtype), u, s, vh, p)
+        steps = ns_coefficients(preset)
+        steps = steps if dtype == "float32" else for_sixteen_bits(steps)
+        p = np.vectorize(lambda value, steps=steps: evaluate(steps, value))(s)
+        base = scores(plain(x, steps, dtype), u, s, vh, p)
         for method, blocks in ((method, blocks) for method in methods for blocks in (1, 2)):
             smallest = 2 if blocks == 2 else np.inf
             _newton_schulz._SMALLEST_IN_BLOCKS = {jax.default_backend(): smallest}
@@ -114,27 +114,20 @@ def rows_of(shape: tuple[int, int], methods: Sequence[str], dtype: str) -> Itera
                 } | {key: float(f"{value:.3g}") for key, value in worst.items()}
 
 
-def main() -> None:
-    """Measures, prints a table and writes the results, a row a line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints a table and writes the results."""
+    options = report.parser("newton_schulz_accuracy", "Accuracy of Newton–Schulz.").parse_args(
+        arguments
+    )
     rows = [
         row
         for shape, methods, dtypes in CASES
         for dtype in dtypes
         for row in rows_of(shape, methods, dtype)
     ]
-    results = {
-        "command": "python benchmarks/accuracy.py",
-        "date": datetime.date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "machine": f"2 x86 cores, {jax.default_backend()}",
-    }
-    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-    path = pathlib.Path(__file__).parent / "results" / "accuracy.json"
-    path.write_text(f'{json.dumps(results, indent=2)[:-2]},\n  "rows": [\n{lines}\n  ]\n}}\n')
-    table = [[str(cell) for cell in cells] for cells in (rows[0], *(row.values() for row in rows))]
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    for cells in table:
-        print(*(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+    results = report.provenance("newton_schulz_accuracy") | {"rows": rows}
+    report.write_json(options.out / "newton_schulz_accuracy.json", results, per_line="rows")
+    print(report.columns([rows[0], *(row.values() for row in rows)]))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,10 @@
 import dataclasses
 from typing import NamedTuple, TypeAlias
 
-from muonclip_jax._muon.role_names import Role
+from muonclip_jax._muon.roles import names
 
 Path: TypeAlias = tuple[str, ...]
 Shape: TypeAlias = tuple[int, ...]
-
-
 # Sides of stacked matrices by the sizes of their batch axes.
 Experts: TypeAlias = dict[tuple[Shape, int], list[set[int]]]
 
@@ -18,7 +16,7 @@ class Leaf(NamedTuple):
 
     Attributes:
       path: Components of its path.
-      core: The same without the components of a container around it, see `_role_names.core`.
+      core: The same without the components of a container around it, see `names.core`.
       shape: Its shape.
       role: The role that its names have, with the name; None for none.
     """
@@ -26,7 +24,31 @@ class Leaf(NamedTuple):
     path: Path
     core: Path
     shape: Shape
-    role: tuple[Role, str] | None
+    role: tuple[names.Role, str] | None
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this is the matrix of a module of its own, such as `kernel` in `up/kernel`."""
+        return len(self.core) > 1 and names.matches(names.MATRIX_NAMES, self.core[-1])
+
+    @property
+    def module(self) -> Path:
+        """Path of the module around the projection: `('attn',)` of `attn/query/kernel`."""
+        return self.core[: -2 if self.is_inside else -1]
+
+    @property
+    def name(self) -> str:
+        """Name of the projection: `query` of `attn/query/kernel` and of `attn/query_w`."""
+        return self.core[-2] if self.is_inside else names.stem(self.core[-1])
+
+    def has(self, pattern: str) -> bool:
+        """Returns whether a component of the path has a name."""
+        return any(names.matches(pattern, name) for name in self.core)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether this is a low-rank adapter."""
+        return any("lora" in name.lower() for name in self.core)
 
 
 class Stack(NamedTuple):
@@ -53,9 +75,9 @@ class Group:
 
     Attributes:
       lead: The sizes with which every shape begins.
-      second: The sizes with which every shape goes on after the first axis.
+      second: The sizes with which every shape continues after the first axis.
       leaves: Indices of the parameters.
-      gains: Shapes of gains and other vectors of norms, those of queries and keys left out.
+      gains: Shapes of gains and other vectors of norms, without norms of queries and keys.
       biases: Shapes of biases.
     """
 

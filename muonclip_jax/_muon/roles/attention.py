@@ -2,34 +2,32 @@
 
 import math
 
-from muonclip_jax._muon import role_names as names
-from muonclip_jax._muon.evidence import Evidence, Leaf, Shape, Stack
-from muonclip_jax._muon.kernels import (
-    Decision,
-    Settings,
+from muonclip_jax._muon.roles import names
+from muonclip_jax._muon.roles.convolutions import is_convolution_shape
+from muonclip_jax._muon.roles.decision import Decision, RoleSettings
+from muonclip_jax._muon.roles.evidence import Evidence
+from muonclip_jax._muon.roles.kernels import (
     fused_axis,
     heads_name,
-    is_convolution_shape,
     is_expert,
-    layer_of,
-    module_and_name,
     numbers_of,
     partners,
 )
-from muonclip_jax._muon.orientation import last_two_axes
+from muonclip_jax._muon.roles.modules import Leaf, Shape, Stack
+from muonclip_jax._muon.roles.orientation import last_two_axes
 
 
-def by_layout(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
+def by_layout(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
     """Follows the pattern of a head layout in a module that has all children of that layout."""
-    module, name = module_and_name(leaf)
-    if not names.matches(names.MATRIX_NAMES, leaf.core[-1]) and leaf.core != (*module, name):
+    name = leaf.name
+    if not names.matches(names.MATRIX_NAMES, leaf.core[-1]) and leaf.core != (*leaf.module, name):
         return None
-    children = evidence.children.get(module, set())
+    children = evidence.children.get(leaf.module, set())
     heads = next((h for h in settings.heads if name in h and children >= h.keys()), None)
     if heads is None or "lora" in leaf.core[-1].lower():
         return None
     axes, stack_axis = heads[name]
-    stack, shape = layer_of(leaf, evidence)
+    stack, shape = evidence.layer_of(leaf)
     if len(shape) > len(axes):
         start = stack_axis % len(leaf.shape) if stack_axis >= 0 else 0
         stack = Stack(tuple(range(start, start + len(leaf.shape) - len(axes))), True)
@@ -41,12 +39,13 @@ def by_layout(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | 
     return Decision(numbers, f"attention '{name}' of the head layout")
 
 
-def attention(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
+def with_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """A kernel with an axis of heads, by its name and by the shapes beside it."""
     side = heads_name(leaf, evidence)
     if side is None or len(leaf.shape) < 3 or is_expert(leaf, evidence):
         return None
-    _, name = module_and_name(leaf)
-    stack, shape = layer_of(leaf, evidence)
+    name = leaf.name
+    stack, shape = evidence.layer_of(leaf)
     fused = fused_axis(name, shape)
     axes = [axis for axis in range(len(shape)) if axis != fused]
     sub = tuple(shape[axis] for axis in axes)
@@ -67,15 +66,14 @@ def attention(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | 
 
 
 def _residual_axis(
-    leaf: Leaf, shape: Shape, side: str, evidence: Evidence, settings: Settings
+    leaf: Leaf, shape: Shape, side: str, evidence: Evidence, settings: RoleSettings
 ) -> tuple[int, str]:
     """Finds the axis that is as wide as the activations outside of the heads, and a doubt."""
-    _, name = module_and_name(leaf)
     last = len(shape) - 1
     usual = 0 if side == "in" else last
     if settings.outputs_first:
         usual = last - usual
-    elif side == "in" and names.matches(names.HEADS_FIRST, name):
+    elif side == "in" and names.matches(names.HEADS_FIRST, leaf.name):
         usual = last - 1
     widths = _low_rank(leaf, evidence) or evidence.widths(leaf)
     hits = [axis for axis, n in enumerate(shape) if n in widths]
@@ -87,14 +85,13 @@ def _residual_axis(
     if convention and last - usual in hits:
         return last - usual, ""
     confirmed = settings.outputs_first is not None or _fits_beside(leaf, shape, side, evidence)
-    is_lora = any("lora" in part.lower() for part in leaf.core)
-    doubtful = not confirmed and shape[usual] < max(shape) and not is_lora
+    doubtful = not confirmed and shape[usual] < max(shape) and not leaf.is_lora
     return usual, "nothing shows which of its axes are heads" if doubtful else ""
 
 
 def _low_rank(leaf: Leaf, evidence: Evidence) -> set[int]:
     """Returns the outputs of `q_a` for `q_b`: the low rank of latent attention."""
-    module, name = module_and_name(leaf)
+    module, name = leaf.module, leaf.name
     if not names.matches(names.FROM_LOW_RANK, name):
         return set()
     pair = (*module, name.replace("_b", "_a"), *leaf.core[len(module) + 1 :])
@@ -118,7 +115,7 @@ def _stack_by_attention(leaf: Leaf, shape: Shape, side: str, evidence: Evidence)
 
 def _stack_of_three(leaf: Leaf, shape: Shape, side: str, evidence: Evidence) -> tuple[int, str]:
     """Decides whether three axes are heads or a stack of flat matrices."""
-    module, name = module_and_name(leaf)
+    module, name = leaf.module, leaf.name
     if _fits_beside(leaf, shape, side, evidence):
         return 0, ""
     width, heads = (shape[0], shape[1:]) if side == "in" else (shape[-1], shape[:-1])
@@ -145,7 +142,7 @@ def _fits_beside(leaf: Leaf, shape: Shape, side: str, evidence: Evidence) -> boo
     """Returns whether the shapes of the other projections confirm (inputs, heads, head_dim)."""
     if len(shape) != 3:
         return False
-    module, name = module_and_name(leaf)
+    module, name = leaf.module, leaf.name
     is_heads_first = names.matches(names.HEADS_FIRST, name)
     for other, partner in partners(module, _OTHER[side], evidence).items():
         q, o = (shape, partner.shape[-3:]) if side == "in" else (partner.shape[-3:], shape)

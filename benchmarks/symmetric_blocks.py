@@ -1,6 +1,6 @@
 """Newton-Schulz with Hermitian products by 2 x 2 blocks against plain products.
 
-    python benchmarks/blocks.py
+    python -m benchmarks.symmetric_blocks
 
 Writes results/blocks.json: for each short side n the ratio of the medians of interleaved wall
 times, blocks by plain, of the form that `method="auto"` takes. `newton_schulz` forms blocks from
@@ -58,7 +58,7 @@ def measure(n: int, aspect: int) -> dict:
 def main() -> None:
     """Measures every shape and writes the results."""
     results = {
-        "command": "python benchmarks/blocks.py",
+        "command": "python -m benchmarks.symmetric_blocks",
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "machine": f"2 x86 cores, {jax.default_backend()}",

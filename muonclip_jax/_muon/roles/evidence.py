@@ -8,20 +8,8 @@ widths of the activations, which enter a projection on its input side.
 import collections
 from collections.abc import Sequence
 
-from muonclip_jax._muon.module_shapes import Experts, Group, Leaf, Path, Shape, Stack, common
-from muonclip_jax._muon.role_names import (
-    BIAS_SUFFIXES,
-    INTO_HEADS,
-    MATRIX_NAMES,
-    OUT_OF_HEADS,
-    adamw_role,
-    core,
-    is_numbered,
-    is_qk_norm,
-    matches,
-    near,
-    stem,
-)
+from muonclip_jax._muon.roles import names
+from muonclip_jax._muon.roles.modules import Experts, Group, Leaf, Path, Shape, Stack, common
 
 
 class Evidence:
@@ -46,9 +34,9 @@ class Evidence:
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[Shape]):
-        cores = [core(path) or ("",) for path in paths]  # one array has no path
+        cores = [names.core(path) or ("",) for path in paths]  # one array has no path
         self.leaves = [
-            Leaf(path, inner, shape, adamw_role(inner))
+            Leaf(path, inner, shape, names.adamw_role(inner))
             for path, inner, shape in zip(paths, cores, shapes, strict=True)
         ]
         self.groups: dict[Path, Group] = {}
@@ -115,6 +103,15 @@ class Evidence:
         fits &= stack.layers in (0, *leaf.shape[:1])
         return stack if fits else Stack((), False)
 
+    def layer_of(self, leaf: Leaf) -> tuple[Stack, Shape]:
+        """Returns the stack axes of a parameter and the shape of one layer."""
+        stack = self.stack_of(leaf)
+        return stack, stack.without(leaf.shape)
+
+    def has_child(self, module: Path, pattern: str) -> bool:
+        """Returns whether a module has a child of a name."""
+        return any(names.matches(pattern, child) for child in self.children[module])
+
     def _find_stack(self, prefix: Path) -> Stack:
         for vectors in ("gains", "biases"):
             for depth in range(len(prefix), -1, -1):
@@ -151,7 +148,7 @@ class Evidence:
         return Stack((), False)
 
     def _is_local(self, prefix: Path, depth: int) -> bool:
-        """Returns whether vectors of the module at `depth` belong to the block of `prefix`."""
+        """Returns whether vectors of the module at `depth` are in the block of `prefix`."""
         if len(prefix) - depth > 2:
             return False
         inner = prefix[: depth + 1]
@@ -215,37 +212,39 @@ class Evidence:
         """Lists the gains of the innermost module that has some, and of its block."""
         inner = next((d for d in range(len(prefix), -1, -1) if self.groups[prefix[:d]].gains), 0)
         outer = inner
-        while outer > max(inner - 2, 0) and not (outer and is_numbered(prefix[outer - 1])):
+        while outer > max(inner - 2, 0) and not (outer and names.is_numbered(prefix[outer - 1])):
             outer -= 1
         return self.groups[prefix[:outer]].gains
 
     def _is_attention(self, leaf: Leaf) -> bool:
         """Returns whether a parameter has the name of a projection into or out of heads."""
-        own = near(leaf.core)
-        if any(matches(INTO_HEADS, stem(name)) for name in own):
+        own = names.near(leaf.core)
+        if any(names.matches(names.INTO_HEADS, names.stem(name)) for name in own):
             return True
-        if not any(matches(OUT_OF_HEADS, stem(name)) for name in own):
+        if not any(names.matches(names.OUT_OF_HEADS, names.stem(name)) for name in own):
             return False
         module = leaf.core[: len(leaf.core) - len(own)]
-        return any(matches(INTO_HEADS, stem(child)) for child in self.children[module])
+        return any(
+            names.matches(names.INTO_HEADS, names.stem(child)) for child in self.children[module]
+        )
 
     def bias_of(self, leaf: Leaf) -> Leaf | None:
-        """Finds the bias that is added to what a kernel puts out."""
+        """Finds the bias that is added to the outputs of a kernel."""
         *module, name = leaf.core
-        names = [f"{stem(name)}{end}" for end in BIAS_SUFFIXES]
+        candidates = [f"{names.stem(name)}{end}" for end in names.BIAS_SUFFIXES]
         if name.startswith("w_"):
-            names.append(f"b_{name[2:]}")
-        if matches(MATRIX_NAMES, name):
-            names += ["b", "bias"]
+            candidates.append(f"b_{name[2:]}")
+        if names.matches(names.MATRIX_NAMES, name):
+            candidates += ["b", "bias"]
         if name[:1] == "w" and name[1:].isdigit():
-            names.insert(0, f"b{name[1:]}")
-        for candidate in names:
+            candidates.insert(0, f"b{name[1:]}")
+        for candidate in candidates:
             if (bias := self.by_core.get((*module, candidate))) and bias is not leaf:
                 return bias
         return None
 
-    def puts_out(self, leaf: Leaf, width: int) -> bool:
-        """Returns whether another parameter of two axes or more ends in this size."""
+    def has_output(self, leaf: Leaf, width: int) -> bool:
+        """Returns whether another parameter of two axes or more has a last axis of this size."""
         others = (x for x in self.leaves if x is not leaf and len(x.shape) > 1)
         return any(x.shape[-1] == width for x in others)
 
@@ -255,14 +254,16 @@ def _vector_kind(leaf: Leaf) -> str:
     if not leaf.shape or leaf.role is None:
         return ""
     role, name = leaf.role
-    if role.name == "norm" and not any(map(is_qk_norm, leaf.core)):
+    if role.name == "norm" and not any(map(names.is_qk_norm, leaf.core)):
         inside = leaf.core[leaf.core.index(name) + 1 :]
         return "gain" if len(inside) <= 1 and not _is_dense(inside) else ""
-    if role.name == "bias" or (role.name == "scale" and matches("scale|gain", leaf.core[-1])):
-        may_have_heads = len(leaf.shape) > 1 and matches(INTO_HEADS, stem(near(leaf.core)[0]))
-        return "" if may_have_heads or any(map(is_qk_norm, leaf.core)) else "bias"
+    if role.name == "bias" or (role.name == "scale" and names.matches("scale|gain", leaf.core[-1])):
+        may_have_heads = len(leaf.shape) > 1 and names.matches(
+            names.INTO_HEADS, names.stem(names.near(leaf.core)[0])
+        )
+        return "" if may_have_heads or any(map(names.is_qk_norm, leaf.core)) else "bias"
     return ""
 
 
 def _is_dense(inside: Path) -> bool:
-    return bool(inside) and matches("kernel", inside[0])
+    return bool(inside) and names.matches("kernel", inside[0])

@@ -1,13 +1,12 @@
-"""What a step of the training program needs on slices of TPUs, compiled without any.
+"""The cost of a step of the training program on TPU slices, compiled ahead of time.
 
     pip install "muonclip-jax[tpu]"
-    python benchmarks/cloud_tpu.py
+    python -m benchmarks.tpu_train_step
 
 Writes results/cloud_tpu.json, and prints the table of examples/cloud_tpu/README.md. Each line is
 what `python -m examples.language_model --aot-topology` prints: memory, FLOPs and what is sent, of one chip in one step.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -17,7 +16,7 @@ import subprocess
 import sys
 from typing import Any
 
-from ahead import LIBTPU, about, rounded
+from benchmarks import aot, report, tpu
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,10 +27,10 @@ class Case:
 
     Attributes:
       accelerator: Name of the slice in gcloud and xpk.
-      topology: The same in libtpu: generation, and chips along each axis of the torus.
+      topology: Name of the slice in libtpu: generation, and chips along each axis of the torus.
       model: Architecture.
       preset: Its sizes.
-      flags: More flags of the training program.
+      flags: Other flags of the training program.
     """
 
     accelerator: str
@@ -42,7 +41,7 @@ class Case:
 
     @property
     def command(self) -> str:
-        """What prints the figures."""
+        """The command that prints the figures."""
         return (
             f"python -m examples.language_model --model {self.model} --preset {self.preset} {self.flags}"
             f" --aot-topology {self.topology}"
@@ -63,14 +62,14 @@ CASES["kimi-k2"] = Case(
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Compiles a step in a process of its own, as libtpu wants to be there before JAX."""
+    """Runs the training program in its own process: libtpu must be loaded before JAX is used."""
     words = [sys.executable, *shlex.split(case.command)[1:]]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     return dataclasses.asdict(case) | {"command": case.command} | parse(done.stdout)
 
 
 def parse(report: str) -> dict[str, Any]:
-    """Reads the figures of a chip off what the training program prints."""
+    """Reads the figures of one chip from the output of the training program."""
 
     def number(pattern: str) -> float | None:
         found = re.findall(pattern, report, re.MULTILINE)
@@ -93,51 +92,46 @@ def parse(report: str) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Lays the results out as the table of the page."""
-    head = "| slice | model | mesh | GiB of a chip | TFLOPs | of it Muon | sent, GB |"
-    rows = [row(results["cases"][name]) for name in CASES if name in results["cases"]]
-    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+    """Formats the results as the table of examples/cloud_tpu/README.md."""
+    head = ("slice", "model", "mesh", "GiB of a chip", "TFLOPs", "of it Muon", "sent, GB")
+    return report.markdown(
+        head, [row(results["cases"][name]) for name in CASES if name in results["cases"]]
+    )
 
 
-def row(case: dict[str, Any]) -> str:
-    """Writes out one case."""
+def row(case: dict[str, Any]) -> list[str]:
+    """Formats one case as the cells of a line."""
     cells = [
         f"{case['accelerator']}, {case['chips']:g} chips, `{case['topology']}`",
         f"`{case['model']}` `{case['preset']}`, {case['parameters'] / 1e6:,.0f} M",
         case["mesh"],
     ]
     if case["refused"]:
-        return f"| {' | '.join(cells)} | {case['refused']}: **does not fit** | | | |"
+        return [*cells, f"{case['refused']}: **does not fit**", "", "", ""]
     verdict = "" if case["fits"] else ": **does not fit**"
-    cells += [
+    return [
+        *cells,
         f"{case['used_gib']:.1f} of {case['chip_gib']:g}{verdict}",
         f"{case['flops'] / 1e12:.1f}",
         f"{100 * case['muon_flops'] / case['flops']:.1f} %",
         f"{sum(case['sent_mb'].values()) / 1e3:.1f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compiles the cases, one after the other, and writes the results."""
-    parser = argparse.ArgumentParser(description="What a step needs on slices of TPUs.")
-    parser.add_argument("--case", choices=CASES, nargs="*", help="these alone")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path(__file__).parent / "results",
-        help="folder of cloud_tpu.json",
-    )
+    """Compiles the cases one after the other, and writes the results."""
+    parser = report.parser("tpu_train_step", "The cost of a train step on TPU slices.")
+    parser.add_argument("--case", choices=CASES, nargs="*", help="compile only these")
     options = parser.parse_args(arguments)
-    if not LIBTPU:
-        parser.error('libtpu is not installed: pip install "muonclip-jax[tpu]"')
-    path = options.out / "cloud_tpu.json"
-    results = about("python benchmarks/cloud_tpu.py") | {"cases": {}}
-    if options.case and path.exists():  # the others stay as they are
+    if not tpu.LIBTPU:
+        parser.error(tpu.INSTALL)
+    path = options.out / "tpu_train_step.json"
+    results = aot.head("tpu_train_step") | {"cases": {}}
+    if options.case and path.exists():  # the other cases are kept
         results["cases"] = json.loads(path.read_text())["cases"]
     for name in options.case or CASES:
-        results["cases"][name] = rounded(measure(CASES[name]))
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        results["cases"][name] = report.rounded(measure(CASES[name]))
+        report.write_json(path, results)
     print(table(results))
 
 

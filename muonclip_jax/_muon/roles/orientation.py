@@ -3,19 +3,17 @@
 import re
 from typing import NamedTuple
 
-from muonclip_jax._muon import role_names as names
-from muonclip_jax._muon.evidence import Evidence, Leaf, Shape
-from muonclip_jax._muon.kernels import (
-    Decision,
-    Settings,
+from muonclip_jax._muon.roles import names
+from muonclip_jax._muon.roles.decision import Decision, RoleSettings
+from muonclip_jax._muon.roles.evidence import Evidence
+from muonclip_jax._muon.roles.kernels import (
     fused_axis,
     heads_name,
     is_expert,
-    layer_of,
-    module_and_name,
     numbers_of,
     partners,
 )
+from muonclip_jax._muon.roles.modules import Leaf, Shape
 
 
 class _Fit(NamedTuple):
@@ -47,7 +45,7 @@ def bias_fit(leaf: Leaf, evidence: Evidence) -> tuple[_Fit | None, bool]:
     bias = evidence.bias_of(leaf)
     if bias is None:
         return None, False
-    stack, shape = layer_of(leaf, evidence)
+    stack, shape = evidence.layer_of(leaf)
     size = stack.without(bias.shape)
     convolution = len(size) > 1 and size[-1] == 1
     while len(size) > 1 and size[-1] == 1:
@@ -65,7 +63,7 @@ def has_fitting_bias(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a kernel has a bias that fits, as dense layers and convolutions have."""
     if len(leaf.shape) < 2 or not names.matches(names.MATRIX_NAMES, leaf.core[-1]):
         return False
-    return len(layer_of(leaf, evidence)[1]) > 1 and bias_fit(leaf, evidence)[0] is not None
+    return len(evidence.layer_of(leaf)[1]) > 1 and bias_fit(leaf, evidence)[0] is not None
 
 
 def is_matrix_of_adaptive_norm(leaf: Leaf, evidence: Evidence, norm: str) -> bool:
@@ -76,19 +74,13 @@ def is_matrix_of_adaptive_norm(leaf: Leaf, evidence: Evidence, norm: str) -> boo
     bias = evidence.bias_of(leaf)
     if bias and has_fitting_bias(leaf, evidence) and leaf.shape != bias.shape:
         return True
-    stack, shape = layer_of(leaf, evidence)
+    stack, shape = evidence.layer_of(leaf)
     return stack.known and len(inside) > 1 and len(shape) > 1
 
 
-def doubt_below_norm(leaf: Leaf, norm: str) -> str:
-    """Doubts that a kernel in a module below a norm is a gain."""
-    inside = leaf.core[leaf.core.index(norm) + 1 :]
-    is_kernel = len(inside) > 1 and names.matches(names.MATRIX_NAMES, inside[-1])
-    return "it may be the matrix of an adaptive norm" if is_kernel and len(leaf.shape) > 1 else ""
-
-
-def by_bias(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | None:
-    stack, shape = layer_of(leaf, evidence)
+def by_bias(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """A kernel of three axes or more beside a bias, whose axes are the outputs."""
+    stack, shape = evidence.layer_of(leaf)
     if len(shape) < 3:
         return None
     fit, both = bias_fit(leaf, evidence)
@@ -99,7 +91,7 @@ def by_bias(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | No
         return None
     if len(fit.inputs) == len(fit.outputs) == 1:
         return None  # a stack of matrices: `last_two_axes` decides which side is which
-    fused = fused_axis(module_and_name(leaf)[1], shape)
+    fused = fused_axis(leaf.name, shape)
     fit = fit._replace(outputs=tuple(axis for axis in fit.outputs if axis != fused))
     reason = "inputs x outputs, as its bias shows"
     if fit.outputs_first or (both and settings.outputs_first):
@@ -107,8 +99,9 @@ def by_bias(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision | No
     return Decision(numbers_of(leaf, stack, fit.inputs, fit.outputs), reason)
 
 
-def last_two_axes(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decision:
-    stack, shape = layer_of(leaf, evidence)
+def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision:
+    """The last two axes are a matrix, and the axes before them number matrices."""
+    stack, shape = evidence.layer_of(leaf)
     last = len(shape) - 1
     outputs_first, reason, doubt = _orientation(leaf, evidence, settings)
     is_unknown = stack.known or _is_beside_heads(leaf, evidence)
@@ -121,14 +114,13 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: Settings) -> Decisio
 
 def _is_named_stack(leaf: Leaf) -> bool:
     """Returns whether names show that a third axis numbers layers or experts, and no heads."""
-    _, name = module_and_name(leaf)
-    is_mlp = names.matches(f"{names.FROM_RESIDUAL}|{names.TO_RESIDUAL}", name)
+    is_mlp = names.matches(f"{names.FROM_RESIDUAL}|{names.TO_RESIDUAL}", leaf.name)
     return is_mlp or any(names.matches(names.STACKS, part) for part in leaf.core[:-1])
 
 
 def _is_beside_heads(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a parameter is beside projections into heads that begin with another size."""
-    beside = partners(module_and_name(leaf)[0], "in", evidence).values()
+    beside = partners(leaf.module, "in", evidence).values()
     return any(len(p.shape) > 2 and p.shape[0] != leaf.shape[0] for p in beside)
 
 
@@ -136,13 +128,13 @@ def _is_batch(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether something shows that the first axes of one layer number matrices."""
     if is_expert(leaf, evidence) or bias_fit(leaf, evidence)[0] is not None:
         return True
-    module, name = module_and_name(leaf)
-    shape = layer_of(leaf, evidence)[1]
+    module, name = leaf.module, leaf.name
+    shape = evidence.layer_of(leaf)[1]
     beside = evidence.experts(module).get((shape[:-3], shape[-3]), [])
     return len(beside) > 1 or shape[-3] <= 4 or "lora" in name.lower()
 
 
-def _orientation(leaf: Leaf, evidence: Evidence, settings: Settings) -> tuple[bool, str, str]:
+def _orientation(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> tuple[bool, str, str]:
     """Decides whether a matrix is stored (outputs, inputs), with the reason and a doubt."""
     by_bias, by_name = _orientation_by_bias(leaf, evidence), _orientation_by_name(leaf, evidence)
     if settings.outputs_first is not None:
@@ -155,36 +147,38 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: Settings) -> tuple[bo
     convention = evidence.convention.get(leaf.core[-1])
     if _is_inputs_first_by_custom(leaf):
         by_name = None
-    elif convention is not None and names.matches(names.FROM_OTHERS, module_and_name(leaf)[1]):
-        by_name = None  # cross-attention: another width goes in
+    elif convention is not None and names.matches(names.FROM_OTHERS, leaf.name):
+        by_name = None  # cross-attention: the inputs have another width
     if by_name is not None:
         return by_name, _reason(by_name, "as its name and the widths show"), ""
     if convention is not None:
         return convention, _reason(convention, "as others in this pytree"), ""
-    shape = layer_of(leaf, evidence)[1]
-    doubt = _gate_like_down(leaf, shape, evidence) if settings.scale_by_sides else ""
-    if settings.scale_by_sides and leaf.core[-1] == "gating_einsum" and shape[-1] != shape[-2]:
-        doubt = "Gemma stores it either way"
-    if (
-        re.match("weight|.*weight$", leaf.core[-1])
-        and settings.scale_by_sides
-        and shape[-1] != shape[-2]
-    ):
-        doubt = "nothing shows whether it is stored (inputs, outputs); see outputs_first"
-    return False, "last two axes", doubt
+    return False, "last two axes", _doubt_storage(leaf, evidence) if settings.scale_by_sides else ""
+
+
+def _doubt_storage(leaf: Leaf, evidence: Evidence) -> str:
+    """Doubts that a matrix is stored (inputs, outputs) where nothing but custom shows it."""
+    shape = evidence.layer_of(leaf)[1]
+    if shape[-1] == shape[-2]:
+        return ""
+    if re.match("weight|.*weight$", leaf.core[-1]):
+        return "nothing shows whether it is stored (inputs, outputs); set outputs_first"
+    if leaf.core[-1] == "gating_einsum":
+        return "Gemma's code stores it (inputs, outputs) or (outputs, inputs)"
+    return _gate_like_down(leaf, shape, evidence)
 
 
 def _gate_like_down(leaf: Leaf, shape: Shape, evidence: Evidence) -> str:
-    """Doubts a projection from the residual stream whose shape is that of the one back to it."""
-    module, name = module_and_name(leaf)
-    if not names.matches(names.FROM_RESIDUAL, name) or shape[-1] == shape[-2]:
+    """Doubts a projection from the residual stream with the shape of the projection back to it."""
+    module, name = leaf.module, leaf.name
+    if not names.matches(names.FROM_RESIDUAL, name):
         return ""
     for child in evidence.children.get(module, ()):
         if names.matches(f"{names.TO_RESIDUAL}|linear", child):
             for path in ((*module, child), *((*module, child, k) for k in ("kernel", "w"))):
                 back = evidence.by_core.get(path)
-                if back and layer_of(back, evidence)[1][-2:] == shape[-2:]:
-                    return f"its shape is that of '{child}', which leads back"
+                if back and evidence.layer_of(back)[1][-2:] == shape[-2:]:
+                    return f"it has the shape of '{child}', which projects in the other direction"
     return ""
 
 
@@ -200,15 +194,14 @@ def _orientation_by_bias(leaf: Leaf, evidence: Evidence) -> bool | None:
 
 
 def _is_inputs_first_by_custom(leaf: Leaf) -> bool:
-    """Returns whether the name of a parameter is that of Flax or Haiku, (inputs, outputs)."""
-    name = module_and_name(leaf)[1]
-    return leaf.core[-1] in ("kernel", "w") and not name.endswith("einsum")
+    """Returns whether a parameter has the name that Flax or Haiku store as (inputs, outputs)."""
+    return leaf.core[-1] in ("kernel", "w") and not leaf.name.endswith("einsum")
 
 
 def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
     """Compares the sides of projections from and to the residual stream with its width."""
-    _, name = module_and_name(leaf)
-    shape = layer_of(leaf, evidence)[1][-2:]
+    name = leaf.name
+    shape = evidence.layer_of(leaf)[1][-2:]
     widths = evidence.widths(leaf) & {evidence.embedded, evidence.usual_width}
     inside = [n in widths for n in shape]
     if sum(inside) != 1:
@@ -224,7 +217,7 @@ def find_convention(evidence: Evidence) -> dict[str, bool]:
     """Finds, by the name of the parameter, whether all matrices that show it are outputs first."""
     found: dict[str, tuple[set[bool | None], set[bool | None]]] = {}
     for leaf in evidence.leaves:
-        if leaf.role is None and len(layer_of(leaf, evidence)[1]) == 2:
+        if leaf.role is None and len(evidence.layer_of(leaf)[1]) == 2:
             by_bias, by_name = found.setdefault(leaf.core[-1], (set(), set()))
             by_bias.add(_orientation_by_bias(leaf, evidence))
             if not _is_inputs_first_by_custom(leaf):
@@ -239,3 +232,14 @@ def find_convention(evidence: Evidence) -> dict[str, bool]:
             if shown:
                 break
     return convention
+
+
+def gated_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """(inputs, 2, outputs): gate and up in one parameter."""
+    del settings
+    name = leaf.name
+    stack, shape = evidence.layer_of(leaf)
+    is_pair = len(shape) == 3 and shape[1] == 2 and names.matches(names.GATED_PAIR, name)
+    if not is_pair or (not stack.known and shape[0] < 8):
+        return None
+    return Decision(numbers_of(leaf, stack, (0,), (2,)), f"gate and up '{name}'")
