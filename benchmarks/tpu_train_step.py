@@ -3,8 +3,9 @@
     pip install "muonclip-jax[tpu]"
     python -m benchmarks.tpu_train_step
 
-Writes results/cloud_tpu.json, and prints the table of examples/cloud_tpu/README.md. Each line is
-what `python -m examples.language_model --aot-topology` prints: memory, FLOPs and what is sent, of one chip in one step.
+Writes results/tpu_train_step.json and prints the table of examples/cloud_tpu/README.md. The training
+program prints the figures with `--aot-topology`: memory, FLOPs and communication of one chip in one
+step.
 """
 
 import dataclasses
@@ -43,8 +44,8 @@ class Case:
     def command(self) -> str:
         """The command that prints the figures."""
         return (
-            f"python -m examples.language_model --model {self.model} --preset {self.preset} {self.flags}"
-            f" --aot-topology {self.topology}"
+            f"python -m examples.language_model --model {self.model} --preset {self.preset}"
+            f" {self.flags} --aot-topology {self.topology}"
         )
 
 

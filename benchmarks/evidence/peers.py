@@ -10,8 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lm import data, gqa
-from lm.step import make_loss
 from matplotlib.figure import Figure
 
 from benchmarks.evidence import drawing

@@ -25,10 +25,6 @@ from examples.language_model.training.step import (
     make_loss,
     make_train_step,
 )
-from optax import contrib
-
-import muonclip_jax as mc
-from benchmarks.evidence.split import by_head, split
 
 BATCH_SIZE, SEQ_LEN = 8, 128
 VALIDATION_BYTES = 2**16

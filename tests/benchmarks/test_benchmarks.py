@@ -8,8 +8,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from lm import ahead
-from lm.config import Config
 
 import muonclip_jax as mc
 from benchmarks.compiled import Cost

@@ -1,4 +1,4 @@
-"""A run that is cut short, or whose folder was touched, goes on bit for bit, or says why not."""
+"""An interrupted or damaged run resumes bitwise identical, or exits with the reason."""
 
 import dataclasses
 import os
@@ -12,10 +12,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-import train_lm
-from lm import checkpoint, data, rundir, training
+
+from examples.language_model import data
 from examples.language_model.config import BadInput, Config
-from tests.support import tiny_run
+from examples.language_model.run_folder import digests, files, opening
+from examples.language_model.training import loop
+from tests.support import program_command, tiny_run
 from tests.support.interruption_cases import (
     Killed,
     after,
@@ -41,7 +43,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Drawing takes as long as all the rest of a run; `test_train_lm` looks at the plots."""
+    """Drawing takes as long as all the rest of a run; `test_run_folder` checks the plots."""
     monkeypatch.setattr("examples.language_model.run_folder.plots.draw", lambda *_: None)
 
 
@@ -120,7 +122,7 @@ def test_signal_saves_the_running_step(program, tmp_path, monkeypatch, capfd, nu
     monkeypatch.setattr("examples.language_model.run_folder.files.is_logged", send)
     assert program() == 0
     captured = capfd.readouterr()
-    assert captured.out.splitlines()[-1].startswith("stopped after step 5; continue with: ")
+    assert captured.out.splitlines()[-1].startswith("stopped after step 5; to resume: ")
     assert captured.err == ""
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
     assert len(files.read_metrics(tmp_path / "run")) == 5
@@ -129,13 +131,14 @@ def test_signal_saves_the_running_step(program, tmp_path, monkeypatch, capfd, nu
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_ends_at_once(number):
     code = (
-        "import os, time; from lm.stop import StopFlag; flag = StopFlag(); assert not flag\n"
+        "import os, time; from examples.language_model.training.stop import StopFlag\n"
+        "flag = StopFlag(); assert not flag\n"
         f"os.kill(os.getpid(), {number:d}); assert flag; print('first', flush=True)\n"
         f"os.kill(os.getpid(), {number:d}); time.sleep(60)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(train_lm.__file__).parent)},
+        env=program_command.environment(),
         capture_output=True,
         text=True,
         timeout=50,
@@ -159,7 +162,7 @@ def test_disk_full(whole, program, tmp_path, monkeypatch, capfd):
         assert program("--checkpoint-every", "7") == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("language_model: run: step 14: the checkpoint could not be written (")
-    assert line.endswith("; make room, then --resume goes on from the one before")
+    assert line.endswith("; free disk space, then resume from the previous one with --resume")
     assert program("--checkpoint-every", "7", "--resume") == 0
     assert "resumed after step 7" in capfd.readouterr().out
     assert_equal_runs(tmp_path / "run", whole)
@@ -175,8 +178,8 @@ def test_disk_full_of_metrics(program, tmp_path, monkeypatch, capfd):
     with unlimited_files():
         assert program() == 1
     assert capfd.readouterr().err == (
-        "language_model: run: step 3: metrics.jsonl could not be written (File too large); make room,"
-        " then --resume goes on\n"
+        "language_model: run: step 3: metrics.jsonl could not be written (File too large); free"
+        " disk space, then continue with --resume\n"
     )
 
 
@@ -233,9 +236,9 @@ def test_all_damaged(cut, program, capfd):
         program("--resume")
     assert leave.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "no checkpoint is left: step 20 is damaged (digests.json: " in line
+    assert "no intact checkpoint: step 20 is damaged (digests.json: " in line
     assert all(f"step {n} is damaged (digests.json: " in line for n in (14, 7))
-    assert line.endswith("; start again with another --out")
+    assert line.endswith("; start a new run with another --out")
 
 
 def test_leftovers(whole, cut, capfd):
@@ -257,7 +260,7 @@ def test_foreign(whole, cut, tmp_path, capfd):
     trainer(cut, resume=True).train()
     captured = capfd.readouterr()
     assert captured.err.splitlines() == [
-        f"language_model: warning: {folder / name}: holds no checkpoint of this run; left out"
+        f"language_model: warning: {folder / name}: not a checkpoint of this run; ignored"
         for name in ("998", "999")
     ]
     assert "resumed after step 20" in captured.out
@@ -281,7 +284,7 @@ CHANGES = {
 
 
 def resumed(path, **typed):
-    """The settings of `--resume --out path` with these other flags."""
+    """The settings of `--resume --out path` with other flags."""
     return opening.resumed(Config(out=path, resume=True, **typed, given=frozenset(typed)))
 
 
@@ -300,7 +303,7 @@ def test_changed_settings_are_listed_together(whole):
         resumed(whole, seed=1, steps=7)
     assert str(error.value) == (
         f"--resume {whole}: --steps was 20, now 7; --seed was 0, now 1;"
-        " give the old values, or another --out"
+        " pass the old values, or another --out"
     )
 
 
@@ -422,7 +425,7 @@ def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache, 
     steps = [line["step"] for line in files.read_metrics(tmp_path / "run")]
     assert (tmp_path / "run" / "checkpoints" / str(steps[-1])).exists()
     assert not (tmp_path / "run" / "summary.json").exists()
-    stopped, command = last.split("; continue with: ")
+    stopped, command = last.split("; to resume: ")
     assert stopped == f"stopped after step {steps[-1]}"
     resume = subprocess.run(
         command, shell=True, cwd=tmp_path, env=environment(cache), capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The models of the training program: float64 oracles, routing, clip, load balance, precision."""
+"""The models of the training program: float64 oracles, routing, clip, load balance, dtypes."""
 
 import dataclasses
 import functools
@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from lm import config, step, training
+
+import muonclip_jax as mc
+from examples.language_model import config
 from examples.language_model.config import Config
 from examples.language_model.models.logical_axes import AXES
 from examples.language_model.models.presets import PRESETS
+from examples.language_model.training import loop, optimizer, step
 from tests.support import reference_models
 from tests.support.tiny_run import CONFIG, drawn
 
@@ -67,7 +70,7 @@ def in_float64(tree):
 @pytest.mark.parametrize(
     "model", [tiny("mla"), tiny("moe"), crowded(0.7)], ids=["mla", "moe", "moe-crowded"]
 )
-def test_forward_pass_is_that_of_the_papers(model):
+def test_forward_pass_matches_the_papers(model):
     """Layer by layer: so a scanned stack is a loop over its layers, too."""
     variables = drawn(model, spread=0.5)
     logits, sown = forward(model)(variables, TEXT)
@@ -176,7 +179,10 @@ def test_clip_holds_the_recomputed_logits():
 
 
 def test_train_step_moves_the_biases_by_their_rate():
-    model, tx = tiny("moe"), step.make_optimizer(dataclasses.replace(CONFIG, optimizer="adamw"))
+    model, tx = (
+        tiny("moe"),
+        optimizer.make_optimizer(dataclasses.replace(CONFIG, optimizer="adamw")),
+    )
     state = jax.jit(lambda: step.initial_state(model, tx, 0))()
     text = SEQUENCES[None].astype(np.uint8)
     now, metrics = jax.jit(step.make_train_step(model, tx))(state, text, 1.0)

@@ -1,12 +1,13 @@
-"""A run of the training program: its files, its clip, and what can be watched of it."""
+"""A run of the training program: its files, its clip, its events and plots."""
 
 import json
 
 import matplotlib
 import numpy as np
 import pytest
-from lm import observe, plots, rundir
+
 from examples.language_model.config import BadInput
+from examples.language_model.run_folder import files, journal, opening, plots, progress
 from examples.language_model.run_folder.plots import PLOTS
 from tests.support.tiny_run import CONFIG, CORPUS, TINY, compiled_once, scalars, trainer
 
@@ -99,12 +100,12 @@ def test_which_steps_are_logged_depends_on_the_step_alone():
     assert logged == [*range(1, 1_001), 1_010, 1_020, 1_030, 1_040]
 
 
-def test_folder_that_another_program_takes_is_refused_and_kept(tmp_path, monkeypatch):
+def test_folder_that_another_program_creates_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/gqa-muonclip").mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr("os.path.lexists", lambda path: path.name == "runs")
-        with pytest.raises(BadInput, match="cannot be made"):
+        with pytest.raises(BadInput, match="cannot be created"):
             opening.open_run(CONFIG, CORPUS)
     assert list((tmp_path / "runs").rglob("*")) == [tmp_path / "runs/gqa-muonclip"]
 
@@ -114,7 +115,7 @@ def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", refuse)
-    with pytest.raises(BadInput, match=r"cannot be made \(No space left on device\)"):
+    with pytest.raises(BadInput, match=r"cannot be created \(No space left on device\)"):
         trainer(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
 
@@ -192,12 +193,12 @@ def test_resumed_run_has_each_step_once_in_the_events(tmp_path):
 
 def test_events_before_a_checkpoint_survive_a_kill(tmp_path):
     """Nothing is closed here, as nothing is at a kill."""
-    journal = journal.Journal(CONFIG, tmp_path, 0, progress.Speed())
-    journal.log({"step": 1, "loss": 1.0, "max_logit": 1.0, "heads_clipped": 0})
+    log = journal.Journal(CONFIG, tmp_path, 0, progress.Speed())
+    log.log({"step": 1, "loss": 1.0, "max_logit": 1.0, "heads_clipped": 0})
     assert scalars(tmp_path) == {}
-    journal.sync(1)
+    log.sync(1)
     assert scalars(tmp_path)["loss"] == [(1, 1.0)]
-    journal.__exit__()
+    log.__exit__()
 
 
 @pytest.mark.parametrize("steps", [2, 100], ids=["short", "longer_than_the_run"])

@@ -1,4 +1,4 @@
-"""The training program on eight devices: the mesh, the rules, and the same numbers as on one."""
+"""The training program on eight devices: the mesh, the shardings, and equality with one device."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,6 @@ import math
 import pathlib
 import re
 import subprocess
-import sys
 from typing import Any
 
 import chex
@@ -16,14 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from lm import config, mesh, rules, rundir, training
-from examples.language_model.config import BadInput
-from examples.language_model.models.logical_axes import AXES
-from examples.language_model.training.step import make_loss
-from tests.support.tiny_run import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
-from tests.support.strict import STRICT
 
-PROGRAM = pathlib.Path(training.__file__).parents[1] / "train_lm.py"
+from benchmarks.compiled import compiled_cost
+from examples.language_model import config
+from examples.language_model.config import BadInput
+from examples.language_model.models import logical_axes
+from examples.language_model.models.logical_axes import AXES
+from examples.language_model.run_folder import files
+from examples.language_model.training import loop, mesh
+from examples.language_model.training.step import make_loss
+from tests.support.program_command import COMMAND, environment
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
+
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
 EXPERT = {"fsdp": 2, "tensor": 2, "expert": 2}
 
@@ -58,7 +61,7 @@ def test_flag_that_is_no_mesh_is_refused_with_one_line(capsys, text):
     assert leave.value.code == 2
     assert capsys.readouterr().err == (
         f"language_model: argument --mesh: got {text!r}, expected axes among data, fsdp, tensor,"
-        " expert, each once with its size or -1 for all devices that are left, such as"
+        " expert, each once with its size or -1 for all remaining devices, such as"
         " data=2,fsdp=-1; --help lists every flag\n"
     )
 
@@ -97,7 +100,9 @@ def test_sizes_that_are_not_those_of_the_devices_are_refused(sizes):
 
 def test_commands_of_the_readme_are_good_flags():
     page = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-    commands = re.findall(r"python examples/train_lm\.py (.*--simulate-devices.*)$", page, re.M)
+    commands = re.findall(
+        r"python -m examples\.language_model (.*--simulate-devices.*)$", page, re.M
+    )
     parsed = [config.parse(command.split()) for command in commands]
     assert [one.mesh for one in parsed] == [None, EIGHT, EXPERT]
 
@@ -107,8 +112,9 @@ def program(folder, *flags):
     (folder / "text").write_bytes(TEXT)
     sizes = "--preset tiny --data text --batch-size 8 --seq-len 16 --steps 2 --out run".split()
     return subprocess.run(
-        [sys.executable, *STRICT, PROGRAM, "--simulate-devices", "8", *sizes, *flags],
+        [*COMMAND, "--simulate-devices", "8", *sizes, *flags],
         cwd=folder,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -136,7 +142,7 @@ def test_devices_that_are_not_there_are_refused_and_leave_no_folder(tmp_path, fl
 def test_program_trains_on_simulated_devices_and_says_how_they_are_laid_out(tmp_path):
     ended = program(tmp_path, "--mesh", "fsdp=2,tensor=-1", "--no-progress")
     assert ended.returncode == 0, ended.stderr
-    laid_out = "mesh fsdp=2, tensor=4\nkv_heads of size 2 does not divide among tensor=4: each has"
+    laid_out = "mesh fsdp=2, tensor=4\nkv_heads: size 2 is not divisible by tensor=4; replicated"
     assert laid_out in ended.stdout
     assert (tmp_path / "run" / "summary.json").exists()
 
@@ -170,17 +176,35 @@ def test_names_are_divided_by_the_rules(names, shape, sizes, spec):
 @pytest.mark.parametrize(
     ("name", "size", "sizes", "spec", "note"),
     [
-        ("kv_heads", 2, {"tensor": 8}, None, "among tensor=8: each has all of it"),
-        ("batch", 6, {"data": 2, "fsdp": 4}, "data", "data=2,fsdp=4: data=2 divides it"),
-        ("batch", 12, {"data": 2, "fsdp": 4}, "fsdp", "data=2,fsdp=4: fsdp=4 divides it"),
-        ("embed", 6, {"fsdp": 2, "expert": 4}, "fsdp", "fsdp=2,expert=4: fsdp=2 divides it"),
-        ("batch", 1, None, None, "among fsdp=8: each has all of it"),
+        ("kv_heads", 2, {"tensor": 8}, None, "by tensor=8; replicated instead"),
+        (
+            "batch",
+            6,
+            {"data": 2, "fsdp": 4},
+            "data",
+            "by data=2,fsdp=4; sharded over data=2 instead",
+        ),
+        (
+            "batch",
+            12,
+            {"data": 2, "fsdp": 4},
+            "fsdp",
+            "by data=2,fsdp=4; sharded over fsdp=4 instead",
+        ),
+        (
+            "embed",
+            6,
+            {"fsdp": 2, "expert": 4},
+            "fsdp",
+            "by fsdp=2,expert=4; sharded over fsdp=2 instead",
+        ),
+        ("batch", 1, None, None, "by fsdp=8; replicated instead"),
     ],
 )
 def test_size_that_does_not_divide_takes_the_next_rule_and_says_so(name, size, sizes, spec, note):
     divided, (line,) = logical_axes.partition((name,), (size,), mesh.make_mesh(sizes))
     assert divided == P(spec)
-    assert line.startswith(f"{name} of size {size} does not divide among ")
+    assert line.startswith(f"{name}: size {size} is not divisible by ")
     assert line.endswith(note)
 
 
@@ -388,6 +412,8 @@ def test_eight_devices_send_weights_and_gradients_and_not_activations():
     made = on(None, optimizer="adamw")
     text = made._text(made._draw(1))
     with jax.set_mesh(made.shardings.mesh):
-        cost = compiled_cost(made._jit_train_step().lower(made.target, text, made.config.tau).compile())
+        cost = compiled_cost(
+            made._jit_train_step().lower(made.target, text, made.config.tau).compile()
+        )
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(made.target.params))
     assert sum(cost.sent.values()) < 3 * size  # measured 1.8; 8.5 without `logical_axes.constrain`

@@ -7,11 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import train_lm
 from jax.experimental.compilation_cache import compilation_cache
-from lm import data, gqa, rundir, training
+from tensorboardX.proto import event_pb2
+
+from examples.language_model import data, program as language_model
 from examples.language_model.config import Config
+from examples.language_model.models import gqa
 from examples.language_model.models.presets import PRESETS
+from examples.language_model.run_folder import opening
+from examples.language_model.training import loop
 
 TINY = gqa.GQA(**PRESETS["gqa"]["tiny"])
 CONFIG = Config(
@@ -47,7 +51,7 @@ def program(monkeypatch, folder, *common):
     (folder / "text").write_bytes(TEXT)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     flags = "--preset tiny --data text --batch-size 4 --seq-len 16 --no-progress".split()
-    yield lambda *arguments: program.main([*flags, *common, *arguments])
+    yield lambda *arguments: language_model.main([*flags, *common, *arguments])
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -1,4 +1,4 @@
-"""One of the processes of `test_lm_processes.py`: the program, with a fault.
+"""One of the processes of `test_training_processes.py`: the program, with a fault.
 
 training_worker.py FAULT RANK STEP FLAG...: at the end of that step, it happens in that process;
 `unreadable` happens when the checkpoint of that step is read.
@@ -9,9 +9,11 @@ import signal
 import sys
 
 import jax
-import train_lm
-from lm import checkpoint, processes, training
+
+from examples.language_model import program
 from examples.language_model.config import Failed
+from examples.language_model.run_folder import checkpoint
+from examples.language_model.training import loop, processes
 
 
 def raise_an_error():
