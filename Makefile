@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint notebooks clean
 
 demo: .venv/examples
-	$(BIN)/python examples/train_lm.py
+	$(BIN)/python -m examples.language_model
 
 # A process for each core; a file stays in one, as its tests share what they compile.
 test: .venv/test
