@@ -8,11 +8,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from lm import ahead
+from lm.config import Config
 
 import muonclip_jax as mc
-from lm import ahead
-from lm.compiled_cost import Cost
-from lm.config import Config
+from benchmarks.compiled import Cost
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 N, M = 8, 24

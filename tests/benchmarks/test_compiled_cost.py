@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from benchmarks import compiled
+
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 with pytest.MonkeyPatch.context() as patch:  # as a benchmark finds them
     patch.syspath_prepend(BENCHMARKS)
-    ahead, compiled_cost = map(importlib.import_module, ("ahead", "compiled_cost"))
+    ahead = importlib.import_module("ahead")
 
 N, TIMES = 16, 7
 FLOAT = 4  # bytes
@@ -28,7 +30,7 @@ def cost_of(f, *shapes):
     f = jax.shard_map(f, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
     where = NamedSharding(mesh, P("x"))
     leaves = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where) for shape in shapes]
-    return compiled_cost.compiled_cost(jax.jit(f).lower(*leaves).compile())
+    return compiled.compiled_cost(jax.jit(f).lower(*leaves).compile())
 
 
 def repeated(f):
@@ -39,7 +41,7 @@ def text_cost(*lines, functions=""):
     """Costs of a program as the TPU compiler writes it."""
     body = "\n".join(f"  {line}" for line in lines)
     head = "ENTRY %main.1_spmd (param: f32[2]) -> f32[2] {"
-    return compiled_cost.program_cost(f"HloModule jit_step\n{functions}\n{head}\n{body}\n}}\n")
+    return compiled.program_cost(f"HloModule jit_step\n{functions}\n{head}\n{body}\n}}\n")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_a_loop_of_two_turns_in_one_runs_half_as_often(step, times):
 def test_a_loop_counts_once_where_loops_are_left_out():
     head = f"HloModule m\n{LOOP}\nENTRY %main (p: f32[]) -> f32[] {{\n"
     line = "  %w = (s32[], f32[4]{0}) while(%t), condition=%condition, body=%body\n}\n"
-    assert compiled_cost.program_cost(head + line, loops=False).counts == {"all-reduce": 1}
+    assert compiled.program_cost(head + line, loops=False).counts == {"all-reduce": 1}
 
 
 def test_a_collective_in_two_halves_is_one():
@@ -227,7 +229,7 @@ def test_a_collective_of_several_arrays_sends_all_of_them():
 
 def test_what_is_no_compiled_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        compiled_cost.program_cost("module @jit_step {}")
+        compiled.program_cost("module @jit_step {}")
 
 
 def test_what_is_written_below_python_is_caught():

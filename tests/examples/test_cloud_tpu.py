@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 import pytest
-
 from lm import config
+
 from tests.support.processes import free_port
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "cloud_tpu"
