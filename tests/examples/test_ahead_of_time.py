@@ -39,7 +39,7 @@ def test_without_libtpu_the_cure_is_named(monkeypatch, capsys, tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
 def test_a_step_is_compiled_for_chips_that_are_not_there(tmp_path, model):
     done = run(tmp_path, "--aot-topology", "v5p:2x2x1", "--model", model)
