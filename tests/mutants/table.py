@@ -38,7 +38,9 @@ class Mutant(NamedTuple):
     def apply(self, text: str) -> str:
         """Returns the text of the file with the fault in it."""
         if text.count(self.original) != 1:
-            raise ValueError(f"{self.file}: {self.original!r} occurs {text.count(self.original)} times")
+            raise ValueError(
+                f"{self.file}: {self.original!r} occurs {text.count(self.original)} times"
+            )
         return text.replace(self.original, self.mutated)
 
     def __str__(self) -> str:
