@@ -3,9 +3,9 @@
     pip install "muonclip-jax[tpu]"
     python -m benchmarks.tpu_train_step
 
-Writes results/tpu_train_step.json and prints the table of examples/cloud_tpu/README.md. The training
-program prints the figures with `--aot-topology`: memory, FLOPs and communication of one chip in one
-step.
+Writes results/tpu_train_step.json and prints the table of examples/cloud_tpu/README.md. With
+`--aot-topology` the training program prints the figures: memory, FLOPs and communication of one
+chip in one step.
 """
 
 import dataclasses

@@ -10,12 +10,12 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import muonclip_jax as mc
+from benchmarks.compiled import collectives
 from muonclip_jax._sharding import plan as _sharding_plan
 from tests.support import reference
 from tests.support.sharding_cases import (
     Leaf,
     assert_close,
-    collectives,
     draw,
     each_kind,
     make_mesh,
