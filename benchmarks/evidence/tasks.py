@@ -10,10 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax import contrib
-
-import muonclip_jax as mc
-from benchmarks.evidence.split import by_head, split
 from lm import data, gqa, mla
 from lm.config import Config
 from lm.presets import Latent
@@ -26,6 +22,10 @@ from lm.step import (
     make_schedule,
     make_train_step,
 )
+from optax import contrib
+
+import muonclip_jax as mc
+from benchmarks.evidence.split import by_head, split
 
 BATCH_SIZE, SEQ_LEN = 8, 128
 VALIDATION_BYTES = 2**16

@@ -26,11 +26,11 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.types import Row, Scalar
 from muonclip_jax._orthogonalize.products import (
     Hermitian,
     Rows,
-    accumulator,
     add_identity,
     block_rows,
     gram_matrix,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.settings import check_settings
 from muonclip_jax._common.types import Row, Scalar
 from muonclip_jax._orthogonalize.batching import MOST_BYTES
@@ -34,7 +35,6 @@ from muonclip_jax._orthogonalize.iterations import (
     standard_cost,
 )
 from muonclip_jax._orthogonalize.normalize import normalize
-from muonclip_jax._orthogonalize.products import accumulator
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._orthogonalize.team import Team
 

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._orthogonalize.iterations import nonzero
-from muonclip_jax._orthogonalize.products import accumulator, multiply
+from muonclip_jax._orthogonalize.products import multiply
 from muonclip_jax._orthogonalize.team import Team
 
 # 2⁶⁴ is exact in every dtype we normalize in, and takes the reciprocal of the largest and smallest

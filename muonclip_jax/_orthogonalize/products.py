@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from muonclip_jax._common.dtypes import accumulator
+
 # The blocks (i, j), i <= j, of a Hermitian matrix.
 Hermitian: TypeAlias = dict[tuple[int, int], jax.Array]
 # The block rows of any matrix.
@@ -36,23 +38,6 @@ def hermitian_share(blocks: int) -> float:
       (1.0, 0.75)
     """
     return (blocks + 1) / (2 * blocks)
-
-
-def accumulator(dtype: Any) -> Any:
-    """Names the dtype in which sums over `dtype` are taken: at least float32.
-
-    Args:
-      dtype: A floating or complex dtype.
-
-    Returns:
-      `dtype` itself, or float32 for the 16-bit ones.
-
-    Example:
-      >>> accumulator(jnp.bfloat16)
-      dtype('float32')
-    """
-    dtype = jnp.dtype(dtype)
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def multiply(a: jax.Array, b: jax.Array) -> jax.Array:

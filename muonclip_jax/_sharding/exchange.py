@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from muonclip_jax._orthogonalize.batching import in_groups
 from muonclip_jax._orthogonalize.iterations import nonzero
 from muonclip_jax._orthogonalize.matrix_axes import Axes, from_matrices, to_matrices
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, Traced
@@ -23,33 +22,9 @@ from muonclip_jax._sharding.placement import Placements
 from muonclip_jax._sharding.plan import Group, Plan, make_plan
 
 
-def orthogonalize_leaves(
-    leaves: Sequence[jax.Array],
-    axes: Sequence[Axes],
-    where: Placements | None,
-    orthogonalize: Orthogonalizer,
-) -> list[jax.Array]:
-    """Orthogonalizes the matrices of all leaves.
-
-    Args:
-      leaves: Batches of matrices.
-      axes: The axes of each.
-      where: Where their pieces are; None if every device has all it needs, or nobody knows.
-      orthogonalize: What is done to matrices.
-
-    Returns:
-      Each of `leaves` orthogonalized, in its shape, lying as it did.
-    """
-    if where is None:
-        batches = [to_matrices(x, a) for x, a in zip(leaves, axes, strict=True)]
-        done = in_groups(orthogonalize, batches)
-        return [from_matrices(o, a, x.shape) for o, a, x in zip(done, axes, leaves, strict=True)]
-    orthogonalize = orthogonalize._replace(platform=where.platform)
-    return _as_planned(leaves, where, plan_for(where, orthogonalize), orthogonalize)
-
-
 def plan_for(where: Placements, orthogonalize: Orthogonalizer) -> Plan:
-    """Plans the orthogonalization of leaves that are in pieces."""
+    """Plans the orthogonalization of sharded leaves."""
+    orthogonalize = orthogonalize._replace(platform=where.platform)
     return make_plan(
         where.leaves,
         where.sizes,
@@ -58,10 +33,21 @@ def plan_for(where: Placements, orthogonalize: Orthogonalizer) -> Plan:
     )
 
 
-def _as_planned(
+def exchange(
     leaves: Sequence[jax.Array], where: Placements, plan: Plan, orthogonalize: Orthogonalizer
 ) -> list[jax.Array]:
-    """Carries out a plan, group by group."""
+    """Orthogonalizes the matrices of all leaves as planned, group by group.
+
+    Args:
+      leaves: Batches of matrices.
+      where: How they are sharded.
+      plan: The plan for them.
+      orthogonalize: Newton-Schulz with its settings.
+
+    Returns:
+      Each of `leaves` orthogonalized, in its shape and sharding.
+    """
+    orthogonalize = orthogonalize._replace(platform=where.platform)
     results: list[Any] = [None] * len(leaves)
     # An argument: what is traced must not be closed over.
     traced = jax.tree.map(jnp.asarray, orthogonalize.traced)

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-
 from lm import config
+
 from tests.support.strict import STRICT
 
 PROGRAM = pathlib.Path(__file__).parents[2] / "examples" / "train_lm.py"

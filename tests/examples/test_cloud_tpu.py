@@ -10,9 +10,9 @@ import subprocess
 import sys
 
 import pytest
-
 from lm import config
-from tests.sharding.test_processes import free_port
+
+from tests.support.processes import free_port
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "cloud_tpu"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))

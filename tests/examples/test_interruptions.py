@@ -12,10 +12,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-
 import train_lm
 from lm import checkpoint, data, rundir, training
 from lm.config import BadInput, Config
+
 from tests.support import lm_cases
 from tests.support.interruption_cases import (
     Killed,

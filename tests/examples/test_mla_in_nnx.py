@@ -3,10 +3,10 @@
 import math
 
 import jax
+import mla_in_nnx
 import pytest
 from flax import nnx
 
-import mla_in_nnx
 import muonclip_jax as mc
 from tests.support.strict import needs_capture
 

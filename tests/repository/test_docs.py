@@ -1,13 +1,9 @@
 """The pages of docs/: blocks run, links lead somewhere, numbers are those that tests hold."""
 
-import contextlib
 import functools
 import inspect
-import io
 import json
-import pathlib
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +13,14 @@ import pytest
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.iterations import gram_cost, restart_windows, standard_cost
-from muonclip_jax._qk_clip.head_layout import Layout
-from muonclip_jax._qk_clip.shared_key import query_and_key_factors
-from tests.orthogonalize.test_published_numbers import ABOVE_ONE, RANGES
+from muonclip_jax._qk_clip.clip import query_and_key_factors
+from muonclip_jax._qk_clip.head_layout import HeadLayout
 from tests.support import reference
-from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE
+from tests.support.pages import BLOCK, ROOT, run_page, table
+from tests.support.published_numbers import ABOVE_ONE, RANGES
 
-ROOT = pathlib.Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-# A block of Python, and the plain block right after it: what it prints.
-BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
-
 every_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
-
-
-@functools.cache
-def run_page(name: str) -> dict[str, Any]:
-    """Names that a page's blocks define, run one after the other."""
-    namespace: dict[str, Any] = {"__name__": name}
-    text = (ROOT / "docs" / name).read_text()
-    if "nnx.capture" in text and not HAS_CAPTURE:
-        pytest.skip(NEEDS_CAPTURE)
-    for source, shown in BLOCK.findall(text):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(source, name, "exec"), namespace)
-        assert printed.getvalue() == shown
-    return namespace
 
 
 @every_page
@@ -88,15 +65,15 @@ def test_names_exist(page):
 
 
 def test_layouts_in_the_table_can_be_built():
-    rows = _table("qk_clip.md", "| your model | layout |")
+    rows = table("qk_clip.md", "| your model | layout |")
     calls = [call.strip("`") for _, call in rows if call.startswith("`mc.")]
     assert len(calls) == 15
     for call in calls:
-        assert isinstance(eval(call, {"mc": mc}), Layout)
+        assert isinstance(eval(call, {"mc": mc}), HeadLayout)
 
 
 def test_shared_keys_in_the_table_are_what_the_rules_do():
-    rows = _table("qk_clip.md", "| `shared_key` |")
+    rows = table("qk_clip.md", "| `shared_key` |")
     assert len(rows) == 4
     for name, queries, key, logits, _ in rows:
         rule = name.split('"')[1]
@@ -146,7 +123,7 @@ def test_costs_of_a_sharded_step_are_the_committed_ones():
         ]
         for case in _result("sharded_step")["cases"].values()
     ]
-    assert _table("sharding.md", "| layers | slice |") == expected
+    assert table("sharding.md", "| layers | slice |") == expected
 
 
 def test_costs_of_a_step_of_kimi_are_the_committed_ones():
@@ -164,26 +141,14 @@ def test_costs_of_a_step_of_kimi_are_the_committed_ones():
         ]
         for name, x in _result("kimi_k2")["slices"].items()
     ]
-    assert _table("sharding.md", "| slice | expert x fsdp |") == expected
+    assert table("sharding.md", "| slice | expert x fsdp |") == expected
 
 
 # --- choosing.md ----------------------------------------------------------------------------------
 
 
-def _table(page, head):
-    """Cells of the table whose first line begins with `head`, without that line and the rule."""
-    lines = (ROOT / "docs" / page).read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(head))
-    rows = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            return rows
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
-
-
 def test_calls_in_the_table_build_optimizers():
-    rows = _table("choosing.md", "| you want | call |")
+    rows = table("choosing.md", "| you want | call |")
     assert len(rows) == 6
     for _, call, _ in rows:
         tx = eval(call.strip("`"), {"mc": mc, "lr": 3e-4})
@@ -191,7 +156,7 @@ def test_calls_in_the_table_build_optimizers():
 
 
 def test_presets_in_the_table_of_choices_arrive_where_it_says():
-    rows = _table("choosing.md", "| you want | `ns_coeffs` |")
+    rows = table("choosing.md", "| you want | `ns_coeffs` |")
     assert len(rows) == 4
     for _, choice, said in rows:
         name = choice.split('"')[1]
@@ -221,7 +186,7 @@ def test_numbers_to_watch_are_those_of_the_metrics():
     params = {"attn": {name: {"kernel": jnp.ones((4, 2, 2))} for name in ("query", "key")}}
     stats, ever = {"attn": {"max_logits": jnp.ones(2)}}, {"attn": jnp.zeros(2, bool)}
     _, info = mc.qk_clip(params, stats, ever_clipped=ever)
-    rows = _table("choosing.md", "| number | means |")
+    rows = table("choosing.md", "| number | means |")
     watched = [name.strip("`") for name, *_ in rows if "qk_clip/" in name]
     assert len(watched) == 6
     assert set(watched) < set(mc.qk_clip_metrics(info))
@@ -251,7 +216,7 @@ def test_a_view_changes_nothing_for_an_elementwise_optimizer():
 
 
 def test_table_of_presets_is_the_table_of_the_published_numbers():
-    rows = _table("numerics.md", "| preset |")
+    rows = table("numerics.md", "| preset |")
     assert sorted(row[0].split('"')[1] for row in rows) == sorted(RANGES)
     for names, steps, slope, *ranges, above, _ in rows:
         name, *aliases = names.split('"')[1::2]
@@ -304,7 +269,7 @@ def test_both_forms_cost_the_same_at_an_aspect_of_one_and_a_half():
 
 def test_costs_in_the_page_are_the_formulas():
     rows = mc.ns_coefficients("jordan")
-    for aspect, standard, *gram in _table("numerics.md", "| m / n |"):
+    for aspect, standard, *gram in table("numerics.md", "| m / n |"):
         assert float(standard) == standard_cost(rows, float(aspect))
         costs = [
             gram_cost(restart_windows(rows, dtype), float(aspect))

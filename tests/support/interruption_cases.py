@@ -12,9 +12,9 @@ import time
 
 import chex
 import jax
-
 import train_lm
 from lm import training
+
 from tests.support.lm_cases import CONFIG, CORPUS, TEXT
 from tests.support.strict import STRICT
 

@@ -17,6 +17,10 @@ from tests.support import reference
 
 NAMES = ("x", "y", "z")
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
+# One step of Newton-Schulz instead of five: what is tested is what goes where.
+ONE_STEP = ((1.5, -0.5, 0.1),)
+DEAR = 1e-9  # FLOPs that cost as much as a byte
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -96,3 +100,9 @@ def planned(leaves, mesh):
     jax.eval_shape(lambda tree: found.append(placements("test", tree, axes, {})), tree)
     rows = mc.ns_coefficients("jordan")
     return plan_for(found[0], Orthogonalizer(rows, "auto", "auto", "frobenius", Traced(1e-8)))
+
+
+def work(m, n, dtype):
+    """Ten products of an m x m and an m x n matrix, as three steps of the standard form."""
+    del dtype
+    return 20.0 * m * m * n
