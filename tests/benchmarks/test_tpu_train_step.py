@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from benchmarks import report, tpu_train_step
 from benchmarks.compiled import Cost
-from lm import ahead
-from lm.config import Config
+from examples.language_model.config import Config
+from examples.language_model.measurement import ahead, cost_table
 
 PAGE = pathlib.Path(__file__).parents[2] / "examples" / "cloud_tpu" / "README.md"
 
@@ -21,7 +21,7 @@ def test_figures_are_read_from_the_output_of_the_training_program():
     config = Config(preset="medium", aot_topology="v5e:4x2")
     head = ahead._head(config, mesh, {"w": jnp.ones((2, 4))})
     plan = "mesh fsdp=8; per device and step 1e+11 FLOPs, 0.3 MB sent"
-    assert tpu_train_step.parse("\n".join([*head, *ahead._table(cost, 16), plan])) == {
+    assert tpu_train_step.parse("\n".join([*head, *cost_table.cost_table(cost, 16), plan])) == {
         "chips": 8,
         "mesh": "fsdp=8",
         "parameters": 8,
@@ -37,10 +37,17 @@ def test_figures_are_read_from_the_output_of_the_training_program():
 
 
 def test_slice_that_is_too_small_is_marked():
-    output = "v5e:2x2: 4 chips as fsdp=4\ngqa medium, 9 parameters, float32; a step\n"
-    refused = "  does not fit: Used 20.10G of 15.75G hbm; give more chips, or more --accumulate\n"
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+                "space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G."
+            )
+
+    head = "v5e:2x2: 4 chips, mesh fsdp=4\ngqa medium, 9 parameters, float32; per step 8 sequences"
+    refused = cost_table.compile_and_format(Lowered(), None)
     case = tpu_train_step.Case("v5litepod-4", "v5e:2x2", "gqa", "medium", "")
-    found = tpu_train_step.parse(output + refused)
+    found = tpu_train_step.parse("\n".join([head, *refused]))
     assert not found["fits"]
     cells = tpu_train_step.row(vars(case) | found)
     assert cells[2:4] == ["fsdp=4", "Used 20.10G of 15.75G hbm: **does not fit**"]
