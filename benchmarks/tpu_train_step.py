@@ -84,7 +84,7 @@ def parse(output: str) -> dict[str, Any]:
         "fits": ": fits\n" in output,
         "used_gib": number(r"^  total memory +([\d.]+) of"),
         "chip_gib": number(r"^  total memory .* the (\d+) GiB of a chip"),
-        "refused": "".join(re.findall(r"^  does not fit; .*(Used \S+ of \S+ hbm)", output, re.MULTILINE)),
+        "refused": "".join(re.findall(r"^  does not fit; [^:]*: (.*)$", output, re.MULTILINE)),
         "flops": number(r"^  matrix products +([\d.e+]+) FLOPs"),
         "muon_flops": number(r"^mesh .* per device and step ([\d.e+]+) FLOPs"),
         "counts": {kind: int(count) for kind, count, _ in collectives},
@@ -108,7 +108,7 @@ def row(case: dict[str, Any]) -> list[str]:
         case["mesh"],
     ]
     if case["refused"]:
-        return [*cells, f"{case['refused']}: **does not fit**", "", "", ""]
+        return [*cells, f"**does not fit**: {case['refused']}", "", "", ""]
     verdict = "" if case["fits"] else ": **does not fit**"
     return [
         *cells,
