@@ -101,11 +101,11 @@ head/weight 65536,2048 A
     "diffusers_unet": """
 conv_in/kernel 3,3,4,320 1x36x320W
 conv_in/bias 320 A
-time_embedding/linear_1/kernel 320,1280 AW
+time_embedding/linear_1/kernel 320,1280 1x320x1280
 time_embedding/linear_1/bias 1280 A
 down_blocks_0/resnets_0/norm1/scale 320 A
 down_blocks_0/resnets_0/conv1/kernel 3,3,320,320 1x2880x320
-down_blocks_0/resnets_0/time_emb_proj/kernel 1280,320 AW
+down_blocks_0/resnets_0/time_emb_proj/kernel 1280,320 1x1280x320
 down_blocks_0/resnets_0/time_emb_proj/bias 320 A
 down_blocks_0/attentions_0/proj_in/kernel 1,1,320,320 1x320x320
 down_blocks_0/attentions_0/transformer_blocks_0/attn1/to_q/kernel 320,320 1x320x320
@@ -122,7 +122,7 @@ conv_out/bias 4 A
     "dit": """
 x_embedder/proj/kernel 2,2,4,1152 A
 x_embedder/proj/bias 1152 A
-t_embedder/mlp_0/kernel 256,1152 AW
+t_embedder/mlp_0/kernel 256,1152 1x256x1152
 t_embedder/mlp_0/bias 1152 A
 y_embedder/embedding_table 1001,1152 A
 pos_embed 1,256,1152 A
