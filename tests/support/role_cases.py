@@ -188,16 +188,16 @@ blocks/mlp/fc2/kernel 12,1536,384 12x1536x384
     # google-deepmind/recurrentgemma, jax
     "recurrentgemma": """
 embedder/input_embedding 256000,2560 A
-blocks.0/temporal_pre_norm/scale 2560 A
-blocks.0/recurrent_block/linear_y/kernel 2560,2560 1x2560x2560
-blocks.0/recurrent_block/conv_1d/w 4,2560 A
-blocks.0/recurrent_block/conv_1d/b 2560 A
-blocks.0/recurrent_block/rg_lru/a_param 2560 A
-blocks.0/recurrent_block/rg_lru/input_gate/w 10,256,256 10x256x256
-blocks.0/recurrent_block/rg_lru/input_gate/b 10,256 A
-blocks.0/mlp_block/ffw_up/w 2,2560,7680 2x2560x7680
-blocks.0/mlp_block/ffw_up/b 2,1,1,7680 A
-blocks.0/mlp_block/ffw_down/kernel 7680,2560 1x7680x2560
+blocks/0/temporal_pre_norm/scale 2560 A
+blocks/0/recurrent_block/linear_y/kernel 2560,2560 1x2560x2560
+blocks/0/recurrent_block/conv_1d/w 4,2560 A
+blocks/0/recurrent_block/conv_1d/b 2560 A
+blocks/0/recurrent_block/rg_lru/a_param 2560 A
+blocks/0/recurrent_block/rg_lru/input_gate/w 10,256,256 10x256x256
+blocks/0/recurrent_block/rg_lru/input_gate/b 10,256 A
+blocks/0/mlp_block/ffw_up/w 2,2560,7680 2x2560x7680
+blocks/0/mlp_block/ffw_up/b 2,1,1,7680 A
+blocks/0/mlp_block/ffw_down/kernel 7680,2560 1x7680x2560
 """,
     # AI-Hypercomputer/maxtext, kernels only
     "maxtext_like_gqa_nonorm": """

@@ -32,14 +32,11 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
 
 
 def _is_dense(leaf: Leaf, evidence: Evidence, name: str) -> bool:
-    """Returns whether a parameter below the name of an embedding is a dense layer, not a table.
-
-    A table has no bias. Embeddings of time steps are computed by dense layers.
-    """
-    is_inside = leaf.name != name or names.matches(names.DENSE, name)
-    is_computed = names.matches(names.COMPUTED, name)
+    """Returns whether a parameter is a dense layer that computes the embedding of a time step."""
+    if not names.matches(names.COMPUTED, name):
+        return False
     has_bias = len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence)
-    return (is_inside or is_computed) if has_bias else (is_inside and is_computed)
+    return has_bias or leaf.name != name or names.matches(names.DENSE, name)
 
 
 def _doubt_table(leaf: Leaf, evidence: Evidence, name: str) -> str:

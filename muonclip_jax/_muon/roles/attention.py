@@ -112,7 +112,8 @@ def _residual_axis(
     if convention and last - usual in hits:
         return last - usual, ""
     confirmed = settings.outputs_first is not None or _fits_beside(leaf, shape, side, evidence)
-    doubtful = not confirmed and shape[usual] < max(shape) and not leaf.is_lora
+    no_width = widths and not hits and math.prod(shape) < 2 * shape[usual] ** 2
+    doubtful = not confirmed and (shape[usual] < max(shape) or no_width) and not leaf.is_lora
     return usual, "nothing shows which of its axes are heads" if doubtful else ""
 
 

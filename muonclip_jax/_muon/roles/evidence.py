@@ -25,7 +25,7 @@ class Evidence:
       children: The names of the children of each module.
       by_core: The parameters by path.
       sizes: How often each size occurs in the shapes.
-      matrix_sizes: The same in the shapes of two axes or more, without windows of convolutions.
+      matrix_sizes: The same in the shapes of matrices, without windows of convolutions.
       vocabulary: The rows of the largest table of embeddings; 0 without one.
       embedded: Its width.
       usual_width: The most frequent size of the gains of norms; 0 without one.
@@ -45,7 +45,12 @@ class Evidence:
             self._add(index, leaf)
         self.by_core = {leaf.core: leaf for leaf in self.leaves}
         self.sizes = collections.Counter(n for shape in shapes for n in shape)
-        matrices = (_without_window(leaf) for leaf in self.leaves if len(leaf.shape) > 1)
+        vectors = ("bias", "norm", "scale")
+        matrices = (
+            _without_window(leaf)
+            for leaf in self.leaves
+            if len(leaf.shape) > 1 and not (leaf.role and leaf.role[0].name in vectors)
+        )
         self.matrix_sizes = collections.Counter(n for shape in matrices for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
         self.convention: dict[str, bool] = {}

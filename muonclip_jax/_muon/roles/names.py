@@ -133,7 +133,7 @@ ADAMW_ROLES = (
     ),
 )
 
-# Parameters of a state-space layer, where one of the first group is beside the second: S4, S4D, DSS, S5.
+# Names that show a state-space layer, and its parameters beside them: S4, S4D, DSS, S5.
 STATE_SPACE = r"log_(step|dt|lambda)|lambda(_re|_im|_real|_imag)?|a_log|(nu|theta)_log"
 STATE_SPACE_MATRICES = r"[abcpw](_re|_im|_real|_imag)?|lambda(_re|_im|_real|_imag)?"
 
@@ -195,6 +195,7 @@ LOW_RANK_NORM = r"\w*(q|kv)_(a_)?(layer_?|rms_?)?norm|\w*(q|kv)_(a_)?ln|compress
 GENERIC = (
     r"|dense|linear|fc|layers?|out(put)?(_proj(ection)?)?|final|last|sequential|decoder|noisy\w*"
 )
+PREDICTOR = r"\w+(predictor|classifier)"
 LAST_LAYER = r"(output|final|last|prediction)_?layer"
 FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?)(_?block)?|ff"
 EXPERTS = r"(shared_)?experts?(_\w*)?"
@@ -254,6 +255,8 @@ def core(path: tuple[str, ...]) -> tuple[str, ...]:
       >>> core(("q_proj", "weight", "0"))
       ('q_proj', 'weight')
     """
+    if len(path) > 2 and path[-1].isdigit() and path[-2] == "args":  # Paramax
+        path = path[:-2]
     while (
         len(path) > 1
         and (path[-1].isdigit() or path[-1] in ("array", "data_array", "raw_value"))

@@ -93,9 +93,8 @@ def _table_or_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> Dec
         is_head &= not _is_left_alone(leaf, evidence) and not _is_widening(n_in, n_out)
         doubt = "" if is_head else "no name confirms it"
         return Decision(None, f"output head: nothing has {n_out} inputs", doubt)
-    if leaf.is_inside and leaf.module and names.matches(names.LAST_LAYER, leaf.module[-1]):
-        if len(leaf.shape) == 2 and n_in != n_out and _is_last(leaf, evidence):
-            return Decision(None, f"output head '{leaf.module[-1]}'")
+    if _is_in_last_layer(leaf, evidence) and n_in != n_out:
+        return Decision(None, f"output head '{leaf.module[-1]}'")
     is_long = large >= _VOCABULARY and large > _VOCABULARY_RATIO * small
     if is_long and len(leaf.shape) == 2 and _is_outside_blocks(leaf):
         return Decision(None, "output head", f"a side of {large} may be a vocabulary")
@@ -152,6 +151,7 @@ def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
     if len(leaf.shape) != 2 or not names.matches(names.GENERIC, leaf.name):
         return False
     in_layer = any(map(names.is_numbered, leaf.module)) and not all(n.isdigit() for n in leaf.core)
+    in_layer &= not names.matches(names.PREDICTOR, leaf.module[-1] if leaf.module else "")
     if in_layer or n_in == 0 or evidence.matrix_sizes[n_out] > 1:
         return False
     if _is_widening(n_in, n_out) and not (leaf.is_inside and _is_last_of_all(leaf, evidence)):
@@ -172,6 +172,14 @@ def _is_last_of_all(leaf: Leaf, evidence: Evidence) -> bool:
     is_root = len(module.leaves) == len(evidence.leaves)
     others = [x for x in evidence.leaves if len(x.shape) > 1 and x.module != leaf.module]
     return is_root and len(others) > 1 and _is_last(leaf, evidence)
+
+
+def _is_in_last_layer(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a matrix is the last one of a module `final_layer` of the whole model."""
+    if not leaf.module or not names.matches(names.LAST_LAYER, leaf.module[-1]):
+        return False
+    is_root = len(evidence.groups[leaf.module[:-1]].leaves) == len(evidence.leaves)
+    return is_root and len(leaf.shape) == 2 and leaf.is_inside and _is_last(leaf, evidence)
 
 
 def _is_left_alone(leaf: Leaf, evidence: Evidence) -> bool:
