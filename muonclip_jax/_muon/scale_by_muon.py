@@ -25,7 +25,8 @@ from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_row
+from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
+from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_step
 from muonclip_jax._orthogonalize.matrix_axes import (
     DimensionNumbersOrFn,
     matrix_axes,
@@ -34,8 +35,9 @@ from muonclip_jax._orthogonalize.matrix_axes import (
 )
 from muonclip_jax._orthogonalize.newton_schulz import orthogonalizer
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
-from muonclip_jax._sharding.exchange import orthogonalize_leaves
-from muonclip_jax._sharding.placement import placements, shardings_by_path
+from muonclip_jax._sharding import exchange
+from muonclip_jax._sharding.placement import shardings_by_path
+from muonclip_jax._sharding.plan import plan_for
 
 # w_M, w_G of the matrix that is orthogonalized, w_M M + w_G G; None leaves G out.
 Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
@@ -180,9 +182,9 @@ def scale_by_momentum(
     shardings: ArrayTree,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds `scale_by_muon`, whose arguments these are, checked, for any direction of M and G."""
-    steps = ns_steps if is_single_row(ns_coeffs) else None
-    orthogonalize = orthogonalizer(ns_coeffs, steps, ns_method, ns_dtype, preconditioning, eps)
-    said = shardings_by_path(shardings)
+    steps = ns_steps if is_single_step(ns_coeffs) else None
+    orthogonalize = orthogonalizer(ns_coeffs, steps, ns_method, ns_dtype, preconditioning)
+    said = shardings_by_path("scale_by_muon", shardings)
 
     def init_fn(params):
         if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
@@ -203,8 +205,11 @@ def scale_by_momentum(
             _combine(m, g, *direction(_real(beta, m), _real(t, m)))
             for m, g in zip(M, G, strict=True)
         ]
-        where = placements("scale_by_muon", structure.unflatten(D), axes, said)
-        orthogonal = orthogonalize_leaves(D, axes, where, orthogonalize)
+        plan = plan_for("scale_by_muon", structure.unflatten(D), axes, said, orthogonalize)
+        if plan is None:
+            orthogonal = orthogonalize_leaves(lambda X: orthogonalize(X, eps), D, axes)
+        else:
+            orthogonal = exchange.orthogonalize(D, plan, orthogonalize, eps)
         if adaptive:
             orthogonal = [
                 o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
