@@ -1,4 +1,4 @@
-"""How to compute Newton-Schulz: the dtype, the method and the batches, from shapes and counts alone.
+"""How to compute Newton-Schulz: the dtype, the method and the batches, by counting alone.
 
 Everything here is decided while tracing, from numbers. No array is read.
 """
@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
 from muonclip_jax._common.types import Step

@@ -70,7 +70,7 @@ _CUBIC5 = (
 
 
 def with_safety(coefficients: Sequence[Step], safety: float) -> tuple[Step, ...]:
-    """Replaces every p(s) by p(s / safety), so that singular values may be larger by that factor."""
+    """Replaces every p(s) by p(s / safety), so that singular values may reach `safety`."""
     return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in coefficients)
 
 

@@ -1,4 +1,4 @@
-"""Brings singular values to at most one: norms at any scale without overflow, and preconditioning."""
+"""Scales singular values to at most one: norms at any scale, and preconditioning."""
 
 import jax
 import jax.numpy as jnp

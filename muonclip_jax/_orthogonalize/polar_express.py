@@ -13,8 +13,8 @@ import numpy as np
 from muonclip_jax._common.types import Step
 from muonclip_jax._orthogonalize.coefficients import with_safety
 
-# The paper's code raises l to cushion · u. The polynomial of a wider interval would be too steep for
-# the small values in it.
+# The paper's code raises l to cushion · u. The polynomial of a wider interval would be too steep
+# for the small values in it.
 _CUSHION = 0.02407327424182761
 
 # On narrower intervals the exchange is ill-conditioned (it fails below 8e-6, measured), and the

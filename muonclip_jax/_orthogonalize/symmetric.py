@@ -61,18 +61,21 @@ class Symmetric:
 
     def __rmul__(self, a: Any) -> "Unrounded":
         """Computes a A."""
-        return Unrounded(a * self.shift, a * self._own_rows(), self)
+        return Unrounded(a * self.shift, a * self._own_rows(), self.matrix.dtype, self.products)
 
     def __matmul__(self, other: Any) -> Any:
-        """Computes A B, where A and B commute up to rounding; A X, unrounded, for an array X."""
+        """Computes A B, of matrices that commute up to rounding, or A X, unrounded, for an array X.
+
+        A B is mirrored, and may be mirrored later, only if both A and B may be.
+        """
         r, R = self.shift, self.matrix
         if isinstance(other, jax.Array):
             return _plus(_times(r, _wide(other)), multiply(R, other))
         t, T = other.shift, other.matrix
-        is_mirrored = self.products.mirror and other.products.mirror
-        RT = mirrored(R, T) if is_mirrored else multiply(own_rows(R, self.products.shards), T)
+        products = self.products._replace(mirror=self.products.mirror and other.products.mirror)
+        RT = mirrored(R, T) if products.mirror else multiply(own_rows(R, products.shards), T)
         cross = _plus(_times(r, other._own_rows()), _times(t, self._own_rows()))
-        return Unrounded(r * t, _plus(cross, RT), self)
+        return Unrounded(r * t, _plus(cross, RT), R.dtype, products)
 
     def without_shift(self) -> "Symmetric":
         """Adds the shift to the diagonal of R, rounded."""
@@ -94,12 +97,14 @@ class Unrounded:
     Attributes:
       shift: r.
       rows: The rows of R on this device.
-      like: A matrix with the dtype and the `products` of the rounded one.
+      dtype: Dtype to round to.
+      products: How products of the rounded matrix are computed.
     """
 
     shift: Any
     rows: jax.Array
-    like: Symmetric
+    dtype: Any
+    products: Products
 
     def __rmul__(self, a: Any) -> "Unrounded":
         """Computes a A."""
@@ -112,10 +117,10 @@ class Unrounded:
 
     def rounded(self) -> Symmetric:
         """Rounds R to the dtype of the iteration, and gathers its rows."""
-        R, shards = self.rows.astype(self.like.matrix.dtype), self.like.products.shards
+        R, shards = self.rows.astype(self.dtype), self.products.shards
         if shards:
             R = shards.all_rows(R, R.shape[-1])
-        return dataclasses.replace(self.like, shift=self.shift, matrix=R)
+        return Symmetric(self.shift, R, self.products)
 
 
 def gram_matrix(X: jax.Array, products: Products) -> Symmetric:
@@ -162,7 +167,7 @@ def rounded(A: jax.Array, dtype: Any, products: Products, shift: Any = None) -> 
 
 
 def multiply(A: jax.Array, B: jax.Array) -> jax.Array:
-    """Multiplies two arrays, and returns the sums in float32 at least, not rounded to their dtype."""
+    """Multiplies two arrays, and returns the sums unrounded, in float32 at least."""
     # HIGHEST: accelerators would round float32 operands to TF32 or bfloat16 by default.
     precision = None if is_narrow(A.dtype) else jax.lax.Precision.HIGHEST
     return jnp.matmul(A, B, precision=precision, preferred_element_type=accumulator(A.dtype))

@@ -1,4 +1,4 @@
-"""Executes a plan: exchanges shards for full matrices, orthogonalizes those, and returns the shards.
+"""Executes a plan: exchanges shards for full matrices, orthogonalizes them, and returns the shards.
 
 Everything is inside `jax.shard_map`, on the shards of one device. A worked example: 13 matrices of
 8 x 16, P("x", "y") on a mesh x=2, y=2. That is a grid of 2 x 2 shards on 4 devices, each of which
@@ -129,7 +129,7 @@ def _unstacked(
 
 
 def _cast(x: jax.Array, transfer_dtype: Any, group: Group) -> jax.Array:
-    """Casts to the transfer dtype, whose range may be smaller, so that matrices are scaled first."""
+    """Casts to the transfer dtype, after scaling each matrix if its range is smaller."""
     if jnp.finfo(transfer_dtype).maxexp < jnp.finfo(x.dtype).maxexp:
         largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
         x = x / nonzero(jax.lax.pmax(largest, group.axes) if group.axes else largest)
@@ -229,7 +229,7 @@ def _assembled(shards: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """Assembles (..., R C, m / R, n / C) shards to (..., m, n) matrices."""
     *batch, _, height, width = shards.shape
     R, C = grid
-    # One axis at a time: under jax.vmap, jax 0.10 cannot merge more axes of a sharded array at once.
+    # One axis at a time: under jax.vmap, jax 0.10 cannot merge more axes of a sharded array.
     shards = shards.reshape(*batch, R, C, height, width).swapaxes(-3, -2)
     return shards.reshape(*batch, R * height, C, width).reshape(*batch, R * height, C * width)
 

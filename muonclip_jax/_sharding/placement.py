@@ -44,7 +44,7 @@ class PlacedLeaf(NamedTuple):
     spec: tuple[MeshAxes, ...]
 
     def mesh_axes(self, axes: Sequence[int]) -> MeshAxes:
-        """Returns the mesh axes over which some axes of the leaf, merged to one side, are sharded."""
+        """Returns the mesh axes over which some axes of the leaf, one side, are sharded."""
         return tuple(name for axis in axes for name in self.spec[axis])
 
 

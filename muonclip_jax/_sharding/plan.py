@@ -14,6 +14,7 @@ from muonclip_jax._common.paths import aligned
 from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._orthogonalize.matrix_axes import Axes, is_tall, sides
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
+from muonclip_jax._sharding import strategies
 from muonclip_jax._sharding.placement import (
     PASS_SHARDINGS,
     MeshAxes,
@@ -21,7 +22,6 @@ from muonclip_jax._sharding.placement import (
     Placement,
     find_placement,
 )
-from muonclip_jax._sharding import strategies
 
 
 class Member(NamedTuple):

@@ -7,7 +7,7 @@ MAX_EXCHANGED_BYTES = 2**28
 
 # FLOPs that a device computes in the time of sending one byte. Work with fewer FLOPs is repeated on
 # several devices rather than shared. From data sheets: TPU v5p 459e12 / 600e9 = 765, H100 over
-# NVLink 989e12 / 900e9 = 1100. Matrices of more than a few hundred rows are far from this threshold.
+# NVLink 989e12 / 900e9 = 1100. Matrices of more than a few hundred rows are far from the limit.
 FLOPS_PER_BYTE = 1000
 
 
