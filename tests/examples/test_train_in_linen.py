@@ -53,7 +53,7 @@ def test_every_kernel_has_the_expected_optimizer():
         assert rows[path].optimizer == "adamw", path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_logits_grow_without_the_clip():
     plain, clipped = (train_in_linen.train(x) for x in (math.inf, THRESHOLD))
     assert plain[-1]["loss"] < 0.1
