@@ -5,6 +5,7 @@ import os
 import pathlib
 import socket
 
+from tests.support.by_day import mark_combinations
 from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE, installed
 
 # The references are small: threads of NumPy's BLAS only wait for those of XLA.
@@ -50,8 +51,10 @@ def _connect_to_loopback_only(self, address):
 _MAPS, _MOST_MAPS = pathlib.Path("/proc/self/maps"), 20_000
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
 def pytest_collection_modifyitems(items):
-    """Skips the examples of `muonclip_jax.nnx` where Flax has no `nnx.capture`."""
+    """Chooses what runs by day; skips the examples of `nnx` where Flax has no `nnx.capture`."""
+    mark_combinations(items)
     for item in items:
         if not HAS_CAPTURE and isinstance(item, pytest.DoctestItem) and item.path.stem == "nnx":
             item.add_marker(pytest.mark.skip(reason=NEEDS_CAPTURE))

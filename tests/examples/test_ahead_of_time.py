@@ -45,7 +45,7 @@ def test_missing_libtpu_is_named_with_its_pip_command(monkeypatch, capsys, tmp_p
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
 def test_step_is_compiled_for_chips_that_are_not_attached(tmp_path, model):
     done = run(tmp_path, "--aot-topology", "v5p:2x2x1", "--model", model)

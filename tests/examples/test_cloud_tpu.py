@@ -357,7 +357,7 @@ def test_train_needs_a_folder(program):
     assert done.stdout.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_train_trains(tmp_path):
     (tmp_path / "text").write_text("to be or not to be, that is the question\n" * 99)
     alone = f"127.0.0.1:{free_port()},1,0"

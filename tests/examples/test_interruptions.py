@@ -408,7 +408,7 @@ def test_kill_nine(tmp_path, cache, long):
     kill_and_resume(tmp_path, cache, 3, STEPS, long)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
 def test_kill_nine_at_twenty_moments(tmp_path, cache, model):
     ended(start(tmp_path, cache, "--steps", "240", "--model", model, "--out", "whole"))

@@ -232,7 +232,7 @@ def test_terminal_shows_a_bar_with_the_time_left(program, monkeypatch):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("model", "loss"),  # measured 1.479, 1.524 and 1.494
     [("gqa", 1.55), ("mla", 1.6), ("moe", 1.57)],

@@ -138,7 +138,7 @@ def test_devices_that_are_not_there_are_refused_and_leave_no_folder(tmp_path, fl
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_program_trains_on_simulated_devices_and_says_how_they_are_laid_out(tmp_path):
     ended = program(tmp_path, "--mesh", "fsdp=2,tensor=-1", "--no-progress")
     assert ended.returncode == 0, ended.stderr
@@ -331,10 +331,10 @@ def on_one_device():
 
 MESHES = [
     pytest.param(EIGHT, 2, id="data, fsdp, tensor, in two micro-batches"),
-    pytest.param(None, 1, id="fsdp", marks=pytest.mark.slow),
-    pytest.param({"data": 8}, 1, id="data", marks=pytest.mark.slow),
-    pytest.param({"tensor": 8}, 1, id="tensor, heads do not divide", marks=pytest.mark.slow),
-    pytest.param({"fsdp": 2, "tensor": -1}, 4, id="fsdp, tensor", marks=pytest.mark.slow),
+    pytest.param(None, 1, id="fsdp", marks=pytest.mark.nightly),
+    pytest.param({"data": 8}, 1, id="data", marks=pytest.mark.nightly),
+    pytest.param({"tensor": 8}, 1, id="tensor, heads do not divide", marks=pytest.mark.nightly),
+    pytest.param({"fsdp": 2, "tensor": -1}, 4, id="fsdp, tensor", marks=pytest.mark.nightly),
 ]
 
 
@@ -362,7 +362,7 @@ def test_experts_see_the_same_tokens_on_every_mesh():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("model", "sizes"),
     [

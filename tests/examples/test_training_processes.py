@@ -130,7 +130,7 @@ def test_first_process_alone_speaks_and_writes(pair):
 
 @pytest.mark.parametrize(
     "name",
-    ["sigterm", pytest.param("sigint", marks=pytest.mark.slow)],
+    ["sigterm", pytest.param("sigint", marks=pytest.mark.nightly)],
 )
 def test_sigterm_one_of_two(tmp_path, environment, name):
     ended = together(tmp_path, environment, "--optimizer", "adamw", fault=(name, 1, 2))
@@ -141,7 +141,7 @@ def test_sigterm_one_of_two(tmp_path, environment, name):
     assert [line["step"] for line in files.read_metrics(tmp_path / "run")][-1] == step < 6
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.nightly)])
 def test_dead_peer(tmp_path, environment, rank):
     ended = together(tmp_path, environment, "--optimizer", "adamw", fault=("kill", rank, 2))
     assert ended.codes[rank] == -signal.SIGKILL
@@ -149,7 +149,7 @@ def test_dead_peer(tmp_path, environment, rank):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.nightly)])
 def test_error_on_one(tmp_path, environment, rank):
     ended = together(tmp_path, environment, "--optimizer", "adamw", fault=("error", rank, 2))
     assert ended.codes[rank] == 1
@@ -160,7 +160,7 @@ def test_error_on_one(tmp_path, environment, rank):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_full_disk_of_the_first(tmp_path, environment):
     """The metrics are written by process 0 alone."""
     ended = together(tmp_path, environment, "--optimizer", "adamw", fault=("failed", 0, 2))
@@ -184,7 +184,7 @@ def _size(path):
 
 
 @pytest.mark.parametrize(
-    "seen", ["by both", pytest.param("by process 1 alone", marks=pytest.mark.slow)]
+    "seen", ["by both", pytest.param("by process 1 alone", marks=pytest.mark.nightly)]
 )
 def test_damaged_checkpoint(pair, tmp_path, environment, seen):
     run = shutil.copytree(pair[0], tmp_path / "run")
@@ -227,7 +227,7 @@ def test_flags_that_differ_are_refused_by_all(tmp_path, environment):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_folder_that_holds_a_run_is_refused_by_all(tmp_path, environment):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")

@@ -8,7 +8,7 @@ import pytest
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.iterations import gram_cost, restart_windows, standard_cost
 from tests.support import reference
-from tests.support.iteration_cases import DISTINCT, flops, spectra
+from tests.support.iteration_cases import DISTINCT, count_flops, spectra
 
 SHAPES = [(1, 1), (1, 7), (7, 5), (16, 16), (64, 128), (128, 32), (2, 3, 16, 40)]
 
@@ -110,7 +110,7 @@ def test_costs_are_those_of_the_program(name, dtype):
         "gram": gram_cost(restart_windows(rows, dtype), aspect),
     }
     for method, cost in costs.items():
-        found = flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
+        found = count_flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
         assert found == cost * n**3
 
 
@@ -160,7 +160,7 @@ def test_muon_takes_the_method():
 def test_auto_takes_the_form_with_fewerflops(name, dtype, aspect):
     x = jnp.ones((8, int(8 * aspect)))
     flops = {
-        method: flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
+        method: count_flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
         for method in ("auto", "standard", "gram")
     }
     assert flops["auto"] == min(flops["standard"], flops["gram"])

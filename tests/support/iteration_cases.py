@@ -40,7 +40,7 @@ def products(jaxpr):
                 yield from products(value)
 
 
-def flops(f, x):
+def count_flops(f, x):
     """FLOPs of all products of a program."""
     total = 0
     for product in products(jax.make_jaxpr(f)(x).jaxpr):

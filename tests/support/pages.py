@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import pathlib
 import re
 from typing import Any
@@ -31,13 +32,15 @@ def run_page(name: str) -> dict[str, Any]:
     return namespace
 
 
-def table(page, head):
-    """Cells of the table whose first line begins with `head`, without that line and the rule."""
-    lines = (ROOT / "docs" / page).read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(head))
-    rows = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            return rows
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
+def numbers(page: str) -> dict[str, str]:
+    """The numbers that a page marks, as they stand there: `8.9<!-- name -->`, by name."""
+    text = (ROOT / page).read_text()
+    return {name: number for number, name in re.findall(r"((?:\S+ ± )?\S+?)<!-- (\w+) -->", text)}
+
+
+def table(page: str, name: str, folder: str = "docs") -> list[list[str]]:
+    """Cells of the table below `<!-- table: name -->`, without its first line and the rule."""
+    lines = (ROOT / folder / page).read_text().splitlines()
+    start = lines.index(f"<!-- table: {name} -->") + 3
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
