@@ -22,7 +22,7 @@ def mark_combinations(items):
     Of a test with two parameters of three values, three of the nine cases run by day.
     """
     for cases in _cases_of_tests(items):
-        kept = _cover([frozenset(case.callspec.indices.items()) for case in cases])
+        kept = _cover([_values(case) for case in cases])
         for index in set(range(len(cases))) - kept:
             cases[index].add_marker(pytest.mark.nightly)
 
@@ -34,6 +34,19 @@ def _cases_of_tests(items):
         if hasattr(item, "callspec") and not skipped:
             tests.setdefault((item.path, item.originalname, item.cls), []).append(item)
     return tests.values()
+
+
+def _values(case):
+    """The values of a case, one for each `parametrize`, whose arguments are given together."""
+    params = case.callspec.params
+    groups = [_names(mark.args[0]) for mark in case.iter_markers("parametrize")]
+    groups += [(name,) for name in params if not any(name in group for group in groups)]
+    # By identity: values need not be hashable, and those of all cases are alive.
+    return frozenset((group, *(id(params[name]) for name in group)) for group in groups)
+
+
+def _names(argnames):
+    return tuple(argnames.replace(",", " ").split() if isinstance(argnames, str) else argnames)
 
 
 def _cover(cases):
