@@ -1,6 +1,6 @@
 """Measurements. Each module is one; run it from the root of the repository.
 
-    python -m benchmarks.step_time                # one optimizer step on CPU against optax and torch
+    python -m benchmarks.step_time                # one optimizer step on CPU beside optax and torch
     python -m benchmarks.sharded_step             # the same on TPU slices, compiled only
     python -m benchmarks.kimi_k2_step             # Algorithm 1 for all of Kimi K2, compiled only
     python -m benchmarks.tpu_train_step           # the training program on TPU slices, the same

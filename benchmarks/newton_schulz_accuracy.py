@@ -1,4 +1,4 @@
-"""Both methods of Newton–Schulz against float64, and against the plain iteration in their own dtype.
+"""Both methods of Newton–Schulz against float64, and against a plain iteration in the same dtype.
 
     python -m benchmarks.newton_schulz_accuracy
 
@@ -116,7 +116,7 @@ def rows_of(shape: tuple[int, int], methods: Sequence[str], dtype: str) -> Itera
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints a table and writes the results."""
-    options = report.parser("newton_schulz_accuracy", "Accuracy of Newton–Schulz.").parse_args(
+    options = report.parser("newton_schulz_accuracy", "Accuracy of Newton-Schulz.").parse_args(
         arguments
     )
     rows = [

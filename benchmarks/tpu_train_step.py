@@ -3,9 +3,9 @@
     pip install "muonclip-jax[tpu]"
     python -m benchmarks.tpu_train_step
 
-Writes results/tpu_train_step.json and prints the table of examples/cloud_tpu/README.md. The training
-program prints the figures with `--aot-topology`: memory, FLOPs and communication of one chip in one
-step.
+Writes results/tpu_train_step.json and prints the table of examples/cloud_tpu/README.md. With
+`--aot-topology` the training program prints the figures: memory, FLOPs and communication of one
+chip in one step.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ class Case:
     def command(self) -> str:
         """The command that prints the figures."""
         return (
-            f"python examples/train_lm.py --model {self.model} --preset {self.preset} {self.flags}"
-            f" --aot-topology {self.topology}"
+            f"python -m examples.language_model --model {self.model} --preset {self.preset}"
+            f" {self.flags} --aot-topology {self.topology}"
         )
 
 
@@ -69,22 +69,22 @@ def measure(case: Case) -> dict[str, Any]:
     return dataclasses.asdict(case) | {"command": case.command} | parse(done.stdout)
 
 
-def parse(report: str) -> dict[str, Any]:
+def parse(output: str) -> dict[str, Any]:
     """Reads the figures of one chip from the output of the training program."""
 
     def number(pattern: str) -> float | None:
-        found = re.findall(pattern, report, re.MULTILINE)
+        found = re.findall(pattern, output, re.MULTILINE)
         return float(found[0].replace(",", "")) if found else None
 
-    collectives = re.findall(r"^  ([a-z]+-[a-z-]+) +(\d+) of ([\d,.]+) MB$", report, re.MULTILINE)
+    collectives = re.findall(r"^  ([a-z]+-[a-z-]+) +(\d+) with ([\d,.]+) MB$", output, re.MULTILINE)
     return {
         "chips": number(r"^\S+: (\d+) chips"),
-        "mesh": re.findall(r"^\S+: \d+ chips as (.*)$", report, re.MULTILINE)[0],
+        "mesh": re.findall(r"^\S+: \d+ chips, mesh (.*)$", output, re.MULTILINE)[0],
         "parameters": number(r"([\d,]+) parameters"),
-        "fits": ": fits\n" in report,
-        "used_gib": number(r"^  both +([\d.]+) of"),
-        "chip_gib": number(r"^  both .* the (\d+) GiB of a chip"),
-        "refused": "".join(re.findall(r"^  does not fit: (Used .*?);", report, re.MULTILINE)),
+        "fits": ": fits\n" in output,
+        "used_gib": number(r"^  total memory +([\d.]+) of"),
+        "chip_gib": number(r"^  total memory .* the (\d+) GiB of a chip"),
+        "refused": "".join(re.findall(r"^  does not fit; [^:]*: (.*)$", output, re.MULTILINE)),
         "flops": number(r"^  matrix products +([\d.e+]+) FLOPs"),
         "muon_flops": number(r"^mesh .* per device and step ([\d.e+]+) FLOPs"),
         "counts": {kind: int(count) for kind, count, _ in collectives},
@@ -108,7 +108,7 @@ def row(case: dict[str, Any]) -> list[str]:
         case["mesh"],
     ]
     if case["refused"]:
-        return [*cells, f"{case['refused']}: **does not fit**", "", "", ""]
+        return [*cells, f"**does not fit**: {case['refused']}", "", "", ""]
     verdict = "" if case["fits"] else ": **does not fit**"
     return [
         *cells,

@@ -126,7 +126,8 @@ def muon(
     Returns:
       An optax transformation, which ignores extra arguments. `update` needs the parameters. Each
       update has the dtype of its gradient and is computed in float32 at least, then rounded once.
-      `init` issues one `UserWarning` that lists the parameters whose role is a weak guess.
+      `init` issues one `UserWarning` that lists the parameters to check: their names and shapes do
+      not decide their role.
 
     Raises:
       TypeError: when built, for settings of a wrong type, such as a number given as a string.
@@ -251,11 +252,11 @@ def _for_matrices(
 
 
 def _warn(caller: str, routing: Routing) -> None:
-    """Issues one warning for all parameters whose role is a weak guess."""
+    """Issues one warning for all parameters whose names and shapes do not decide their role."""
     if texts := routing.warnings:
         warnings.warn(
-            f"{caller}: names and shapes do not show for sure how to optimize these parameters. "
-            "Check each one. An override of a parameter silences its warning, and `routing_table` "
+            f"{caller}: check the optimizer of these parameters. Their names and shapes do not "
+            "decide it. An override of a parameter silences its warning, and `routing_table` "
             "prints all parameters.\n" + "\n".join(f"  {text}" for text in texts),
             UserWarning,
             stacklevel=3,

@@ -1,6 +1,7 @@
 """Which parameter is assigned to Muon and which to AdamW: the table, its warnings, overrides."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -92,7 +93,8 @@ class RoutingTable:
     def _warnings(self) -> list[str]:
         if not self.warnings:
             return []
-        return [f"{len(self.warnings)} warnings:", *(f"  {text}" for text in self.warnings)]
+        count = len(self.warnings)
+        return [f"{count} warning{'s' * (count > 1)}:", *(f"  {text}" for text in self.warnings)]
 
 
 class Routing(NamedTuple):
@@ -119,28 +121,42 @@ class Routing(NamedTuple):
         doubtful = [index for index, d in enumerate(self.decisions) if d.doubt]
         cells = [(self.shapes[i], self.decisions[i]) for i in doubtful]
         folded = fold([self.paths[i] for i in doubtful], cells)
-        return tuple(self._warning(path, doubtful[rows[0]], len(rows)) for path, rows in folded)
+        return tuple(self._warning(path, [doubtful[row] for row in rows]) for path, rows in folded)
 
-    def _warning(self, path: Sequence[str], index: int, count: int) -> str:
-        shape, decision = self.shapes[index], self.decisions[index]
-        parts = (part.split("{")[0] + "*" if "{" in part else part for part in path)
-        pattern = "/".join(parts).replace("[", "[[]")
-        kept = "None"
+    def _warning(self, path: Sequence[str], rows: Sequence[int]) -> str:
+        shape, decision = self.shapes[rows[0]], self.decisions[rows[0]]
         if decision.numbers is None:
-            what, fix = "AdamW", "mc.MuonDimensionNumbers(-2, -1)"
+            what, kept = "AdamW", "None"
+            alternative, fix = "Muon", _shown(decision.matrix)
         else:
             axes = axes_of(decision.numbers, len(shape))
             n_in, n_out = sides(shape, axes)
             batch = np.prod([shape[axis] for axis in axes.batch], dtype=np.int64)
-            what, fix = f"Muon on {batch} x {n_in} x {n_out}", "None"
-            kept = f"mc.MuonDimensionNumbers{tuple(decision.numbers)}"
-        alternative = "AdamW" if fix == "None" else "Muon"
-        also = f" ({count} parameters)" if count > 1 else ""
+            what, kept = f"Muon on {batch} x {n_in} x {n_out}", _shown(decision.numbers)
+            alternative, fix = "AdamW", "None"
+        patterns = self._patterns(path, rows)
+        also = f" ({len(rows)} parameters)" if len(rows) > 1 else ""
+        change, keep = (
+            "{" + ", ".join(f'"{pattern}": {value}' for pattern in patterns) + "}"
+            for value in (fix, kept)
+        )
         return (
             f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}. "
-            f'For {alternative}: overrides={{"{pattern}": {fix}}}; to keep it without this '
-            f'warning: overrides={{"{pattern}": {kept}}}.'
+            f"For {alternative}: overrides={change}. To keep {what.split()[0]}: overrides={keep}."
         )
+
+    def _patterns(self, path: Sequence[str], rows: Sequence[int]) -> list[str]:
+        """Returns one pattern that matches these parameters alone, or else the path of each."""
+        parts = (part.split("{")[0] + "*" if "{" in part else part for part in path)
+        pattern = "/".join(parts).replace("[", "[[]")
+        joined = ["/".join(names) for names in self.paths]
+        if [i for i, name in enumerate(joined) if fnmatch.fnmatchcase(name, pattern)] == [*rows]:
+            return [pattern]
+        return [joined[i].replace("[", "[[]") for i in rows]
+
+
+def _shown(numbers: MuonDimensionNumbers) -> str:
+    return f"mc.MuonDimensionNumbers{tuple(numbers)}"
 
 
 def routing_table(
@@ -194,7 +210,7 @@ def _row(
     decision: Decision,
     consistent_rms: Scalar | None,
 ) -> Route:
-    numbers, reason, _ = decision
+    numbers, reason = decision.numbers, decision.reason
     name = "/".join(path)
     if numbers is None:
         return Route(name, shape, "adamw", 0, 0, 0, 1.0, reason, None)

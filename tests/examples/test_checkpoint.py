@@ -1,4 +1,4 @@
-"""The checkpoints of the training program: what is kept, restored and refused."""
+"""The checkpoints of the training program: what is kept, restored, and found damaged."""
 
 import json
 import random
@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
-from lm import checkpoint
-from lm.checkpoint import Checkpoints, Damaged
-from lm.config import BadInput, Failed
+
+from examples.language_model.config import BadInput, Failed
+from examples.language_model.run_folder import checkpoint, digests
+from examples.language_model.run_folder.checkpoint import Checkpoints, Damaged
 
 STATE = {"a": jnp.arange(3.0), "b": [jnp.ones((2, 2), jnp.bfloat16), jnp.int32(7)]}
 SHAPES = jax.eval_shape(lambda: STATE)
@@ -44,18 +45,18 @@ def newest(checkpoints):
     return found
 
 
-def test_checkpoint_comes_back_bit_for_bit(saved):
+def test_restored_state_is_bitwise_identical(saved):
     with opened(saved) as checkpoints:
         chex.assert_trees_all_equal(checkpoints.restore(5, SHAPES), STATE)
 
 
-def test_checkpoint_comes_back_divided_as_the_target_says(saved):
+def test_restored_state_is_sharded_as_the_target(saved):
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
-    places = {"a": P(), "b": [P("x"), P()]}
+    specs = {"a": P(), "b": [P("x"), P()]}
     target = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
         SHAPES,
-        places,
+        specs,
         is_leaf=lambda x: isinstance(x, P),
     )
     with opened(saved) as checkpoints:
@@ -64,11 +65,11 @@ def test_checkpoint_comes_back_divided_as_the_target_says(saved):
     assert restored["b"][0].sharding == NamedSharding(mesh, P("x"))
 
 
-def test_digest_does_not_depend_on_how_a_leaf_is_divided():
+def test_digest_does_not_depend_on_the_sharding():
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     x = jnp.arange(12.0).reshape(3, 4)
-    divided = jax.device_put(x, NamedSharding(mesh, P(None, "x")))
-    assert checkpoint.digests({"x": divided}) == checkpoint.digests({"x": x})
+    sharded = jax.device_put(x, NamedSharding(mesh, P(None, "x")))
+    assert digests.leaf_digests({"x": sharded}) == digests.leaf_digests({"x": x})
 
 
 @pytest.mark.parametrize(
@@ -76,12 +77,12 @@ def test_digest_does_not_depend_on_how_a_leaf_is_divided():
     [jnp.arange(4.0), jnp.arange(3), jnp.arange(3.0)[None], jnp.array([0.0, 1.0, -2.0])],
     ids=["shape", "dtype", "rank", "value"],
 )
-def test_digest_tells_shape_dtype_and_every_value(other):
-    assert checkpoint.digests([other]) != checkpoint.digests([STATE["a"]])
+def test_digest_depends_on_shape_dtype_and_every_value(other):
+    assert digests.leaf_digests([other]) != digests.leaf_digests([STATE["a"]])
 
 
-def test_digest_tells_zero_from_minus_zero():
-    assert checkpoint.digests([jnp.float32(0.0)]) != checkpoint.digests([jnp.float32(-0.0)])
+def test_digests_of_zero_and_minus_zero_differ():
+    assert digests.leaf_digests([jnp.float32(0.0)]) != digests.leaf_digests([jnp.float32(-0.0)])
 
 
 def test_saved_state_may_be_donated_at_once(tmp_path):
@@ -107,13 +108,13 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
     ],
     ids=["shape", "kind", "extra", "precision"],
 )
-def test_other_leaves_are_refused_with_their_paths(saved, change, line):
+def test_other_leaves_raise_with_their_paths(saved, change, line):
     with opened(saved) as checkpoints, pytest.raises(BadInput) as error:
         checkpoints.restore(5, STATE | change)
-    assert str(error.value) == f"--resume {saved / '5'}: {line}; give another --out"
+    assert str(error.value) == f"--resume {saved / '5'}: {line}; pass another --out"
 
 
-def test_all_other_leaves_are_named_and_no_older_step_is_tried(saved):
+def test_all_other_leaves_are_listed_and_no_older_step_is_restored(saved):
     shutil.copytree(saved / "5", saved / "4")
     with opened(saved) as checkpoints, pytest.raises(BadInput) as error:
         checkpoints.restore_newest({"a": jnp.arange(4.0), "b": STATE["b"], "c": jnp.zeros(1)})
@@ -124,8 +125,8 @@ def test_all_other_leaves_are_named_and_no_older_step_is_tried(saved):
 # Damage
 
 
-def test_flipped_bits_are_seen_wherever_they_are(saved, tmp_path):
-    """One bit in each of 60 places: what is read is right, or it is refused."""
+def test_flipped_bits_are_detected(saved, tmp_path):
+    """One bit in each of 60 places: the restored state is right, or `Damaged` is raised."""
     draw = random.Random(0)
     files = [path.relative_to(saved) for path in sorted(saved.rglob("*")) if path.stat().st_size]
     files = [path for path in files if (saved / path).is_file()]
@@ -143,7 +144,7 @@ def test_flipped_bits_are_seen_wherever_they_are(saved, tmp_path):
                 found += 1
             path.write_bytes(whole)
         chex.assert_trees_all_equal(checkpoints.restore(5, SHAPES), STATE)
-    assert found > 20  # the others are in times and names that orbax writes for people
+    assert found > 20  # the others are in times and names that orbax does not read
 
 
 @pytest.mark.parametrize("damage", ["truncated", "longer", "absent"])
@@ -155,18 +156,18 @@ def test_damaged_file_is_named(saved, damage):
         path.write_bytes(whole[:-1] if damage == "truncated" else whole + b"!")
     with opened(saved) as checkpoints, pytest.raises(Damaged) as error:
         checkpoints.restore(5, SHAPES)
-    assert str(error.value) == "not the files that were written: manifest.ocdbt"
+    assert str(error.value) == "files differ from those written: manifest.ocdbt"
 
 
 def test_leaf_with_other_bytes_is_named(saved):
-    """The files are as they were written, and yet not of the state that was given."""
+    """The files are intact, but belong to another state."""
     with opened(saved) as checkpoints:
         checkpoints.save(6, STATE | {"a": STATE["a"].at[1].add(1.0)})
         checkpoints.wait()
         path = saved / "6" / "digests.json"
-        content = json.loads(path.read_bytes()) | {"leaves": checkpoint.digests(STATE)}
-        path.write_bytes(checkpoint._sealed(content))
-        with pytest.raises(Damaged, match=r"^not the bytes that were saved: a$"):
+        content = json.loads(path.read_bytes()) | {"leaves": digests.leaf_digests(STATE)}
+        path.write_bytes(digests.seal(content))
+        with pytest.raises(Damaged, match=r"^leaves differ from those saved: a$"):
             checkpoints.restore(6, SHAPES)
 
 
@@ -187,13 +188,13 @@ def test_flipped_bit_of_a_shape_is_damage_and_not_another_model(saved):
     content = path.read_bytes()
     assert content.count(b'"shape": [3]') == 1
     path.write_bytes(content.replace(b'"shape": [3]', b'"shape": [2]'))
-    with opened(saved) as checkpoints, pytest.raises(Damaged, match="not as it was written"):
+    with opened(saved) as checkpoints, pytest.raises(Damaged, match="changed since it was written"):
         checkpoints.restore(5, SHAPES)
 
 
 def test_checkpoint_under_another_number_is_damage(saved):
     (saved / "5").rename(saved / "999")
-    with opened(saved) as checkpoints, pytest.raises(Damaged, match="of another step"):
+    with opened(saved) as checkpoints, pytest.raises(Damaged, match="belongs to another step"):
         checkpoints.restore(999, SHAPES)
 
 
@@ -205,7 +206,7 @@ def test_checkpoint_of_a_run_with_other_settings_is_damage(saved):
         checkpoints.restore(5, SHAPES)
 
 
-def test_newest_whole_step_is_taken_with_one_warning(saved, capsys):
+def test_newest_intact_step_is_restored_with_one_warning(saved, capsys):
     for number in ("6", "7"):
         shutil.copytree(saved / "5", saved / number)
     with opened(saved) as checkpoints:
@@ -213,16 +214,16 @@ def test_newest_whole_step_is_taken_with_one_warning(saved, capsys):
     assert step == 5
     chex.assert_trees_all_equal(state, STATE)
     (line,) = capsys.readouterr().err.splitlines()
-    why = "(digests.json: of another step, or of a run with other settings)"
+    why = "(digests.json: belongs to another step, or to a run with other settings)"
     assert line == (
-        f"train_lm.py: warning: {saved}: step 7 is damaged {why}, step 6 is damaged {why};"
+        f"language_model: warning: {saved}: step 7 is damaged {why}, step 6 is damaged {why};"
         " resuming from step 5 instead"
     )
 
 
-def test_no_whole_step_is_refused_and_not_taken_for_a_new_run(saved):
+def test_no_intact_step_raises_and_starts_no_new_run(saved):
     (saved / "5").rename(saved / "6")
-    with opened(saved) as checkpoints, pytest.raises(BadInput, match="no checkpoint is left: step"):
+    with opened(saved) as checkpoints, pytest.raises(BadInput, match="no intact checkpoint: step"):
         checkpoints.restore_newest(SHAPES)
 
 
@@ -234,7 +235,7 @@ def test_no_checkpoint_is_none(tmp_path):
 # Folders
 
 
-def test_damaged_later_step_does_not_push_out_a_good_one(saved):
+def test_damaged_later_step_does_not_displace_an_intact_one(saved):
     shutil.copytree(saved / "5", saved / "99")
     with opened(saved) as checkpoints:
         for step in (6, 7):
@@ -247,7 +248,7 @@ def test_damaged_later_step_does_not_push_out_a_good_one(saved):
 
 
 @pytest.mark.parametrize("make", ["empty", "full", "file", "link"])
-def test_save_replaces_whatever_has_its_number(saved, tmp_path, make):
+def test_save_replaces_anything_with_its_number(saved, tmp_path, make):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "kept").write_text("")
@@ -265,7 +266,7 @@ def test_save_replaces_whatever_has_its_number(saved, tmp_path, make):
     assert (elsewhere / "kept").exists()
 
 
-def test_foreign_names_files_and_links_are_left_out(saved, tmp_path, capsys):
+def test_other_names_files_and_links_are_ignored(saved, tmp_path, capsys):
     elsewhere = shutil.copytree(saved / "5", tmp_path / "elsewhere")
     (saved / "abc").mkdir()
     (saved / "file").write_text("")
@@ -278,7 +279,7 @@ def test_foreign_names_files_and_links_are_left_out(saved, tmp_path, capsys):
         assert newest(checkpoints)[0] == 5
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        f"train_lm.py: warning: {saved / name}: holds no checkpoint of this run; left out"
+        f"language_model: warning: {saved / name}: not a checkpoint of this run; ignored"
         for name in ("0005", "997", "998", "999")
     ]
 
@@ -290,7 +291,7 @@ def test_leftover_of_a_killed_save_is_removed(saved):
         assert not leftover.exists()
 
 
-def test_kill_while_an_old_step_is_removed_leaves_no_half_of_it(saved, monkeypatch):
+def test_kill_while_an_old_step_is_removed_leaves_no_partial_checkpoint(saved, monkeypatch):
     def kill(_):
         raise KeyboardInterrupt
 
@@ -306,11 +307,11 @@ def test_kill_while_an_old_step_is_removed_leaves_no_half_of_it(saved, monkeypat
     assert sorted(path.name for path in saved.iterdir()) == ["6", "7"]
 
 
-def test_tracebacks_of_a_loop_that_orbax_has_closed_are_dropped(monkeypatch):
-    """A failed save or read has some, after the one error that is raised."""
+def test_tracebacks_of_a_closed_event_loop_are_dropped(monkeypatch):
+    """Orbax causes some after a failed save or restore, besides the error that it raises."""
     seen = []
     monkeypatch.setattr("sys.unraisablehook", seen.append)
-    checkpoint._hush_closed_loops.__wrapped__()
+    checkpoint._ignore_closed_loops.__wrapped__()
     closed, other = (
         types.SimpleNamespace(exc_value=RuntimeError(text))
         for text in ("Event loop is closed", "something else")
@@ -321,7 +322,7 @@ def test_tracebacks_of_a_loop_that_orbax_has_closed_are_dropped(monkeypatch):
     assert seen == [other]
 
 
-def test_checkpoint_without_its_digests_never_gets_its_name(saved, monkeypatch):
+def test_checkpoint_without_digests_is_never_renamed(saved, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 

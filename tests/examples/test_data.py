@@ -1,12 +1,13 @@
-"""The text of the training program: how it is read, split and cut into batches."""
+"""The text of the training program: reading, splitting and batches."""
 
 import hashlib
 import os
 
 import numpy as np
 import pytest
-from lm import data
-from lm.config import BadInput
+
+from examples.language_model import data
+from examples.language_model.config import BadInput
 
 TEXT = bytes(range(1, 101)) * 10  # 1,000 bytes; data.split does not look at the encoding
 
@@ -39,13 +40,13 @@ def test_largest_seed_is_accepted():
     assert windows(text, seed=2**32 - 1, step=1).shape == (4, 17)
 
 
-def test_batch_is_made_of_stretches_of_the_text():
+def test_sequences_are_consecutive_bytes_of_the_text():
     text = data.split("a", TEXT, 0, seq_len=16).train
     for row in windows(text, seed=0, step=1):
         assert row.tobytes() in text.tobytes()
 
 
-def test_every_stretch_can_be_drawn_the_last_one_too():
+def test_every_position_can_be_drawn():
     text = np.arange(20, dtype=np.uint8)
     drawn = {int(row[0]) for step in range(50) for row in windows(text, seed=0, step=step)}
     assert drawn == {0, 1, 2, 3}
@@ -63,21 +64,23 @@ def test_shortest_text_gives_one_sequence_to_each_part(seq_len):
     assert len(corpus.train) == len(corpus.validation) == seq_len + 1
 
 
-def test_one_byte_less_is_refused_with_both_numbers():
-    with pytest.raises(BadInput, match=r"^a: 33 bytes, 34 needed .* --seq-len below 16$"):
+def test_one_byte_less_raises_with_both_numbers():
+    with pytest.raises(
+        BadInput, match=r"^a: got 33 bytes, expected at least 34 .* --seq-len below 16$"
+    ):
         data.split("a", TEXT[:33], 0, seq_len=16)
 
 
 def test_validation_sequences_reach_from_the_first_to_the_last_byte():
     text = np.arange(100, dtype=np.uint8)
-    rows = data.spread(text, 5, seq_len=9)
+    rows = data.evenly_spaced(text, 5, seq_len=9)
     assert rows.shape == (5, 10)
     assert rows[0, 0] == 0
     assert rows[-1, -1] == 99
 
 
 def test_validation_sequences_do_not_overlap():
-    rows = data.spread(np.arange(100, dtype=np.uint8), 1_000, seq_len=9)
+    rows = data.evenly_spaced(np.arange(100, dtype=np.uint8), 1_000, seq_len=9)
     assert len(np.unique(rows)) == rows.size == 100
 
 
@@ -104,7 +107,7 @@ def test_files_of_a_folder_that_are_not_text_are_counted(tmp_path):
     ("text", "offset"),
     [(b"ab\0c", 2), (b"abc\xff", 3), (b"a\xffb\0", 1), (b"\0\xff", 0), (b"\xc3\xa9\xc3", 2)],
 )
-def test_first_bad_byte_is_named(tmp_path, text, offset):
+def test_first_bad_byte_is_reported(tmp_path, text, offset):
     path = tmp_path / "text"
     path.write_bytes(text)
     with pytest.raises(BadInput, match=f"byte {offset} is {text[offset]:#04x}"):
@@ -112,7 +115,7 @@ def test_first_bad_byte_is_named(tmp_path, text, offset):
 
 
 @pytest.mark.parametrize("where", ["file", "folder"])
-def test_unreadable_file_is_refused(tmp_path, monkeypatch, where):
+def test_unreadable_file_raises(tmp_path, monkeypatch, where):
     # Without chmod, which does not stop root, as whom containers often run.
     path = tmp_path / "text"
     path.write_text("text")
@@ -125,7 +128,7 @@ def test_unreadable_file_is_refused(tmp_path, monkeypatch, where):
         data.load(path if where == "file" else tmp_path, seq_len=1)
 
 
-def test_unlistable_folder_is_refused(tmp_path, monkeypatch):
+def test_folder_that_cannot_be_listed_raises(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -154,7 +157,7 @@ def test_standard_library_has_no_third_party_source(standard_library):
     assert b"def newton_schulz" not in source
 
 
-# A batch divided among processes
+# A batch that is sharded over processes
 
 
 def draw(step):
@@ -162,20 +165,20 @@ def draw(step):
     return data.batch(text, 3, step, batch_size=8, seq_len=16)
 
 
-def test_batch_is_the_same_bytes_as_ever():
+def test_batch_has_the_bytes_of_the_published_runs():
     digest = hashlib.sha256(draw(7).tobytes()).hexdigest()
     assert digest == "2564ae21ff70ba2f2ebc9ae881b562575a95ee595763ded33a0f305d2b748820"
 
 
-@pytest.mark.parametrize("rows", [slice(2, 5), np.array([0, 3, 7]), slice(0, 0)])
-def test_some_rows_are_those_of_the_whole_batch(rows):
+@pytest.mark.parametrize("indices", [slice(2, 5), np.array([0, 3, 7]), slice(0, 0)])
+def test_selected_sequences_are_those_of_the_full_batch(indices):
     text = data.split("a", TEXT, 0, seq_len=16).train
-    some = data.batch(text, 3, 7, batch_size=8, seq_len=16, rows=rows)
-    np.testing.assert_array_equal(some, draw(7)[rows])
+    some = data.batch(text, 3, 7, batch_size=8, seq_len=16, indices=indices)
+    np.testing.assert_array_equal(some, draw(7)[indices])
 
 
 @pytest.mark.parametrize("done", [0, 3, 9, 10])
-def test_reading_ahead_gives_the_batches_after_the_finished_steps(done):
+def test_reading_ahead_starts_after_the_finished_steps(done):
     with data.read_ahead(draw, done, steps=10) as batches:
         read = list(batches)
     assert len(read) == 10 - done
@@ -183,7 +186,7 @@ def test_reading_ahead_gives_the_batches_after_the_finished_steps(done):
         np.testing.assert_array_equal(batch, draw(step))
 
 
-def test_reading_ahead_stops_where_it_is_left():
+def test_reading_ahead_draws_few_batches_in_advance():
     drawn = []
     with data.read_ahead(lambda step: drawn.append(step) or draw(step), 0, 1_000_000) as batches:
         next(batches)

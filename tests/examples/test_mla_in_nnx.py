@@ -3,11 +3,11 @@
 import math
 
 import jax
-import mla_in_nnx
 import pytest
 from flax import nnx
 
 import muonclip_jax as mc
+from examples import mla_in_nnx
 from tests.support.strict import needs_capture
 
 pytestmark = needs_capture

@@ -1,4 +1,4 @@
-"""The models of the training program: float64 oracles, routing, clip, load balance, precision."""
+"""The models of the training program: float64 oracles, routing, clip, load balance, dtypes."""
 
 import dataclasses
 import functools
@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from lm import config, step, training
-from lm.config import Config
-from lm.layers import AXES
-from lm.presets import PRESETS
 
 import muonclip_jax as mc
-from tests.support import reference_lm
-from tests.support.lm_cases import CONFIG, drawn
+from examples.language_model import config
+from examples.language_model.config import Config
+from examples.language_model.models.logical_axes import AXES
+from examples.language_model.models.presets import PRESETS
+from examples.language_model.training import loop, optimizer, step
+from tests.support import reference_models
+from tests.support.tiny_run import CONFIG, drawn
 
 TEXT = np.random.default_rng(0).integers(0, 256, (2, 24))
 SEQUENCES = np.random.default_rng(1).integers(0, 256, (4, 17))
@@ -43,7 +44,7 @@ DEFAULT_WEIGHTS = {
 
 def tiny(name, **changes):
     """A model of the smallest preset."""
-    return training.MODELS[name](**PRESETS[name]["tiny"], **changes)
+    return loop.MODELS[name](**PRESETS[name]["tiny"], **changes)
 
 
 def crowded(capacity):
@@ -69,11 +70,11 @@ def in_float64(tree):
 @pytest.mark.parametrize(
     "model", [tiny("mla"), tiny("moe"), crowded(0.7)], ids=["mla", "moe", "moe-crowded"]
 )
-def test_forward_pass_is_that_of_the_papers(model):
+def test_forward_pass_matches_the_papers(model):
     """Layer by layer: so a scanned stack is a loop over its layers, too."""
     variables = drawn(model, spread=0.5)
     logits, sown = forward(model)(variables, TEXT)
-    expected, largest, loads = reference_lm.forward(TEXT, in_float64(variables), model)
+    expected, largest, loads = reference_models.forward(TEXT, in_float64(variables), model)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     found = [x for stat in jax.tree.leaves(sown["intermediates"]) for x in stat]
     np.testing.assert_allclose(found, largest, rtol=1e-5)
@@ -178,7 +179,10 @@ def test_clip_holds_the_recomputed_logits():
 
 
 def test_train_step_moves_the_biases_by_their_rate():
-    model, tx = tiny("moe"), step.make_optimizer(dataclasses.replace(CONFIG, optimizer="adamw"))
+    model, tx = (
+        tiny("moe"),
+        optimizer.make_optimizer(dataclasses.replace(CONFIG, optimizer="adamw")),
+    )
     state = jax.jit(lambda: step.initial_state(model, tx, 0))()
     text = SEQUENCES[None].astype(np.uint8)
     now, metrics = jax.jit(step.make_train_step(model, tx))(state, text, 1.0)
@@ -199,7 +203,7 @@ def test_train_step_moves_the_biases_by_their_rate():
 
 def test_default_weights_are_those_of_the_published_runs():
     """The figures of the README hang on them; sums of absolute values, seed 0."""
-    model = training.make_model(Config())
+    model = loop.make_model(Config())
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TEXT))["params"]
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): float(jnp.abs(x).sum())
@@ -210,7 +214,7 @@ def test_default_weights_are_those_of_the_published_runs():
 
 def test_kimi_k2_has_its_size():
     """1.04 trillion, arXiv 2507.20534, table 2; less the biases, which are no parameters here."""
-    model = training.make_model(Config(model="moe", preset="kimi-k2"))
+    model = loop.make_model(Config(model="moe", preset="kimi-k2"))
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), TEXT))["params"]
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     published = json.loads(KIMI_K2.read_text())["slices"]["v5p:8x8x16"]["parameters"]
@@ -224,7 +228,7 @@ def test_kimi_k2_has_its_size():
     ("name", "preset"), [(name, preset) for name in PRESETS for preset in PRESETS[name]]
 )
 def test_every_axis_of_every_kernel_has_a_name(name, preset):
-    model = training.make_model(Config(model=name, preset=preset))
+    model = loop.make_model(Config(model=name, preset=preset))
     boxed = jax.eval_shape(model.init, jax.random.key(0), TEXT)["params"]
     specs = jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, P))
     leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
@@ -239,7 +243,7 @@ def test_unknown_preset_is_refused_with_the_choices_of_the_model(capsys):
         config.parse(["--model", "mla", "--preset", "kimi-k2"])
     assert leave.value.code == 2
     assert capsys.readouterr().err == (
-        "train_lm.py: argument --preset: got 'kimi-k2', expected one of tiny, small, medium for"
+        "language_model: argument --preset: got 'kimi-k2', expected one of tiny, small, medium for"
         " --model mla\n"
     )
 

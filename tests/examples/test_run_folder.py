@@ -1,15 +1,15 @@
-"""A run of the training program: its files, its clip, and what can be watched of it."""
+"""A run of the training program: its files, its clip, its events and plots."""
 
 import json
 
 import matplotlib
 import numpy as np
 import pytest
-from lm import observe, plots, rundir
-from lm.config import BadInput
-from lm.plots import PLOTS
 
-from tests.support.lm_cases import CONFIG, CORPUS, TINY, compiled_once, scalars, trainer
+from examples.language_model.config import BadInput
+from examples.language_model.run_folder import files, journal, opening, plots, progress
+from examples.language_model.run_folder.plots import PLOTS
+from tests.support.tiny_run import CONFIG, CORPUS, TINY, compiled_once, scalars, trainer
 
 LOW_THRESHOLD = 2.0  # of the largest attention logit
 
@@ -66,7 +66,7 @@ def test_summary_has_the_pinned_keys(whole):
     assert summary.keys() == {"train_loss", "validation_loss", "steps", "seconds", "tokens"}
     assert summary["steps"] == 20
     assert summary["tokens"] == 20 * 4 * 16
-    losses = [line["loss"] for line in rundir.read_metrics(whole)]
+    losses = [line["loss"] for line in files.read_metrics(whole)]
     np.testing.assert_allclose(summary["train_loss"], np.mean(losses), rtol=1e-12)
 
 
@@ -76,7 +76,7 @@ def test_loss_falls_below_that_of_a_uniform_guess(whole):
 
 
 def test_first_loss_is_that_of_a_uniform_guess(whole):
-    np.testing.assert_allclose(rundir.read_metrics(whole)[0]["loss"], np.log(256), rtol=1e-5)
+    np.testing.assert_allclose(files.read_metrics(whole)[0]["loss"], np.log(256), rtol=1e-5)
 
 
 def test_plots_are_images(whole):
@@ -96,17 +96,17 @@ def test_a_fourth_checkpoint_drops_the_oldest(tmp_path):
 
 
 def test_which_steps_are_logged_depends_on_the_step_alone():
-    logged = [n for n in range(1, 1_041) if rundir.is_logged(n)]
+    logged = [n for n in range(1, 1_041) if files.is_logged(n)]
     assert logged == [*range(1, 1_001), 1_010, 1_020, 1_030, 1_040]
 
 
-def test_folder_that_another_program_takes_is_refused_and_kept(tmp_path, monkeypatch):
+def test_folder_that_another_program_creates_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/gqa-muonclip").mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr("os.path.lexists", lambda path: path.name == "runs")
-        with pytest.raises(BadInput, match="cannot be made"):
-            rundir.open_run(CONFIG, CORPUS)
+        with pytest.raises(BadInput, match="cannot be created"):
+            opening.open_run(CONFIG, CORPUS)
     assert list((tmp_path / "runs").rglob("*")) == [tmp_path / "runs/gqa-muonclip"]
 
 
@@ -115,7 +115,7 @@ def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", refuse)
-    with pytest.raises(BadInput, match=r"cannot be made \(No space left on device\)"):
+    with pytest.raises(BadInput, match=r"cannot be created \(No space left on device\)"):
         trainer(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
 
@@ -124,18 +124,18 @@ def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
 
 
 def test_muon_records_but_does_not_clip(muon_run):
-    lines = rundir.read_metrics(muon_run)
+    lines = files.read_metrics(muon_run)
     assert all(line["max_logit"] > 1e-3 for line in lines)
     assert {line["heads_clipped"] for line in lines} == {0}
 
 
 def test_muonclip_that_never_clips_is_muon(muon_run, whole):
-    assert {line["heads_clipped"] for line in rundir.read_metrics(whole)} == {0}
+    assert {line["heads_clipped"] for line in files.read_metrics(whole)} == {0}
     assert (muon_run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def test_muonclip_clips_every_head_above_the_threshold(clipped_run):
-    lines = rundir.read_metrics(clipped_run)
+    lines = files.read_metrics(clipped_run)
     for line in lines:
         assert line["heads_clipped"] == np.sum(np.array(line["max_logits"]) > LOW_THRESHOLD)
     assert sum(line["heads_clipped"] for line in lines) > 20
@@ -147,7 +147,7 @@ def test_muonclip_clips_every_head_above_the_threshold(clipped_run):
 
 def test_muonclip_holds_the_logits_where_muon_lets_them_grow(clipped_run, muon_run):
     held, free = (
-        np.mean([line["max_logit"] for line in rundir.read_metrics(run)[10:]])
+        np.mean([line["max_logit"] for line in files.read_metrics(run)[10:]])
         for run in (clipped_run, muon_run)
     )
     assert held < 1.2 * LOW_THRESHOLD < free  # measured HELD against FREE
@@ -155,7 +155,7 @@ def test_muonclip_holds_the_logits_where_muon_lets_them_grow(clipped_run, muon_r
 
 def test_adamw_records_but_does_not_clip(tmp_path):
     trainer(tmp_path, optimizer="adamw", steps=3, threshold=1e-3).train()
-    lines = rundir.read_metrics(tmp_path)
+    lines = files.read_metrics(tmp_path)
     assert all(line["max_logit"] > 1e-3 for line in lines)
     assert [line["heads_clipped"] for line in lines] == [0, 0, 0]
 
@@ -164,7 +164,7 @@ def test_adamw_records_but_does_not_clip(tmp_path):
 
 
 def test_events_are_the_scalars_of_the_metrics(whole):
-    lines, found = rundir.read_metrics(whole), scalars(whole)
+    lines, found = files.read_metrics(whole), scalars(whole)
     for tag in ("loss", "learning_rate", "max_logit", "heads_clipped", "heads_ever_clipped"):
         steps, values = zip(*found.pop(tag), strict=True)
         assert list(steps) == [line["step"] for line in lines]
@@ -187,18 +187,18 @@ def test_resumed_run_has_each_step_once_in_the_events(tmp_path):
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
     steps, losses = zip(*scalars(tmp_path)["loss"], strict=True)
     assert list(steps) == list(range(1, 21))
-    lines = rundir.read_metrics(tmp_path)
+    lines = files.read_metrics(tmp_path)
     np.testing.assert_array_equal(losses, np.array([line["loss"] for line in lines], np.float32))
 
 
 def test_events_before_a_checkpoint_survive_a_kill(tmp_path):
     """Nothing is closed here, as nothing is at a kill."""
-    journal = observe.Journal(CONFIG, tmp_path, 0, observe.Speed())
-    journal.log({"step": 1, "loss": 1.0, "max_logit": 1.0, "heads_clipped": 0})
+    log = journal.Journal(CONFIG, tmp_path, 0, progress.Speed())
+    log.log({"step": 1, "loss": 1.0, "max_logit": 1.0, "heads_clipped": 0})
     assert scalars(tmp_path) == {}
-    journal.sync(1)
+    log.sync(1)
     assert scalars(tmp_path)["loss"] == [(1, 1.0)]
-    journal.__exit__()
+    log.__exit__()
 
 
 @pytest.mark.parametrize("steps", [2, 100], ids=["short", "longer_than_the_run"])
@@ -211,7 +211,7 @@ def test_profile_is_written_into_the_run(tmp_path, steps):
 def test_throughput_leaves_out_the_first_step(monkeypatch):
     times = iter([10.0, 12.0, 14.0])
     monkeypatch.setattr("time.monotonic", lambda: next(times))
-    speed = observe.Speed()
+    speed = progress.Speed()
     speed.update(100)
     assert speed.tokens_per_second is None
     speed.update(120)

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lm import data, step, training
 
-from tests.support.lm_cases import CONFIG, CORPUS, TINY, drawn
+from examples.language_model import data
+from examples.language_model.training import loop, optimizer, step
+from tests.support.tiny_run import CONFIG, CORPUS, TINY, drawn
 
 
 def test_schedule_rises_to_its_peak_and_ends_at_zero():
-    schedule = step.make_schedule(dataclasses.replace(CONFIG, steps=100, learning_rate=0.5))
+    schedule = optimizer.make_schedule(dataclasses.replace(CONFIG, steps=100, learning_rate=0.5))
     rates = np.array([schedule(n) for n in range(101)])
     np.testing.assert_allclose(rates[0], 0.1, rtol=1e-6)
     assert rates.argmax() == 5
@@ -27,7 +28,7 @@ def test_schedule_rises_to_its_peak_and_ends_at_zero():
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_shortest_schedules_are_positive(steps):
-    schedule = step.make_schedule(dataclasses.replace(CONFIG, steps=steps))
+    schedule = optimizer.make_schedule(dataclasses.replace(CONFIG, steps=steps))
     assert all(np.asarray(schedule(n)) > 0 for n in range(steps))
 
 
@@ -99,9 +100,9 @@ def test_model_does_not_look_ahead(random_params):
 
 
 def test_train_step_compiles_once_whatever_the_threshold():
-    made = training.Trainer(CONFIG, CORPUS, pathlib.Path("unused"), TINY)
+    made = loop.Trainer(CONFIG, CORPUS, pathlib.Path("unused"), TINY)
     state = jax.jit(made.initial_state)()
-    tx = step.make_optimizer(CONFIG)
+    tx = optimizer.make_optimizer(CONFIG)
     train_step = chex.assert_max_traces(step.make_train_step(TINY, tx), n=1)
     compiled = jax.jit(train_step)
     text = data.batch(CORPUS.train, 0, 1, 4, 16)[None]
@@ -112,6 +113,6 @@ def test_train_step_compiles_once_whatever_the_threshold():
 def test_adamw_is_the_one_of_optax():
     config = dataclasses.replace(CONFIG, optimizer="adamw", learning_rate=0.5)
     grads = {"w": jnp.array([2.0, -3.0])}
-    tx = step.make_optimizer(config)
+    tx = optimizer.make_optimizer(config)
     updates, _ = tx.update(grads, tx.init(grads), {"w": jnp.zeros(2)})
     chex.assert_trees_all_close(updates, {"w": jnp.array([-0.5, 0.5])}, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The training program on eight devices: the mesh, the rules, and the same numbers as on one."""
+"""The training program on eight devices: the mesh, the shardings, and equality with one device."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,6 @@ import math
 import pathlib
 import re
 import subprocess
-import sys
 from typing import Any
 
 import chex
@@ -16,16 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from lm import config, mesh, rules, rundir, training
-from lm.config import BadInput
-from lm.layers import AXES
-from lm.step import make_loss
 
 from benchmarks.compiled import compiled_cost
-from tests.support.lm_cases import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
-from tests.support.strict import STRICT
+from examples.language_model import config
+from examples.language_model.config import BadInput
+from examples.language_model.models import logical_axes
+from examples.language_model.models.logical_axes import AXES
+from examples.language_model.run_folder import files
+from examples.language_model.training import loop, mesh
+from examples.language_model.training.step import make_loss
+from tests.support.program_command import COMMAND, environment
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
 
-PROGRAM = pathlib.Path(training.__file__).parents[1] / "train_lm.py"
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
 EXPERT = {"fsdp": 2, "tensor": 2, "expert": 2}
 
@@ -59,8 +60,8 @@ def test_flag_that_is_no_mesh_is_refused_with_one_line(capsys, text):
         config.parse([f"--mesh={text}"])
     assert leave.value.code == 2
     assert capsys.readouterr().err == (
-        f"train_lm.py: argument --mesh: got {text!r}, expected axes among data, fsdp, tensor,"
-        " expert, each once with its size or -1 for all devices that are left, such as"
+        f"language_model: argument --mesh: got {text!r}, expected axes among data, fsdp, tensor,"
+        " expert, each once with its size or -1 for all remaining devices, such as"
         " data=2,fsdp=-1; --help lists every flag\n"
     )
 
@@ -81,7 +82,7 @@ def test_two_open_sizes_are_refused(capsys):
     ],
 )
 def test_mesh_has_all_four_axes_and_all_devices(sizes, shape):
-    made = mesh.make(sizes)
+    made = mesh.make_mesh(sizes)
     assert made.axis_names == ("data", "fsdp", "tensor", "expert")
     assert made.devices.shape == shape
 
@@ -90,7 +91,7 @@ def test_mesh_has_all_four_axes_and_all_devices(sizes, shape):
 def test_sizes_that_are_not_those_of_the_devices_are_refused(sizes):
     got = ",".join(f"{name}={size}" for name, size in sizes.items())
     with pytest.raises(BadInput) as error:
-        mesh.make(sizes)
+        mesh.make_mesh(sizes)
     assert str(error.value) == (
         f"argument --mesh: got {got}, but there are 8 devices; expected sizes whose product is 8,"
         " or -1 for one of them"
@@ -99,7 +100,9 @@ def test_sizes_that_are_not_those_of_the_devices_are_refused(sizes):
 
 def test_commands_of_the_readme_are_good_flags():
     page = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-    commands = re.findall(r"python examples/train_lm\.py (.*--simulate-devices.*)$", page, re.M)
+    commands = re.findall(
+        r"python -m examples\.language_model (.*--simulate-devices.*)$", page, re.M
+    )
     parsed = [config.parse(command.split()) for command in commands]
     assert [one.mesh for one in parsed] == [None, EIGHT, EXPERT]
 
@@ -109,8 +112,9 @@ def program(folder, *flags):
     (folder / "text").write_bytes(TEXT)
     sizes = "--preset tiny --data text --batch-size 8 --seq-len 16 --steps 2 --out run".split()
     return subprocess.run(
-        [sys.executable, *STRICT, PROGRAM, "--simulate-devices", "8", *sizes, *flags],
+        [*COMMAND, "--simulate-devices", "8", *sizes, *flags],
         cwd=folder,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -129,7 +133,7 @@ def test_devices_that_are_not_there_are_refused_and_leave_no_folder(tmp_path, fl
     ended = program(tmp_path, *flags)
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr.startswith(f"train_lm.py: {line}")
+    assert ended.stderr.startswith(f"language_model: {line}")
     assert ended.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -138,7 +142,7 @@ def test_devices_that_are_not_there_are_refused_and_leave_no_folder(tmp_path, fl
 def test_program_trains_on_simulated_devices_and_says_how_they_are_laid_out(tmp_path):
     ended = program(tmp_path, "--mesh", "fsdp=2,tensor=-1", "--no-progress")
     assert ended.returncode == 0, ended.stderr
-    laid_out = "mesh fsdp=2, tensor=4\nkv_heads of size 2 does not divide among tensor=4: each has"
+    laid_out = "mesh fsdp=2, tensor=4\nkv_heads: size 2 is not divisible by tensor=4; replicated"
     assert laid_out in ended.stdout
     assert (tmp_path / "run" / "summary.json").exists()
 
@@ -164,7 +168,7 @@ def test_program_trains_on_simulated_devices_and_says_how_they_are_laid_out(tmp_
     ],
 )
 def test_names_are_divided_by_the_rules(names, shape, sizes, spec):
-    divided, notes = rules.divide(names, shape, mesh.make(sizes))
+    divided, notes = logical_axes.partition(names, shape, mesh.make_mesh(sizes))
     assert tuple(divided) == (*spec, *[None] * (len(shape) - len(spec)))
     assert notes == ()
 
@@ -172,28 +176,46 @@ def test_names_are_divided_by_the_rules(names, shape, sizes, spec):
 @pytest.mark.parametrize(
     ("name", "size", "sizes", "spec", "note"),
     [
-        ("kv_heads", 2, {"tensor": 8}, None, "among tensor=8: each has all of it"),
-        ("batch", 6, {"data": 2, "fsdp": 4}, "data", "data=2,fsdp=4: data=2 divides it"),
-        ("batch", 12, {"data": 2, "fsdp": 4}, "fsdp", "data=2,fsdp=4: fsdp=4 divides it"),
-        ("embed", 6, {"fsdp": 2, "expert": 4}, "fsdp", "fsdp=2,expert=4: fsdp=2 divides it"),
-        ("batch", 1, None, None, "among fsdp=8: each has all of it"),
+        ("kv_heads", 2, {"tensor": 8}, None, "by tensor=8; replicated instead"),
+        (
+            "batch",
+            6,
+            {"data": 2, "fsdp": 4},
+            "data",
+            "by data=2,fsdp=4; sharded over data=2 instead",
+        ),
+        (
+            "batch",
+            12,
+            {"data": 2, "fsdp": 4},
+            "fsdp",
+            "by data=2,fsdp=4; sharded over fsdp=4 instead",
+        ),
+        (
+            "embed",
+            6,
+            {"fsdp": 2, "expert": 4},
+            "fsdp",
+            "by fsdp=2,expert=4; sharded over fsdp=2 instead",
+        ),
+        ("batch", 1, None, None, "by fsdp=8; replicated instead"),
     ],
 )
 def test_size_that_does_not_divide_takes_the_next_rule_and_says_so(name, size, sizes, spec, note):
-    divided, (line,) = rules.divide((name,), (size,), mesh.make(sizes))
+    divided, (line,) = logical_axes.partition((name,), (size,), mesh.make_mesh(sizes))
     assert divided == P(spec)
-    assert line.startswith(f"{name} of size {size} does not divide among ")
+    assert line.startswith(f"{name}: size {size} is not divisible by ")
     assert line.endswith(note)
 
 
 def test_rules_and_layers_have_the_same_names():
     whole = {"head_dim", "rope", "router", "layers"}
-    assert {name for name, _ in rules.RULES} == AXES.keys() - whole
+    assert {name for name, _ in logical_axes.RULES} == AXES.keys() - whole
 
 
 @pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
 def test_every_matrix_of_a_model_has_names(model):
-    made = training.make_model(dataclasses.replace(CONFIG, model=model))
+    made = loop.make_model(dataclasses.replace(CONFIG, model=model))
     boxed = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     specs = jax.tree_util.tree_leaves_with_path(nn.get_partition_spec(boxed))
     for path, spec in specs:
@@ -209,9 +231,9 @@ def test_every_matrix_of_a_model_has_names(model):
 def on(sizes, count=8, **changes):
     """A trainer on so many devices that writes nothing."""
     settings = dataclasses.replace(CONFIG, mesh=sizes, batch_size=8, **changes)
-    made = training.make_model(settings)
+    made = loop.make_model(settings)
     devices = jax.devices()[:count]
-    return training.Trainer(settings, CORPUS, pathlib.Path("unused"), made, devices=devices)
+    return loop.Trainer(settings, CORPUS, pathlib.Path("unused"), made, devices=devices)
 
 
 def specs(tree):
@@ -244,9 +266,9 @@ def test_moments_lie_as_their_weights_and_the_rest_everywhere(optimizer):
 def test_no_device_ever_has_a_whole_weight_when_they_are_drawn():
     made = on(EIGHT)
     shardings = jax.tree.map(lambda x: x.sharding, made.target)
-    with jax.set_mesh(made.places.mesh):
+    with jax.set_mesh(made.shardings.mesh):
         compiled = jax.jit(made.initial_state, out_shardings=shardings).lower().compile()
-        state = made._new_state()
+        state = made._initialize()
     assert jax.tree.map(lambda x: x.sharding, state) == shardings
     text = compiled.as_text()
     assert text is not None
@@ -272,7 +294,7 @@ def test_process_draws_the_rows_of_its_devices_alone(rows):
             return {row: (slice(None), slice(row, row + 1), slice(None)) for row in rows}
 
     sharding: Any = Sharding()
-    assert mesh.own_rows(sharding, (2, 8, 17)).tolist() == list(rows)
+    assert mesh.local_sequences(sharding, (2, 8, 17)).tolist() == list(rows)
 
 
 # The same numbers
@@ -280,11 +302,11 @@ def test_process_draws_the_rows_of_its_devices_alone(rows):
 
 def advance(made, steps):
     """Trains from weights without zeros; weights, losses and largest logits."""
-    with jax.set_mesh(made.places.mesh):
-        state = made._new_state()
+    with jax.set_mesh(made.shardings.mesh):
+        state = made._initialize()
         params = drawn(made.model, 0.3)["params"]
-        state = state._replace(params=jax.device_put(params, made.places.params))
-        step, results = made._compile(), []
+        state = state._replace(params=jax.device_put(params, made.shardings.params))
+        step, results = made._jit_train_step(), []
         for n in range(1, steps + 1):
             state, metrics = step(state, made._text(made._draw(n)), made.config.tau)
             results.append(jax.device_get((state.params, metrics)))
@@ -327,9 +349,9 @@ def test_eight_devices_train_as_one(on_one_device, sizes, micro):
 def seen(made):
     """Loss, largest logits and loads of the experts on the first batch, with weights as above."""
     weights = drawn(made.model, 0.3)
-    params = jax.device_put(weights["params"], made.places.params)
-    balance = jax.device_put(weights["balance"], made.places.everywhere)
-    with jax.set_mesh(made.places.mesh):
+    params = jax.device_put(weights["params"], made.shardings.params)
+    balance = jax.device_put(weights["balance"], made.shardings.replicated)
+    with jax.set_mesh(made.shardings.mesh):
         text = made._text(made._draw(1))[0]
         return jax.device_get(jax.jit(make_loss(made.model))(params, text, balance))
 
@@ -376,7 +398,7 @@ def test_run_goes_on_on_another_mesh(tmp_path):
         tmp_path / "still", optimizer="adamw", batch_size=8, should_stop=stopping_after(6)
     )
     assert still.train() == 6
-    moved, still = (rundir.read_metrics(tmp_path / name) for name in ("moved", "still"))
+    moved, still = (files.read_metrics(tmp_path / name) for name in ("moved", "still"))
     assert [line["step"] for line in moved] == [1, 2, 3, 4, 5, 6]
     for ours, reference in zip(moved, still, strict=True):
         np.testing.assert_allclose(ours["loss"], reference["loss"], rtol=1e-5)
@@ -389,7 +411,9 @@ def test_run_goes_on_on_another_mesh(tmp_path):
 def test_eight_devices_send_weights_and_gradients_and_not_activations():
     made = on(None, optimizer="adamw")
     text = made._text(made._draw(1))
-    with jax.set_mesh(made.places.mesh):
-        cost = compiled_cost(made._compile().lower(made.target, text, made.config.tau).compile())
+    with jax.set_mesh(made.shardings.mesh):
+        cost = compiled_cost(
+            made._jit_train_step().lower(made.target, text, made.config.tau).compile()
+        )
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(made.target.params))
-    assert sum(cost.sent.values()) < 3 * size  # measured 1.8; 8.5 without `rules.constrain`
+    assert sum(cost.sent.values()) < 3 * size  # measured 1.8; 8.5 without `logical_axes.constrain`

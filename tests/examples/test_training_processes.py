@@ -11,13 +11,14 @@ import time
 
 import numpy as np
 import pytest
-from lm import config, rundir
 
-from tests.support.lm_cases import TEXT, compiled_once, trainer
-from tests.support.processes import free_port
+from examples.language_model import config
+from examples.language_model.run_folder import files
+from tests.sharding.test_processes import free_port
 from tests.support.strict import STRICT
+from tests.support.tiny_run import TEXT, compiled_once, trainer
 
-WORKER = pathlib.Path(__file__).parents[1] / "support" / "lm_process_worker.py"
+WORKER = pathlib.Path(__file__).parents[1] / "support" / "training_worker.py"
 ROOT = WORKER.parents[2]
 LIMIT = 400  # seconds; 15 s on two idle cores, and three heartbeats of 10 s where a peer is dead
 FLAGS = "--preset tiny --data text --steps 6 --batch-size 8 --seq-len 16 --out run --no-progress"
@@ -108,7 +109,7 @@ def pair(tmp_path_factory, environment):
 
 def test_two_processes_train_as_one(pair, tmp_path):
     alone(tmp_path / "alone").train()
-    ours, reference = (rundir.read_metrics(run) for run in (pair[0], tmp_path / "alone"))
+    ours, reference = (files.read_metrics(run) for run in (pair[0], tmp_path / "alone"))
     assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
     for line, expected in zip(ours, reference, strict=True):
         np.testing.assert_allclose(line["loss"], expected["loss"], rtol=1e-5)
@@ -118,7 +119,7 @@ def test_two_processes_train_as_one(pair, tmp_path):
 def test_first_process_alone_speaks_and_writes(pair):
     run, ended = pair
     assert own_words(ended.out[0]).splitlines()[:2] == [
-        "training gqa with muonclip on text; writing to run",
+        "training gqa with muonclip on text; output: run",
         "mesh data=2",
     ]
     assert own_words(ended.out[1]) == ""
@@ -136,8 +137,8 @@ def test_sigterm_one_of_two(tmp_path, environment, name):
     assert ended.codes == [0, 0], ended.err
     assert ended.err == ["", ""]
     (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert f"stopped after step {step}; continue with: " in own_words(ended.out[0])
-    assert [line["step"] for line in rundir.read_metrics(tmp_path / "run")][-1] == step < 6
+    assert f"stopped after step {step}; to resume: " in own_words(ended.out[0])
+    assert [line["step"] for line in files.read_metrics(tmp_path / "run")][-1] == step < 6
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.nightly)])
@@ -154,8 +155,8 @@ def test_error_on_one(tmp_path, environment, rank):
     assert ended.codes[rank] == 1
     assert ended.codes[1 - rank] not in (0, None, -signal.SIGKILL), ended.err
     assert ended.err[rank] == (
-        f"train_lm.py: process {rank} of 2 has to end, and so will all: RuntimeError: injected;"
-        " start all again with --resume\n"
+        f"language_model: process {rank} of 2 failed, and all will exit: RuntimeError: injected;"
+        " start all of them again with --resume\n"
     )
 
 
@@ -166,7 +167,7 @@ def test_full_disk_of_the_first(tmp_path, environment):
     assert ended.codes[0] == 1
     assert ended.codes[1] not in (0, None, -signal.SIGKILL), ended.err
     assert ended.err[0] == (
-        "train_lm.py: run: step 2: metrics.jsonl could not be written (injected)\n"
+        "language_model: run: step 2: metrics.jsonl could not be written (injected)\n"
     )
 
 
@@ -194,7 +195,7 @@ def test_damaged_checkpoint(pair, tmp_path, environment, seen):
         fault = ("none", 0, 0)
     ended = together(tmp_path, environment, *PAIR, "--resume", fault=fault)
     assert ended.codes == [0, 0], ended.err
-    reason = "not the files that were written" if seen == "by both" else "as process 1 reads it"
+    reason = "files differ from those written" if seen == "by both" else "found by process 1"
     (line,) = ended.err[0].splitlines()
     assert f"/run/checkpoints: step 6 is damaged ({reason}" in line
     assert line.endswith("); resuming from step 3 instead")
@@ -211,7 +212,7 @@ def test_no_whole_checkpoint_is_refused_by_all(pair, tmp_path, environment):
     ended = together(tmp_path, environment, *PAIR, "--resume")
     assert ended.codes == [2, 2]
     assert ended.err[0] == ended.err[1]
-    assert "no checkpoint is left: step 6 is damaged (not the files" in ended.err[0]
+    assert "no intact checkpoint: step 6 is damaged (files differ" in ended.err[0]
     assert (run / "checkpoints" / "6").exists()
 
 
@@ -219,8 +220,8 @@ def test_flags_that_differ_are_refused_by_all(tmp_path, environment):
     ended = together(tmp_path, environment, own=((), ("--seed", "1")))
     assert ended.codes == [2, 2]
     line = (
-        "train_lm.py: argument --distributed: the flags or the text of processes [1] are not those"
-        " of process 0; give all the same\n"
+        "language_model: argument --distributed: processes [1] have other flags or another text"
+        " than process 0; pass the same to all\n"
     )
     assert ended.err == [line, line]
     assert not (tmp_path / "run").exists()
@@ -233,7 +234,7 @@ def test_folder_that_holds_a_run_is_refused_by_all(tmp_path, environment):
     ended = together(tmp_path, environment)
     assert ended.codes == [2, 2]
     assert ended.err[0] == ended.err[1]
-    assert re.fullmatch("train_lm.py: --out run: holds a run; .*\n", ended.err[0])
+    assert re.fullmatch("language_model: --out run: already holds a run; .*\n", ended.err[0])
 
 
 @pytest.mark.parametrize("text", ["", "here", "host:1", "host:1,2", "host:1,2,2", "host,2,1"])
@@ -242,7 +243,7 @@ def test_address_that_is_none_is_refused_with_one_line(capsys, text):
         config.parse([f"--distributed={text}"])
     assert leave.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"argument --distributed: got {text!r}, expected nothing, or HOST:PORT," in line
+    assert f"argument --distributed: got {text!r}, expected no value, or HOST:PORT," in line
 
 
 def test_address_is_optional():

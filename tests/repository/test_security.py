@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from lm.checkpoint import Checkpoints
 
+from examples.language_model.run_folder.checkpoint import Checkpoints
 from tests.support.strict import STRICT
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -1,6 +1,5 @@
-"""Meshes, leaves of every kind that lie on them, and what a compiled program sends."""
+"""Meshes, and leaves of every kind that are sharded over them."""
 
-import re
 from typing import NamedTuple
 
 import jax
@@ -79,45 +78,6 @@ def numbers_of(leaves):
 
 def is_leaf(x):
     return isinstance(x, Leaf)
-
-
-class Collective(NamedTuple):
-    """What one instruction sends; `bytes` are those of its result on each device."""
-
-    kind: str
-    bytes: int
-    in_loop: bool
-
-
-_COLLECTIVES = (
-    "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute"
-    "|collective-broadcast"
-)
-_INSTRUCTION = re.compile(rf" = (\(.*?\)|\S+) ({_COLLECTIVES})(?:-start)?\(")
-_ARRAY = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\[([\d,]*)\]")
-_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
-
-
-def collectives(compiled) -> list[Collective]:
-    """Lists the communication in a function compiled for the CPU; a combined one counts once."""
-    text = compiled.as_text()
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    found, computation = [], ""
-    for line in text.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            computation = header[1]
-        elif match := _INSTRUCTION.search(line):
-            found.append(Collective(match[2], _size(match[1]), computation in bodies))
-    return found
-
-
-def _size(shapes):
-    """Counts the bytes of all arrays in the text of a shape."""
-    total = 0
-    for dtype, bits, dimensions in _ARRAY.findall(shapes):
-        item = _BYTES[dtype] if dtype in _BYTES else int(bits) // 8
-        total += item * int(np.prod([int(d) for d in dimensions.split(",") if d]))
-    return total
 
 
 def assert_close(got, expected, tolerance):

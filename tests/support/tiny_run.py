@@ -7,12 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import train_lm
 from jax.experimental.compilation_cache import compilation_cache
-from lm import data, gqa, rundir, training
-from lm.config import Config
-from lm.presets import PRESETS
 from tensorboardX.proto import event_pb2
+
+from examples.language_model import data, program as language_model
+from examples.language_model.config import Config
+from examples.language_model.models import gqa
+from examples.language_model.models.presets import PRESETS
+from examples.language_model.run_folder import opening
+from examples.language_model.training import loop
 
 TINY = gqa.GQA(**PRESETS["gqa"]["tiny"])
 CONFIG = Config(
@@ -32,12 +35,12 @@ def drawn(model, spread, seed=0):
 
 
 def trainer(path, **changes):
-    """A trainer as `train_lm.main` makes it, at a tiny size; `should_stop` is passed on."""
+    """A trainer as `program.main` makes it, at a tiny size; `should_stop` is passed on."""
     should_stop = changes.pop("should_stop", lambda: False)
     devices = changes.pop("devices", jax.devices()[:1])
     config = dataclasses.replace(CONFIG, out=path, **changes)
-    rundir.open_run(config, CORPUS)
-    return training.Trainer(config, CORPUS, path, TINY, should_stop, devices)
+    opening.open_run(config, CORPUS)
+    return loop.Trainer(config, CORPUS, path, TINY, should_stop, devices)
 
 
 def program(monkeypatch, folder, *common):
@@ -48,7 +51,7 @@ def program(monkeypatch, folder, *common):
     (folder / "text").write_bytes(TEXT)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     flags = "--preset tiny --data text --batch-size 4 --seq-len 16 --no-progress".split()
-    yield lambda *arguments: train_lm.main([*flags, *common, *arguments])
+    yield lambda *arguments: language_model.main([*flags, *common, *arguments])
     for number, handler in before.items():
         signal.signal(number, handler)
 

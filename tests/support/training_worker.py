@@ -1,6 +1,6 @@
-"""One of the processes of `test_lm_processes.py`: the program, with a fault.
+"""One of the processes of `test_training_processes.py`: the program, with a fault.
 
-lm_process_worker.py FAULT RANK STEP FLAG...: at the end of that step, it happens in that process;
+training_worker.py FAULT RANK STEP FLAG...: at the end of that step, it happens in that process;
 `unreadable` happens when the checkpoint of that step is read.
 """
 
@@ -9,9 +9,11 @@ import signal
 import sys
 
 import jax
-import train_lm
-from lm import checkpoint, processes, training
-from lm.config import Failed
+
+from examples.language_model import program
+from examples.language_model.config import Failed
+from examples.language_model.run_folder import checkpoint
+from examples.language_model.training import loop, processes
 
 
 def raise_an_error():
@@ -35,7 +37,7 @@ FAULTS = {
 
 def main(fault: str, rank: int, at: int, *flags: str) -> int:
     """Runs the program; its exit code."""
-    line = training.Trainer._line
+    line = loop.Trainer._line
 
     def line_and_fault(self, step, state, metrics):
         result = line(self, step, state, metrics)
@@ -50,10 +52,10 @@ def main(fault: str, rank: int, at: int, *flags: str) -> int:
             raise checkpoint.Damaged("injected")
         return read(self, step)
 
-    training.Trainer._line = line_and_fault
+    loop.Trainer._line = line_and_fault
     checkpoint.Checkpoints._read_digests = read_and_fault
     processes.HEARTBEAT = 10
-    return train_lm.main(flags)
+    return program.main(flags)
 
 
 if __name__ == "__main__":

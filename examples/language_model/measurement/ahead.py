@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import muonclip_jax as mc
+from benchmarks.tpu import topology_devices
 from examples.language_model.config import BadInput, Config
 from examples.language_model.measurement.cost_table import compile_and_format
 from examples.language_model.models.layers import VOCABULARY
@@ -77,21 +77,8 @@ def _chips(topology: str) -> list[Any]:
     """Returns the devices of a topology, which need not be attached."""
     if importlib.util.find_spec("libtpu") is None:
         raise BadInput("--aot-topology: libtpu is not installed; run pip install '.[tpu]'")
-    # libtpu must not look for a TPU on this machine, query the metadata server, or write to stderr
-    # that it found neither; the topology alone selects the target.
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return topology_devices(topology)
     except Exception as error:  # libtpu raises several types
         text = " ".join(str(error).split())[:200]
         raise BadInput(

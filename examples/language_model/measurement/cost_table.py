@@ -5,10 +5,7 @@ from typing import Any
 import jax
 
 from benchmarks.compiled import Cost, compiled_cost
-
-# GiB of a chip, by its `device_kind` in JAX. Google, cloud.google.com/tpu/docs/v5e, v5p and v6e,
-# "Key chip specifications", HBM capacity.
-MEMORY = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
+from benchmarks.tpu import HBM_GIB
 
 
 def compile_and_format(lowered: Any, chip: Any) -> list[str]:
@@ -28,7 +25,7 @@ def compile_and_format(lowered: Any, chip: Any) -> list[str]:
             raise
         reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
         return [f"  does not fit; use more chips, or a larger --accumulate: {reason}"]
-    return cost_table(cost, MEMORY.get(chip.device_kind))
+    return cost_table(cost, HBM_GIB.get(chip.device_kind))
 
 
 def cost_table(cost: Cost, memory: int | None) -> list[str]:

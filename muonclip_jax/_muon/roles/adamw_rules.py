@@ -6,6 +6,9 @@ from muonclip_jax._muon.roles.evidence import Evidence
 from muonclip_jax._muon.roles.modules import Leaf, Path
 from muonclip_jax._muon.roles.orientation import has_fitting_bias, is_matrix_of_adaptive_norm
 
+# How many times longer than wide tables of embeddings are, at least.
+_MUCH_LONGER = 8
+
 
 def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     """A component of the path names a role, unless the shapes beside it contradict."""
@@ -19,16 +22,49 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         inside = leaf.core[leaf.core.index(name) + 1 :]
         if len(inside) > 1 and len(leaf.shape) > 1 and leaf.is_inside:
             doubt = "it may be the matrix of an adaptive norm"
-    if role.name == "embedding" and not leaf.has(names.PATCHES):
-        if len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence):
-            doubt = f"'{name}' names an embedding, and the bias beside it fits a dense layer"
-    if role.where == "top" and evidence.has_child(_module_of_name(leaf), names.INTO_HEADS):
+    if role.name == "embedding" and leaf.is_inside and not leaf.has(names.PATCHES):
+        if _is_dense(leaf, evidence, name):
+            return None
+        doubt = _doubt_table(leaf, evidence, name)
+    if role.where == "top" and _is_hidden_layer(leaf, evidence, name):
         return None
     return Decision(None, f"{role.name} '{name}'", doubt)
 
 
-def _module_of_name(leaf: Leaf) -> Path:
-    return leaf.core[: len(leaf.core) - len(names.near(leaf.core))]
+def _is_dense(leaf: Leaf, evidence: Evidence, name: str) -> bool:
+    """Returns whether a parameter is a dense layer that computes the embedding of a time step."""
+    if not names.matches(names.COMPUTED, name):
+        return False
+    has_bias = len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence)
+    return has_bias or leaf.name != name or names.matches(names.DENSE, name)
+
+
+def _doubt_table(leaf: Leaf, evidence: Evidence, name: str) -> str:
+    """Doubts that a parameter below the name of an embedding is a table."""
+    if len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence):
+        return f"the bias beside it fits a dense layer, although '{name}' names an embedding"
+    is_long = len(leaf.shape) > 1 and max(leaf.shape) >= _MUCH_LONGER * min(leaf.shape)
+    if names.matches(names.DENSE, leaf.name) and len(leaf.shape) > 1 and not is_long:
+        return f"'{leaf.name}' may be a dense layer, although '{name}' names an embedding"
+    return ""
+
+
+def _is_hidden_layer(leaf: Leaf, evidence: Evidence, name: str) -> bool:
+    """Returns whether projections beside `output`, `out_layer` or `w_out` make it no head."""
+    module = leaf.core[: len(leaf.core) - len(names.near(leaf.core))]
+    first = name.lower().replace("out", "in")
+    has_first = first != name.lower() and evidence.has_child(module, first)
+    return has_first or evidence.has_child(module, names.INTO_HEADS)
+
+
+def state_space(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """`B`, `C`, `P` and `A_re` beside `log_step` or `Lambda_re` act on each channel alone."""
+    name, module = leaf.core[-1], leaf.core[:-1]
+    if not names.matches(names.STATE_SPACE_MATRICES, name):
+        return None
+    if any(names.matches(names.STATE_SPACE, n) for n in evidence.children[module] if n != name):
+        return Decision(None, f"state-space parameter '{name}'")
+    return None
 
 
 def short_bias(leaf: Leaf, evidence: Evidence) -> Decision | None:

@@ -39,11 +39,35 @@ def by_layout(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisio
     return Decision(numbers, f"attention '{name}' of the head layout")
 
 
+def in_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """(inputs, *heads) beside (*heads, outputs) of the same sizes, under any names.
+
+    Source: einsums of jax-llm-examples (Mamba-2 in Nemotron 3), Penzai's Llama.
+    """
+    del settings
+    stack, shape = evidence.layer_of(leaf)
+    if len(shape) < 3 or shape[0] == shape[-1] or leaf.is_lora or is_convolution_shape(shape):
+        return None
+    ndim = len(leaf.shape)
+    beside = [evidence.layer_of(x) for x in evidence.beside(leaf) if len(x.shape) == ndim]
+    others = {s for other, s in beside if other == stack}
+    widths = evidence.widths(leaf)
+    if shape[0] in widths and (*shape[1:], shape[0]) in others:
+        sides = (0,), tuple(range(1, len(shape)))
+    elif shape[-1] in widths and (shape[-1], *shape[:-1]) in others:
+        sides = tuple(range(len(shape) - 1)), (len(shape) - 1,)
+    else:
+        return None
+    return Decision(numbers_of(leaf, stack, *sides), "heads, as the kernels beside it show")
+
+
 def with_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
     """A kernel with an axis of heads, by its name and by the shapes beside it."""
     side = heads_name(leaf, evidence)
     if side is None or len(leaf.shape) < 3 or is_expert(leaf, evidence):
         return None
+    if leaf.is_lora and names.matches(names.HEADS_FIRST, leaf.name):
+        return None  # an adapter of each head
     name = leaf.name
     stack, shape = evidence.layer_of(leaf)
     fused = fused_axis(name, shape)
@@ -81,22 +105,27 @@ def _residual_axis(
         return usual, ""
     if middle := [axis for axis in hits if 0 < axis < last]:
         return middle[0], ""
+    beside = partners(leaf.module, "in", evidence).values()
+    if side == "out" and hits == [0] and any(p.shape == leaf.shape for p in beside):
+        return 0, ""  # stored as the queries are
     convention = evidence.convention.get(leaf.core[-1], settings.outputs_first)
     if convention and last - usual in hits:
         return last - usual, ""
     confirmed = settings.outputs_first is not None or _fits_beside(leaf, shape, side, evidence)
-    doubtful = not confirmed and shape[usual] < max(shape) and not leaf.is_lora
+    no_width = widths and not hits and math.prod(shape) < 2 * shape[usual] ** 2
+    doubtful = not confirmed and (shape[usual] < max(shape) or no_width) and not leaf.is_lora
     return usual, "nothing shows which of its axes are heads" if doubtful else ""
 
 
 def _low_rank(leaf: Leaf, evidence: Evidence) -> set[int]:
-    """Returns the outputs of `q_a` for `q_b`: the low rank of latent attention."""
+    """Returns the outputs of `q_a` for `q_b`, and of `kv_a` for `k_b`: low ranks."""
     module, name = leaf.module, leaf.name
     if not names.matches(names.FROM_LOW_RANK, name):
         return set()
-    pair = (*module, name.replace("_b", "_a"), *leaf.core[len(module) + 1 :])
-    down = evidence.by_core.get(pair)
-    return {down.shape[-1]} if down and len(down.shape) > 1 else set()
+    inside = leaf.core[len(module) + 1 :]
+    pairs = [name.replace("_b", "_a"), "wkv_a" if name.startswith("w") else "kv_a"]
+    found = (evidence.by_core.get((*module, pair, *inside)) for pair in pairs)
+    return {down.shape[-1] for down in found if down and len(down.shape) > 1}
 
 
 def _stack_by_attention(leaf: Leaf, shape: Shape, side: str, evidence: Evidence) -> tuple[int, str]:
@@ -116,7 +145,7 @@ def _stack_by_attention(leaf: Leaf, shape: Shape, side: str, evidence: Evidence)
 def _stack_of_three(leaf: Leaf, shape: Shape, side: str, evidence: Evidence) -> tuple[int, str]:
     """Decides whether three axes are heads or a stack of flat matrices."""
     module, name = leaf.module, leaf.name
-    if _fits_beside(leaf, shape, side, evidence):
+    if _fits_beside(leaf, shape, side, evidence) or shape[0] in _low_rank(leaf, evidence):
         return 0, ""
     width, heads = (shape[0], shape[1:]) if side == "in" else (shape[-1], shape[:-1])
     if names.matches(names.HEADS_FIRST, name) or width == math.prod(heads):

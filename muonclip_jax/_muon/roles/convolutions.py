@@ -1,5 +1,7 @@
 """Convolutions: the window and the inputs are one side of a matrix; depthwise ones have none."""
 
+from optax.contrib import MuonDimensionNumbers
+
 from muonclip_jax._muon.roles import names
 from muonclip_jax._muon.roles.decision import Decision, RoleSettings
 from muonclip_jax._muon.roles.evidence import Evidence
@@ -23,7 +25,7 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decis
     if not named:
         if leaf.has(names.EXPERTS) or not is_convolution_shape(shape):
             return None
-        doubt = "it has the shape of a convolution and another name"
+        doubt = "no name confirms it, only its shape"
     last = len(shape) - 1
     outputs_first = settings.outputs_first
     if outputs_first is None:
@@ -49,7 +51,9 @@ def depthwise(leaf: Leaf, evidence: Evidence) -> Decision | None:
     small, large = min(shape), max(shape)
     taps = len(shape) == 2 and small <= _MOST_TAPS and large >= _MUCH_LARGER * small
     if one_input or (taps and is_named_convolution(leaf)):
-        return Decision(None, "depthwise convolution", _doubt_one_input(leaf, evidence, shape))
+        full = MuonDimensionNumbers(tuple(range(-len(shape), -1)), -1)
+        doubt = _doubt_one_input(leaf, evidence, shape)
+        return Decision(None, "depthwise convolution", doubt, full)
     return None
 
 
@@ -65,7 +69,13 @@ def _doubt_one_input(leaf: Leaf, evidence: Evidence, shape: Shape) -> str:
 
 
 def _unnamed_depthwise(shape: Shape) -> Decision | None:
-    """Finds a square window beside one input channel, on either end of the shape."""
+    """Finds a square window beside one input channel, on either end of the shape.
+
+    A flat window is in front: (window, 1, channels).
+    """
+    if len(shape) == 3 and shape[1] == 1:
+        if 1 < shape[0] <= _MOST_TAPS and shape[2] >= _MUCH_LARGER * shape[0]:
+            return Decision(None, "depthwise convolution", "no name confirms it, only its shape")
     if len(shape) != 4 or 1 not in shape[1:3]:
         return None
     for window, channels in ((shape[:2], shape[2:]), (shape[2:], shape[1::-1])):

@@ -19,11 +19,13 @@ class Decision(NamedTuple):
       numbers: The axes of its matrices; None assigns it to AdamW.
       reason: Why.
       doubt: Why this may be wrong; empty if it rests on more than a guess.
+      matrix: The axes that a warning proposes for Muon.
     """
 
     numbers: MuonDimensionNumbers | None
     reason: str
     doubt: str = ""
+    matrix: MuonDimensionNumbers = MuonDimensionNumbers(-2, -1)
 
 
 @dataclasses.dataclass(frozen=True)

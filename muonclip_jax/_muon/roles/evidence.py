@@ -25,9 +25,9 @@ class Evidence:
       children: The names of the children of each module.
       by_core: The parameters by path.
       sizes: How often each size occurs in the shapes.
-      matrix_sizes: The same in the shapes of two axes or more.
-      vocabulary: The long side of the largest embedding; 0 without one.
-      embedded: Its short side.
+      matrix_sizes: The same in the shapes of matrices, without windows of convolutions.
+      vocabulary: The rows of the largest table of embeddings; 0 without one.
+      embedded: Its width.
       usual_width: The most frequent size of the gains of norms; 0 without one.
       convention: Whether matrices are outputs first, by the name of the parameter, where shapes
         show it.
@@ -45,7 +45,12 @@ class Evidence:
             self._add(index, leaf)
         self.by_core = {leaf.core: leaf for leaf in self.leaves}
         self.sizes = collections.Counter(n for shape in shapes for n in shape)
-        matrices = (shape for shape in shapes if len(shape) > 1)
+        vectors = ("bias", "norm", "scale")
+        matrices = (
+            _without_window(leaf)
+            for leaf in self.leaves
+            if len(leaf.shape) > 1 and not (leaf.role and leaf.role[0].name in vectors)
+        )
         self.matrix_sizes = collections.Counter(n for shape in matrices for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
         self.convention: dict[str, bool] = {}
@@ -77,17 +82,24 @@ class Evidence:
             self.children.setdefault(prefix, set()).add(leaf.core[depth])
             if kind == "gain":
                 group.gains.add(shape)
+                if not leaf.has(names.LOW_RANK_NORM):
+                    group.widths.add(shape)
             elif kind == "bias":
                 group.biases.add(shape)
 
     def _embedding_sizes(self) -> tuple[int, int]:
-        """Finds the vocabulary and the width of the largest embedding; 0 if there is none."""
-        sizes = [
-            (max(leaf.shape), min(leaf.shape))
+        """Finds the rows and the width of the largest table of embeddings; 0 without one.
+
+        Positions are no vocabulary, and a matrix beside a bias is no table.
+        """
+        shapes = [
+            leaf.shape[-2:]
             for leaf in self.leaves
-            if leaf.role and leaf.role[0].name == "embedding" and len(leaf.shape) == 2
+            if leaf.role and leaf.role[0].name == "embedding" and 1 < len(leaf.shape) < 4
+            if not any("pos" in name.lower() for name in leaf.core)
+            if self.bias_of(leaf) is None and not leaf.has(names.COMPUTED)
         ]
-        return max(sizes, default=(0, 0))
+        return max(shapes, key=lambda shape: (max(shape), shape), default=(0, 0))
 
     def stack_of(self, leaf: Leaf) -> Stack:
         """Finds the stack axes of a parameter.
@@ -107,6 +119,11 @@ class Evidence:
         """Returns the stack axes of a parameter and the shape of one layer."""
         stack = self.stack_of(leaf)
         return stack, stack.without(leaf.shape)
+
+    def beside(self, leaf: Leaf) -> list[Leaf]:
+        """Lists the other parameters of a module: directly in it or in modules of their own."""
+        group = (self.leaves[i] for i in self.groups[leaf.module].leaves)
+        return [x for x in group if x is not leaf and x.module == leaf.module]
 
     def has_child(self, module: Path, pattern: str) -> bool:
         """Returns whether a module has a child of a name."""
@@ -210,11 +227,11 @@ class Evidence:
 
     def _block_gains(self, prefix: Path) -> set[Shape]:
         """Lists the gains of the innermost module that has some, and of its block."""
-        inner = next((d for d in range(len(prefix), -1, -1) if self.groups[prefix[:d]].gains), 0)
+        inner = next((d for d in range(len(prefix), -1, -1) if self.groups[prefix[:d]].widths), 0)
         outer = inner
         while outer > max(inner - 2, 0) and not (outer and names.is_numbered(prefix[outer - 1])):
             outer -= 1
-        return self.groups[prefix[:outer]].gains
+        return self.groups[prefix[:outer]].widths
 
     def _is_attention(self, leaf: Leaf) -> bool:
         """Returns whether a parameter has the name of a projection into or out of heads."""
@@ -267,3 +284,11 @@ def _vector_kind(leaf: Leaf) -> str:
 
 def _is_dense(inside: Path) -> bool:
     return bool(inside) and names.matches("kernel", inside[0])
+
+
+def _without_window(leaf: Leaf) -> Shape:
+    """Returns the shape of a parameter without the window of a convolution."""
+    shape = leaf.shape
+    if len(shape) < 3 or not leaf.has(names.CONVOLUTION):
+        return shape
+    return shape[-2:] if max(shape[:-2]) <= max(shape[2:]) else shape[:2]

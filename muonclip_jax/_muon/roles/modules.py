@@ -79,6 +79,7 @@ class Group:
       leaves: Indices of the parameters.
       gains: Shapes of gains and other vectors of norms, without norms of queries and keys.
       biases: Shapes of biases.
+      widths: Shapes of gains, without norms of a low rank.
     """
 
     lead: Shape
@@ -86,6 +87,7 @@ class Group:
     leaves: list[int] = dataclasses.field(default_factory=list)
     gains: set[Shape] = dataclasses.field(default_factory=set)
     biases: set[Shape] = dataclasses.field(default_factory=set)
+    widths: set[Shape] = dataclasses.field(default_factory=set)
 
     def stack(self, vectors: set[Shape]) -> Stack | None:
         """Finds the stack axes that vectors show; None if the other shapes contradict."""

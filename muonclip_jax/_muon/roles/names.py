@@ -89,9 +89,9 @@ ADAMW_ROLES = (
     Role(
         "output head",
         "top",
-        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|score"
+        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|score|pred(iction)?|w_out"
         r"|(output|out|final|last|prediction)_layer",
-        "big_vision, HF, LLaMA, scenic",
+        "big_vision, HF, LLaMA, scenic, Dreamer, ProteinMPNN",
     ),
     Role("router", "any", r"(\w+_)?router(_\w+)?|moe_gate|gating_network", "MaxText, HF, T5X"),
     Role("norm", "any", r"(\w*_)?(ln|bn|gn)(_\w*)?|\w*norm\d*(_\w*)?", "all"),
@@ -127,18 +127,22 @@ ADAMW_ROLES = (
     Role(
         "scale",
         "leaf",
-        r"(\w+_)?(scales?|scalars?|gains?|gamma|offset|temperature|lambdas?)(_[a-z]+)?|skip_weights?|g"
-        r"|scale_shift_\w+",
-        "all",
+        r"(\w+_)?(scales?|scalars?|gains?|gamma|offset|temperature|lambdas?|sigma)(_[a-z]+)?"
+        r"|skip_weights?|g|scale_shift_\w+",
+        "all; noisy networks",
     ),
 )
+
+# Names that show a state-space layer, and its parameters beside them: S4, S4D, DSS, S5.
+STATE_SPACE = r"log_(step|dt|lambda)|lambda(_re|_im|_real|_imag)?|a_log|(nu|theta)_log"
+STATE_SPACE_MATRICES = r"[abcpw](_re|_im|_real|_imag)?|lambda(_re|_im|_real|_imag)?"
 
 # Names whose case matters: `D`, the skip vector of a state-space layer, is no `d`.
 ADAMW_NAMES = {"D": "state-space parameter"}
 
 # Names of a parameter inside a module that has the telling name.
-PARAMETER_NAMES = r"kernel|w|weights?|(\w+_)?lora_[ab]|embeddings?|scale|bias|b|offset|gamma|alpha"
-MATRIX_NAMES = r"kernel|w|weights?|(\w+_)?lora_[ab]"
+MATRIX_NAMES = r"(kernel|w|weights?)(_mu)?|(\w+_)?lora_[ab]"
+PARAMETER_NAMES = rf"{MATRIX_NAMES}|embeddings?|scale|bias|b|offset|gamma|alpha"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
 MATRIX_SUFFIXES = ("_w", "_kernel", "_weight", "_weights")
 BIAS_SUFFIXES = ("_b", "_bias")
@@ -153,11 +157,11 @@ BLOCKS = (
 INTO_HEADS = (
     r"w?(q|k|v|kv|qkv)|w_(q|k|v|qkv)|(q|k|v|kv|qkv)_(proj(ection)?|einsum|up|up_proj|linear)"
     r"|(query|key|value|query_key_value)(_(proj(ection)?|layer|kernel|linear|dense))?"
-    r"|(queries|keys|values)|c_attn|to_(q|k|v|kv|qkv)|w?(q|kv|k|v)_b(_proj)?|(q|k|v|qkv|kv)_kernel"
+    r"|(queries|keys|values)|q_wi_fused|kv_fused|c_attn|to_(q|k|v|kv|qkv)|w?(q|kv|k|v)_b(_proj)?|(q|k|v|qkv|kv)_kernel"
 )
 OUT_OF_HEADS = (
     r"w?o|w_o|((self_|cross_)?att(n|ention)_)?(o|out|output|post)(_(proj(ection)?|kernel|einsum))?|to_out|attn_vec(_einsum)?"
-    r"|proj_(attn|out)|attn_out|wo"
+    r"|proj_(attn|out)|attn_out|wo|o_wo_fused"
 )
 # Names of an output projection only beside queries, keys and values.
 PERHAPS_OUT = r"dense|linear|proj|c_proj|projection"
@@ -180,15 +184,28 @@ GATED_PAIR = r"wi|(\w+_)?gate_?up(_\w+)?|(\w+_)?gating(_\w+)?|gate_and_up\w*|w13
 GATE = r"gate|gating|wg|w_gate|gate_(w|weights?|kernel|linear|proj)|switch"
 # Modules beside which `gate` is that of a gated MLP or of attention.
 BESIDE_GATE = (
-    r"(\w*_)?(up|down|value|query|key|v|q|k|o|out|fc|proj|wi|wo|in|w)(_\w*)?"
+    r"(\w*_)?(up|down|value|query|key|v|q|k|o|out|fc|proj(ection)?|wi|wo|in|w)(_\w*)?"
     r"|w[123qkvo]|fc[12]|linear\w*"
 )
 MIXTURES = r"\w*moe\w*|sparse_?mlp\w*|routed_?experts?"
+HEAD = r"(\w+_)?head|classifier|predictions"
+# Norms inside latent attention, whose width is a low rank.
+LOW_RANK_NORM = r"\w*(q|kv)_(a_)?(layer_?|rms_?)?norm|\w*(q|kv)_(a_)?ln|compressed_\w*norm"
 # Names that show nothing about a dense layer, so that the last of a network may be its head.
-GENERIC = r"|dense|linear|fc|layers?|out(put)?(_proj(ection)?)?|final|last|sequential"
+GENERIC = (
+    r"|dense|linear|fc|layers?|out(put)?(_proj(ection)?)?|final|last|sequential|decoder|noisy\w*"
+)
+PREDICTOR = r"\w+(predictor|classifier)"
+LAST_LAYER = r"(output|final|last|prediction)_?layer"
 FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?)(_?block)?|ff"
 EXPERTS = r"(shared_)?experts?(_\w*)?"
 CONVOLUTION = r"\w*conv\w*"
+# Embeddings of a number or a vector, computed by dense layers: DiT, diffusers, SD3, Flux.
+COMPUTED = (
+    r"(\w+_)?(t|time_?steps?|time|sigma|noise|cond(ition(ing)?)?|pooled|guidance)"
+    r"_?(emb|embed\w*)(_\w+)?"
+)
+DENSE = r"(\w+_)?(dense|linear|mlp|proj(ection)?|fc)(_\w+)?|layers?"
 PATCHES = r"(\w+_)?(patch\w*|stem)(_\w+)?|embeddings?|conv_?proj|proj(ection)?"
 
 # Components that hold several layers; without a number, these may be stacked.
@@ -215,7 +232,7 @@ def matches(pattern: str, name: str) -> bool:
     """
     lower = name.lower()
     compiled = re.compile(pattern)
-    return bool(compiled.fullmatch(lower) or compiled.fullmatch(_NUMBER.sub("", lower)))
+    return bool(compiled.fullmatch(lower) or compiled.fullmatch(without_number(lower)))
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -226,21 +243,23 @@ def is_qk_norm(name: str) -> bool:
       >>> is_qk_norm("_query_norm"), is_qk_norm("q_a_layernorm")
       (True, False)
     """
-    return bool(_QK_NORM.fullmatch(_NUMBER.sub("", name.lower())))
+    return bool(_QK_NORM.fullmatch(without_number(name.lower())))
 
 
 def core(path: tuple[str, ...]) -> tuple[str, ...]:
     """Returns a path without the components of the container around its parameter.
 
-    Haliax's arrays end in `weight/0` or `weight/array`.
+    The arrays of Haliax end in `weight/0` or `weight/array`, arrays of Penzai in `data_array`.
 
     Example:
       >>> core(("q_proj", "weight", "0"))
       ('q_proj', 'weight')
     """
+    if len(path) > 2 and path[-1].isdigit() and path[-2] == "args":  # Paramax
+        path = path[:-2]
     while (
         len(path) > 1
-        and (path[-1].isdigit() or path[-1] in ("array", "raw_value"))
+        and (path[-1].isdigit() or path[-1] in ("array", "data_array", "raw_value"))
         and matches(PARAMETER_NAMES, path[-2])
     ):
         path = path[:-1]
@@ -268,6 +287,16 @@ def stem(name: str) -> str:
 def is_numbered(name: str) -> bool:
     """Returns whether a component ends in a number, as `layers_3` and `3` do."""
     return name[-1:].isdigit()
+
+
+def without_number(name: str) -> str:
+    """Returns a component without its trailing number: `Dense` for `Dense_3`."""
+    return _NUMBER.sub("", name)
+
+
+def number(name: str) -> int:
+    """Returns the number at the end of a component; -1 if there is none."""
+    return int(name.removeprefix(without_number(name)).lstrip("_") or -1)
 
 
 def is_in_block(path: tuple[str, ...]) -> bool:

@@ -161,7 +161,7 @@ def _doubt_storage(leaf: Leaf, evidence: Evidence) -> str:
     shape = evidence.layer_of(leaf)[1]
     if shape[-1] == shape[-2]:
         return ""
-    if re.match("weight|.*weight$", leaf.core[-1]):
+    if re.fullmatch(r"weight(_\w+)?|\w*weight", leaf.core[-1]):  # not AlphaFold's `weights`
         return "nothing shows whether it is stored (inputs, outputs); set outputs_first"
     if leaf.core[-1] == "gating_einsum":
         return "Gemma's code stores it (inputs, outputs) or (outputs, inputs)"

@@ -1,9 +1,6 @@
-"""What a compiled program costs is counted as its formulas say, on CPU and in the text of TPUs."""
+"""The cost of a compiled program equals its formulas, for CPU programs and for the text of TPUs."""
 
 import functools
-import importlib
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,37 +8,42 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from benchmarks import compiled
-
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-with pytest.MonkeyPatch.context() as patch:  # as a benchmark finds them
-    patch.syspath_prepend(BENCHMARKS)
-    ahead = importlib.import_module("ahead")
+from benchmarks.compiled import (
+    Collective,
+    collectives,
+    compiled_cost,
+    instruction_counts,
+    program_cost,
+)
 
 N, TIMES = 16, 7
 FLOAT = 4  # bytes
-ROWS = (64, N)  # of all devices; each has 8
-MINE = 8 * N * FLOAT  # bytes
+ROWS = (64, N)  # on all devices; each has 8 rows
+SHARD = 8 * N * FLOAT  # bytes
+
+
+def compiled(f, *shapes):
+    """Compiles a function of the shards of arrays that are sharded over 8 devices."""
+    mesh = Mesh(np.array(jax.devices()), "x")
+    f = jax.shard_map(f, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    sharding = NamedSharding(mesh, P("x"))
+    leaves = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in shapes]
+    return jax.jit(f).lower(*leaves).compile()
 
 
 def cost_of(f, *shapes):
-    """Costs of a function of each device's part of arrays that 8 devices divide."""
-    mesh = Mesh(np.array(jax.devices()), "x")
-    f = jax.shard_map(f, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
-    where = NamedSharding(mesh, P("x"))
-    leaves = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where) for shape in shapes]
-    return compiled.compiled_cost(jax.jit(f).lower(*leaves).compile())
+    return compiled_cost(compiled(f, *shapes))
 
 
 def repeated(f):
     return lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, length=TIMES)[0]
 
 
-def text_cost(*lines, functions=""):
-    """Costs of a program as the TPU compiler writes it."""
+def text_cost(*lines, computations=""):
+    """Reads the cost of a program as the TPU compiler writes it."""
     body = "\n".join(f"  {line}" for line in lines)
     head = "ENTRY %main.1_spmd (param: f32[2]) -> f32[2] {"
-    return compiled.program_cost(f"HloModule jit_step\n{functions}\n{head}\n{body}\n}}\n")
+    return program_cost(f"HloModule jit_step\n{computations}\n{head}\n{body}\n}}\n")
 
 
 @pytest.mark.parametrize(
@@ -53,9 +55,9 @@ def text_cost(*lines, functions=""):
         (repeated(lambda x: x @ x), [(8 * N, N)], TIMES * 2 * N**3),
         (repeated(repeated(lambda x: x @ x)), [(8 * N, N)], TIMES**2 * 2 * N**3),
     ],
-    ids=["product", "transposed", "batch", "loop", "loop_in_loop"],
+    ids=["product", "transposed", "batch", "loop", "nested_loop"],
 )
-def test_products_are_counted(f, shapes, flops):
+def test_flops_count_matrix_products(f, shapes, flops):
     cost = cost_of(f, *shapes)
     assert (cost.flops, cost.unknown_loops) == (flops, 0)
 
@@ -63,55 +65,68 @@ def test_products_are_counted(f, shapes, flops):
 @pytest.mark.parametrize(
     ("f", "kind", "times", "sent"),
     [
-        (functools.partial(jax.lax.psum, axis_name="x"), "all-reduce", 1, MINE),
-        (repeated(lambda x: 0.1 * jax.lax.psum(x, "x")), "all-reduce", TIMES, MINE),
-        (lambda x: jax.lax.all_to_all(x, "x", 0, 1, tiled=True), "all-to-all", 1, MINE),
-        (lambda x: jax.lax.all_gather(x, "x", tiled=True)[:8] + 1, "all-gather", 1, 8 * MINE),
-        (lambda x: jax.lax.psum_scatter(x, "x", tiled=True), "reduce-scatter", 1, MINE),
+        (functools.partial(jax.lax.psum, axis_name="x"), "all-reduce", 1, SHARD),
+        (repeated(lambda x: 0.1 * jax.lax.psum(x, "x")), "all-reduce", TIMES, SHARD),
+        (lambda x: jax.lax.all_to_all(x, "x", 0, 1, tiled=True), "all-to-all", 1, SHARD),
+        (lambda x: jax.lax.all_gather(x, "x", tiled=True)[:8] + 1, "all-gather", 1, 8 * SHARD),
+        (lambda x: jax.lax.psum_scatter(x, "x", tiled=True), "reduce-scatter", 1, SHARD),
         (
             lambda x: jax.lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)]),
             "collective-permute",
             1,
-            MINE,
+            SHARD,
         ),
     ],
     ids=["psum", "psum_in_loop", "all_to_all", "all_gather", "psum_scatter", "ppermute"],
 )
-def test_collectives_are_counted_with_the_larger_of_what_goes_in_and_out(f, kind, times, sent):
-    cost = cost_of(f, ROWS)
+def test_collectives_count_the_larger_of_operands_and_results(f, kind, times, sent):
+    program = compiled(f, ROWS)
+    cost = compiled_cost(program)
     assert (cost.counts, cost.sent) == ({kind: times}, {kind: times * sent})
+    assert collectives(program) == [Collective(kind, sent, times)]
 
 
-def test_a_device_alone_sends_nothing():
+def test_groups_of_one_device_send_nothing():
     alone = [[i] for i in range(8)]
-    cost = cost_of(lambda x: jax.lax.psum(x, "x", axis_index_groups=alone) + x, ROWS)
-    assert cost.counts == {}
+    program = compiled(lambda x: jax.lax.psum(x, "x", axis_index_groups=alone) + x, ROWS)
+    assert compiled_cost(program).counts == {}
+    assert collectives(program) == []
 
 
-def test_a_loop_of_unknown_length_is_counted_once_and_told():
+def test_loop_without_trip_count_counts_once_and_is_reported():
     def halve(x):
-        return jax.lax.while_loop(lambda x: jnp.max(x) > 1, lambda x: 0.01 * x @ x, x)
+        def body(x):
+            return 0.01 * x @ jax.lax.psum(x, "x")
 
-    cost = cost_of(halve, (8 * N, N))
+        return jax.lax.while_loop(lambda x: jnp.max(x) > 1, body, x)
+
+    program = compiled(halve, (8 * N, N))
+    cost = compiled_cost(program)
     assert (cost.flops, cost.unknown_loops) == (2 * N**3, 1)
+    assert collectives(program) == [Collective("all-reduce", N * N * FLOAT, None)]
 
 
-def test_of_several_branches_the_dearest_is_counted():
+def test_instructions_in_a_loop_count_once():
+    counts = instruction_counts(compiled(repeated(lambda x: x @ x), (8 * N, N)))
+    assert (counts["dot"], counts["while"]) == (1, 1)
+
+
+def test_most_expensive_branch_is_counted():
     def branch(x):
         return jax.lax.cond(jnp.max(x) > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
     assert cost_of(branch, (8 * N, N)).flops == 2 * 2 * N**3
 
 
-def test_memory_is_what_the_compiler_says():
+def test_memory_is_read_from_the_compiler():
     cost = cost_of(lambda x: x @ x, (8 * N, N))
     assert cost.argument_bytes == N * N * FLOAT
     assert cost.temporary_bytes is not None
-    assert cost.seconds is None  # a figure of TPUs
+    assert cost.seconds is None  # only for TPUs
 
 
-def test_a_batch_that_is_a_window_full_of_holes_is_counted_once():
-    """As TPUs write a batch of products: of the 2 x 2 pairs only the equal ones are there."""
+def test_batch_written_as_a_dilated_window_counts_once():
+    """TPUs write a batch of products like this: of the 2 x 2 pairs only the equal ones exist."""
     cost = text_cost(
         "%a = f32[2,4096,4096]{2,1,0:T(8,128)} parameter(0)",
         "%b = f32[2,4096,4096]{2,1,0:T(8,128)} convolution(%a, %a), "
@@ -120,7 +135,7 @@ def test_a_batch_that_is_a_window_full_of_holes_is_counted_once():
     assert cost.flops == 2 * 2 * 4096**3
 
 
-def test_a_window_is_counted_where_it_meets_its_input():
+def test_window_counts_only_inside_its_input():
     cost = text_cost(
         "%a = f32[3,10,5]{2,1,0} parameter(0)",
         "%b = f32[4,5,7]{2,1,0} parameter(1)",
@@ -131,8 +146,8 @@ def test_a_window_is_counted_where_it_meets_its_input():
     assert cost.flops == 2 * 3 * 7 * 5 * pairs
 
 
-def test_kernels_bring_their_cycles_and_the_products_inside():
-    functions = """
+def test_fusion_has_its_cycles_and_its_products():
+    computations = """
 %fused (p: bf16[8,4], q: bf16[4,6]) -> bf16[8,6] {
   %p = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
   %q = bf16[4,6]{1,0:T(8,128)(2,1)} parameter(1)
@@ -147,7 +162,7 @@ def test_kernels_bring_their_cycles_and_the_products_inside():
     cost = text_cost(
         "%x = (bf16[8,6]{1,0}, s32[]) fusion(%p, %q), kind=kOutput, calls=%fused, "
         'backend_config={"window_config":{"estimated_cycles":"1234"}}',
-        functions=functions,
+        computations=computations,
     )
     assert (cost.flops, cost.cycles) == (2 * 8 * 4 * 6, 1234)
 
@@ -167,31 +182,31 @@ LOOP = """
 """
 
 
-def test_a_loop_that_counts_up_to_a_constant_is_known():
+def test_trip_count_is_read_from_the_loop_condition():
     cost = text_cost(
-        "%w = (s32[], f32[4]{0}) while(%t), condition=%condition, body=%body", functions=LOOP
+        "%w = (s32[], f32[4]{0}) while(%t), condition=%condition, body=%body", computations=LOOP
     )
     assert (cost.counts, cost.sent) == ({"all-reduce": 11}, {"all-reduce": 11 * 4 * FLOAT})
     assert cost.unknown_loops == 0
 
 
 @pytest.mark.parametrize(("step", "times"), [(1, 11), (2, 6)])
-def test_a_loop_of_two_turns_in_one_runs_half_as_often(step, times):
+def test_unrolled_loop_has_half_the_trip_count(step, times):
     counter = "  %i = s32[]{:T(128)} get-tuple-element(%p), index=0\n"
     added = f"  %s = s32[]{{:T(128)}} constant({step})\n  %j = s32[]{{:T(128)}} add(%i, %s)\n"
     loop = LOOP.replace("  ROOT %t", f"{counter}{added}  ROOT %t").replace("tuple(%i", "tuple(%j")
     loop = loop.replace("  ROOT %less", f"{counter}  ROOT %less")
     line = "%w = (s32[], f32[4]{0}) while(%t), condition=%condition, body=%body"
-    assert text_cost(line, functions=loop).counts == {"all-reduce": times}
+    assert text_cost(line, computations=loop).counts == {"all-reduce": times}
 
 
-def test_a_loop_counts_once_where_loops_are_left_out():
+def test_loops_false_counts_each_loop_once():
     head = f"HloModule m\n{LOOP}\nENTRY %main (p: f32[]) -> f32[] {{\n"
     line = "  %w = (s32[], f32[4]{0}) while(%t), condition=%condition, body=%body\n}\n"
-    assert compiled.program_cost(head + line, loops=False).counts == {"all-reduce": 1}
+    assert program_cost(head + line, loops=False).counts == {"all-reduce": 1}
 
 
-def test_a_collective_in_two_halves_is_one():
+def test_asynchronous_collective_counts_once():
     cost = text_cost(
         "%a = bf16[32,256]{1,0:T(8,128)(2,1)} parameter(0)",
         "%s = (bf16[32,256]{1,0}, bf16[128,256]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) "
@@ -201,8 +216,8 @@ def test_a_collective_in_two_halves_is_one():
     assert (cost.counts, cost.sent) == ({"all-gather": 1}, {"all-gather": 128 * 256 * 2})
 
 
-def test_a_collective_on_a_sparse_core_is_counted():
-    functions = """
+def test_collective_on_a_sparse_core_counts():
+    computations = """
 %gathered (p: bf16[2,8]) -> bf16[4,8] {
   %p = bf16[2,8]{1,0} parameter(0)
   ROOT %g = bf16[4,8]{1,0} all-gather(%p), replica_groups=[1,2]<=[2], dimensions={0}
@@ -212,13 +227,13 @@ def test_a_collective_on_a_sparse_core_is_counted():
         "%s = ((bf16[2,8]{1,0}, token[]), bf16[4,8]{1,0}) call-start(%a, %t), "
         'async_execution_thread="sparsecore", to_apply=%gathered, '
         'backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}',
-        functions=functions,
+        computations=computations,
     )
     assert (cost.counts, cost.sent) == ({"all-gather": 1}, {"all-gather": 4 * 8 * 2})
     assert cost.cycles == 0
 
 
-def test_a_collective_of_several_arrays_sends_all_of_them():
+def test_combined_collective_sends_all_its_arrays():
     cost = text_cost(
         "%a = f32[8]{0} parameter(0)",
         "%b = pred[6]{0} parameter(1)",
@@ -227,23 +242,6 @@ def test_a_collective_of_several_arrays_sends_all_of_them():
     assert cost.sent == {"all-to-all": 8 * FLOAT + 6}
 
 
-def test_what_is_no_compiled_program_is_refused():
+def test_text_without_entry_computation_raises():
     with pytest.raises(ValueError, match="no ENTRY"):
-        compiled.program_cost("module @jit_step {}")
-
-
-def test_what_is_written_below_python_is_caught():
-    with ahead.captured_stderr() as log:
-        os.write(2, b"Involuntary full rematerialization")
-    assert log == [ahead.REMATERIALISATION]
-
-
-def test_a_state_lies_as_the_parameters_do():
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
-    where = NamedSharding(mesh, P("a", "b"))
-    params = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=where)}
-    state = {"mu": {"w": jnp.zeros((8, 8), jnp.bfloat16)}, "count": jnp.zeros((), jnp.int32)}
-    placed = ahead.placed_like(params, state)
-    assert placed["mu"]["w"].sharding == where
-    assert placed["mu"]["w"].dtype == jnp.bfloat16
-    assert placed["count"].sharding.spec == P()
+        program_cost("module @jit_step {}")
