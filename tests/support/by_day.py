@@ -7,12 +7,17 @@ import pytest
 
 
 def by_day(values, *chosen):
-    """Returns the values as parameters, nightly but for the chosen ones (as `str` gives them)."""
-    missing = set(chosen) - {str(value) for value in values}
-    assert not missing, f"there is no value {sorted(missing)}"
+    """Returns the values of one parameter, those that are not chosen with the mark `nightly`."""
+    missing = [value for value in chosen if value not in values]
+    assert not missing, f"there is no value {missing}"
+    return [value if value in chosen else at_night(value)[0] for value in values]
+
+
+def at_night(*cases):
+    """Marks cases as nightly; a tuple has one value for each parameter."""
     return [
-        value if str(value) in chosen else pytest.param(value, marks=pytest.mark.nightly)
-        for value in values
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly)
+        for case in cases
     ]
 
 
