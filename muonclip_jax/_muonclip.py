@@ -171,11 +171,12 @@ def muonclip(
     _check(locals())
     update = MuonSettings(
         plain_nesterov if nesterov else momentum,
-        newton_schulz_of(ns_coeffs, ns_steps, eps, preconditioning, ns_method, ns_dtype),
+        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps,
         beta,
         mu_dtype,
         adaptive,
-        shardings_by_path(shardings),
+        shardings_by_path("muonclip", shardings),
     )
     roles = RoleSettings(
         muon_weight_dimension_numbers,
