@@ -560,14 +560,14 @@ layers/0/attn/v_b 512,128,128 1x512x16384
 layers/0/attn/o 128,128,7168 1x16384x7168
 layers/0/attn_pre_norm/scale 7168 A
 """,
-    # google-deepmind/penzai, llamalike_common.py: labels of parameters
+    # google-deepmind/penzai, llamalike_common.py: labels of parameters, split at dots
     "penzai_llama": """
-transformer/embedder.embeddings/data_array 32000,1024 A
-transformer/block_0/pre_attention_norm/scale.weights/data_array 1024 A
-transformer/block_0/attention/query.weights/data_array 1024,2,4,128 1x1024x1024
-transformer/block_0/attention/key.weights/data_array 1024,2,128 1x1024x256
-transformer/block_0/attention/output.weights/data_array 2,4,128,1024 1x1024x1024
-transformer/lm_head.weights/data_array 1024,32000 A
+transformer/embedder/embeddings/data_array 32000,1024 A
+transformer/block_0/pre_attention_norm/scale/weights/data_array 1024 A
+transformer/block_0/attention/query/weights/data_array 1024,2,4,128 1x1024x1024
+transformer/block_0/attention/key/weights/data_array 1024,2,128 1x1024x256
+transformer/block_0/attention/output/weights/data_array 2,4,128,1024 1x1024x1024
+transformer/lm_head/weights/data_array 1024,32000 A
 """,
     # google/dopamine, jax/networks.py: noisy networks
     "dopamine_noisy": """

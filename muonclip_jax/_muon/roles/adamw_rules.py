@@ -27,8 +27,11 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         if _is_dense(leaf, evidence, name):
             return None
         doubt = _doubt_table(leaf, evidence, name)
-    if role.where == "top" and _is_hidden_layer(leaf, evidence, name):
-        return None
+    if role.where == "top":
+        if _is_hidden_layer(leaf, evidence, name):
+            return None
+        if len(leaf.shape) == 2 and leaf.shape[0] == leaf.shape[1]:
+            doubt = "its inputs and outputs have equal sizes, as in hidden layers"
     return Decision(None, f"{role.name} '{name}'", doubt)
 
 

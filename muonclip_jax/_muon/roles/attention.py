@@ -51,7 +51,7 @@ def in_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision 
     ndim = len(leaf.shape)
     beside = [evidence.layer_of(x) for x in evidence.beside(leaf) if len(x.shape) == ndim]
     others = {s for other, s in beside if other == stack}
-    widths = evidence.widths(leaf)
+    widths = evidence.widths(leaf) or {shape[0], shape[-1]}
     if shape[0] in widths and (*shape[1:], shape[0]) in others:
         sides = (0,), tuple(range(1, len(shape)))
     elif shape[-1] in widths and (shape[-1], *shape[:-1]) in others:
