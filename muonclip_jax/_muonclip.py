@@ -34,7 +34,7 @@ from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
-from muonclip_jax._qk_clip.head_layout import Layout
+from muonclip_jax._qk_clip.head_layout import HeadLayout
 from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
 from muonclip_jax._sharding.placement import shardings_by_path
 
@@ -60,7 +60,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    layout: Layout | tuple[Layout, ...] = MultiHeadLayout(),
+    layout: HeadLayout | tuple[HeadLayout, ...] = MultiHeadLayout(),
     threshold: optax.ScalarOrSchedule | None = 100.0,
     alpha: Scalar = 0.5,
     shared_key: str = "query",
@@ -171,11 +171,12 @@ def muonclip(
     _check(locals())
     update = MuonSettings(
         plain_nesterov if nesterov else momentum,
-        newton_schulz_of(ns_coeffs, ns_steps, eps, preconditioning, ns_method, ns_dtype),
+        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps,
         beta,
         mu_dtype,
         adaptive,
-        shardings_by_path(shardings),
+        shardings_by_path("muonclip", shardings),
     )
     roles = RoleSettings(
         muon_weight_dimension_numbers,
@@ -204,7 +205,7 @@ def muonclip(
     return _then_clip(optimizer, clip, threshold)
 
 
-def _heads(layout: Layout | tuple[Layout, ...]) -> tuple[HeadPatterns, ...]:
+def _heads(layout: HeadLayout | tuple[HeadLayout, ...]) -> tuple[HeadPatterns, ...]:
     """Lists for each layout the modules that project into heads, with the axes of their kernels."""
     layouts = layout if isinstance(layout, tuple) else (layout,)
     return tuple(

@@ -150,11 +150,12 @@ def muon(
     _check(locals())
     update = MuonSettings(
         bias_corrected_nesterov if nesterov else bias_corrected,
-        newton_schulz_of(ns_coeffs, ns_steps, eps, preconditioning, ns_method, ns_dtype),
+        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps,
         beta,
         mu_dtype,
         adaptive,
-        shardings_by_path(shardings),
+        shardings_by_path("muon", shardings),
     )
     roles = RoleSettings(
         muon_weight_dimension_numbers, overrides, outputs_first, consistent_rms is None

@@ -26,21 +26,20 @@ from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._orthogonalize.batching import in_groups
-from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_row
+from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
+from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_step
 from muonclip_jax._orthogonalize.matrix_axes import (
     Axes,
     DimensionNumbersOrFn,
-    from_matrices,
     matrix_axes,
     sides,
-    to_matrices,
     update_scale,
 )
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
-from muonclip_jax._sharding.exchange import exchange, plan_for
-from muonclip_jax._sharding.placement import placements, shardings_by_path
+from muonclip_jax._sharding import exchange
+from muonclip_jax._sharding.placement import shardings_by_path
+from muonclip_jax._sharding.plan import plan_for
 
 # w_M, w_G of the matrix that is orthogonalized, w_M M + w_G G; None leaves G out.
 Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
@@ -55,6 +54,7 @@ class MuonSettings:
     Attributes:
       direction: The weights of the momentum and the gradient in the matrix to orthogonalize.
       orthogonalize: Newton-Schulz with its settings.
+      eps: See `newton_schulz`.
       beta: Decay of the momentum.
       mu_dtype: Dtype in which the momentum of real leaves is kept; None: as the parameters.
       adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
@@ -63,6 +63,7 @@ class MuonSettings:
 
     direction: Direction
     orthogonalize: Orthogonalizer
+    eps: Scalar
     beta: Scalar
     mu_dtype: Any
     adaptive: bool
@@ -154,11 +155,12 @@ def scale_by_muon(
     _check_muon(locals())
     settings = MuonSettings(
         bias_corrected_nesterov if nesterov else bias_corrected,
-        newton_schulz_of(ns_coeffs, ns_steps, eps, preconditioning, ns_method, ns_dtype),
+        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps,
         beta,
         mu_dtype,
         adaptive,
-        shardings_by_path(shardings),
+        shardings_by_path("scale_by_muon", shardings),
     )
     return scale_by_direction(settings, weight_dimension_numbers)
 
@@ -216,14 +218,12 @@ def scale_by_direction(
 def _orthogonalized(D: ArrayTree, axes: Sequence[Axes], settings: MuonSettings) -> ArrayTree:
     """Orthogonalizes the matrices of all leaves, which stay sharded as they are."""
     leaves, structure = jax.tree.flatten(D)
-    orthogonalize = settings.orthogonalize
-    where = placements("scale_by_muon", D, axes, settings.shardings)
-    if where is None:  # every device has full matrices, or XLA decides how they move
-        matrices = [to_matrices(d, a) for d, a in zip(leaves, axes, strict=True)]
-        found = in_groups(orthogonalize, matrices)
-        found = [from_matrices(o, a, d.shape) for o, a, d in zip(found, axes, leaves, strict=True)]
+    orthogonalize, eps = settings.orthogonalize, settings.eps
+    plan = plan_for("scale_by_muon", D, axes, settings.shardings, orthogonalize)
+    if plan is None:  # every device has full matrices, or XLA decides how they move
+        found = orthogonalize_leaves(lambda X: orthogonalize(X, eps), leaves, axes)
     else:
-        found = exchange(leaves, where, plan_for(where, orthogonalize), orthogonalize)
+        found = exchange.orthogonalize(leaves, plan, orthogonalize, eps)
     if settings.adaptive:
         found = [
             o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
@@ -324,11 +324,10 @@ def _check_match(updates: ArrayTree, mu: ArrayTree) -> None:
 def newton_schulz_of(
     coefficients: Coefficients,
     steps: Any,
-    eps: Scalar,
     preconditioning: str,
     method: str,
     dtype: Any,
 ) -> Orthogonalizer:
     """Builds the Newton-Schulz iteration of an optimizer, whose `ns_steps` is never None."""
-    steps = steps if is_single_row(coefficients) else None
-    return orthogonalizer(coefficients, steps, method, dtype, preconditioning, eps)
+    steps = steps if is_single_step(coefficients) else None
+    return orthogonalizer(coefficients, steps, method, dtype, preconditioning)

@@ -20,14 +20,14 @@ from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import (
     Axes,
     DimensionNumbersOrFn,
+    is_tall,
     matrix_axes,
     to_matrices,
 )
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
-from muonclip_jax._sharding.exchange import plan_for
-from muonclip_jax._sharding.placement import placements, shardings_by_path
-from muonclip_jax._sharding.plan import Group, Member, Placed, Plan
+from muonclip_jax._sharding.placement import PlacedLeaf, shardings_by_path
+from muonclip_jax._sharding.plan import Group, Member, Plan, plan_for
 
 
 def sharding_plan(
@@ -73,15 +73,16 @@ def sharding_plan(
       >>> params = {"up": {"kernel": kernel}}
       >>> print(mc.sharding_plan(params, shardings=jax.tree.map(lambda x: x.sharding, params)))
       mesh fsdp=4; per device and step 7.05e+08 FLOPs, 0.8 MB sent
-      matrices  rows        columns  on each device  FLOPs     MB sent  leaves
-      4         256 / fsdp  512      move: 1 whole   7.05e+08  0.8      up/kernel
+      matrices  rows        columns  on each device    FLOPs     MB sent  leaves
+      4         256 / fsdp  512      exchange: 1 full  7.05e+08  0.8      up/kernel
     """
     rules = {**COEFFICIENT_RULES, **ROLE_RULES}
     check_settings("sharding_plan", locals(), optional=("outputs_first",), rules=rules)
     roles = RoleSettings(muon_weight_dimension_numbers, overrides, outputs_first)
     numbers = route("sharding_plan", params, roles).numbers
     structure = jax.tree.structure(params)
-    orthogonalize = newton_schulz_of(ns_coeffs, ns_steps, 0.0, "frobenius", ns_method, ns_dtype)
+    passed = shardings_by_path("sharding_plan", shardings)
+    orthogonalize = newton_schulz_of(ns_coeffs, ns_steps, "frobenius", ns_method, ns_dtype)
     plans = []
 
     def look(params):
@@ -94,11 +95,8 @@ def sharding_plan(
         axes = matrix_axes(
             "sharding_plan", matrices, structure.unflatten(n or optax.MaskedNode() for n in numbers)
         )
-        where = placements("sharding_plan", matrices, axes, shardings_by_path(shardings))
-        if where is None:
-            plans.append(_without_plan(matrices, axes, orthogonalize))
-        else:
-            plans.append(plan_for(where, orthogonalize))
+        plan = plan_for("sharding_plan", matrices, axes, passed, orthogonalize)
+        plans.append(plan or _without_plan(matrices, axes, orthogonalize))
 
     jax.eval_shape(look, params)
     return plans[0]
@@ -108,25 +106,28 @@ def _without_plan(matrices: ArrayTree, axes: list[Axes], orthogonalize: Orthogon
     """Describes the calls on one device, and on an Auto mesh with unknown shardings."""
     flat = jax.tree_util.tree_leaves_with_path(matrices)
     leaves = tuple(
-        Placed(path_string(path), x.shape, x.dtype, a, ((),) * x.ndim)
+        PlacedLeaf(path_string(path), x.shape, x.dtype, a, ((),) * x.ndim)
         for (path, x), a in zip(flat, axes, strict=True)
     )
-    batches = [to_matrices(x, a) for (_, x), a in zip(flat, axes, strict=True)]
+    batches = [to_matrices(x, a, is_tall(x.shape, a)) for (_, x), a in zip(flat, axes, strict=True)]
     meshes = (jax.typeof(x).sharding.mesh for _, x in flat)
     mesh = next((dict(m.shape) for m in meshes if math.prod(m.shape.values()) > 1), {})
-    groups = tuple(_call(batches, indices, orthogonalize) for indices in groups_of(batches))
+    groups = tuple(_call(leaves, batches, indices, orthogonalize) for indices in groups_of(batches))
     return Plan(mesh, leaves, groups, by_xla=bool(mesh))
 
 
 def _call(
-    batches: Sequence[jax.Array], indices: Sequence[int], orthogonalize: Orthogonalizer
+    leaves: Sequence[PlacedLeaf],
+    batches: Sequence[jax.Array],
+    indices: Sequence[int],
+    orthogonalize: Orthogonalizer,
 ) -> Group:
     """Describes one call of Newton-Schulz."""
     members = tuple(
-        Member(i, x.shape[-2] > x.shape[-1], math.prod(x.shape[:-2]))
-        for i, x in ((i, batches[i]) for i in indices)
+        Member(i, is_tall(leaves[i].shape, leaves[i].axes), math.prod(batches[i].shape[:-2]))
+        for i in indices
     )
     count, first = sum(member.count for member in members), batches[indices[0]]
-    m, n = sorted(first.shape[-2:])
-    flops = count * orthogonalize.flops((m, n), first.dtype)
+    m, n = first.shape[-2:]
+    flops = count * orthogonalize.flops(m, n, first.dtype)
     return Group(members, m, n, (), (), (), count, count, 0, 1, False, flops, 0.0)

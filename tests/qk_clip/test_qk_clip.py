@@ -157,7 +157,6 @@ def test_bfloat16_has_a_dead_band_that_float32_master_weights_do_not_have():
 TABLE = {
     "query": ([0.25, 1, 1, 1], [1, 1]),
     "group": ([0.5, 0.5, 1, 1], [0.5, 1]),
-    "min": ([0.5, 1, 1, 1], [0.5, 1]),
     "exact": ([0.5, 2, 1, 1], [0.5, 1]),
 }
 
@@ -181,7 +180,7 @@ def test_rules_equal_the_oracle(rule, alpha, key_heads):
         np.testing.assert_allclose(
             new[name]["kernel"], expected(old[name]["kernel"], factor), rtol=5e-7
         )
-    # No rule leaves a head above the threshold, and all but "group" and "min" land on it.
+    # No rule leaves a head above the threshold, and all but "group" land on it.
     products = np.repeat(factors[1], N // key_heads) * factors[0] * maxima
     assert products.max() <= 100 * (1 + 1e-12)
     if rule in ("query", "exact") or key_heads == N:
