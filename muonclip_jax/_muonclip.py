@@ -15,25 +15,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.adamw import adamw
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.kernels import HeadPatterns, Settings
-from muonclip_jax._muon.muon import with_adamw
-from muonclip_jax._muon.overrides import Overrides
+from muonclip_jax._muon.muon import MatrixScale, with_adamw
+from muonclip_jax._muon.overrides import ROLE_RULES
+from muonclip_jax._muon.roles.decision import HeadPatterns, Overrides, RoleSettings
 from muonclip_jax._muon.scale_by_muon import (
+    MuonSettings,
     ScaleByMuonState,
     momentum,
+    newton_schulz_of,
     plain_nesterov,
-    scale_by_momentum,
 )
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
-from muonclip_jax._orthogonalize.products import accumulator
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
 from muonclip_jax._qk_clip.head_layout import HeadLayout
 from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
+from muonclip_jax._sharding.placement import shardings_by_path
 
 _OPTIONAL = (
     "threshold",
@@ -49,7 +52,8 @@ _OPTIONAL = (
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muonclip` that are not allowed."""
-    check_settings("muonclip", arguments, optional=_OPTIONAL, rules=CLIP_RULES | COEFFICIENT_RULES)
+    rules = {**CLIP_RULES, **COEFFICIENT_RULES, **ROLE_RULES}
+    check_settings("muonclip", arguments, optional=_OPTIONAL, rules=rules)
 
 
 @injectable(NUMBERS, _check)
@@ -165,41 +169,34 @@ def muonclip(
       Kimi K2, arXiv 2507.20534, algorithm 1; Liu et al. 2025 (Moonlight), arXiv 2502.16982.
     """
     _check(locals())
-    scale_by = functools.partial(
-        scale_by_momentum,
+    update = MuonSettings(
         plain_nesterov if nesterov else momentum,
-        ns_coeffs=ns_coeffs,
-        ns_steps=ns_steps,
-        beta=beta,
-        eps=eps,
-        mu_dtype=mu_dtype,
-        adaptive=adaptive,
-        preconditioning=preconditioning,
-        ns_method=ns_method,
-        ns_dtype=ns_dtype,
-        shardings=shardings,
+        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps,
+        beta,
+        mu_dtype,
+        adaptive,
+        shardings_by_path("muonclip", shardings),
     )
-    optimizer = with_adamw(
-        "muonclip",
-        scale_by,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        consistent_rms=consistent_rms,
-        muon_weight_dimension_numbers=muon_weight_dimension_numbers,
-        overrides=overrides,
-        settings=Settings(
-            outputs_first, consistent_rms is None, () if threshold is None else _heads(layout)
-        ),
-        adam_learning_rate=adam_learning_rate,
-        adam_b1=adam_b1,
-        adam_b2=adam_b2,
-        adam_weight_decay=weight_decay if adam_weight_decay is None else adam_weight_decay,
+    roles = RoleSettings(
+        muon_weight_dimension_numbers,
+        overrides,
+        outputs_first,
+        consistent_rms is None,
+        () if threshold is None else _heads(layout),
+    )
+    rest = adamw(
+        learning_rate=learning_rate if adam_learning_rate is None else adam_learning_rate,
+        b1=adam_b1,
+        b2=adam_b2,
         eps=eps,
         eps_root=adam_eps_root,
         mu_dtype=mu_dtype,
+        weight_decay=weight_decay if adam_weight_decay is None else adam_weight_decay,
         nesterov=nesterov if adam_nesterov is None else adam_nesterov,
     )
+    scale = MatrixScale(learning_rate, weight_decay, weight_decay_mask, consistent_rms)
+    optimizer = with_adamw("muonclip", roles, update, scale, rest)
     if threshold is None:
         return optimizer
     clip = functools.partial(

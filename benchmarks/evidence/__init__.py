@@ -9,7 +9,5 @@ how it is drawn. docs/evidence.md tells the results.
 """
 
 import pathlib
-import sys
 
 FOLDER = pathlib.Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parents[1] / "examples"))  # the models and the train step are those

@@ -16,8 +16,9 @@ from benchmarks.evidence import drawing
 from benchmarks.evidence.measures import SEEDS, paired, seeds_of, table, text
 from benchmarks.evidence.runner import Ask, lookup
 from benchmarks.evidence.tasks import LOGGED, SEQ_LEN, Run, corpus, finite, optimizer
-from lm import data, gqa
-from lm.step import make_loss
+from examples.language_model import data
+from examples.language_model.models import gqa
+from examples.language_model.training.step import make_loss
 from muonclip_jax._orthogonalize.newton_schulz import _SMALLEST_IN_BLOCKS
 
 TITLE = "Beside optax, and beside AdamW"

@@ -14,16 +14,15 @@ from optax import contrib
 
 import muonclip_jax as mc
 from benchmarks.evidence.split import by_head, split
-from lm import data, gqa, mla
-from lm.config import Config
-from lm.presets import Latent
-from lm.step import (
-    ADAM_B2,
-    WEIGHT_DECAY,
+from examples.language_model import data
+from examples.language_model.config import Config
+from examples.language_model.models import gqa, mla
+from examples.language_model.models.presets import Latent
+from examples.language_model.training.optimizer import ADAM_B2, WEIGHT_DECAY, make_schedule
+from examples.language_model.training.step import (
     TrainState,
     initial_state,
     make_loss,
-    make_schedule,
     make_train_step,
 )
 
@@ -159,7 +158,7 @@ def _program(run: Run) -> tuple[data.Corpus, Any, Any, Any]:
         return make_train_step(model, make(learning_rate), run.shared_key)(state, text, threshold)
 
     loss = jax.jit(lambda state, text: make_loss(model)(state.params, text, state.balance)[0])
-    rows = data.spread(corpus().validation, VALIDATION_BYTES // SEQ_LEN, SEQ_LEN)
+    rows = data.evenly_spaced(corpus().validation, VALIDATION_BYTES // SEQ_LEN, SEQ_LEN)
     parts = np.split(rows, len(rows) // 32)
     init = jax.jit(lambda seed: initial_state(model, make(0.0), seed))
     return corpus(), init, step, lambda state: float(np.mean([loss(state, x) for x in parts]))

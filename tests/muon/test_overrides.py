@@ -122,7 +122,7 @@ def test_a_pattern_may_match_what_a_partition_hides():
 def test_init_issues_one_warning_and_update_none(transform):
     params = {**PARAMS, "other": {"kernel": jnp.ones((4, 200))}}
     tx = transform(0.1)
-    with pytest.warns(UserWarning, match="roles of these parameters") as record:
+    with pytest.warns(UserWarning, match="check the optimizer") as record:
         state = tx.init(params)
     (warning,) = record
     text = str(warning.message)

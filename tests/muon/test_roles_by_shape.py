@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
-from muonclip_jax._muon import kernels as _kernels
-from muonclip_jax._muon.roles import decide
+from muonclip_jax._muon.roles.kernels import sizes
+from muonclip_jax._muon.roles.rules import decide
 
 
 def shapes_of(tree):
@@ -401,7 +401,7 @@ def test_an_unstacked_gain_in_the_module_of_stacked_layers_does_not_hide_the_sta
 
 
 def _sizes_of(shape, numbers):
-    n_in, n_out, batch = _kernels.sizes(shape, numbers)
+    n_in, n_out, batch = sizes(shape, numbers)
     return int(np.prod([n for _, n in batch], dtype=int)), n_in, n_out
 
 

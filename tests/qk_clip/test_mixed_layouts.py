@@ -98,7 +98,7 @@ def test_boxes_keep_their_names_under_every_layout():
     assert new["fused"]["qkv"]["kernel"].names == (None, "heads")
 
 
-@pytest.mark.filterwarnings("ignore:muonclip. the roles of these parameters:UserWarning")
+@pytest.mark.filterwarnings("ignore:muonclip. check the optimizer of these parameters:UserWarning")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_muonclip_leads_to_the_weights_that_qk_clip_gives(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), {**modules(), **OTHERS})

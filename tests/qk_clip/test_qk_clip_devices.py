@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+from benchmarks.compiled import collectives
 from tests.support.attention_cases import attention, draw
 from tests.support.device_cases import apply, batch_of, init, loss_fn, train
-from tests.support.sharding_cases import collectives
 
 MESHES = {"data": ((8,), ("data",)), "data and model": ((4, 2), ("data", "model"))}
 each_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from tests.support.sharding_cases import collectives
+from benchmarks.compiled import collectives
 
 KINDS = {
     "explicit": (AxisType.Explicit, AxisType.Explicit),

@@ -101,11 +101,11 @@ head/weight 65536,2048 A
     "diffusers_unet": """
 conv_in/kernel 3,3,4,320 1x36x320W
 conv_in/bias 320 A
-time_embedding/linear_1/kernel 320,1280 AW
+time_embedding/linear_1/kernel 320,1280 1x320x1280
 time_embedding/linear_1/bias 1280 A
 down_blocks_0/resnets_0/norm1/scale 320 A
 down_blocks_0/resnets_0/conv1/kernel 3,3,320,320 1x2880x320
-down_blocks_0/resnets_0/time_emb_proj/kernel 1280,320 AW
+down_blocks_0/resnets_0/time_emb_proj/kernel 1280,320 1x1280x320
 down_blocks_0/resnets_0/time_emb_proj/bias 320 A
 down_blocks_0/attentions_0/proj_in/kernel 1,1,320,320 1x320x320
 down_blocks_0/attentions_0/transformer_blocks_0/attn1/to_q/kernel 320,320 1x320x320
@@ -122,7 +122,7 @@ conv_out/bias 4 A
     "dit": """
 x_embedder/proj/kernel 2,2,4,1152 A
 x_embedder/proj/bias 1152 A
-t_embedder/mlp_0/kernel 256,1152 AW
+t_embedder/mlp_0/kernel 256,1152 1x256x1152
 t_embedder/mlp_0/bias 1152 A
 y_embedder/embedding_table 1001,1152 A
 pos_embed 1,256,1152 A
@@ -188,16 +188,16 @@ blocks/mlp/fc2/kernel 12,1536,384 12x1536x384
     # google-deepmind/recurrentgemma, jax
     "recurrentgemma": """
 embedder/input_embedding 256000,2560 A
-blocks.0/temporal_pre_norm/scale 2560 A
-blocks.0/recurrent_block/linear_y/kernel 2560,2560 1x2560x2560
-blocks.0/recurrent_block/conv_1d/w 4,2560 A
-blocks.0/recurrent_block/conv_1d/b 2560 A
-blocks.0/recurrent_block/rg_lru/a_param 2560 A
-blocks.0/recurrent_block/rg_lru/input_gate/w 10,256,256 10x256x256
-blocks.0/recurrent_block/rg_lru/input_gate/b 10,256 A
-blocks.0/mlp_block/ffw_up/w 2,2560,7680 2x2560x7680
-blocks.0/mlp_block/ffw_up/b 2,1,1,7680 A
-blocks.0/mlp_block/ffw_down/kernel 7680,2560 1x7680x2560
+blocks/0/temporal_pre_norm/scale 2560 A
+blocks/0/recurrent_block/linear_y/kernel 2560,2560 1x2560x2560
+blocks/0/recurrent_block/conv_1d/w 4,2560 A
+blocks/0/recurrent_block/conv_1d/b 2560 A
+blocks/0/recurrent_block/rg_lru/a_param 2560 A
+blocks/0/recurrent_block/rg_lru/input_gate/w 10,256,256 10x256x256
+blocks/0/recurrent_block/rg_lru/input_gate/b 10,256 A
+blocks/0/mlp_block/ffw_up/w 2,2560,7680 2x2560x7680
+blocks/0/mlp_block/ffw_up/b 2,1,1,7680 A
+blocks/0/mlp_block/ffw_down/kernel 7680,2560 1x7680x2560
 """,
     # AI-Hypercomputer/maxtext, kernels only
     "maxtext_like_gqa_nonorm": """
