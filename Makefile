@@ -2,14 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint notebooks clean
+.PHONY: demo test test-all mutants lint notebooks clean
 
 demo: .venv/examples
-	$(BIN)/python examples/train_lm.py
+	$(BIN)/python -m examples.language_model
 
-# A process for each core; a file stays in one, as its tests share what they compile.
+# What runs by day: every test but those marked `nightly`, with each value of a parameter, not each combination of values.
+# A process for each core. Neighbors stay in one, as they share what they compile, until the other has no more to do.
 test: .venv/test
-	$(BIN)/python -m pytest -q -n auto --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST)
+
+# Every test that needs no accelerator, of programs that XLA optimizes.
+test-all: .venv/test
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not accelerator' $(PYTEST)
+
+# Faults in the package that the tests by day have to see; takes an hour. WORDS="iterations clip.py" chooses some.
+mutants: .venv/test
+	$(BIN)/python -m tests.mutants $(WORDS)
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -29,4 +38,4 @@ $(BIN)/python:
 	@touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .jax_cache

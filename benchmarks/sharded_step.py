@@ -1,19 +1,17 @@
-"""One step of `muon` against `optax.contrib.muon` on a sharded tree, compiled for TPUs not there.
+"""One step of `muon` against `optax.contrib.muon` on sharded parameters, compiled for TPU slices.
 
     pip install "muonclip-jax[tpu]"
-    python benchmarks/sharded_step.py
+    python -m benchmarks.sharded_step
 
-Writes results/sharded_step.json. The layers are those of Llama 2 7B, divided over 64 chips, as
-stacks and as separate leaves; a few are compiled for other generations. A step takes gradients and
-gives the new parameters; XLA may reuse the memory of the old ones. All figures are read off the
-compiled programs: nothing is run, nothing is timed but the compiler, and the estimates of time
-leave out the links between chips, where the other program sends many times as much.
+Writes results/sharded_step.json. The layers have the shapes of Llama 2 7B and are sharded over 64
+chips, stacked in one leaf each or as separate leaves; a few are compiled for other generations. No
+TPU is needed. A step takes gradients and returns the new parameters, and donates the old ones. All
+figures are read from the compiled programs. Nothing is executed and only the compiler is timed. The
+estimates of time leave out the links between chips, over which optax's step sends far more.
 """
 
-import argparse
 import dataclasses
 import json
-import pathlib
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -22,15 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ahead import LIBTPU, Compilation, about, compile_ahead, rounded, tpu_mesh, trace
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from optax import contrib
 
 import muonclip_jax as mc
+from benchmarks import aot, report, tpu
 
 SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "consistent_rms": 0.2}
 
-# What a step of ours may be at most by one of optax's, on the first two trees.
+# Largest ratio ours / optax that is accepted, in the first two cases.
 GOALS = {
     "stacks": {"seconds": 0.40, "flops": 0.60, "sent_bytes": 0.03, "temporary_bytes": 0.50},
     "layers": {"compile_seconds": 0.30, "compile_cpu_seconds": 0.30},
@@ -40,12 +38,12 @@ SHOWN = ("seconds", "cycles", "flops", "sent_bytes", "temporary_bytes", "compile
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A tree and the chips that it is divided over.
+    """Parameters and the chips that they are sharded over.
 
     Attributes:
-      topology: Generation and chips; empty for the devices that are here.
-      mesh: Size of the axes fsdp and tp.
-      layers: Of the tree.
+      topology: Generation and chips; empty for the attached devices.
+      mesh: Sizes of the axes fsdp and tp.
+      layers: Number of layers.
       stacked: Whether layers are the first axis of each leaf.
       side: Width of the residual stream.
       hidden: Units of the MLP.
@@ -60,22 +58,22 @@ class Case:
     hidden: int = 11008
 
     def parameters(self) -> Any:
-        """Gives the shapes of the parameters, and where they lie."""
+        """Returns the shapes of the parameters, with their shardings."""
         names = ("fsdp", "tp")
         if self.topology:
-            mesh = tpu_mesh(self.topology, self.mesh, names)
+            mesh = tpu.topology_mesh(self.topology, self.mesh, names)
         else:
             mesh = Mesh(np.array(jax.devices()).reshape(self.mesh), names)
 
-        def leaf(rows: int, columns: int, spec: P) -> jax.ShapeDtypeStruct:
+        def leaf(inputs: int, outputs: int, spec: P) -> jax.ShapeDtypeStruct:
             stack = (self.layers,) if self.stacked else ()
-            where = NamedSharding(mesh, P(*(None for _ in stack), *spec))
-            return jax.ShapeDtypeStruct((*stack, rows, columns), jnp.float32, sharding=where)
+            sharding = NamedSharding(mesh, P(*(None for _ in stack), *spec))
+            return jax.ShapeDtypeStruct((*stack, inputs, outputs), jnp.float32, sharding=sharding)
 
-        d, hidden, into, out = self.side, self.hidden, P("fsdp", "tp"), P("tp", "fsdp")
-        layer = {name: leaf(d, d, into) for name in "qkv"} | {"o": leaf(d, d, out)}
-        layer |= {name: leaf(d, hidden, into) for name in ("gate_proj", "up_proj")}
-        layer |= {"down_proj": leaf(hidden, d, out)}
+        d, hidden, first, second = self.side, self.hidden, P("fsdp", "tp"), P("tp", "fsdp")
+        layer = {name: leaf(d, d, first) for name in "qkv"} | {"o": leaf(d, d, second)}
+        layer |= {name: leaf(d, hidden, first) for name in ("gate_proj", "up_proj")}
+        layer |= {"down_proj": leaf(hidden, d, second)}
         return layer if self.stacked else {f"layer_{i}": layer for i in range(self.layers)}
 
 
@@ -94,9 +92,9 @@ CASES = {
 
 
 def optimizers(params: Any) -> dict[str, optax.GradientTransformation]:
-    """Builds both. A TPU rounds the factors of optax's products to bfloat16 too."""
+    """Builds both. A TPU also rounds the factors of optax's products to bfloat16."""
     shardings = jax.tree.map(lambda x: x.sharding, params)
-    # Without numbers, optax's would leave stacks to Adam.
+    # By default optax's Muon takes two-axis leaves only.
     numbers = jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), params)
     return {
         "ours": mc.muon(2e-4, shardings=shardings, ns_dtype=jnp.bfloat16, **SETTINGS),
@@ -107,13 +105,13 @@ def optimizers(params: Any) -> dict[str, optax.GradientTransformation]:
 def measure(
     case: Case, compilations: int, names: Sequence[str] = ("ours", "optax")
 ) -> dict[str, Any]:
-    """Compiles the optimizers in turn."""
+    """Compiles the optimizers, interleaved."""
     params = case.parameters()
-    runs: dict[str, list[Compilation]] = {name: [] for name in names}
+    runs: dict[str, list[aot.Compilation]] = {name: [] for name in names}
     for _ in range(compilations):
         for name, run in runs.items():
             jax.clear_caches()
-            run.append(compile_ahead(trace(optimizers(params)[name], params)))
+            run.append(aot.compile_traced(aot.trace_step(optimizers(params)[name], params)))
     figures = {name: summary(run) for name, run in runs.items()}
     if "optax" not in figures:
         return dataclasses.asdict(case) | figures
@@ -125,8 +123,8 @@ def measure(
     return dataclasses.asdict(case) | {"ours_by_optax": ratios} | figures
 
 
-def summary(compilations: Sequence[Compilation]) -> dict[str, Any]:
-    """Lists the figures of one program."""
+def summary(compilations: Sequence[aot.Compilation]) -> dict[str, Any]:
+    """Returns the figures of one program."""
     first = compilations[0]
     return {
         **dataclasses.asdict(first.cost),
@@ -138,11 +136,11 @@ def summary(compilations: Sequence[Compilation]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Lays out the ratios, a line for each case, and then the goals."""
-    lines = ["ours by optax: lower is better. " + results["note"]]
+    """Formats the ratios, a line for each case, and then the goals."""
+    lines = ["ours / optax: lower is better. " + results["note"]]
     for name, case in results["cases"].items():
         cells = (f"{key} {case['ours_by_optax'].get(key, float('nan')):.3f}" for key in SHOWN)
-        lines.append(f"{name:10} {case['topology'] or 'here'}: {', '.join(cells)}")
+        lines.append(f"{name:10} {case['topology'] or 'attached devices'}: {', '.join(cells)}")
     for name, goals in GOALS.items():
         for key, most in goals.items():
             got = results["cases"].get(name, {}).get("ours_by_optax", {}).get(key)
@@ -154,27 +152,21 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compiles, prints a table and writes the results."""
-    parser = argparse.ArgumentParser(description="A sharded step of muon against optax's.")
-    parser.add_argument("--case", choices=CASES, nargs="*", help="these alone")
+    parser = report.parser("sharded_step", "A sharded step of muon against optax's.")
+    parser.add_argument("--case", choices=CASES, nargs="*", help="compile only these")
     parser.add_argument("--compilations", type=int, default=1, help="of each program")
-    parser.add_argument("--quick", action="store_true", help="tiny, on the devices that are here")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path(__file__).parent / "results",
-        help="folder of sharded_step.json",
-    )
+    parser.add_argument("--quick", action="store_true", help="small, on the attached devices")
     options = parser.parse_args(arguments)
-    if not (LIBTPU or options.quick):
-        parser.error('libtpu is not installed: pip install "muonclip-jax[tpu]"')
+    if not (tpu.LIBTPU or options.quick):
+        parser.error(tpu.INSTALL)
     cases = QUICK if options.quick else CASES
     path = options.out / "sharded_step.json"
-    results = about("python benchmarks/sharded_step.py") | {"goals": GOALS, "cases": {}}
-    if options.case and path.exists():  # the others stay as they are
+    results = aot.head("sharded_step") | {"goals": GOALS, "cases": {}}
+    if options.case and path.exists():  # the other cases are kept
         results["cases"] = json.loads(path.read_text())["cases"]
     for name in options.case or cases:
-        results["cases"][name] = rounded(measure(cases[name], options.compilations))
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        results["cases"][name] = report.rounded(measure(cases[name], options.compilations))
+        report.write_json(path, results)
     print(table(results))
 
 

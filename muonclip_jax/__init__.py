@@ -27,13 +27,10 @@ from muonclip_jax._orthogonalize.polar_express import (
 )
 from muonclip_jax._program.analysis import Analysis as Analysis
 from muonclip_jax._program.max_logits import with_max_logits as with_max_logits
-from muonclip_jax._qk_clip.clip import (
-    QKClipInfo as QKClipInfo,
-    merge_max_logits as merge_max_logits,
-    qk_clip as qk_clip,
-)
+from muonclip_jax._qk_clip.clip import merge_max_logits as merge_max_logits, qk_clip as qk_clip
 from muonclip_jax._qk_clip.fused_qkv import FusedQKVLayout as FusedQKVLayout
-from muonclip_jax._qk_clip.metrics import (
+from muonclip_jax._qk_clip.info import (
+    QKClipInfo as QKClipInfo,
     heads_ever_clipped as heads_ever_clipped,
     qk_clip_metrics as qk_clip_metrics,
 )

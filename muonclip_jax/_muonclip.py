@@ -1,10 +1,16 @@
-"""MuonClip, Algorithm 1 of Kimi K2, as one optax optimizer: Muon, then QK-clip.
+"""MuonClip, Algorithm 1 of Kimi K2 (arXiv 2507.20534), as one optax optimizer.
 
-    M ← μ M + G;    O = NewtonSchulz(M) · 0.2 √max(n_in, n_out);    W ← W − η (O + λ W)
-    then for each attention head h: γ_h = min(1, τ / S_h), and W_q,h, W_k,h shrink by it
+    for each weight matrix W:                                                         lines 3 to 7
+        M ← μ M + G
+        O ← NewtonSchulz(M) · 0.2 √max(n_in, n_out)
+        W ← W − η (O + λ W)
+    for each attention head h, with max logit S_h in the forward pass:                lines 9 to 17
+        if S_h > τ:
+            γ ← τ / S_h
+            W_q,h ← √γ W_q,h        W_k,h ← √γ W_k,h        (rotary queries of MLA: all of γ)
 
-Here M is the average (1 − μ) Σ instead of the sum, which has the same direction. Source: arXiv
-2507.20534, algorithm 1.
+M is kept as the average (1 − μ) Σ instead of the sum, which has the same direction. AdamW trains
+everything that is no matrix.
 """
 
 import functools
@@ -15,25 +21,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.adamw import adamw
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.kernels import HeadPatterns, Settings
-from muonclip_jax._muon.muon import with_adamw
-from muonclip_jax._muon.overrides import Overrides
+from muonclip_jax._muon.muon import MatrixScale, with_adamw
+from muonclip_jax._muon.overrides import ROLE_RULES
+from muonclip_jax._muon.roles.decision import HeadPatterns, Overrides, RoleSettings
 from muonclip_jax._muon.scale_by_muon import (
+    MuonSettings,
     ScaleByMuonState,
     momentum,
+    newton_schulz_of,
     plain_nesterov,
-    scale_by_momentum,
 )
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
-from muonclip_jax._orthogonalize.products import accumulator
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
-from muonclip_jax._qk_clip.head_layout import Layout
+from muonclip_jax._qk_clip.head_layout import HeadLayout
 from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
+from muonclip_jax._sharding.placement import shardings_by_path
 
 _OPTIONAL = (
     "threshold",
@@ -49,14 +58,15 @@ _OPTIONAL = (
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muonclip` that are not allowed."""
-    check_settings("muonclip", arguments, optional=_OPTIONAL, rules=CLIP_RULES | COEFFICIENT_RULES)
+    rules = {**CLIP_RULES, **COEFFICIENT_RULES, **ROLE_RULES}
+    check_settings("muonclip", arguments, optional=_OPTIONAL, rules=rules)
 
 
 @injectable(NUMBERS, _check)
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    layout: Layout | tuple[Layout, ...] = MultiHeadLayout(),
+    layout: HeadLayout | tuple[HeadLayout, ...] = MultiHeadLayout(),
     threshold: optax.ScalarOrSchedule | None = 100.0,
     alpha: Scalar = 0.5,
     shared_key: str = "query",
@@ -85,28 +95,28 @@ def muonclip(
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains with Muon and keeps the attention logits of every head in bounds with QK-clip.
+    """Trains with Muon and keeps the max logit of every head near the threshold with QK-clip.
 
-    `tx.update(grads, state, params, max_logits=stats)` returns updates after which
+    `tx.update(grads, state, params, max_logits=stats)` returns updates with which
     `optax.apply_updates` gives clipped parameters; `stats` are the max logits of the forward pass
-    that made the gradients, see `qk_clip`. Weights that are not clipped get Muon's own update, bit
-    for bit. The state is that of `muon`: a checkpoint fits with and without the clip.
+    that computed the gradients, see `qk_clip`. Weights that are not clipped get the update of Muon,
+    bit for bit. The state has the structure of `muon`: a checkpoint fits with and without the clip.
 
-    The clip is part of the update. Nothing may change the updates afterwards: `optax.scale`,
+    The clip is part of the update, so nothing may change the updates afterwards: `optax.scale`,
     `reduce_on_plateau` or a rate for each layer scales the clip too. Wrappers that keep a second
-    copy of the weights, such as `optax.contrib.schedule_free`, add it to weights that it was not
-    made for. `optax.MultiSteps` passes the max logits of the last micro-batch only. There, and to
+    copy of the weights, such as `optax.contrib.schedule_free`, add the clip to the wrong copy.
+    `optax.MultiSteps` passes the max logits of the last micro-batch only. With any of them, and to
     get a `QKClipInfo`, use `muonclip(..., threshold=None)` and call `qk_clip` after
     `optax.apply_updates`, on every copy of the weights: the same algorithm. `docs/qk_clip.md` has a
-    table of what may come after or around `muonclip`.
+    table of transforms after and around `muonclip`.
 
-    Other algorithms than Kimi K2's are one call away: Moonlight's is
-    `muonclip(lr, nesterov=True, adam_nesterov=False, threshold=None)`; Keller Jordan's, exact from
-    the first step, is that with `consistent_rms=None`; DeepSeek-V4's is Moonlight's with
+    Other recipes are settings: Moonlight is
+    `muonclip(lr, nesterov=True, adam_nesterov=False, threshold=None)`; Keller Jordan's Muon, exact
+    from the first step, is Moonlight with `consistent_rms=None`; DeepSeek-V4 is Moonlight with
     `consistent_rms=0.18` and `ns_coeffs="deepseek_v4"`.
 
     Args:
-      learning_rate: Number or schedule, of both optimizers; tuned for AdamW, it carries over.
+      learning_rate: η, number or schedule, of both optimizers. A rate tuned for AdamW fits.
       layout: See `qk_clip`.
       threshold: τ, see `qk_clip`: number, or schedule of the updates before this one. None builds
         the optimizer without the clip.
@@ -114,11 +124,10 @@ def muonclip(
       shared_key: See `qk_clip`.
       ignore: See `qk_clip`. Modules that `optax.partition` or `optax.masked` hide are left out
         without it.
-      beta: Decay of the momentum of the matrices, in [0, 1); μ of the paper.
+      beta: μ, decay of the momentum of the matrices, in [0, 1).
       nesterov: Whether the direction looks one step ahead: G + μ M with M the sum, without the
         bias correction of `muon`.
-      weight_decay: Number or schedule; decay of the matrices, multiplied by the learning rate; λ of
-        the paper.
+      weight_decay: λ, number or schedule; decay of the matrices, multiplied by the learning rate.
       consistent_rms: See `scale_by_shape`.
       ns_coeffs: See `scale_by_muon`.
       ns_steps: See `scale_by_muon`.
@@ -143,8 +152,8 @@ def muonclip(
     Returns:
       An optax transformation whose `update` needs the parameters, and `max_logits` unless
       `threshold` is None. Updates have the dtype of the gradients. If parameters and gradients are
-      in 16 bits, a parameter that the step changes by less than a factor of two arrives at its
-      clipped value exactly; others arrive within a unit in the last place of the larger number.
+      in bfloat16 or float16, a parameter that the step changes by less than a factor of two gets
+      its clipped value exactly, any other within a unit in the last place of the larger number.
 
     Raises:
       TypeError: when built, for settings of a wrong type, such as a number given as a string.
@@ -165,41 +174,34 @@ def muonclip(
       Kimi K2, arXiv 2507.20534, algorithm 1; Liu et al. 2025 (Moonlight), arXiv 2502.16982.
     """
     _check(locals())
-    scale_by = functools.partial(
-        scale_by_momentum,
+    update = MuonSettings(  # lines 4 and 5
         plain_nesterov if nesterov else momentum,
-        ns_coeffs=ns_coeffs,
-        ns_steps=ns_steps,
-        beta=beta,
-        eps=eps,
-        mu_dtype=mu_dtype,
-        adaptive=adaptive,
-        preconditioning=preconditioning,
-        ns_method=ns_method,
-        ns_dtype=ns_dtype,
-        shardings=shardings,
+        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps,
+        beta,
+        mu_dtype,
+        adaptive,
+        shardings_by_path("muonclip", shardings),
     )
-    optimizer = with_adamw(
-        "muonclip",
-        scale_by,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        consistent_rms=consistent_rms,
-        muon_weight_dimension_numbers=muon_weight_dimension_numbers,
-        overrides=overrides,
-        settings=Settings(
-            outputs_first, consistent_rms is None, () if threshold is None else _heads(layout)
-        ),
-        adam_learning_rate=adam_learning_rate,
-        adam_b1=adam_b1,
-        adam_b2=adam_b2,
-        adam_weight_decay=weight_decay if adam_weight_decay is None else adam_weight_decay,
+    roles = RoleSettings(
+        muon_weight_dimension_numbers,
+        overrides,
+        outputs_first,
+        consistent_rms is None,
+        () if threshold is None else _heads(layout),
+    )
+    rest = adamw(
+        learning_rate=learning_rate if adam_learning_rate is None else adam_learning_rate,
+        b1=adam_b1,
+        b2=adam_b2,
         eps=eps,
         eps_root=adam_eps_root,
         mu_dtype=mu_dtype,
+        weight_decay=weight_decay if adam_weight_decay is None else adam_weight_decay,
         nesterov=nesterov if adam_nesterov is None else adam_nesterov,
     )
+    scale = MatrixScale(learning_rate, weight_decay, weight_decay_mask, consistent_rms)  # line 6
+    optimizer = with_adamw("muonclip", roles, update, scale, rest)
     if threshold is None:
         return optimizer
     clip = functools.partial(
@@ -208,7 +210,7 @@ def muonclip(
     return _then_clip(optimizer, clip, threshold)
 
 
-def _heads(layout: Layout | tuple[Layout, ...]) -> tuple[HeadPatterns, ...]:
+def _heads(layout: HeadLayout | tuple[HeadLayout, ...]) -> tuple[HeadPatterns, ...]:
     """Lists for each layout the modules that project into heads, with the axes of their kernels."""
     layouts = layout if isinstance(layout, tuple) else (layout,)
     return tuple(
@@ -222,13 +224,15 @@ def _then_clip(
     clip: Callable[..., Any],
     threshold: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes the updates of `optimizer` lead to clipped parameters."""
+    """Adds the clip to the updates of an optimizer."""
 
     def update_fn(updates, state, params=None, *, max_logits=None, **extra_args):
         _check_arguments(params, max_logits)
         tau = threshold(_count(state)) if callable(threshold) else threshold
+        # Lines 3 to 7: W ← W − η (O + λ W)
         updates, state = optimizer.update(updates, state, params, **extra_args)
         new: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
+        # Lines 9 to 17: W_q,h ← √γ W_q,h, W_k,h ← √γ W_k,h, from the max logits before the update
         clipped, _ = clip(new, max_logits, threshold=tau)
         return jax.tree.map(_difference, updates, params, new, clipped), state
 
@@ -236,7 +240,7 @@ def _then_clip(
 
 
 def _count(state: ArrayTree) -> jax.Array:
-    """Reads how many updates there were; no counter of its own, which checkpoints would show."""
+    """Returns the number of updates so far; a counter of its own would be in the checkpoints."""
     states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByMuonState))
     return next(x for x in states if isinstance(x, ScaleByMuonState)).count
 
@@ -247,9 +251,9 @@ def _check_arguments(params: ArrayTree, max_logits: ArrayTree) -> None:
         name = "params" if params is None else "max_logits"
         raise ValueError(
             f"muonclip: update needs {name}, got None. Call tx.update(grads, state, params, "
-            "max_logits=stats), stats the max logits that the model sowed. flax's "
-            "TrainState.apply_gradients and optax.lookahead do not pass max_logits on: call "
-            "state.tx.update yourself, or use muonclip(..., threshold=None) and qk_clip after "
+            "max_logits=stats) with the max logits that the model sowed. "
+            "TrainState.apply_gradients of Flax and optax.lookahead do not pass max_logits on: "
+            "call state.tx.update yourself, or use muonclip(..., threshold=None) and qk_clip after "
             "optax.apply_updates; threshold=None alone trains without the clip."
         )
     if isinstance(params, optax.LookaheadParams):
@@ -261,13 +265,13 @@ def _check_arguments(params: ArrayTree, max_logits: ArrayTree) -> None:
 
 
 def _difference(update: jax.Array, old: jax.Array, new: jax.Array, clipped: jax.Array) -> jax.Array:
-    """Leads from `old` to `clipped`; is `update` where nothing was clipped.
+    """Returns the update from `old` to `clipped`; exactly `update` for weights without a clip.
 
-    In the dtype of the update, as `optax.apply_if_finite` requires. If that is the dtype of the
-    parameter, the difference of two numbers within a factor of two of each other is exact
-    (Sterbenz), and so is their sum with `old`.
+    It has the dtype of `update`, as `optax.apply_if_finite` requires. If the parameter has it too,
+    the difference of two numbers within a factor of two of each other is exact (Sterbenz), and so
+    is its sum with `old`.
     """
-    if clipped is new:  # not a leaf of the clip: no work
+    if clipped is new:  # the clip did not touch this leaf
         return update
     wide = accumulator(old.dtype)
     moved = (clipped.astype(wide) - old.astype(wide)).astype(update.dtype)

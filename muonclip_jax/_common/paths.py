@@ -11,11 +11,11 @@ def components(path: Sequence[Any]) -> tuple[str, ...]:
     """Returns the components of the path of a leaf.
 
     A dict key that holds a whole path is split: at slashes (Haiku's `a/~/b`, whose `~` is dropped,
-    and `flax.traverse_util.flatten_dict(sep="/")`), at dots if the first part is an identifier and
-    the others are identifiers or integers (`layers.0.weight`), and a tuple of keys (`flatten_dict`)
-    into its keys. A trailing *attribute* named `value` is the inside of a Flax box or variable and
-    is left out; a *key* named `value` is a module of `flax.linen.MultiHeadDotProductAttention` and
-    stays.
+    and `flax.traverse_util.flatten_dict(sep="/")`), then at dots if the first part is an identifier
+    and the others are identifiers or integers (`layers.0.weight`), and a tuple of keys
+    (`flatten_dict`) into its keys. A trailing *attribute* named `value` is the inside of a Flax box
+    or variable and is left out; a *key* named `value` is a module of
+    `flax.linen.MultiHeadDotProductAttention` and stays.
 
     Args:
       path: Key path, as `jax.tree_util.tree_flatten_with_path` returns it.
@@ -101,8 +101,13 @@ def _split(key: Any) -> tuple[str, ...]:
     if not isinstance(name, str):
         return (_string(key),)
     if "/" in name:
-        parts = tuple(part for part in name.split("/") if part not in ("", "~"))
-        return parts or (name,)
+        parts = [_split_dots(part) for part in name.split("/") if part not in ("", "~")]
+        return sum(parts, ()) or (name,)
+    return _split_dots(name)
+
+
+def _split_dots(name: str) -> tuple[str, ...]:
+    """Splits `layers.0.weight`, and nothing that has other characters or begins with a number."""
     first, *others = name.split(".")
     if others and first.isidentifier() and all(p.isidentifier() or p.isdigit() for p in others):
         return (first, *others)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 METHODS = ("auto", "standard", "gram")
-SHARED_KEY_RULES = ("query", "group", "min", "exact")
+SHARED_KEY_RULES = ("query", "group", "exact")
 PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 
 _REAL = ("integral", "real floating")

@@ -8,5 +8,5 @@ import jax
 ArrayTree: TypeAlias = Any
 # A number, or a 0-d array that may be traced.
 Scalar: TypeAlias = float | int | jax.Array
-# One Newton-Schulz step p(s) = a s + b s³ + c s⁵.
-Row: TypeAlias = tuple[float, float, float]
+# The coefficients (a, b, c) of one Newton-Schulz step p(s) = a s + b s³ + c s⁵.
+Step: TypeAlias = tuple[float, float, float]

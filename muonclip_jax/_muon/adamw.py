@@ -1,7 +1,8 @@
-"""AdamW of optax, with the arithmetic in float32 at least for parameters and gradients in 16 bits.
+"""AdamW for the parameters that are not orthogonalized, whatever their dtype.
 
-In float16, ε = 1e-8 is 0 and a gradient without ε gives 0 / 0; in bfloat16, 0.999 V + 0.001 G²
-is V again, whatever G is. Source: optax, `scale_by_adam`, whose state this is.
+`optax.adamw` keeps its second moment V in the dtype of the parameters. In float16 and bfloat16 that
+loses updates: in float16, ε = 1e-8 is 0 and a leaf without a gradient gives 0 / 0; in bfloat16,
+0.999 V + 0.001 G² rounds to V for every G. Source: optax, `scale_by_adam`, whose state this is.
 """
 
 from typing import Any
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._common.dtypes import cast, in_float32, widened
 from muonclip_jax._common.resharding import where_moments_are
-from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._common.types import Scalar
 
 
 def adamw(
@@ -21,7 +23,7 @@ def adamw(
 
     Args:
       learning_rate: Number or schedule.
-      eps: Added to the root. 0 gives no update where there has been no gradient.
+      eps: Added to the root. With 0, a leaf that never had a gradient has an update of 0.
       mu_dtype: Dtype of the first moment of real leaves. None: the dtype of the parameters.
       **settings: Passed to `optax.adamw`.
 
@@ -42,8 +44,8 @@ def adamw(
         def with_dtypes(state):
             if not isinstance(state, optax.ScaleByAdamState):
                 return state
-            mu = jax.tree.map(lambda x: x if jnp.iscomplexobj(x) else _cast(x, mu_dtype), state.mu)
-            return state._replace(mu=mu, nu=jax.tree.map(_widened, state.nu))
+            mu = jax.tree.map(lambda x: x if jnp.iscomplexobj(x) else cast(x, mu_dtype), state.mu)
+            return state._replace(mu=mu, nu=jax.tree.map(widened, state.nu))
 
         is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
         return jax.tree.map(with_dtypes, tx.init(params), is_leaf=is_adam)
@@ -51,51 +53,11 @@ def adamw(
     return optax.GradientTransformation(init_fn, wide.update)
 
 
-def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs a transform on float32 copies of gradients and parameters in 16 bits.
-
-    Args:
-      tx: A transform without extra arguments.
-
-    Returns:
-      A transform whose updates have the dtypes of the gradients, and whose state keeps its dtypes.
-
-    Example:
-      >>> tx = in_float32(optax.scale(1 / 3))
-      >>> tx.update(jnp.ones((), jnp.bfloat16), tx.init(0.0))[0]
-      Array(0.333984, dtype=bfloat16)
-    """
-
-    def update_fn(updates, state, params=None):
-        wide = jax.tree.map(_widened, (updates, params))
-        new, new_state = tx.update(wide[0], state, wide[1])
-        return _cast_like(new, updates), _cast_like(new_state, state)
-
-    return optax.GradientTransformation(tx.init, update_fn)
-
-
-def _widened(x: Any) -> Any:
-    """Casts 16-bit floats to float32; everything else is returned as it is."""
-    dtype = getattr(x, "dtype", None)
-    narrow = (
-        dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    )
-    return jnp.asarray(x, jnp.float32) if narrow else x
-
-
-def _cast(x: Any, dtype: Any) -> Any:
-    return x if dtype is None or x.dtype == dtype else jnp.asarray(x).astype(dtype)
-
-
-def _cast_like(new: ArrayTree, old: ArrayTree) -> ArrayTree:
-    return jax.tree.map(lambda a, b: _cast(a, getattr(b, "dtype", None)), new, old)
-
-
 def _not_zero(eps: Scalar) -> Scalar:
-    """Replaces 0, and a number that has become 0 in float16, by 1e-30.
+    """Replaces 0, and a number that is 0 in float16, by 1e-30.
 
-    The root of a second moment is 0 or above 1e-19 in float32, so that nothing else changes.
+    The root of a second moment in float32 is 0 or above 1e-19, so that nothing else changes.
     """
     if isinstance(eps, jax.Array):
-        return jnp.maximum(_widened(eps), 1e-30)
+        return jnp.maximum(widened(eps), 1e-30)
     return max(eps, 1e-30)

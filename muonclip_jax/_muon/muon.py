@@ -1,5 +1,6 @@
 """Muon for the matrices and AdamW for the rest, as one optimizer, by the role of each parameter."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,32 +10,43 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._common.dtypes import in_float32
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.resharding import where_moments_are
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.adamw import adamw, in_float32
+from muonclip_jax._muon.adamw import adamw
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.kernels import Settings
-from muonclip_jax._muon.overrides import Overrides, check_overrides
+from muonclip_jax._muon.overrides import ROLE_RULES
+from muonclip_jax._muon.roles.decision import Overrides, RoleSettings
 from muonclip_jax._muon.routing import Routing, dtype_of, route
-from muonclip_jax._muon.scale_by_muon import ScaleByMuonState, scale_by_muon, scale_by_shape
+from muonclip_jax._muon.scale_by_muon import (
+    MuonSettings,
+    ScaleByMuonState,
+    bias_corrected,
+    bias_corrected_nesterov,
+    newton_schulz_of,
+    scale_by_direction,
+    scale_by_shape,
+)
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, is_function, spread
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._sharding.placement import shardings_by_path
+
+_OPTIONAL = (
+    "mu_dtype",
+    "adam_learning_rate",
+    "adam_nesterov",
+    "consistent_rms",
+    "outputs_first",
+    "weight_decay_mask",
+)
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muon` that are not allowed."""
-    optional = (
-        "mu_dtype",
-        "adam_learning_rate",
-        "adam_nesterov",
-        "consistent_rms",
-        "outputs_first",
-        "weight_decay_mask",
-    )
-    check_settings("muon", arguments, optional=optional, rules=COEFFICIENT_RULES)
+    check_settings("muon", arguments, optional=_OPTIONAL, rules={**COEFFICIENT_RULES, **ROLE_RULES})
 
 
 @injectable(NUMBERS, _check)
@@ -67,15 +79,15 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for everything else.
 
-    A matrix W moves by `-learning_rate · (scale · O + weight_decay · W)`, O its orthogonalized
-    momentum and scale that of `scale_by_shape`. Embeddings, output heads, routers, norms, biases
-    and everything with fewer than two axes go to AdamW, whatever their rank; `routing_table` shows
-    what goes where. The arguments up to `consistent_rms` are those of `optax.contrib.muon`, with
-    its defaults and meaning; what differs is the routing of leaves by role, so that scan-stacked
-    layers and experts are orthogonalized too.
+    A matrix W changes by `-learning_rate · (scale · O + weight_decay · W)`, with O its
+    orthogonalized momentum and the scale of `scale_by_shape`. Embeddings, output heads, routers,
+    norms, biases and everything with fewer than two axes are assigned to AdamW at any rank, and
+    scan-stacked layers and experts are orthogonalized one matrix at a time. `routing_table` prints
+    the assignment. The arguments up to `consistent_rms` have the names, defaults and meaning of
+    `optax.contrib.muon`, which assigns by rank.
 
-    Under `optax.MultiSteps` all of Newton-Schulz runs on every micro-step; averaging the gradients
-    before this transform costs less.
+    Under `optax.MultiSteps` Newton-Schulz runs on every micro-step. It costs less to average the
+    gradients first and update once.
 
     Args:
       learning_rate: Number or schedule.
@@ -84,22 +96,22 @@ def muon(
       beta: Decay of the momentum of the matrices, in [0, 1).
       eps: For Newton-Schulz, see `scale_by_muon`, and for AdamW.
       weight_decay: Number or schedule; decay of the matrices, multiplied by the learning rate.
-      weight_decay_mask: Tree or prefix of booleans, or a function of the parameters that returns
+      weight_decay_mask: Pytree or prefix of booleans, or a function of the parameters that returns
         one: which matrices decay. None: all.
-      mu_dtype: Dtype of the first moments of both optimizers. None: that of the parameters. The
-        second moments of AdamW are float32 for 16-bit parameters.
+      mu_dtype: Dtype of the first moments of both optimizers. None: as the parameters. The second
+        moments of AdamW are float32 for 16-bit parameters.
       nesterov: See `scale_by_muon`.
       adaptive: See `scale_by_muon`.
       preconditioning: See `newton_schulz`.
       adam_b1: Decay of AdamW's first moment, in [0, 1).
       adam_b2: Decay of AdamW's second moment, in [0, 1).
       adam_eps_root: Added inside the root of AdamW.
-      adam_weight_decay: Number or schedule; decay of AdamW's leaves, multiplied by its learning
+      adam_weight_decay: Number or schedule; decay of AdamW's parameters, multiplied by its learning
         rate.
       adam_learning_rate: Number or schedule. None: `learning_rate`.
       muon_weight_dimension_numbers: Pytree, or a prefix of one, of `MuonDimensionNumbers`, with
         None for AdamW; or a function of the parameters that returns one. None: by role.
-      consistent_rms: See `scale_by_shape`. 0.2 lets a learning rate tuned for AdamW carry over.
+      consistent_rms: See `scale_by_shape`. With 0.2 a learning rate tuned for AdamW fits.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
       shardings: See `scale_by_muon`.
@@ -114,12 +126,13 @@ def muon(
     Returns:
       An optax transformation, which ignores extra arguments. `update` needs the parameters. Each
       update has the dtype of its gradient and is computed in float32 at least, then rounded once.
-      `init` issues one `UserWarning` that lists the parameters whose role is a weak guess.
+      `init` issues one `UserWarning` that lists the parameters to check: their names and shapes do
+      not decide their role.
 
     Raises:
       TypeError: when built, for settings of a wrong type, such as a number given as a string.
       ValueError: when built, for settings out of range or unknown names; at `init` and while
-        tracing, for leaves that fit no optimizer and gradients that do not fit the state.
+        tracing, for parameters that fit no optimizer and gradients that do not match the state.
 
     Example:
       >>> import muonclip_jax as mc, jax.numpy as jnp, optax
@@ -135,110 +148,79 @@ def muon(
       2502.16982, section 2.2 (decay, consistent_rms); optax/contrib/_muon.py (arguments).
     """
     _check(locals())
-    scale_by = functools.partial(
-        scale_by_muon,
-        ns_coeffs,
-        ns_steps,
-        beta,
+    update = MuonSettings(
+        bias_corrected_nesterov if nesterov else bias_corrected,
+        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
         eps,
+        beta,
         mu_dtype,
-        nesterov=nesterov,
-        adaptive=adaptive,
-        preconditioning=preconditioning,
-        ns_method=ns_method,
-        ns_dtype=ns_dtype,
-        shardings=shardings,
+        adaptive,
+        shardings_by_path("muon", shardings),
     )
-    return with_adamw(
-        "muon",
-        scale_by,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        consistent_rms=consistent_rms,
-        muon_weight_dimension_numbers=muon_weight_dimension_numbers,
-        overrides=overrides,
-        settings=Settings(outputs_first, consistent_rms is None),
-        adam_learning_rate=adam_learning_rate,
-        adam_b1=adam_b1,
-        adam_b2=adam_b2,
-        adam_weight_decay=adam_weight_decay,
-        eps=eps,
-        eps_root=adam_eps_root,
-        mu_dtype=mu_dtype,
-        nesterov=nesterov if adam_nesterov is None else adam_nesterov,
+    roles = RoleSettings(
+        muon_weight_dimension_numbers, overrides, outputs_first, consistent_rms is None
     )
-
-
-def with_adamw(
-    caller: str,
-    scale_by: Callable[..., optax.GradientTransformation],
-    *,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
-    weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None,
-    consistent_rms: Scalar | None,
-    muon_weight_dimension_numbers: DimensionNumbersOrFn | None,
-    overrides: Overrides | None,
-    settings: Settings,
-    adam_learning_rate: optax.ScalarOrSchedule | None,
-    adam_b1: Scalar,
-    adam_b2: Scalar,
-    adam_weight_decay: optax.ScalarOrSchedule,
-    **others: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Completes `scale_by`, a transform of matrices, to an optimizer beside AdamW.
-
-    The arguments are those of `muon`, checked; `caller` is the name of the public function, and
-    `others` is what else `optax.adamw` accepts.
-    """
-    check_overrides(caller, overrides)
     rest = adamw(
         learning_rate=learning_rate if adam_learning_rate is None else adam_learning_rate,
         b1=adam_b1,
         b2=adam_b2,
+        eps=eps,
+        eps_root=adam_eps_root,
+        mu_dtype=mu_dtype,
         weight_decay=adam_weight_decay,
-        **others,
+        nesterov=nesterov if adam_nesterov is None else adam_nesterov,
     )
+    scale = MatrixScale(learning_rate, weight_decay, weight_decay_mask, consistent_rms)
+    return with_adamw("muon", roles, update, scale, rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixScale:
+    """The step along the orthogonalized matrices; each field is the argument of `muon`."""
+
+    learning_rate: optax.ScalarOrSchedule
+    weight_decay: optax.ScalarOrSchedule
+    weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None
+    consistent_rms: Scalar | None
+
+
+def with_adamw(
+    caller: str,
+    roles: RoleSettings,
+    update: MuonSettings,
+    scale: MatrixScale,
+    rest: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the optimizer of a model: Muon for its matrices, `rest` for everything else.
+
+    Args:
+      caller: Name of the public function that was called.
+      roles: Which parameters are matrices.
+      update: The update of the matrices.
+      scale: Its learning rate, decay and scale.
+      rest: The optimizer of the other parameters.
+    """
 
     @functools.lru_cache(maxsize=4)
-    def routing_of(structure, leaves):
+    def route_shapes(structure, shapes):
         """Routes a pytree by its shapes, once for many updates outside of `jax.jit`."""
-        return route(
-            structure.unflatten(jax.ShapeDtypeStruct(*leaf) for leaf in leaves),
-            muon_weight_dimension_numbers,
-            overrides,
-            settings,
-            caller=caller,
-        )
+        leaves = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+        return route(caller, structure.unflatten(leaves), roles)
 
     def routed(tree):
-        """Routes a pytree and builds its optimizer: each part of a partition sees its leaves only.
+        """Routes a pytree and builds its optimizer: each part of a partition gets its leaves only.
 
-        The labels and the mask are functions, as optax would call a pytree that is callable.
+        Labels and masks are functions, as optax would call a pytree that is callable.
         """
         leaves, structure = jax.tree.flatten(tree)
-        routing = Routing((), (), ())
-        if is_function(muon_weight_dimension_numbers):
-            routing = route(tree, muon_weight_dimension_numbers, overrides, settings, caller=caller)
-        elif leaves:
-            dtypes = [dtype_of(x) for x in leaves]
-            if None in dtypes:
-                route(tree, caller=caller)  # raises, naming the leaves that are no arrays
-            shapes = tuple((jnp.shape(x), dtype) for x, dtype in zip(leaves, dtypes, strict=True))
-            routing = routing_of(structure, shapes)
-        numbers = structure.unflatten(routing.numbers)
+        dtypes = [dtype_of(x) for x in leaves]
+        if is_function(roles.numbers) or None in dtypes:
+            routing = route(caller, tree, roles)  # raises for leaves that are no arrays
+        else:
+            shapes = zip(map(jnp.shape, leaves), dtypes, strict=True)
+            routing = route_shapes(structure, tuple(shapes))
         labels = structure.unflatten(["adam" if n is None else "muon" for n in routing.numbers])
-        mask = weight_decay_mask
-        if mask is not None and structure.num_leaves:
-            mask = structure.unflatten(spread("weight_decay_mask", mask, tree))
-        matrices = optax.chain(
-            scale_by(weight_dimension_numbers=numbers),
-            scale_by_shape(numbers, consistent_rms),
-            optax.add_decayed_weights(weight_decay, None if mask is None else lambda _: mask),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-        matrices = where_moments_are(in_float32(matrices))
+        matrices = _for_matrices(tree, structure.unflatten(routing.numbers), update, scale)
         return routing, optax.partition({"muon": matrices, "adam": rest}, lambda _: labels)
 
     def init_fn(params):
@@ -254,20 +236,36 @@ def with_adamw(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _for_matrices(
+    tree: ArrayTree, numbers: ArrayTree, update: MuonSettings, scale: MatrixScale
+) -> optax.GradientTransformation:
+    """Builds the optimizer of the matrices of a pytree, in float32 and rounded once."""
+    mask = scale.weight_decay_mask
+    if mask is not None and jax.tree.leaves(tree):
+        mask = jax.tree.structure(tree).unflatten(spread("weight_decay_mask", mask, tree))
+    chain = optax.chain(
+        scale_by_direction(update, numbers),
+        scale_by_shape(numbers, scale.consistent_rms),
+        optax.add_decayed_weights(scale.weight_decay, None if mask is None else lambda _: mask),
+        optax.scale_by_learning_rate(scale.learning_rate),
+    )
+    return where_moments_are(in_float32(chain))
+
+
 def _warn(caller: str, routing: Routing) -> None:
-    """Issues one warning for all parameters whose role is a weak guess."""
+    """Issues one warning for all parameters whose names and shapes do not decide their role."""
     if texts := routing.warnings:
         warnings.warn(
-            f"{caller}: the roles of these parameters are weak guesses. `routing_table` prints all "
-            "roles; an override that covers a parameter silences its warning.\n"
-            + "\n".join(f"  {text}" for text in texts),
+            f"{caller}: check the optimizer of these parameters. Their names and shapes do not "
+            "decide it. An override of a parameter silences its warning, and `routing_table` "
+            "prints all parameters.\n" + "\n".join(f"  {text}" for text in texts),
             UserWarning,
             stacklevel=3,
         )
 
 
 def _check_state(caller: str, routing: Routing, state: ArrayTree) -> None:
-    """Checks that a state was made with the same assignment of parameters to Muon."""
+    """Raises if the state is from another assignment of parameters to optimizers."""
     states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByMuonState))
     found = [x for x in states if isinstance(x, ScaleByMuonState)]
     if len(found) != 1:
@@ -284,7 +282,7 @@ def _check_state(caller: str, routing: Routing, state: ArrayTree) -> None:
     ]
     if faults and in_state <= is_muon.keys():
         raise ValueError(
-            f"{caller}: the state is that of another assignment of parameters to optimizers.\n"
+            f"{caller}: the state is from another assignment of parameters to optimizers.\n"
             + "\n".join(faults)
             + "\nPass the same overrides, muon_weight_dimension_numbers, outputs_first and masks "
             "as for `init`, or call `init` again."

@@ -4,46 +4,36 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
-Overrides: TypeAlias = Mapping[str, MuonDimensionNumbers | None]
+from muonclip_jax._common.settings import Rule, shown
+from muonclip_jax._muon.roles.decision import Overrides
 
 
-def check_overrides(caller: str, overrides: Any) -> None:
-    """Checks the type of `overrides` when an optimizer is built.
-
-    Args:
-      caller: Name of the public function that was called.
-      overrides: A mapping of path patterns to `MuonDimensionNumbers` or None; or None.
-
-    Raises:
-      TypeError: if it is something else.
-
-    Example:
-      >>> check_overrides("muon", {"*/gate/kernel": None})
-    """
-    if overrides is None:
-        return
-    if not isinstance(overrides, Mapping):
-        raise TypeError(
-            f"{caller}: overrides must be a mapping of path patterns to MuonDimensionNumbers or "
-            f"None (AdamW), got {type(overrides).__name__}."
-        )
+def _rule(value: Any) -> Exception | None:
+    """Returns what is wrong with `overrides`, None if nothing is."""
+    expected = "a mapping of path patterns to MuonDimensionNumbers or None (AdamW)"
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        return TypeError(f"{expected}, got {shown(value)}")
     bad = [
-        f"  {pattern!r}: {value!r}."
-        for pattern, value in overrides.items()
-        if not (isinstance(pattern, str) and (value is None or _is_numbers(value)))
+        f"{pattern!r}: {numbers!r}"
+        for pattern, numbers in value.items()
+        if not (isinstance(pattern, str) and isinstance(numbers, MuonDimensionNumbers | None))
     ]
     if bad:
-        raise TypeError(
-            f"{caller}: {len(bad)} of {len(overrides)} overrides are not a path pattern with "
-            "MuonDimensionNumbers or None (AdamW).\n"
-            + "\n".join(bad)
-            + '\nExample: overrides={"*/gate/kernel": None, '
-            '"*/qkv/kernel": MuonDimensionNumbers(-4, (-2, -1))}.'
+        return TypeError(
+            f"{expected}, got {', '.join(bad)}. Example: overrides="
+            '{"*/gate/kernel": None, "*/qkv/kernel": MuonDimensionNumbers(-4, (-2, -1))}'
         )
+    return None
+
+
+# The rules of settings of roles, beside the rules of `_common.settings`.
+ROLE_RULES: dict[str, Rule] = {"overrides": _rule}
 
 
 def _may_match(pattern: str, path: str) -> bool:
@@ -57,10 +47,6 @@ def _may_match(pattern: str, path: str) -> bool:
     )
 
 
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, MuonDimensionNumbers)
-
-
 def matched(
     caller: str, overrides: Overrides | None, paths: Sequence[str], hidden: Sequence[str] = ()
 ) -> dict[int, tuple[str, MuonDimensionNumbers | None]]:
@@ -68,9 +54,9 @@ def matched(
 
     Args:
       caller: Name of the public function that was called.
-      overrides: Checked by `check_overrides`.
+      overrides: See `muon`; checked.
       paths: Path of each parameter, components joined by slashes.
-      hidden: Paths at and below which another optimizer has the leaves; a pattern may match these.
+      hidden: Paths at and below which another optimizer has the leaves. A pattern may match these.
 
     Returns:
       The pattern and its value for each index in `paths` that a pattern matches.

@@ -1,6 +1,7 @@
 """Which parameter is assigned to Muon and which to AdamW: the table, its warnings, overrides."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +12,12 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._common.folding import fold
-from muonclip_jax._common.paths import aligned, components, leaf_paths
+from muonclip_jax._common.paths import aligned, leaf_paths, path_string
 from muonclip_jax._common.settings import check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.kernels import DEFAULTS, Decision, Settings
-from muonclip_jax._muon.overrides import Overrides, check_overrides, matched
-from muonclip_jax._muon.roles import decide
+from muonclip_jax._muon.overrides import ROLE_RULES, matched
+from muonclip_jax._muon.roles.decision import DEFAULTS, Decision, Overrides, RoleSettings
+from muonclip_jax._muon.roles.rules import decide
 from muonclip_jax._orthogonalize.matrix_axes import (
     DimensionNumbersOrFn,
     axes_of,
@@ -27,7 +28,7 @@ from muonclip_jax._orthogonalize.matrix_axes import (
 
 
 class Route(NamedTuple):
-    """What happens to one parameter.
+    """The optimizer of one parameter.
 
     Attributes:
       path: Its path, components joined by slashes.
@@ -54,15 +55,15 @@ class Route(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RoutingTable:
-    """What `muon` does with each parameter; `str` of it is an aligned table.
+    """The optimizer that `muon` assigns to each parameter; `str` of it is an aligned table.
 
     The text folds equal layers into one line, and ends with the totals of each optimizer and the
     warnings.
 
     Attributes:
       rows: One `Route` for each parameter, in the order of `jax.tree.leaves`.
-      warnings: One text for each group of rows that rest on a weak guess: path, shape, what was
-        decided, why it is doubtful, and the override that changes it.
+      warnings: One text for each group of rows that rest on a weak guess: path, shape, decision,
+        the reason to doubt it, and the override that changes it.
     """
 
     rows: tuple[Route, ...]
@@ -92,7 +93,8 @@ class RoutingTable:
     def _warnings(self) -> list[str]:
         if not self.warnings:
             return []
-        return [f"{len(self.warnings)} warnings:", *(f"  {text}" for text in self.warnings)]
+        count = len(self.warnings)
+        return [f"{count} warning{'s' * (count > 1)}:", *(f"  {text}" for text in self.warnings)]
 
 
 class Routing(NamedTuple):
@@ -101,7 +103,7 @@ class Routing(NamedTuple):
     Attributes:
       paths: Path of each parameter.
       shapes: Its shape.
-      decisions: What happens to it.
+      decisions: Its optimizer, with the reason.
     """
 
     paths: tuple[tuple[str, ...], ...]
@@ -119,28 +121,42 @@ class Routing(NamedTuple):
         doubtful = [index for index, d in enumerate(self.decisions) if d.doubt]
         cells = [(self.shapes[i], self.decisions[i]) for i in doubtful]
         folded = fold([self.paths[i] for i in doubtful], cells)
-        return tuple(self._warning(path, doubtful[rows[0]], len(rows)) for path, rows in folded)
+        return tuple(self._warning(path, [doubtful[row] for row in rows]) for path, rows in folded)
 
-    def _warning(self, path: Sequence[str], index: int, count: int) -> str:
-        shape, decision = self.shapes[index], self.decisions[index]
-        parts = (part.split("{")[0] + "*" if "{" in part else part for part in path)
-        pattern = "/".join(parts).replace("[", "[[]")
-        kept = "None"
+    def _warning(self, path: Sequence[str], rows: Sequence[int]) -> str:
+        shape, decision = self.shapes[rows[0]], self.decisions[rows[0]]
         if decision.numbers is None:
-            what, fix = "AdamW", "mc.MuonDimensionNumbers(-2, -1)"
+            what, kept = "AdamW", "None"
+            alternative, fix = "Muon", _shown(decision.matrix)
         else:
             axes = axes_of(decision.numbers, len(shape))
             n_in, n_out = sides(shape, axes)
             batch = np.prod([shape[axis] for axis in axes.batch], dtype=np.int64)
-            what, fix = f"Muon on {batch} x {n_in} x {n_out}", "None"
-            kept = f"mc.MuonDimensionNumbers{tuple(decision.numbers)}"
-        alternative = "AdamW" if fix == "None" else "Muon"
-        also = f" ({count} parameters)" if count > 1 else ""
+            what, kept = f"Muon on {batch} x {n_in} x {n_out}", _shown(decision.numbers)
+            alternative, fix = "AdamW", "None"
+        patterns = self._patterns(path, rows)
+        also = f" ({len(rows)} parameters)" if len(rows) > 1 else ""
+        change, keep = (
+            "{" + ", ".join(f'"{pattern}": {value}' for pattern in patterns) + "}"
+            for value in (fix, kept)
+        )
         return (
             f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}. "
-            f'For {alternative}: overrides={{"{pattern}": {fix}}}; to keep it without this '
-            f'warning: overrides={{"{pattern}": {kept}}}.'
+            f"For {alternative}: overrides={change}. To keep {what.split()[0]}: overrides={keep}."
         )
+
+    def _patterns(self, path: Sequence[str], rows: Sequence[int]) -> list[str]:
+        """Returns one pattern that matches these parameters alone, or else the path of each."""
+        parts = (part.split("{")[0] + "*" if "{" in part else part for part in path)
+        pattern = "/".join(parts).replace("[", "[[]")
+        joined = ["/".join(names) for names in self.paths]
+        if [i for i, name in enumerate(joined) if fnmatch.fnmatchcase(name, pattern)] == [*rows]:
+            return [pattern]
+        return [joined[i].replace("[", "[[]") for i in rows]
+
+
+def _shown(numbers: MuonDimensionNumbers) -> str:
+    return f"mc.MuonDimensionNumbers{tuple(numbers)}"
 
 
 def routing_table(
@@ -155,10 +171,10 @@ def routing_table(
 
     Args:
       params: Parameters, or their shapes as `jax.eval_shape` returns them.
-      muon_weight_dimension_numbers: As for `muon`.
-      consistent_rms: As for `muon`; the scale depends on it.
-      overrides: As for `muon`.
-      outputs_first: As for `muon`.
+      muon_weight_dimension_numbers: See `muon`.
+      consistent_rms: See `muon`; the scale depends on it.
+      overrides: See `muon`.
+      outputs_first: See `muon`.
 
     Returns:
       The table: print it.
@@ -178,12 +194,12 @@ def routing_table(
       muon: 1 leaves, 64 parameters
       adamw: 1 leaves, 16 parameters
     """
-    check_settings("routing_table", locals(), optional=("consistent_rms", "outputs_first"))
-    check_overrides("routing_table", overrides)
-    settings = Settings(outputs_first, consistent_rms is None)
-    routing = route(
-        params, muon_weight_dimension_numbers, overrides, settings, caller="routing_table"
+    optional = ("consistent_rms", "outputs_first")
+    check_settings("routing_table", locals(), optional=optional, rules=ROLE_RULES)
+    settings = RoleSettings(
+        muon_weight_dimension_numbers, overrides, outputs_first, consistent_rms is None
     )
+    routing = route("routing_table", params, settings)
     rows = (_row(*entry, consistent_rms) for entry in zip(*routing, strict=True))
     return RoutingTable(tuple(rows), routing.warnings)
 
@@ -194,7 +210,7 @@ def _row(
     decision: Decision,
     consistent_rms: Scalar | None,
 ) -> Route:
-    numbers, reason, _ = decision
+    numbers, reason = decision.numbers, decision.reason
     name = "/".join(path)
     if numbers is None:
         return Route(name, shape, "adamw", 0, 0, 0, 1.0, reason, None)
@@ -206,22 +222,13 @@ def _row(
     return Route(name, shape, "muon", count, n_in, n_out, scale, reason, numbers)
 
 
-def route(
-    params: ArrayTree,
-    given: DimensionNumbersOrFn | None = None,
-    overrides: Overrides | None = None,
-    settings: Settings = DEFAULTS,
-    *,
-    caller: str = "muon",
-) -> Routing:
+def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> Routing:
     """Decides for each parameter which axes are its matrices, or that it is assigned to AdamW.
 
     Args:
-      params: Parameters, gradients, or their shapes.
-      given: Dimension numbers of all parameters, as for `muon`; None decides by role.
-      overrides: As for `muon`.
-      settings: What else the user set.
       caller: Name of the public function that was called.
+      params: Parameters, gradients, or their shapes.
+      settings: What the user set.
 
     Returns:
       The decisions, in the order of `jax.tree.leaves`.
@@ -231,31 +238,35 @@ def route(
         parameter.
 
     Example:
-      >>> route({"up": jnp.ones((2, 8)), "wte": jnp.ones((3, 2))}).numbers
+      >>> route("muon", {"up": jnp.ones((2, 8)), "wte": jnp.ones((3, 2))}).numbers
       [MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), None]
     """
     leaves = jax.tree.leaves(params)
+    if not leaves:  # such as the placeholder of `optax.tree.map_params`
+        return Routing((), (), ())
     paths = leaf_paths(params)
     shapes = tuple(tuple(np.shape(x)) for x in leaves)
-    if given is not None:
-        decisions = [Decision(numbers, "given") for numbers in per_leaf(given, params)]
+    if settings.numbers is not None:
+        decisions = [Decision(n, "given") for n in per_leaf(settings.numbers, params)]
     else:
-        _check_dtypes(paths, leaves)
+        _check_dtypes(caller, paths, leaves)
         decisions = decide(paths, shapes, settings)
-    if overrides and leaves:
+    if settings.overrides:
         joined = ["/".join(path) for path in paths]
-        hidden = [
-            "/".join(components(path))
-            for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hidden)
-            if _is_hidden(x)
-        ]
-        for index, (pattern, numbers) in matched(caller, overrides, joined, hidden).items():
+        found = matched(caller, settings.overrides, joined, _hidden_paths(params))
+        for index, (pattern, numbers) in found.items():
+            reason = f"override '{pattern}'"
             if numbers is not None:
-                _check_axes(
-                    f"{caller}: override '{pattern}'", joined[index], shapes[index], numbers
-                )
-            decisions[index] = Decision(numbers, f"override '{pattern}'")
+                _check_axes(f"{caller}: {reason}", joined[index], shapes[index], numbers)
+            decisions[index] = Decision(numbers, reason)
     return Routing(tuple(paths), shapes, tuple(decisions))
+
+
+def _hidden_paths(params: ArrayTree) -> list[str]:
+    """Lists the paths at and below which another optimizer has the leaves."""
+    is_hidden = lambda x: x is None or isinstance(x, optax.MaskedNode)  # noqa: E731
+    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hidden)
+    return [path_string(path) for path, x in flat if is_hidden(x)]
 
 
 def _check_axes(
@@ -267,11 +278,7 @@ def _check_axes(
         raise ValueError(f"{caller}: {path} {shape}: {error}.") from error
 
 
-def _is_hidden(x: object) -> bool:
-    return x is None or isinstance(x, optax.MaskedNode)
-
-
-def _check_dtypes(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
+def _check_dtypes(caller: str, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
     wrong = []
     for path, x in zip(paths, leaves, strict=True):
         dtype = dtype_of(x)
@@ -280,7 +287,7 @@ def _check_dtypes(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> No
             wrong.append(f"  {'/'.join(path)}: {shown}.")
     if wrong:
         raise ValueError(
-            f"muon: {len(wrong)} of {len(leaves)} leaves are neither floating nor complex.\n"
+            f"{caller}: {len(wrong)} of {len(leaves)} leaves are neither floating nor complex.\n"
             + "\n".join(wrong)
             + "\nKeep them out of the optimizer with `optax.masked` or `optax.partition`; of an "
             "Equinox model pass `eqx.filter(model, eqx.is_inexact_array)`."
@@ -288,7 +295,7 @@ def _check_dtypes(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> No
 
 
 def dtype_of(x: Any) -> Any:
-    """Finds the dtype of a leaf; None for what is no array, such as a function."""
+    """Finds the dtype of a leaf; None for a leaf that is no array, such as a function."""
     try:
         return jnp.result_type(x)
     except TypeError:

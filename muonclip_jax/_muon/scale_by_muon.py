@@ -9,8 +9,9 @@ With G the gradient, M the momentum and t the step, from 1:
 Source: Jordan et al. 2024, KellerJordan/Muon, muon.py; optax/contrib/_muon.py for the form.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -19,23 +20,26 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_row
+from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
+from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_step
 from muonclip_jax._orthogonalize.matrix_axes import (
+    Axes,
     DimensionNumbersOrFn,
     matrix_axes,
     sides,
     update_scale,
 )
-from muonclip_jax._orthogonalize.newton_schulz import orthogonalizer
-from muonclip_jax._orthogonalize.products import accumulator
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
-from muonclip_jax._sharding.exchange import orthogonalize_leaves
-from muonclip_jax._sharding.placement import placements, shardings_by_path
+from muonclip_jax._sharding import exchange
+from muonclip_jax._sharding.placement import shardings_by_path
+from muonclip_jax._sharding.plan import plan_for
 
 # w_M, w_G of the matrix that is orthogonalized, w_M M + w_G G; None leaves G out.
 Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
@@ -43,12 +47,35 @@ Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
 Direction: TypeAlias = Callable[[jax.Array, jax.Array], Weights]
 
 
+@dataclasses.dataclass(frozen=True)
+class MuonSettings:
+    """The checked settings of a Muon update, built once by the public function.
+
+    Attributes:
+      direction: The weights of the momentum and the gradient in the matrix to orthogonalize.
+      orthogonalize: Newton-Schulz with its settings.
+      eps: See `newton_schulz`.
+      beta: Decay of the momentum.
+      mu_dtype: Dtype in which the momentum of real leaves is kept; None: as the parameters.
+      adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
+      shardings: How parameters are sharded on an Auto mesh, by path.
+    """
+
+    direction: Direction
+    orthogonalize: Orthogonalizer
+    eps: Scalar
+    beta: Scalar
+    mu_dtype: Any
+    adaptive: bool
+    shardings: Mapping[str, Any]
+
+
 class ScaleByMuonState(NamedTuple):
     """State of `scale_by_muon`; no setting is in it.
 
     Attributes:
       count: Number of finished updates, an int32 scalar.
-      mu: Average of the gradients, a tree like the parameters, in `mu_dtype`.
+      mu: Average of the gradients, a pytree like the parameters, in `mu_dtype`.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -78,39 +105,39 @@ def scale_by_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each gradient by its orthogonalized momentum.
 
-    Every leaf must be a matrix or a batch of matrices; `muon` sends the others elsewhere. The
-    arguments up to `weight_dimension_numbers` are those of `optax.contrib.scale_by_muon`, with its
-    defaults and meaning.
+    Every leaf must be a matrix or a batch of matrices; `muon` assigns the others to AdamW. The
+    arguments up to `weight_dimension_numbers` have the names, order, defaults and meaning of
+    `optax.contrib.scale_by_muon`.
 
     Args:
-      ns_coeffs: One row (a, b, c) for every step, several rows, or a preset's name; see
-        `ns_coefficients`.
-      ns_steps: Number of steps for one row; not used for several rows and for names, which are
-        taken whole.
+      ns_coeffs: Coefficients (a, b, c) for every step, one triple for each step, or the name of a
+        preset; see `ns_coefficients`.
+      ns_steps: Number of steps for a single triple. Presets and several triples set it themselves.
       beta: Decay of the momentum, in [0, 1). 0 is no momentum.
       eps: See `newton_schulz`. It is relative to the size of each matrix.
-      mu_dtype: Dtype in which the momentum of real leaves is kept. None: that of the parameters.
-        The arithmetic is in float32 at least either way.
+      mu_dtype: Dtype in which the momentum of real leaves is kept. None: as the parameters. The
+        arithmetic is in float32 at least either way.
       nesterov: Whether the direction looks one step ahead, with optax's bias corrections:
         β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t).
       adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
       preconditioning: See `newton_schulz`.
-      weight_dimension_numbers: Which axes of each leaf are the rows (reduction) and columns
-        (output) of its matrices: a tree, or a prefix of it, of `MuonDimensionNumbers`, or a
-        function of the parameters that returns one. None: the last two axes of every leaf.
+      weight_dimension_numbers: Which axes of each leaf are the inputs (reduction) and outputs of
+        its matrices: a pytree, or a prefix of one, of `MuonDimensionNumbers`, or a function of the
+        parameters that returns one. None: the last two axes of every leaf.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
-      shardings: How the parameters lie on an Auto mesh, a tree like them of `NamedSharding`:
-        `jax.tree.map(lambda x: x.sharding, params)`. None, on such a mesh, lets XLA decide how to
-        move the data. An Explicit mesh has them in its types.
+      shardings: How the parameters are sharded on an Auto mesh, a pytree of `NamedSharding`:
+        `jax.tree.map(lambda x: x.sharding, params)`. With None, XLA decides on such a mesh how
+        data moves. On an Explicit mesh the types of the parameters have the shardings.
 
     Returns:
       An optax transformation, which ignores extra arguments. Updates have the dtype of the
       gradients.
 
     Raises:
+      TypeError: when built, for settings of a wrong type, such as a number given as a string.
       ValueError: when built, for a setting out of range or an unknown name; at `init` and while
-        tracing, for leaves that are no matrices and gradients that do not fit the state.
+        tracing, for leaves that are no matrices and gradients that do not match the state.
 
     Example:
       >>> import muonclip_jax as mc, jax.numpy as jnp
@@ -126,24 +153,20 @@ def scale_by_muon(
       2409.20325.
     """
     _check_muon(locals())
-    return scale_by_momentum(
+    settings = MuonSettings(
         bias_corrected_nesterov if nesterov else bias_corrected,
-        ns_coeffs=ns_coeffs,
-        ns_steps=ns_steps,
-        beta=beta,
-        eps=eps,
-        mu_dtype=mu_dtype,
-        adaptive=adaptive,
-        preconditioning=preconditioning,
-        weight_dimension_numbers=weight_dimension_numbers,
-        ns_method=ns_method,
-        ns_dtype=ns_dtype,
-        shardings=shardings,
+        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps,
+        beta,
+        mu_dtype,
+        adaptive,
+        shardings_by_path("scale_by_muon", shardings),
     )
+    return scale_by_direction(settings, weight_dimension_numbers)
 
 
 def momentum(beta: jax.Array, t: jax.Array) -> Weights:
-    """M: Kimi K2's direction; Newton-Schulz does not see that it is the average, not the sum."""
+    """M: Kimi K2's direction. Newton-Schulz of the average equals Newton-Schulz of the sum."""
     del t
     return jnp.ones_like(beta), None
 
@@ -155,7 +178,7 @@ def plain_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
 
 
 def bias_corrected(beta: jax.Array, t: jax.Array) -> Weights:
-    """M / (1 − β^t): optax's momentum. Newton-Schulz does not see the factor, `adaptive` does."""
+    """M / (1 − β^t): optax's momentum. The factor changes `adaptive` updates only."""
     return 1 / (1 - beta**t), None
 
 
@@ -164,58 +187,49 @@ def bias_corrected_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
     return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
 
 
-def scale_by_momentum(
-    direction: Direction,
-    *,
-    ns_coeffs: Coefficients,
-    ns_steps: int | jax.Array,
-    beta: Scalar,
-    eps: Scalar,
-    mu_dtype: Any,
-    adaptive: bool,
-    preconditioning: str,
-    weight_dimension_numbers: DimensionNumbersOrFn | None,
-    ns_method: str,
-    ns_dtype: Any,
-    shardings: ArrayTree,
+def scale_by_direction(
+    settings: MuonSettings, weight_dimension_numbers: DimensionNumbersOrFn | None
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds `scale_by_muon`, whose arguments these are, checked, for any direction of M and G."""
-    steps = ns_steps if is_single_row(ns_coeffs) else None
-    orthogonalize = orthogonalizer(ns_coeffs, steps, ns_method, ns_dtype, preconditioning, eps)
-    said = shardings_by_path(shardings)
+    """Builds `scale_by_muon` for any direction."""
+    direction, beta = settings.direction, settings.beta
 
     def init_fn(params):
         if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
             matrix_axes("scale_by_muon", params, weight_dimension_numbers)
-        mu = jax.tree.map(functools.partial(_zeros_like, dtype=mu_dtype), params)
+        mu = jax.tree.map(functools.partial(_zeros_like, dtype=settings.mu_dtype), params)
         return ScaleByMuonState(count=jnp.zeros([], jnp.int32), mu=mu)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _check_fit(updates, state.mu)
+        _check_match(updates, state.mu)
         axes = matrix_axes("scale_by_muon", updates, weight_dimension_numbers)
         t = jnp.asarray(optax.safe_increment(state.count))
-        structure = jax.tree.structure(updates)
-        updates = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
-        G = jax.tree.leaves(updates)
-        M = [_average(m, g, beta) for m, g in zip(jax.tree.leaves(state.mu), G, strict=True)]
-        D = [
-            _combine(m, g, *direction(_real(beta, m), _real(t, m)))
-            for m, g in zip(M, G, strict=True)
-        ]
-        where = placements("scale_by_muon", structure.unflatten(D), axes, said)
-        orthogonal = orthogonalize_leaves(D, axes, where, orthogonalize)
-        if adaptive:
-            orthogonal = [
-                o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
-                for o, d, a in zip(orthogonal, D, axes, strict=True)
-            ]
-        orthogonal = [o.astype(g.dtype) for o, g in zip(orthogonal, G, strict=True)]
-        mu = jax.tree.map(lambda m, old: m.astype(old.dtype), structure.unflatten(M), state.mu)
-        orthogonal = placed_like_tree(structure.unflatten(orthogonal), params)
-        return orthogonal, ScaleByMuonState(count=t, mu=mu)
+        G = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
+        M = jax.tree.map(lambda m, g: _average(m, g, beta), state.mu, G)
+        D = jax.tree.map(lambda m, g: _combine(m, g, *direction(_real(beta, m), _real(t, m))), M, G)
+        O = _orthogonalized(D, axes, settings)  # noqa: E741
+        O = jax.tree.map(lambda o, g: o.astype(g.dtype), O, G)  # noqa: E741
+        mu = jax.tree.map(lambda m, old: m.astype(old.dtype), M, state.mu)
+        return placed_like_tree(O, params), ScaleByMuonState(count=t, mu=mu)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _orthogonalized(D: ArrayTree, axes: Sequence[Axes], settings: MuonSettings) -> ArrayTree:
+    """Orthogonalizes the matrices of all leaves, which stay sharded as they are."""
+    leaves, structure = jax.tree.flatten(D)
+    orthogonalize, eps = settings.orthogonalize, settings.eps
+    plan = plan_for("scale_by_muon", D, axes, settings.shardings, orthogonalize)
+    if plan is None:  # every device has full matrices, or XLA decides how they move
+        found = orthogonalize_leaves(lambda X: orthogonalize(X, eps), leaves, axes)
+    else:
+        found = exchange.orthogonalize(leaves, plan, orthogonalize, eps)
+    if settings.adaptive:
+        found = [
+            o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
+            for o, d, a in zip(found, leaves, axes, strict=True)
+        ]
+    return structure.unflatten(found)
 
 
 def _check_shape(arguments: Mapping[str, Any]) -> None:
@@ -228,7 +242,7 @@ def scale_by_shape(
     weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     consistent_rms: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales orthogonalized updates by a factor of their matrices' shape.
+    """Scales orthogonalized updates by a factor that depends on the shape of their matrices.
 
     Args:
       weight_dimension_numbers: See `scale_by_muon`.
@@ -272,7 +286,7 @@ def _zeros_like(p: ArrayLike, dtype: Any) -> jax.Array:
 
 def _average(M: jax.Array, G: jax.Array, beta: Scalar) -> jax.Array:
     """β M + (1 − β) G, in float32 at least: a 16-bit sum would lose most of (1 − β) G."""
-    wide = max(accumulator(M.dtype), accumulator(G.dtype), key=lambda dtype: dtype.itemsize)
+    wide = accumulator(M.dtype, G.dtype)
     M, G = M.astype(wide), G.astype(wide)
     return _combine(M, G, _real(beta, M), 1 - _real(beta, M))
 
@@ -283,12 +297,12 @@ def _combine(M: jax.Array, G: jax.Array, w_M: jax.Array, w_G: jax.Array | None) 
 
 
 def _real(value: Scalar, like: jax.Array) -> jax.Array:
-    """Casts a scalar to the real dtype of an array, so that no promotion is left to chance."""
+    """Casts a scalar to the real dtype of an array, so that nothing is promoted."""
     return jnp.asarray(value).astype(like.real.dtype)
 
 
-def _check_fit(updates: ArrayTree, mu: ArrayTree) -> None:
-    """Refuses gradients that do not have the leaves and shapes of the momentum."""
+def _check_match(updates: ArrayTree, mu: ArrayTree) -> None:
+    """Raises for gradients that do not have the leaves and shapes of the momentum."""
     shapes = [
         {path_string(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (updates, mu)
@@ -301,7 +315,19 @@ def _check_fit(updates: ArrayTree, mu: ArrayTree) -> None:
     ]
     if faults:
         raise ValueError(
-            "scale_by_muon: the gradients do not fit the state.\n"
+            "scale_by_muon: the gradients do not match the state.\n"
             + "\n".join(faults)
-            + "\nCall init with the parameters that these are the gradients of."
+            + "\nCall init with the parameters of these gradients."
         )
+
+
+def newton_schulz_of(
+    coefficients: Coefficients,
+    steps: Any,
+    preconditioning: str,
+    method: str,
+    dtype: Any,
+) -> Orthogonalizer:
+    """Builds the Newton-Schulz iteration of an optimizer, whose `ns_steps` is never None."""
+    steps = steps if is_single_step(coefficients) else None
+    return orthogonalizer(coefficients, steps, method, dtype, preconditioning)

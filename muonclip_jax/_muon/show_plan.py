@@ -1,4 +1,4 @@
-"""Shows, before anything is trained, how `muon` divides its work among the devices of a mesh."""
+"""Plans, before training, how `muon` shards its work over the devices of a mesh."""
 
 import math
 from collections.abc import Sequence
@@ -7,26 +7,27 @@ from typing import Any
 import jax
 import optax
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.settings import check_settings
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._muon.kernels import Settings
-from muonclip_jax._muon.overrides import Overrides, check_overrides
+from muonclip_jax._muon.overrides import ROLE_RULES
+from muonclip_jax._muon.roles.decision import Overrides, RoleSettings
 from muonclip_jax._muon.routing import route
+from muonclip_jax._muon.scale_by_muon import newton_schulz_of
 from muonclip_jax._orthogonalize.batching import groups_of
-from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_row
+from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import (
     Axes,
     DimensionNumbersOrFn,
+    is_tall,
     matrix_axes,
     to_matrices,
 )
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
-from muonclip_jax._orthogonalize.products import accumulator
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
-from muonclip_jax._sharding.exchange import plan_for
-from muonclip_jax._sharding.placement import placements, shardings_by_path
-from muonclip_jax._sharding.plan import Group, Member, Placed, Plan
+from muonclip_jax._sharding.placement import PlacedLeaf, shardings_by_path
+from muonclip_jax._sharding.plan import Group, Member, Plan, plan_for
 
 
 def sharding_plan(
@@ -41,20 +42,20 @@ def sharding_plan(
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
 ) -> Plan:
-    """Shows what `muon` with the same arguments does with the matrices of `params`.
+    """Plans which devices of a mesh orthogonalize which matrices, as `muon` does.
 
     Args:
       params: Parameters, or their `jax.ShapeDtypeStruct`s, with shardings if there are several
         devices.
-      muon_weight_dimension_numbers: As for `muon`.
-      shardings: As for `muon`. An Explicit mesh needs none; without them on an Auto mesh XLA
+      muon_weight_dimension_numbers: See `muon`.
+      shardings: See `muon`. An Explicit mesh needs none; without them on an Auto mesh XLA
         decides, and the plan prints that.
-      ns_coeffs: As for `muon`.
-      ns_steps: As for `muon`.
-      ns_method: As for `muon`.
-      ns_dtype: As for `muon`.
-      overrides: As for `muon`.
-      outputs_first: As for `muon`.
+      ns_coeffs: See `muon`.
+      ns_steps: See `muon`.
+      ns_method: See `muon`.
+      ns_dtype: See `muon`.
+      overrides: See `muon`.
+      outputs_first: See `muon`.
 
     Returns:
       The plan, a named tuple; `str` of it has one line for each group of matrices: how many, their
@@ -72,16 +73,16 @@ def sharding_plan(
       >>> params = {"up": {"kernel": kernel}}
       >>> print(mc.sharding_plan(params, shardings=jax.tree.map(lambda x: x.sharding, params)))
       mesh fsdp=4; per device and step 7.05e+08 FLOPs, 0.8 MB sent
-      matrices  rows        columns  on each device  FLOPs     MB sent  leaves
-      4         256 / fsdp  512      move: 1 whole   7.05e+08  0.8      up/kernel
+      matrices  rows        columns  on each device    FLOPs     MB sent  leaves
+      4         256 / fsdp  512      exchange: 1 full  7.05e+08  0.8      up/kernel
     """
-    check_settings("sharding_plan", locals(), optional=("outputs_first",), rules=COEFFICIENT_RULES)
-    check_overrides("sharding_plan", overrides)
-    given, settings = muon_weight_dimension_numbers, Settings(outputs_first)
-    numbers = route(params, given, overrides, settings, caller="sharding_plan").numbers
+    rules = {**COEFFICIENT_RULES, **ROLE_RULES}
+    check_settings("sharding_plan", locals(), optional=("outputs_first",), rules=rules)
+    roles = RoleSettings(muon_weight_dimension_numbers, overrides, outputs_first)
+    numbers = route("sharding_plan", params, roles).numbers
     structure = jax.tree.structure(params)
-    steps = ns_steps if is_single_row(ns_coeffs) else None
-    orthogonalize = orthogonalizer(ns_coeffs, steps, ns_method, ns_dtype, "frobenius", 0.0)
+    passed = shardings_by_path("sharding_plan", shardings)
+    orthogonalize = newton_schulz_of(ns_coeffs, ns_steps, "frobenius", ns_method, ns_dtype)
     plans = []
 
     def look(params):
@@ -94,39 +95,39 @@ def sharding_plan(
         axes = matrix_axes(
             "sharding_plan", matrices, structure.unflatten(n or optax.MaskedNode() for n in numbers)
         )
-        where = placements("sharding_plan", matrices, axes, shardings_by_path(shardings))
-        if where is None:
-            plans.append(_without_plan(matrices, axes, orthogonalize))
-        else:
-            plans.append(plan_for(where, orthogonalize._replace(platform=where.platform)))
+        plan = plan_for("sharding_plan", matrices, axes, passed, orthogonalize)
+        plans.append(plan or _without_plan(matrices, axes, orthogonalize))
 
     jax.eval_shape(look, params)
     return plans[0]
 
 
 def _without_plan(matrices: ArrayTree, axes: list[Axes], orthogonalize: Orthogonalizer) -> Plan:
-    """Describes what happens on one device, and on an Auto mesh of which nothing is known."""
+    """Describes the calls on one device, and on an Auto mesh with unknown shardings."""
     flat = jax.tree_util.tree_leaves_with_path(matrices)
     leaves = tuple(
-        Placed(path_string(path), x.shape, x.dtype, a, ((),) * x.ndim)
+        PlacedLeaf(path_string(path), x.shape, x.dtype, a, ((),) * x.ndim)
         for (path, x), a in zip(flat, axes, strict=True)
     )
-    batches = [to_matrices(x, a) for (_, x), a in zip(flat, axes, strict=True)]
+    batches = [to_matrices(x, a, is_tall(x.shape, a)) for (_, x), a in zip(flat, axes, strict=True)]
     meshes = (jax.typeof(x).sharding.mesh for _, x in flat)
     mesh = next((dict(m.shape) for m in meshes if math.prod(m.shape.values()) > 1), {})
-    groups = tuple(_call(batches, indices, orthogonalize) for indices in groups_of(batches))
+    groups = tuple(_call(leaves, batches, indices, orthogonalize) for indices in groups_of(batches))
     return Plan(mesh, leaves, groups, by_xla=bool(mesh))
 
 
 def _call(
-    batches: Sequence[jax.Array], indices: Sequence[int], orthogonalize: Orthogonalizer
+    leaves: Sequence[PlacedLeaf],
+    batches: Sequence[jax.Array],
+    indices: Sequence[int],
+    orthogonalize: Orthogonalizer,
 ) -> Group:
     """Describes one call of Newton-Schulz."""
     members = tuple(
-        Member(i, x.shape[-2] > x.shape[-1], math.prod(x.shape[:-2]))
-        for i, x in ((i, batches[i]) for i in indices)
+        Member(i, is_tall(leaves[i].shape, leaves[i].axes), math.prod(batches[i].shape[:-2]))
+        for i in indices
     )
     count, first = sum(member.count for member in members), batches[indices[0]]
-    m, n = sorted(first.shape[-2:])
-    flops = count * orthogonalize.flops((m, n), first.dtype)
+    m, n = first.shape[-2:]
+    flops = count * orthogonalize.flops(m, n, first.dtype)
     return Group(members, m, n, (), (), (), count, count, 0, 1, False, flops, 0.0)

@@ -1,7 +1,7 @@
 """Coefficients of the Newton-Schulz polynomials, each with its source.
 
-One step maps every singular value s of a matrix to p(s) = a s + b s³ + c s⁵; a preset is a tuple of
-`(a, b, c)` rows, one a step.
+One step maps every singular value s of a matrix to p(s) = a s + b s³ + c s⁵. A preset is a tuple
+of `(a, b, c)`, one for each step.
 """
 
 import functools
@@ -15,10 +15,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from muonclip_jax._common.types import Row
+from muonclip_jax._common.types import Step
 
-# A preset's name; several rows (a, b, c), one a step; or one row for every step. Lists and concrete
-# arrays do as well as tuples.
+# The name of a preset; `(a, b, c)` for every step; or a sequence of `(a, b, c)`, one for each step.
+# Tuples, lists and arrays are accepted.
 Coefficients: TypeAlias = str | Sequence[float] | Sequence[Sequence[float]] | ArrayLike
 
 _T = TypeVar("_T")
@@ -28,7 +28,7 @@ DEFAULT_STEPS = 5
 
 # Jordan et al. 2024, post "Muon"; KellerJordan/Muon, muon.py,
 # zeropower_via_newtonschulz5; unchanged.
-JORDAN: Row = (3.4445, -4.7750, 2.0315)
+JORDAN: Step = (3.4445, -4.7750, 2.0315)
 
 # You Jiacheng 2025; optax/contrib/_muon.py, _DION_NS_COEFFS; NVIDIA-NeMo/Emerging-Optimizers,
 # muon_utils.py, "quintic"; unchanged.
@@ -55,16 +55,7 @@ _POLAR_EXPRESS = (
 # norm can put a singular value; 1.05 stays finite up to 1.05, for 804 instead of 976 of slope at 0.
 _SAFETY = 1.05
 
-# Grishina et al. 2025, arXiv 2506.10935; rows as in Emerging-Optimizers, muon_utils.py; unchanged.
-_CANS = (
-    (8.4703, -25.1081, 18.6293),
-    (4.1828, -3.1087, 0.5806),
-    (3.9619, -2.9541, 0.5630),
-    (3.2866, -2.4647, 0.5074),
-    (2.2737, -1.6447, 0.4162),
-)
-
-# DeepSeek-V4, arXiv 2606.19348, section 2.4: eight steps of Jordan's row, then two that
+# DeepSeek-V4, arXiv 2606.19348, section 2.4: eight steps of Jordan's, then two that
 # settle at 1.
 _DEEPSEEK_V4 = (JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2
 
@@ -78,59 +69,55 @@ _CUBIC5 = (
 )
 
 
-def with_safety(rows: Sequence[Row], safety: float) -> tuple[Row, ...]:
-    """Makes every step p(s / safety): values up to `safety` above its range are still in it."""
-    return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in rows)
+def with_safety(coefficients: Sequence[Step], safety: float) -> tuple[Step, ...]:
+    """Replaces every p(s) by p(s / safety), so that singular values may reach `safety`."""
+    return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in coefficients)
 
 
-# What 16-bit rounding adds to a singular value, at most, in the spectra that
-# tests/orthogonalize/test_newton_schulz.py tries.
+# 16-bit rounding multiplies a singular value by less than this, in the spectra of
+# tests/orthogonalize/test_newton_schulz.py.
 _ROUNDING = 1.01
 
-
 # The singular values each preset returns are held by tests/orthogonalize/test_published_numbers.py.
-_PRESETS: dict[str, tuple[Row, ...]] = {
+_PRESETS: dict[str, tuple[Step, ...]] = {
     "jordan": (JORDAN,) * DEFAULT_STEPS,
     "standard": (JORDAN,) * DEFAULT_STEPS,  # optax's name
     "you": _YOU,
     "dion": _YOU,  # optax's name
     "polar_express": with_safety(_POLAR_EXPRESS[:5], _SAFETY),
     "polar_express_6": with_safety(_POLAR_EXPRESS, _SAFETY),
-    "cans": _CANS,
     "deepseek_v4": _DEEPSEEK_V4,
     "cubic5": _CUBIC5,
 }
 
 # The expected coefficients, in error messages.
 EXPECTED = (
-    f"a preset's name ({', '.join(map(repr, _PRESETS))}), a row (a, b, c) or several rows of "
-    "finite numbers"
+    f"the name of a preset ({', '.join(map(repr, _PRESETS))}), (a, b, c) for every step, or a "
+    "sequence of (a, b, c), all of them finite numbers"
 )
 
 
-def ns_coefficients(name: str, steps: int | None = None) -> tuple[Row, ...]:
-    """Looks up the `(a, b, c)` rows of a preset, one row for each Newton-Schulz step.
+def ns_coefficients(name: str, steps: int | None = None) -> tuple[Step, ...]:
+    """Returns the coefficients of a preset, `(a, b, c)` for each Newton-Schulz step.
 
-    Singular values that come out, in exact arithmetic, for those that go in at 3e-3 .. 1 of the
-    matrix's norm:
+    In exact arithmetic, singular values from 3e-3 to 1 of the norm of a matrix become:
 
-    | preset | steps | out |
+    | preset | steps | result |
     |---|---|---|
     | `"jordan"`, `"standard"` | 5 | 0.682 .. 1.202 |
     | `"you"`, `"dion"` | 5 | 0.978 .. 1.145 |
     | `"polar_express"` | 5 | 0.846 .. 1.124 |
     | `"polar_express_6"` | 6 | 0.989 .. 1.001 |
-    | `"cans"` | 5 | 0.884 .. 1.120 |
     | `"deepseek_v4"` | 10 | 1.000 .. 1.001 |
     | `"cubic5"` | 5 | 0.353 .. 1.300 |
 
     Args:
       name: Name of a preset.
-      steps: Number of rows. Fewer than the preset has are its first ones; for more, its last row
-        repeats. None gives the preset as it was published.
+      steps: Number of steps. Fewer than the preset has are its first ones; for more, its last
+        step repeats. None returns the preset as published.
 
     Returns:
-      Rows of Python floats: hashable, and exact in every compute dtype.
+      Tuples of Python floats: hashable, and exact in every compute dtype.
 
     Raises:
       ValueError: if the name is unknown or `steps` is below 1.
@@ -148,134 +135,58 @@ def ns_coefficients(name: str, steps: int | None = None) -> tuple[Row, ...]:
     return _to_length(_PRESETS[name], steps)
 
 
-def as_rows(coefficients: Any, steps: Any = None) -> tuple[Row, ...]:
-    """Turns a preset's name, coefficients of every step, or one step's into a tuple of rows.
+def as_coefficients(given: Any, steps: Any = None) -> tuple[Step, ...]:
+    """Converts the name of a preset or numbers to a tuple of coefficients.
 
     Args:
-      coefficients: See `Coefficients`; lists and concrete arrays do too.
-      steps: Number of rows, as for `ns_coefficients`. For a single row, None means five.
+      given: See `Coefficients`.
+      steps: Number of steps, as for `ns_coefficients`. For a single `(a, b, c)`, None means five.
 
     Returns:
-      Rows of Python floats.
+      `(a, b, c)` of each step, Python floats.
 
     Raises:
-      TypeError: if `coefficients` or `steps` is traced.
-      ValueError: if they are not rows of three finite numbers, or `steps` is below 1.
+      TypeError: if `given` or `steps` is traced.
+      ValueError: if they are not triples of finite numbers, or `steps` is below 1.
 
     Example:
-      >>> as_rows((2, -1.5, 0.5), steps=2)
+      >>> as_coefficients((2, -1.5, 0.5), steps=2)
       ((2.0, -1.5, 0.5), (2.0, -1.5, 0.5))
     """
-    if isinstance(coefficients, str):
-        return _to_length(ns_coefficients(coefficients), steps)
-    if is_traced(coefficients):
-        raise TypeError("The coefficients must be known while tracing here; pass numbers.")
-    table = _as_table(coefficients)
+    if isinstance(given, str):
+        return _to_length(ns_coefficients(given), steps)
+    if is_traced(given):
+        raise TypeError("The coefficients must be known while tracing here. Pass numbers.")
+    table = _as_table(given)
     if table is None:
         raise ValueError(
-            f"Newton-Schulz coefficients must be {EXPECTED}, got {reprlib.repr(coefficients)}."
+            f"Newton-Schulz coefficients must be {EXPECTED}, got {reprlib.repr(given)}."
         )
-    rows = tuple((float(a), float(b), float(c)) for a, b, c in np.atleast_2d(table))
-    if table.ndim == 1:
-        return _to_length(rows, DEFAULT_STEPS if steps is None else steps)
-    return _to_length(rows, steps)
+    coefficients = tuple((float(a), float(b), float(c)) for a, b, c in np.atleast_2d(table))
+    if table.ndim == 1 and steps is None:
+        steps = DEFAULT_STEPS
+    return _to_length(coefficients, steps)
 
 
-def is_traced(coefficients: Any) -> bool:
-    """Whether coefficients, or a number of steps, are traced.
-
-    Args:
-      coefficients: See `Coefficients`.
-
-    Returns:
-      True if any number is.
-
-    Example:
-      >>> is_traced((2.0, -1.5, 0.5))
-      False
-    """
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(coefficients))
-
-
-def is_single_row(coefficients: Any) -> bool:
-    """Whether coefficients are one row `(a, b, c)`, not a preset's name or several rows.
+def as_traced_coefficients(given: Any, steps: Any = None) -> jax.Array:
+    """Does what `as_coefficients` does, for traced numbers.
 
     Args:
-      coefficients: See `Coefficients`.
-
-    Returns:
-      True for one row, which is used in every step.
-
-    Example:
-      >>> is_single_row((2.0, -1.5, 0.5)), is_single_row("jordan")
-      (True, False)
-    """
-    if isinstance(coefficients, str):
-        return False
-    if hasattr(coefficients, "ndim"):
-        return coefficients.ndim == 1
-    return all(np.ndim(number) == 0 for number in coefficients)
-
-
-def evaluate(rows: Any, s: Any) -> Any:
-    """Follows one singular value through all steps.
-
-    Args:
-      rows: `(a, b, c)`, one row a step.
-      s: Singular value that goes in.
-
-    Returns:
-      p_T(... p_1(s)), in float64.
-
-    Example:
-      >>> round(evaluate(ns_coefficients("jordan"), 1.0), 3)
-      0.696
-    """
-    for a, b, c in rows:
-        s = s * (a + s * s * (b + s * s * c))
-    return s
-
-
-def for_sixteen_bits(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Guards rows that send a value just above one far away, `cans` and `cubic5` among the presets.
-
-    Rounding to 16 bits pushes values over the end of the range of any step, not only the first:
-    dividing the matrix by 1.01 once, `cans` still reaches 1.46 on Gaussian matrices in bfloat16,
-    and 7e4 without; with every step guarded, 1.12.
-
-    Args:
-      rows: `(a, b, c)`, one row a step.
-
-    Returns:
-      `rows` where they are safe, else rows for p(s / 1.01) in each step.
-
-    Example:
-      >>> for_sixteen_bits(ns_coefficients("you")) == ns_coefficients("you")
-      True
-    """
-    above = [evaluate(rows, 1 + excess * (_ROUNDING - 1)) for excess in (0.25, 0.5, 0.75, 1)]
-    return rows if all(0 < p < 2 for p in above) else with_safety(rows, _ROUNDING)
-
-
-def traced_rows(coefficients: Any, steps: Any = None) -> jax.Array:
-    """Does what `as_rows` does, for coefficients that are traced.
-
-    Args:
-      coefficients: One row or several, with traced numbers.
-      steps: See `as_rows`. If it is traced, one row is left as it is.
+      given: One `(a, b, c)` or several, with traced numbers.
+      steps: See `as_coefficients`. If it is traced, a single `(a, b, c)` is not repeated.
 
     Returns:
       `[steps, 3]`, or `[1, 3]` for a traced number of steps.
 
     Raises:
-      TypeError: if `steps` is traced and there are several rows.
-      ValueError: if they are not rows of three, or `steps` is below 1.
+      TypeError: if `steps` is traced and there are several `(a, b, c)`.
+      ValueError: if they are not triples, or `steps` is below 1.
 
     Example:
-      >>> traced_rows(jnp.array([2.0, -1.5, 0.5]), steps=4).shape
+      >>> as_traced_coefficients(jnp.array([2.0, -1.5, 0.5]), steps=4).shape
       (4, 3)
     """
-    table = jnp.asarray(coefficients)
+    table = jnp.asarray(given)
     if table.ndim not in (1, 2) or table.shape[-1] != 3:
         raise ValueError(f"Newton-Schulz coefficients must be {EXPECTED}, got {table.shape}.")
     if table.ndim == 1:
@@ -286,34 +197,114 @@ def traced_rows(coefficients: Any, steps: Any = None) -> jax.Array:
     return jnp.atleast_2d(table)[np.array(indices)]
 
 
-def known_while_running(table: jax.Array, compute_dtype: Any) -> list[Any]:
-    """Splits traced coefficients into rows of scalars; does for them what `for_sixteen_bits` does.
+def is_traced(value: Any) -> bool:
+    """Returns whether coefficients, or a number of steps, are traced.
+
+    Args:
+      value: See `Coefficients`, or a number of steps.
+
+    Returns:
+      True if any number is traced.
+
+    Example:
+      >>> is_traced((2.0, -1.5, 0.5))
+      False
+    """
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+
+
+def is_single_step(given: Any) -> bool:
+    """Returns whether coefficients are a single `(a, b, c)`, for every step.
+
+    Args:
+      given: See `Coefficients`.
+
+    Returns:
+      False for the name of a preset and for a sequence of `(a, b, c)`.
+
+    Example:
+      >>> is_single_step((2.0, -1.5, 0.5)), is_single_step("jordan")
+      (True, False)
+    """
+    if isinstance(given, str):
+        return False
+    if hasattr(given, "ndim"):
+        return given.ndim == 1
+    return all(np.ndim(number) == 0 for number in given)
+
+
+def evaluate(coefficients: Any, s: Any) -> Any:
+    """Computes what all steps together make of one singular value.
+
+    Args:
+      coefficients: `(a, b, c)` of each step.
+      s: The singular value.
+
+    Returns:
+      p_T(... p_1(s)), in float64.
+
+    Example:
+      >>> round(evaluate(ns_coefficients("jordan"), 1.0), 3)
+      0.696
+    """
+    for a, b, c in coefficients:
+        s = s * (a + s * s * (b + s * s * c))
+    return s
+
+
+def for_sixteen_bits(coefficients: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Guards coefficients that amplify values slightly above 1, such as the preset `cubic5`.
+
+    Rounding to 16 bits pushes values over the end of the range of any step, not only the first, so
+    that dividing the matrix by 1.01 once is not enough.
+
+    Args:
+      coefficients: `(a, b, c)` of each step.
+
+    Returns:
+      The same if they are safe, else with p(s / 1.01) for every p(s).
+
+    Example:
+      >>> for_sixteen_bits(ns_coefficients("you")) == ns_coefficients("you")
+      True
+    """
+    is_safe = all(0 < p < 2 for p in _slightly_above_one(coefficients))
+    return coefficients if is_safe else with_safety(coefficients, _ROUNDING)
+
+
+def traced_for_sixteen_bits(table: jax.Array, compute_dtype: Any) -> list[Any]:
+    """Does what `for_sixteen_bits` does, for traced coefficients and any dtype.
 
     Args:
       table: Coefficients, `[steps, 3]`.
-      compute_dtype: What the products are computed in.
+      compute_dtype: Dtype of the products.
 
     Returns:
-      One row `(a, b, c)` for each step, of scalars in float32 or float64.
+      `(a, b, c)` of each step, scalars in float32 or float64.
 
     Example:
-      >>> len(known_while_running(jnp.ones((4, 3)), jnp.dtype(jnp.float32)))
+      >>> len(traced_for_sixteen_bits(jnp.ones((4, 3)), jnp.dtype(jnp.float32)))
       4
     """
     info = jnp.finfo(compute_dtype)
     table = table.astype(jnp.float64 if info.bits == 64 else jnp.float32)
     if info.bits == 16:
-        above = [evaluate(table, 1 + excess * (_ROUNDING - 1)) for excess in (0.25, 0.5, 0.75, 1)]
-        safe = functools.reduce(jnp.logical_and, ((0 < p) & (p < 2) for p in above))
-        table = jnp.where(safe, table, table / _ROUNDING ** np.array([[1, 3, 5]], np.float32))
-    return [tuple(row) for row in table]
+        is_safe = [(0 < p) & (p < 2) for p in _slightly_above_one(table)]
+        guarded = table / _ROUNDING ** np.array([[1, 3, 5]], np.float32)
+        table = jnp.where(functools.reduce(jnp.logical_and, is_safe), table, guarded)
+    return [tuple(step) for step in table]
+
+
+def _slightly_above_one(coefficients: Any) -> list[Any]:
+    """Evaluates all steps at four values from 1 to what rounding makes of 1."""
+    return [evaluate(coefficients, 1 + part * (_ROUNDING - 1)) for part in (0.25, 0.5, 0.75, 1)]
 
 
 def _as_table(coefficients: Any) -> np.ndarray | None:
-    """Reads one row or several, in float64; None if they are not finite numbers."""
+    """Reads one `(a, b, c)` or several, in float64; None if they are not finite numbers."""
     try:
         given = np.asarray(coefficients)
-    except ValueError:  # rows of unequal lengths
+    except ValueError:  # of unequal lengths
         return None
     if given.ndim not in (1, 2) or given.shape[-1] != 3 or not given.size:
         return None
@@ -323,14 +314,15 @@ def _as_table(coefficients: Any) -> np.ndarray | None:
     return table if np.all(np.isfinite(table)) else None
 
 
-def _to_length(rows: tuple[_T, ...], steps: Any) -> tuple[_T, ...]:
+def _to_length(coefficients: tuple[_T, ...], steps: Any) -> tuple[_T, ...]:
+    """Repeats the last step, or drops the last ones."""
     if steps is None:
-        return rows
+        return coefficients
     if isinstance(steps, Tracer):
         raise TypeError(
-            "A traced number of Newton-Schulz steps needs one row of coefficients (a, b, c) for "
-            "every step. Pass one row, or the number of steps as an int."
+            "A traced number of Newton-Schulz steps needs a single (a, b, c) for every step. Pass "
+            "one, or the number of steps as an int."
         )
     if steps != int(steps) or steps < 1:
         raise ValueError(f"The number of Newton-Schulz steps must be at least 1, got {steps!r}.")
-    return rows[: int(steps)] + rows[-1:] * (int(steps) - len(rows))
+    return coefficients[: int(steps)] + coefficients[-1:] * (int(steps) - len(coefficients))

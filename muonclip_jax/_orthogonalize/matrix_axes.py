@@ -1,7 +1,8 @@
-"""How a leaf is a batch of matrices, and how large a Muon update of it is.
+"""A leaf as a batch of matrices, and the scale of its Muon update.
 
 The equation of a layer is x W = y: a matrix has its reduction axes first and its output axes last,
-n_in x n_out. All other axes of the leaf are a batch, and a batch is never flattened into a matrix.
+n_in x n_out. All other axes of the leaf are a batch, and are never flattened into a matrix. A
+matrix that is tall is transposed on the way, here and nowhere else.
 """
 
 import math
@@ -16,21 +17,21 @@ from optax.contrib import MuonDimensionNumbers
 from muonclip_jax._common.paths import leaf_paths, path_string
 from muonclip_jax._common.types import ArrayTree, Scalar
 
-# A tree, or a prefix of one, of MuonDimensionNumbers and None; or a function from the parameters to
-# such a tree.
+# A pytree, or a prefix of one, of MuonDimensionNumbers and None; or a function from the parameters
+# to such a pytree.
 DimensionNumbersOrFn: TypeAlias = ArrayTree | Callable[[ArrayTree], ArrayTree]
 
-# The matrices of a leaf about which nothing else is known.
+# The matrices of a leaf without dimension numbers.
 LAST_TWO_AXES = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
 
 class Axes(NamedTuple):
-    """Axes of a leaf by their part in its matrices, as numbers that are not negative.
+    """The axes of a leaf as a batch of matrices, as numbers that are not negative.
 
     Attributes:
-      batch: Axes that number the matrices, in the order of the leaf.
-      reduction: Axes that together are the rows, n_in.
-      output: Axes that together are the columns, n_out.
+      batch: Axes that index the matrices, in the order of the leaf.
+      reduction: Axes that are merged to the inputs, n_in.
+      output: Axes that are merged to the outputs, n_out.
     """
 
     batch: tuple[int, ...]
@@ -39,10 +40,10 @@ class Axes(NamedTuple):
 
 
 def axes_of(dimension_numbers: MuonDimensionNumbers, ndim: int) -> Axes:
-    """Sorts the axes of a leaf into batch, rows and columns.
+    """Sorts the axes of a leaf into batch, inputs and outputs.
 
     Args:
-      dimension_numbers: Which axes are reduced and which are put out; may be negative.
+      dimension_numbers: Reduction and output axes; may be negative.
       ndim: Number of axes of the leaf.
 
     Returns:
@@ -69,46 +70,72 @@ def axes_of(dimension_numbers: MuonDimensionNumbers, ndim: int) -> Axes:
     return Axes(tuple(a for a in range(ndim) if a not in used), reduction, output)
 
 
-def to_matrices(x: jax.Array, axes: Axes) -> jax.Array:
-    """Brings a leaf into the form (*batch, n_in, n_out).
+def to_matrices(x: jax.Array, axes: Axes, transposed: bool) -> jax.Array:
+    """Reshapes a leaf to a batch of matrices.
 
     Args:
       x: Leaf.
       axes: Its axes.
+      transposed: Whether to transpose the matrices; `is_tall` makes all of them wide.
 
     Returns:
-      Its matrices, with the batch axes as they are.
+      (*batch, n_in, n_out), or (*batch, n_out, n_in) if transposed.
 
     Example:
-      >>> to_matrices(jnp.ones((5, 2, 3)), Axes((), (0,), (1, 2))).shape
-      (5, 6)
+      >>> to_matrices(jnp.ones((5, 2, 3)), Axes((), (0,), (1, 2)), transposed=True).shape
+      (6, 5)
     """
     batch = tuple(x.shape[a] for a in axes.batch)
-    return x.transpose(sum(axes, ())).reshape(*batch, *sides(x.shape, axes))
+    matrices = x.transpose(sum(axes, ())).reshape(*batch, *sides(x.shape, axes))
+    return matrices.mT if transposed else matrices
 
 
-def from_matrices(matrices: jax.Array, axes: Axes, shape: Sequence[int]) -> jax.Array:
-    """Undoes `to_matrices`.
+def from_matrices(
+    matrices: jax.Array, axes: Axes, shape: Sequence[int], transposed: bool
+) -> jax.Array:
+    """Reshapes a batch of matrices to the leaf: the inverse of `to_matrices`.
 
     Args:
-      matrices: Array of shape (*batch, n_in, n_out).
+      matrices: Array of shape (*batch, n_in, n_out), or (*batch, n_out, n_in) if transposed.
       axes: Axes of the leaf.
       shape: Shape of the leaf.
+      transposed: Whether the matrices are transposed.
 
     Returns:
       The leaf.
 
     Example:
-      >>> from_matrices(jnp.ones((5, 6)), Axes((), (0,), (1, 2)), (5, 2, 3)).shape
+      >>> from_matrices(jnp.ones((5, 6)), Axes((), (0,), (1, 2)), (5, 2, 3), False).shape
       (5, 2, 3)
     """
+    matrices = matrices.mT if transposed else matrices
     order = sum(axes, ())
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return matrices.reshape([shape[a] for a in order]).transpose(inverse)
 
 
+def is_tall(shape: Sequence[int], axes: Axes) -> bool:
+    """Returns whether matrices have more rows than columns, and are iterated on transposed.
+
+    X Xᴴ is then smaller, and Newton-Schulz of Xᵀ is the transpose of Newton-Schulz of X.
+
+    Args:
+      shape: Shape of the leaf.
+      axes: Its axes.
+
+    Returns:
+      True if n_in > n_out.
+
+    Example:
+      >>> is_tall((5, 2, 3), Axes((), (0,), (1, 2)))
+      False
+    """
+    n_in, n_out = sides(shape, axes)
+    return n_in > n_out
+
+
 def sides(shape: Sequence[int], axes: Axes) -> tuple[int, int]:
-    """Measures the matrices of a leaf.
+    """Returns the sides of the matrices of a leaf.
 
     Args:
       shape: Shape of the leaf.
@@ -125,15 +152,14 @@ def sides(shape: Sequence[int], axes: Axes) -> tuple[int, int]:
 
 
 def update_scale(n_in: int, n_out: int, consistent_rms: Scalar | None = None) -> Scalar:
-    """Scales an orthogonalized matrix to its place in the model.
+    """Returns the factor of an orthogonalized matrix, by its shape.
 
     None: √max(1, n_out / n_in), so that one learning rate serves all widths. A number r:
-    r √max(n_in, n_out), so that the update has the root mean square r, which for 0.2 is that of
-    AdamW.
+    r √max(n_in, n_out), so that the update has the root mean square r; 0.2 matches AdamW.
 
     Args:
-      n_in: Size of the reduced side.
-      n_out: Size of the output side.
+      n_in: Number of inputs.
+      n_out: Number of outputs.
       consistent_rms: Root mean square of the update, or None.
 
     Returns:
@@ -158,7 +184,7 @@ def is_function(value: Any) -> bool:
     Equinox and NNX modules and `flax.struct` classes with `__call__` are pytrees.
 
     Args:
-      value: What was passed for a pytree or a function that returns one.
+      value: A pytree or a function that returns one.
 
     Returns:
       True for functions and methods, and for the two kinds of `partial`.
@@ -181,16 +207,16 @@ def spread(
     `nnx.Optimizer` passes do, leaves are matched by path.
 
     Args:
-      name: What it is, for errors.
+      name: Name of `given`, for errors.
       given: The pytree, prefix or function.
       tree: Parameters or gradients, or their shapes.
-      is_leaf: What is a leaf of `given`, as for `jax.tree.leaves`.
+      is_leaf: As for `jax.tree.leaves`, for `given`.
 
     Returns:
       One value for each leaf of `tree`, in the order of `jax.tree.leaves`.
 
     Raises:
-      ValueError: if neither the structures nor the paths fit.
+      ValueError: if neither the structures nor the paths match.
 
     Example:
       >>> spread("mask", {"a": True, "b": False}, {"a": [1.0, 2.0], "b": 3.0})
@@ -260,12 +286,12 @@ def per_leaf(
 
 
 def matrix_axes(
-    where: str, tree: ArrayTree, dimension_numbers: DimensionNumbersOrFn | None
+    caller: str, tree: ArrayTree, dimension_numbers: DimensionNumbersOrFn | None
 ) -> list[Axes]:
-    """Finds the axes of each leaf, and refuses the leaves that are no matrices, all at once.
+    """Finds the axes of each leaf; raises one error for all leaves that are no matrices.
 
     Args:
-      where: Name of the public function that was called.
+      caller: Name of the public function that was called.
       tree: Parameters or gradients, or their shapes.
       dimension_numbers: See `per_leaf`; None as a leaf stands for `LAST_TWO_AXES`.
 
@@ -293,7 +319,7 @@ def matrix_axes(
             faults.append(f"  {path_string(path)}: {leaf.dtype}{list(leaf.shape)}: {error}.")
     if faults:
         raise ValueError(
-            f"{where}: {len(faults)} of {len(paths_and_leaves)} leaves cannot be orthogonalized.\n"
+            f"{caller}: {len(faults)} of {len(paths_and_leaves)} leaves cannot be orthogonalized.\n"
             + "\n".join(faults)
             + "\nSend them to another optimizer: `muon` does so by role, and by None in "
             "muon_weight_dimension_numbers; `optax.masked` does so for any transform."

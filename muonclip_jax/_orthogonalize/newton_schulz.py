@@ -1,54 +1,40 @@
 """Newton-Schulz iteration: pushes the singular values of a matrix towards one with products alone.
 
-A matrix is first scaled to singular values of at most one; `iterations` has the steps. Source:
-Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon/.
+A matrix is first scaled to singular values of at most one (`normalize.py`), and then iterated on
+(`iterations.py`). `choices.py` decides how. Source: Jordan et al. 2024, "Muon",
+https://kellerjordan.github.io/posts/muon/.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact
 
+from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.settings import check_settings
-from muonclip_jax._common.types import Row, Scalar
-from muonclip_jax._orthogonalize.batching import MOST_BYTES
+from muonclip_jax._common.types import Scalar, Step
+from muonclip_jax._orthogonalize import choices
+from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
 from muonclip_jax._orthogonalize.coefficients import (
     Coefficients,
-    as_rows,
+    as_coefficients,
+    as_traced_coefficients,
     for_sixteen_bits,
-    is_single_row,
+    is_single_step,
     is_traced,
-    known_while_running,
-    traced_rows,
+    traced_for_sixteen_bits,
 )
-from muonclip_jax._orthogonalize.iterations import (
-    gram,
-    gram_cost,
-    restart_windows,
-    standard,
-    standard_cost,
-)
-from muonclip_jax._orthogonalize.normalize import normalize
-from muonclip_jax._orthogonalize.products import accumulator
+from muonclip_jax._orthogonalize.column_shards import ColumnShards
+from muonclip_jax._orthogonalize.iterations import gram, standard
+from muonclip_jax._orthogonalize.matrix_axes import LAST_TWO_AXES, axes_of
+from muonclip_jax._orthogonalize.normalize import normalize, precondition
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
-from muonclip_jax._orthogonalize.team import Team
-
-# The compute dtype of "auto". TPU: its matrix units multiply bfloat16. GPU: not measured yet.
-_COMPUTE_DTYPES = {"cpu": jnp.float32, "tpu": jnp.bfloat16, "gpu": jnp.bfloat16}
-
-# The short side from which Hermitian products are formed by 2 x 2 blocks, three quarters of their
-# FLOPs, where that has been measured to be faster: benchmarks/results/blocks.json.
-_SMALLEST_IN_BLOCKS = {"cpu": 384}
-
-# The short side from which a TPU takes matrices one after the other. Its compiler estimates 2.44
-# million cycles instead of 3.18 for each of eight 2048 x 7168 matrices on v5p, 10.1, not 11.9, for
-# each of two of 4096, with a tenth of the temporary memory.
-_ALONE_ON_TPU = 1024
+from muonclip_jax._orthogonalize.symmetric import Products, is_narrow
 
 
 def newton_schulz(
@@ -63,25 +49,26 @@ def newton_schulz(
 ) -> Inexact[Array, "*batch m n"]:
     """Pushes the singular values of each matrix towards one.
 
-    With `x = U S Vᴴ` this is `U p(S / ‖x‖) Vᴴ`, where p composes `a s + b s³ + c s⁵`, one row of
-    coefficients each. The scale of a matrix does not matter (entries from 1e-33 to 1e38), and no
-    matrix of a batch influences another: a NaN or Inf loses its own matrix only.
+    With `x = U S Vᴴ` this returns `U p(S / ‖x‖) Vᴴ`, where p composes `a s + b s³ + c s⁵` of all
+    steps. The scale of a matrix does not matter (entries from 1e-33 to 1e38), and matrices of a
+    batch are independent: a NaN or Inf affects its own matrix only.
 
     Args:
       x: Matrices, real or complex.
-      coefficients: Preset name, `(a, b, c)` rows, or one row for every step; see `ns_coefficients`.
-      steps: Number of steps. Fewer than there are rows take the first ones, for more the last row
-        repeats. None: as many as rows, five for a single row.
+      coefficients: Name of a preset, `(a, b, c)` for every step, or a sequence of `(a, b, c)`, one
+        for each step; see `ns_coefficients`.
+      steps: Number of steps. Fewer than there are coefficients keep the first ones; for more, the
+        last `(a, b, c)` repeats. None: one step for each `(a, b, c)`, five for a single one. A
+        traced number requires a single `(a, b, c)`, and runs at least one step.
       method: `"standard"`, or `"gram"`, which iterates on the short side alone: less work for
-        matrices that are not square, with errors up to a hundred times those of the standard form
-        in float32, still a hundred times below those of bfloat16, and about the same in 16 bits
-        (`test_iterations.py`, `test_leakage.py`). `"auto"` takes the form with fewer FLOPs for the
-        shape, the rows, the dtype and the backend, which for square matrices is the standard one.
-        Who wants the last digits says "standard".
-      dtype: What the products are computed in, or `"auto"`: float32 on CPU, bfloat16 on TPU and
-        GPU, on neither of which it has been timed yet. Products accumulate in float32 at least.
-        float64 and complex matrices stay what they are under "auto".
-      preconditioning: How a matrix is brought to singular values of at most one: `"frobenius"`,
+        matrices that are not square. Its errors are up to a hundred times larger than the standard
+        ones in float32, a hundred times smaller than in bfloat16, and about equal in 16 bits
+        (`test_iterations.py`, `test_leakage.py`). `"auto"` selects the method with fewer FLOPs, and
+        the standard one for square matrices. Use `"standard"` for the highest accuracy.
+      dtype: Dtype of the products, or `"auto"`: float32 on CPU, bfloat16 on TPU and GPU, on neither
+        of which it has been timed yet. Products accumulate in float32 at least. With `"auto"`,
+        float64 and complex matrices keep their dtype.
+      preconditioning: How to scale a matrix to singular values of at most one: `"frobenius"`,
         divide by its Frobenius norm; `"spectral"`, by its largest singular value; `"schatten"`, by
         its Schatten-4 norm; `"aol"`, scale each row of the short side, which changes the singular
         vectors a little.
@@ -89,8 +76,8 @@ def newton_schulz(
         relative.
 
     Returns:
-      Shape and dtype of `x`. Singular values in [0.68, 1.21] for "jordan" and those that are at
-      least 3e-3 of the norm (`test_published_numbers.py`). A zero matrix gives zero.
+      Shape and dtype of `x`. For "jordan", singular values of at least 3e-3 of the norm end in
+      [0.68, 1.21] (`test_published_numbers.py`). A zero matrix gives zero.
 
     Raises:
       ValueError: if `x` has fewer than two axes, or a name or the coefficients are not known.
@@ -111,240 +98,136 @@ def newton_schulz(
     x = jnp.asarray(x)
     if x.ndim < 2:
         raise ValueError(f"newton_schulz: x must have at least two axes, got shape {x.shape}.")
-    return orthogonalizer(coefficients, steps, method, dtype, preconditioning, eps)(x)
-
-
-class Traced(NamedTuple):
-    """The settings that may be traced; an argument of each compiled function.
-
-    Attributes:
-      eps: Added to the norm.
-      steps: Number of steps; None if it is known while tracing.
-      rows: Coefficients, `[steps, 3]`; None if they are known while tracing.
-    """
-
-    eps: Any
-    steps: Any = None
-    rows: Any = None
-
-
-class Orthogonalizer(NamedTuple):
-    """`newton_schulz` with its settings, checked, and with what the devices have to do with it.
-
-    Attributes:
-      rows: `(a, b, c)`, one row a step. Of traced coefficients, as many rows of ones; of a traced
-        number of steps, the row of every step.
-      method: See `newton_schulz`, and so for the others.
-      dtype: What the products are computed in.
-      preconditioning: How a matrix is brought to singular values of at most one.
-      traced: The settings that may be traced.
-      platform: Where it will run; None where JAX runs by default.
-    """
-
-    rows: tuple[Row, ...]
-    method: str
-    dtype: Any
-    preconditioning: str
-    traced: Traced
-    platform: str | None = None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Orthogonalizes (..., m, n), whole matrices."""
-        if x.size == 0:
-            return x
-        platform = self.platform or jax.default_backend()
-        computed = self.compute_dtype(x.dtype)
-        blocks = block_count(min(x.shape[-2:]), platform)
-        return _iterate(
-            x,
-            self.traced,
-            rows=self._rows(computed),
-            method=self.form(x.shape, computed, blocks),
-            blocks=blocks,
-            compute_dtype=computed,
-            preconditioning=self.preconditioning,
-            at_once=_matrices_at_once(x.shape, platform),
-        )
-
-    def shared(self, x: jax.Array, team: Team, shape: Sequence[int]) -> jax.Array:
-        """Orthogonalizes (..., m, n / team.size), this device's columns of matrices of `shape`."""
-        computed = self.compute_dtype(x.dtype)
-        orthogonal = _orthogonalize(
-            x,
-            rows=self._rows(computed),
-            method=self.form(shape, computed, blocks=1),
-            blocks=1,
-            compute_dtype=computed,
-            preconditioning=self.preconditioning,
-            traced=self.traced,
-            team=team,
-        )
-        return orthogonal.astype(x.dtype)
-
-    def compute_dtype(self, dtype: Any) -> Any:
-        """Decides what the products of matrices of `dtype` are computed in."""
-        return compute_dtype(dtype, self.dtype, self.platform)
-
-    def flops(self, shape: Sequence[int], dtype: Any) -> float:
-        """Counts the FLOPs of one matrix of this shape and dtype (a multiply-add is two)."""
-        n, m = sorted(shape[-2:])
-        if n == 0:
-            return 0.0
-        computed = self.compute_dtype(dtype)
-        blocks = block_count(n, self.platform)
-        rows = self._rows(computed)
-        if self.form(shape, computed, blocks) == "gram":
-            return gram_cost(restart_windows(rows, computed), m / n, blocks) * n**3
-        return standard_cost(rows, m / n, blocks) * n**3
-
-    def form(self, shape: Sequence[int], computed: Any, blocks: int) -> str:
-        """Names the form that `method` stands for; of "auto", the one with fewer FLOPs."""
-        if self.traced.steps is not None or self.traced.rows is not None:
-            return "standard"  # the restarts of the other one depend on numbers
-        if self.method != "auto":
-            return self.method
-        n, m = sorted(shape[-2:])
-        rows = self._rows(computed)
-        gram_flops = gram_cost(restart_windows(rows, computed), m / n, blocks)
-        return "gram" if gram_flops < standard_cost(rows, m / n, blocks) else "standard"
-
-    def _rows(self, computed: Any) -> tuple[Row, ...]:
-        return for_sixteen_bits(self.rows) if jnp.finfo(computed).bits == 16 else self.rows
-
-
-def orthogonalizer(
-    coefficients: Coefficients,
-    steps: Any,
-    method: str,
-    dtype: Any,
-    preconditioning: str,
-    eps: Scalar,
-) -> Orthogonalizer:
-    """Builds an `Orthogonalizer` from the arguments of `newton_schulz`, which are checked."""
-    loop = steps if is_traced(steps) else None
-    if is_traced(coefficients):
-        table = traced_rows(coefficients, steps)
-        rows = ((1.0, 1.0, 1.0),) * len(table)
-    else:
-        table = None
-        rows = as_rows(
-            coefficients, steps if loop is None or not is_single_row(coefficients) else 1
-        )
-    return Orthogonalizer(rows, method, dtype, preconditioning, Traced(eps, loop, table))
-
-
-def compute_dtype(dtype: Any, wanted: Any = "auto", platform: str | None = None) -> Any:
-    """Decides what the products of a matrix are computed in; resolved while tracing.
-
-    Args:
-      dtype: Dtype of the matrix.
-      wanted: A dtype, or `"auto"`.
-      platform: Where it will run; None where JAX runs by default.
-
-    Returns:
-      The compute dtype.
-
-    Raises:
-      TypeError: if `dtype` is not floating or complex, or a complex matrix would lose its
-        imaginary part.
-
-    Example:
-      >>> compute_dtype(jnp.float64)
-      dtype('float64')
-    """
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"newton_schulz: x must be floating or complex, got {dtype}.")
-    wide = dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
-    if isinstance(wanted, str) and wanted == "auto":
-        return dtype if wide else jnp.dtype(_COMPUTE_DTYPES[platform or jax.default_backend()])
-    wanted = jnp.dtype(wanted)
-    if (
-        not jnp.issubdtype(wanted, jnp.inexact)
-        or jnp.finfo(wanted).bits < 16
-        or (
-            jnp.issubdtype(dtype, jnp.complexfloating)
-            and not jnp.issubdtype(wanted, jnp.complexfloating)
-        )
-    ):
-        raise TypeError(f"newton_schulz: matrices of {dtype} cannot be computed in {wanted}.")
-    return wanted
-
-
-def block_count(n: int, platform: str | None = None) -> int:
-    """Decides into how many block rows a Hermitian n x n matrix is cut; resolved while tracing.
-
-    Args:
-      n: Short side.
-      platform: Where it will run; None where JAX runs by default.
-
-    Returns:
-      2 where blocks are known to pay and n is even, else 1.
-
-    Example:
-      >>> block_count(2), block_count(769)
-      (1, 1)
-    """
-    smallest = _SMALLEST_IN_BLOCKS.get(platform or jax.default_backend(), math.inf)
-    return 2 if n >= smallest and n % 2 == 0 else 1
-
-
-def _matrices_at_once(shape: Sequence[int], platform: str) -> int:
-    """Decides how many matrices one product takes; resolved while tracing."""
-    # XLA:CPU gains little from a batch and needs its temporaries at once, many times those of
-    # one matrix (benchmarks/results/one_by_one.json).
-    if platform == "cpu" or (platform == "tpu" and min(shape[-2:]) >= _ALONE_ON_TPU):
-        return 1
-    return max(1, MOST_BYTES // (4 * math.prod(shape[-2:])))
+    orthogonalize = orthogonalizer(coefficients, steps, method, dtype, preconditioning)
+    axes = axes_of(LAST_TWO_AXES, x.ndim)
+    return orthogonalize_leaves(lambda X: orthogonalize(X, eps), [x], [axes])[0]
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=(
-        "rows",
-        "method",
-        "blocks",
-        "compute_dtype",
-        "preconditioning",
-        "at_once",
-    ),
+    jax.tree_util.register_dataclass,
+    data_fields=("traced_steps", "traced_coefficients"),
+    meta_fields=("coefficients", "method", "dtype", "preconditioning", "platform"),
 )
-def _iterate(x: jax.Array, traced: Traced, *, at_once: int, **settings: Any) -> jax.Array:
-    """Orthogonalizes all matrices in one batched call, or `at_once` of them after the others."""
-    f = functools.partial(_orthogonalize, traced=traced, **settings)
-    if at_once == 1:
-        for _ in x.shape[:-2]:
+@dataclasses.dataclass(frozen=True)
+class Orthogonalizer:
+    """The checked settings of `newton_schulz`, built once by a public function and passed on.
+
+    It is a pytree of the settings that are traced, and so an argument of compiled functions.
+
+    Attributes:
+      coefficients: `(a, b, c)` of each step. Ones, in their number, if they are traced; a single
+        one if the number of steps is traced.
+      method: See `newton_schulz`, as for the next two.
+      dtype: Dtype of the products.
+      preconditioning: How to scale a matrix to singular values of at most one.
+      platform: The platform of the mesh; None for the default of JAX.
+      traced_steps: Number of steps if it is traced.
+      traced_coefficients: Coefficients, `[steps, 3]`, if they are traced.
+    """
+
+    coefficients: tuple[Step, ...]
+    method: str = "auto"
+    dtype: Any = "auto"
+    preconditioning: str = "frobenius"
+    platform: str | None = None
+    traced_steps: Any = None
+    traced_coefficients: Any = None
+
+    def __call__(self, X: jax.Array, eps: Scalar, shards: ColumnShards | None = None) -> jax.Array:
+        """Orthogonalizes matrices.
+
+        Args:
+          X: `[..., n, m]` with n ≤ m.
+          eps: Added to the norm.
+          shards: The devices that share each matrix; `X` is then this device's columns.
+
+        Returns:
+          Shape and dtype of `X`.
+        """
+        if X.size == 0:
+            return X
+        n, m = X.shape[-2:]
+        if shards:
+            choice = self.choose(n, m * shards.devices, X.dtype, is_shared=True)
+            return _orthogonalize(X, self, eps, choice, shards)
+        return _in_batches(X, self, eps, choice=self.choose(n, m, X.dtype))
+
+    def on(self, platform: str | None) -> "Orthogonalizer":
+        """Returns the same settings for the platform of a mesh."""
+        return dataclasses.replace(self, platform=platform)
+
+    def compute_dtype(self, dtype: Any) -> Any:
+        """Decides the dtype of the products of matrices of `dtype`."""
+        return choices.compute_dtype(dtype, self.dtype, self._platform)
+
+    def flops(self, n: int, m: int, dtype: Any) -> float:
+        """Counts the FLOPs of one n x m matrix, n ≤ m (a multiply-add is two)."""
+        return self.choose(n, m, dtype).flops(n, m)
+
+    def choose(self, n: int, m: int, dtype: Any, is_shared: bool = False) -> choices.Choice:
+        """Decides how to orthogonalize n x m matrices of `dtype`, n ≤ m."""
+        computed = self.compute_dtype(dtype)
+        narrow = is_narrow(computed)
+        coefficients = for_sixteen_bits(self.coefficients) if narrow else self.coefficients
+        # The restarts of the Gram iteration depend on the coefficients.
+        method = "standard" if jax.tree.leaves(self) else self.method
+        return choices.choose(n, m, computed, coefficients, method, self._platform, is_shared)
+
+    @property
+    def _platform(self) -> str:
+        return self.platform or jax.default_backend()
+
+
+def orthogonalizer(
+    coefficients: Coefficients, steps: Any, method: str, dtype: Any, preconditioning: str
+) -> Orthogonalizer:
+    """Builds an `Orthogonalizer` from checked arguments of `newton_schulz`."""
+    traced_steps = steps if is_traced(steps) else None
+    traced_coefficients = None
+    if is_traced(coefficients):
+        traced_coefficients = as_traced_coefficients(coefficients, steps)
+        known = ((1.0, 1.0, 1.0),) * len(traced_coefficients)
+    elif traced_steps is not None and is_single_step(coefficients):
+        known = as_coefficients(coefficients, 1)
+    else:
+        known = as_coefficients(coefficients, steps)
+    traced = {"traced_steps": traced_steps, "traced_coefficients": traced_coefficients}
+    return Orthogonalizer(known, method, dtype, preconditioning, **traced)
+
+
+@functools.partial(jax.jit, static_argnames="choice")
+def _in_batches(
+    X: jax.Array, settings: Orthogonalizer, eps: Scalar, *, choice: choices.Choice
+) -> jax.Array:
+    """Orthogonalizes `choice.batch_size` matrices at a time."""
+    f = functools.partial(_orthogonalize, settings=settings, eps=eps, choice=choice)
+    if choice.batch_size == 1:
+        for _ in X.shape[:-2]:
             f = functools.partial(jax.lax.map, f)
-    elif math.prod(x.shape[:-2]) > at_once:
-        stack = x.reshape(-1, *x.shape[-2:])
-        return jax.lax.map(f, stack, batch_size=at_once).reshape(x.shape).astype(x.dtype)
-    return f(x).astype(x.dtype)
+    elif math.prod(X.shape[:-2]) > choice.batch_size:
+        stack = X.reshape(-1, *X.shape[-2:])
+        return jax.lax.map(f, stack, batch_size=choice.batch_size).reshape(X.shape)
+    return f(X)
 
 
 def _orthogonalize(
-    x: jax.Array,
-    *,
-    rows: Any,
-    method: str,
-    blocks: int,
-    compute_dtype: Any,
-    preconditioning: str,
-    traced: Traced,
-    team: Team | None = None,
+    X: jax.Array,
+    settings: Orthogonalizer,
+    eps: Scalar,
+    choice: choices.Choice,
+    shards: ColumnShards | None = None,
 ) -> jax.Array:
-    eps = jnp.asarray(traced.eps, accumulator(x.real.dtype))
-    # A = X Xᴴ is smaller on the short side, and f(Xᵀ) = f(X)ᵀ. A team has its matrices on the short
-    # side already, and sees some columns of them only.
-    tall = team is None and x.shape[-2] > x.shape[-1]
-    x = normalize(x.mT if tall else x, preconditioning, eps, team)
-    x = x.astype(compute_dtype)
-    if jnp.finfo(compute_dtype).bits == 16:
-        # Else the compiler normalizes it again, in float32, inside of every product.
-        x = jax.lax.optimization_barrier(x)
-    if method == "gram":
-        x = gram(x, restart_windows(rows, compute_dtype), preconditioning, blocks, team)
-    else:
-        if traced.rows is not None:
-            rows = known_while_running(traced.rows, compute_dtype)
-        x = standard(x, rows, preconditioning, blocks, team, traced.steps)
-    return x.mT if tall else x
+    """Normalizes, iterates in the compute dtype, and rounds to the dtype of X."""
+    dtype, eps = X.dtype, jnp.asarray(eps, accumulator(X.real.dtype))
+    products = Products(choice.mirror, shards)
+    X = normalize(X, settings.preconditioning, eps, shards).astype(choice.dtype)
+    if is_narrow(choice.dtype):
+        # Otherwise the compiler normalizes X again, in float32, inside every product.
+        X = jax.lax.optimization_barrier(X)
+    X, A = precondition(X, settings.preconditioning, products)
+    if choice.method == "gram":
+        return gram(X, A, choice.windows).astype(dtype)
+    coefficients = choice.coefficients
+    if settings.traced_coefficients is not None:
+        coefficients = traced_for_sixteen_bits(settings.traced_coefficients, choice.dtype)
+    return standard(X, A, coefficients, settings.traced_steps).astype(dtype)

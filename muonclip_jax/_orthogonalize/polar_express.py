@@ -1,41 +1,41 @@
 """Polar Express: the composition of odd quintics that brings singular values nearest to one.
 
-Each step takes the p(s) = a s + b s³ + c s⁵ that minimizes the largest |1 − p(s)| on the interval
-[l, u] where the singular values are by then; it maps them into [p(l), 2 − p(l)], the interval of
-the next. Source: Amsel et al. 2025, arXiv 2505.16932, algorithms 1 and 2. NumPy in float64, no JAX:
-this makes constants.
+The singular values before a step are in an interval [l, u]. Its p(s) = a s + b s³ + c s⁵ minimizes
+the largest |1 − p(s)| there, and maps them into [p(l), 2 − p(l)], the interval of the next step.
+Source: Amsel et al. 2025, arXiv 2505.16932, algorithms 1 and 2. The coefficients are constants, so
+that this is NumPy in float64.
 """
 
 import math
 
 import numpy as np
 
-from muonclip_jax._common.types import Row
+from muonclip_jax._common.types import Step
 from muonclip_jax._orthogonalize.coefficients import with_safety
 
-# The paper's code: an interval that is wider than 1 : 1/cushion is cut to that, or its polynomial
-# would be too steep for the small values in between.
+# The paper's code raises l to cushion · u. The polynomial of a wider interval would be too steep
+# for the small values in it.
 _CUSHION = 0.02407327424182761
 
 # On narrower intervals the exchange is ill-conditioned (it fails below 8e-6, measured), and the
-# Taylor polynomial at the end is off by no more than 2.5 x 1e-12. The paper's code takes 5e-6.
+# Taylor polynomial is off by at most 2.5e-12. The paper's code has 5e-6.
 _NARROW = 1e-4
 
 
 def polar_express_coefficients(
     lower: float, steps: int, *, safety: float = 1.05, cushion: float = _CUSHION
-) -> tuple[Row, ...]:
-    """Computes the optimal `(a, b, c)` rows for singular values from `lower` to 1 of the norm.
+) -> tuple[Step, ...]:
+    """Computes the optimal coefficients for singular values from `lower` to 1 of the norm.
 
     Args:
-      lower: Least singular value that has to arrive near one, as a part of the norm, in (0, 1].
-      steps: Number of rows.
-      safety: Every row is that of p(s / safety), so that singular values may exceed one by as
-        much; 1 is none, the paper's choice is 1.01.
-      cushion: Least ratio of the ends of an interval that a row is made for, in [0, 1).
+      lower: Smallest singular value that must become nearly one, relative to the norm, in (0, 1].
+      steps: Number of steps.
+      safety: Largest singular value allowed, at least 1: every p(s) is replaced by p(s / safety).
+        The paper uses 1.01.
+      cushion: Smallest l / u for which a step is optimized, in [0, 1).
 
     Returns:
-      Rows of Python floats, for `newton_schulz` and `muon`.
+      `(a, b, c)` of each step, Python floats, for `newton_schulz` and `muon`.
 
     Raises:
       ValueError: if `lower` is not in (0, 1], `steps` is below 1, `safety` below 1 or `cushion`
@@ -43,31 +43,31 @@ def polar_express_coefficients(
 
     Example:
       >>> import muonclip_jax as mc
-      >>> rows = mc.polar_express_coefficients(1e-3, steps=5)
-      >>> print(f"{rows[0][0]:.4f} {mc.ns_coefficients('polar_express')[0][0]:.4f}")
+      >>> coefficients = mc.polar_express_coefficients(1e-3, steps=5)
+      >>> print(f"{coefficients[0][0]:.4f} {mc.ns_coefficients('polar_express')[0][0]:.4f}")
       7.8926 7.8926
 
     References:
-      Amsel et al. 2025, arXiv 2505.16932, algorithms 1 (the rows) and 2 (safety, cushion).
+      Amsel et al. 2025, arXiv 2505.16932, algorithms 1 (the coefficients) and 2 (safety, cushion).
     """
     _check(lower, steps, safety, cushion)
     l, u = float(lower), 1.0  # noqa: E741  # the letters of the paper
-    rows = []
+    coefficients = []
     for _ in range(steps):
         inner = max(l, cushion * u)
-        row = _optimal_quintic(inner, u)
+        step = _optimal_quintic(inner, u)
         if inner > l:  # center the values at the true ends around one
-            row = _times(row, 2 / (_p(row, l) + _p(row, u)))
-        rows.append(row)
-        l = _p(row, l)  # noqa: E741
+            step = _times(step, 2 / (_p(step, l) + _p(step, u)))
+        coefficients.append(step)
+        l = _p(step, l)  # noqa: E741
         u = 2 - l
-    return with_safety(rows, safety)
+    return with_safety(coefficients, safety)
 
 
-def _optimal_quintic(l: float, u: float) -> Row:  # noqa: E741
+def _optimal_quintic(l: float, u: float) -> Step:  # noqa: E741
     """Finds the odd quintic nearest to one on [l, u], by Remez exchange.
 
-    It leaves one by E at l, q, r and u with signs − + − +; q and r are where its slope is zero.
+    p − 1 is −E, E, −E, E at l, q, r and u, and the slope of p is zero at q and r.
     """
     if l / u > 1 - _NARROW:
         return 15 / 8 / u, -10 / 8 / u**3, 3 / 8 / u**5
@@ -84,13 +84,13 @@ def _optimal_quintic(l: float, u: float) -> Row:  # noqa: E741
         q, r = math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))
 
 
-def _p(row: Row, s: float) -> float:
-    a, b, c = row
+def _p(step: Step, s: float) -> float:
+    a, b, c = step
     return a * s + b * s**3 + c * s**5
 
 
-def _times(row: Row, factor: float) -> Row:
-    a, b, c = row
+def _times(step: Step, factor: float) -> Step:
+    a, b, c = step
     return factor * a, factor * b, factor * c
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from muonclip_jax._common.settings import shown
-from muonclip_jax._orthogonalize.coefficients import EXPECTED, as_rows, is_traced
+from muonclip_jax._orthogonalize.coefficients import EXPECTED, as_coefficients, is_traced
 
 
 def _coefficients(value: Any) -> Exception | None:
@@ -18,7 +18,7 @@ def _coefficients(value: Any) -> Exception | None:
             f"a traced array of shape (3,) or (steps, 3), got {shown(value)}; jnp.stack the numbers"
         )
     try:
-        as_rows(value)
+        as_coefficients(value)
     except ValueError:
         return ValueError(f"{EXPECTED}, got {shown(value)}")
     return None

@@ -1,4 +1,4 @@
-"""Queries, keys and values of all heads from one kernel."""
+"""Head layout of attention with one kernel for queries, keys and values."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -7,15 +7,14 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._common.types import Scalar
-from muonclip_jax._qk_clip.head_layout import Children, Columns, Layout, Leaf
-from muonclip_jax._qk_clip.shared_key import query_and_key_factors
+from muonclip_jax._qk_clip.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._qk_clip.kernel_pattern import Columns
 
 _ORDERS = ("sectioned", "interleaved")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class FusedQKVLayout(Layout):
+class FusedQKVLayout(HeadLayout):
     """Attention with one module for queries, keys and values: MHA, GQA, MQA.
 
     Without a literal number in `kernel`, its `heads` are `N + 2K` heads of `head_dim` for N query
@@ -27,8 +26,8 @@ class FusedQKVLayout(Layout):
       num_kv_heads: Number of key heads, K; None is one for each query head.
       qkv: Name of the module inside the attention module.
       order: `"sectioned"` is all queries, all keys, all values. `"interleaved"` is, for each key
-        head, its N / K queries, its key, its value: the order of Megatron-LM, and with K = N that
-        of GPT-NeoX. Where `kernel` has a 3, the position of the 3 is the order.
+        head, its N / K queries, its key, its value: the order of Megatron-LM, and with K = N the
+        order of GPT-NeoX. If `kernel` has a 3, the position of the 3 is the order.
       kernel: Pattern of one layer's kernel, of names `inputs`, `heads`, `head_dim` and a literal 3:
         `"inputs (heads head_dim)"`, `"(heads head_dim) inputs"`, `"inputs heads head_dim"`,
         `"inputs 3 heads head_dim"`, `"inputs heads 3 head_dim"`, `"3 heads inputs head_dim"`,
@@ -75,7 +74,7 @@ class FusedQKVLayout(Layout):
     def faults(
         self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
     ) -> Iterator[str]:
-        """Lists what does not fit. Arguments: see `Layout`."""
+        """Lists mismatches. Arguments: see `HeadLayout`."""
         kernel, key_heads = kernels[self.qkv], self.num_kv_heads or heads
         pattern = self.patterns[self.qkv]
         sizes = self.sizes(self.qkv, kernel, stack, head_dim=self.head_dim)
@@ -96,16 +95,18 @@ class FusedQKVLayout(Layout):
                 f"{heads} of {parts}, by its {self.stat}."
             )
 
-    def factors(
+    def key_heads(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> int:
+        """Returns the number of key heads. Arguments: see `HeadLayout`."""
+        return self.num_kv_heads or heads
+
+    def columns(
         self,
-        gamma: Float[Array, "*stack heads"],
         kernels: Mapping[str, Leaf],
-        alpha: Scalar,
-        shared_key: str,
+        gamma: Float[Array, "*stack heads"],
+        query: Float[Array, "*stack heads"],
+        key: Float[Array, "*stack key_heads"],
     ) -> dict[str, Columns]:
-        """Returns, by module name, the factor of each column of each head."""
-        key_heads = self.num_kv_heads or gamma.shape[-1]
-        query, key = query_and_key_factors(gamma, key_heads, alpha, shared_key)
+        """Orders the factors of all heads as the kernel does. Arguments: see `HeadLayout`."""
         value, pattern, names = jnp.ones_like(key), self.patterns[self.qkv], ("heads", "head_dim")
         if pattern.literal == 3:
             heads, names = jnp.stack((query, key, value), axis=-2), ("3", *names)

@@ -1,4 +1,4 @@
-"""Where the query and key columns of each head are in the parameters of an attention module."""
+"""The base class of head layouts: which columns of a projection belong to which head."""
 
 import abc
 import dataclasses
@@ -6,13 +6,11 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from muonclip_jax._common.types import Scalar
-from muonclip_jax._qk_clip.child_names import normalizes
-from muonclip_jax._qk_clip.kernel_pattern import KernelPattern, kernel_pattern
+from muonclip_jax._qk_clip.kernel_pattern import Columns, KernelPattern, kernel_pattern, stack_axes
+from muonclip_jax._qk_clip.module_names import normalizes
 
 Shape: TypeAlias = tuple[int, ...]
 # Shapes of the leaves at or below each child of an attention module.
@@ -41,26 +39,13 @@ class Leaf(NamedTuple):
         return f"{self.path} {self.shape}"
 
 
-class Columns(NamedTuple):
-    """The factors of one module's output columns.
-
-    Attributes:
-      factors: `[*stack, *names]`, such as `[*stack, heads, head_dim]`.
-      names: Names of the last axes: all names of the pattern but `inputs`.
-      pattern: The axes of one layer's kernel.
-    """
-
-    factors: Float[Array, "..."]
-    names: tuple[str, ...]
-    pattern: KernelPattern
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Layout(abc.ABC):
-    """The fields that every head layout has.
+class HeadLayout(abc.ABC):
+    """The fields of every head layout.
 
-    A subclass names the children of the attention module (`module_fields`), lists what in them does
-    not fit the max logits (`faults`), and gives the factor of each column (`factors`).
+    A subclass names the children of the attention module (`module_fields`), lists mismatches
+    between their kernels and the max logits (`faults`), and assigns the factors of queries and keys
+    to columns (`key_heads`, `columns`).
 
     Attributes:
       module_fields: The fields that hold names of children.
@@ -117,7 +102,7 @@ class Layout(abc.ABC):
     def faults(
         self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
     ) -> Iterator[str]:
-        """Lists what does not fit.
+        """Lists mismatches.
 
         Args:
           kernels: The kernels by module name, with `stack` axes of layers each.
@@ -130,39 +115,49 @@ class Layout(abc.ABC):
         """
 
     @abc.abstractmethod
-    def factors(
+    def key_heads(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> int:
+        """Returns the number of key heads of kernels that fit. Arguments: see `faults`."""
+
+    @abc.abstractmethod
+    def columns(
         self,
-        gamma: Float[Array, "*stack heads"],
         kernels: Mapping[str, Leaf],
-        alpha: Scalar,
-        shared_key: str,
+        gamma: Float[Array, "*stack heads"],
+        query: Float[Array, "*stack heads"],
+        key: Float[Array, "*stack key_heads"],
     ) -> dict[str, Columns]:
-        """Returns, by module name, the factor of each column of each head."""
+        """Assigns factors to the columns of each head.
+
+        Args:
+          kernels: The kernels by module name, which fit.
+          gamma: Factor on the logits of each head; equal to `query` times `key` of its key head.
+          query: Factor on the queries of each head.
+          key: Factor on each key head.
+
+        Returns:
+          The factors of all columns, by module name.
+        """
 
     def normalizes(self, child: str) -> str | None:
-        """Returns what a child of the attention module normalizes, by its name.
+        """Returns whether a child of the attention module normalizes queries or keys, by its name.
 
         Args:
           child: Its name.
 
         Returns:
-          See `muonclip_jax._qk_clip.child_names.normalizes`.
+          See `muonclip_jax._qk_clip.module_names.normalizes`.
         """
         return normalizes(child)
 
-    def stack_axes(self, axis: int, count: int) -> tuple[int, ...]:
-        """Lists `count` stack axes, outermost first: a scan of a scan inserts twice at `axis`."""
-        return tuple(axis + i if axis >= 0 else axis - i for i in range(count))
-
     def fits(self, child: str, shape: Shape, stack: int) -> bool:
         """Returns whether a leaf has the rank of the child's kernel or of its bias."""
-        axes = self.stack_axes(self.stack_axis, stack)
+        axes = stack_axes(self.stack_axis, stack)
         in_range = all(-len(shape) <= axis < len(shape) for axis in axes)
         return in_range and len(self.patterns[child].axes) + stack - len(shape) in (0, 1)
 
     def split(self, shape: Shape, stack: int) -> tuple[Shape, Shape]:
         """Splits a leaf's shape into the sizes of its stack and of one layer."""
-        axes = self.stack_axes(self.stack_axis, stack)
+        axes = stack_axes(self.stack_axis, stack)
         sizes = tuple(shape[axis] for axis in axes_first(axes, len(shape)))
         return sizes[:stack], sizes[stack:]
 
@@ -174,19 +169,12 @@ class Layout(abc.ABC):
             layer = layer[: pattern.input_axis] + layer[pattern.input_axis + 1 :]
         return stacked, layer
 
-    def leaf_factor(self, columns: Columns, leaf: Leaf) -> Float[Array, "..."]:
-        """Gives factors the axes of a leaf; the axis of the inputs has size 1."""
-        stack = columns.factors.ndim - len(columns.names)
-        is_kernel = len(leaf.shape) == len(columns.pattern.axes) + stack
-        x = columns.pattern.arrange(columns.factors, columns.names, is_kernel=is_kernel)
-        return jnp.moveaxis(x, range(stack), self.stack_axes(self.stack_axis, stack))
-
     def sizes(self, child: str, kernel: Leaf, stack: int, **known: int) -> dict[str, int] | None:
         """Infers the sizes of the axes of one layer's kernel; None if they do not fit."""
         return self.patterns[child].sizes(self.split(kernel.shape, stack)[1], known)
 
     def _parse(self, field: str, literals: tuple[str, ...], names: tuple[str, ...]) -> None:
-        """Checks a pattern, and that `head_dim` is given where its size cannot be read."""
+        """Checks a pattern, and that `head_dim` is given if the kernel does not show its size."""
         value = getattr(self, field)
         if not isinstance(value, str):
             raise TypeError(f"{self}: {field} must be a string of axis names.")

@@ -14,7 +14,7 @@ _TOKEN = re.compile(r"[()]|[^\s()]+")
 
 
 class KernelPattern(NamedTuple):
-    """The axes of one layer's kernel, each a tuple of the names that are flattened into it.
+    """The axes of one layer's kernel, each a tuple of the names that it flattens.
 
     Attributes:
       axes: Names per axis; a literal number is the number of projections stacked along it.
@@ -91,26 +91,56 @@ class KernelPattern(NamedTuple):
             found.update(dict.fromkeys(unknown, count))
         return found
 
-    def arrange(
-        self, factors: Float[Array, "..."], names: tuple[str, ...], *, is_kernel: bool
-    ) -> Float[Array, "..."]:
-        """Gives factors the axes of this pattern.
+
+class Columns(NamedTuple):
+    """The factors of one module's output columns.
+
+    Attributes:
+      factors: `[*stack, *names]`, such as `[*stack, heads, head_dim]`.
+      names: Names of the last axes: all names of the pattern but `inputs`.
+      pattern: The axes of one layer's kernel.
+    """
+
+    factors: Float[Array, "..."]
+    names: tuple[str, ...]
+    pattern: KernelPattern
+
+    def for_leaf(self, ndim: int, stack_axis: int) -> Float[Array, "..."]:
+        """Gives the factors the axes of a kernel or of a bias.
 
         Args:
-          factors: Axes of a stack, then one axis per name.
-          names: Names of the last axes of `factors`: all names of the pattern but `inputs`.
-          is_kernel: Whether an axis of size 1 is inserted for the inputs; a bias has none.
+          ndim: Rank of the leaf, stack axes included. A bias has no axis of inputs.
+          stack_axis: Axis of the layers in the leaf.
 
         Returns:
-          The axes of the stack, then the axes of the pattern.
+          The factors, which broadcast to the leaf: the axis of the inputs has size 1.
+
+        Example:
+          >>> pattern = kernel_pattern("inputs (heads head_dim)")
+          >>> columns = Columns(jnp.ones((3, 2, 4)), ("heads", "head_dim"), pattern)  # 3 layers
+          >>> columns.for_leaf(3, stack_axis=0).shape, columns.for_leaf(2, stack_axis=0).shape
+          ((3, 1, 8), (3, 8))
         """
-        stack = factors.ndim - len(names)
-        outputs = self.outputs()
-        order = [stack + names.index(name) for name in outputs.names]
-        x = jnp.transpose(factors, (*range(stack), *order))
+        stack = self.factors.ndim - len(self.names)
+        outputs = self.pattern.outputs()
+        order = [stack + self.names.index(name) for name in outputs.names]
+        x = jnp.transpose(self.factors, (*range(stack), *order))
         sizes = dict(zip(outputs.names, x.shape[stack:], strict=True))
-        x = x.reshape(*x.shape[:stack], *(math.prod(sizes[n] for n in a) for a in outputs.axes))
-        return jnp.expand_dims(x, stack + self.input_axis) if is_kernel else x
+        flat = (math.prod(sizes[name] for name in axis) for axis in outputs.axes)
+        x = x.reshape(*x.shape[:stack], *flat)
+        if ndim == len(self.pattern.axes) + stack:
+            x = jnp.expand_dims(x, stack + self.pattern.input_axis)
+        return jnp.moveaxis(x, range(stack), stack_axes(stack_axis, stack))
+
+
+def stack_axes(axis: int, count: int) -> tuple[int, ...]:
+    """Lists `count` stack axes, outermost first: a scan of a scan inserts an axis at `axis` twice.
+
+    Example:
+      >>> stack_axes(0, 2), stack_axes(-1, 2)
+      ((0, 1), (-1, -2))
+    """
+    return tuple(axis + i if axis >= 0 else axis - i for i in range(count))
 
 
 @functools.cache
@@ -126,7 +156,7 @@ def kernel_pattern(
       names: Names that are allowed.
 
     Returns:
-      The pattern. Adjacent `kv_heads groups` of one flattened axis become `heads`, which they are.
+      The pattern. Adjacent `kv_heads groups` in one flattened axis become `heads`.
 
     Raises:
       ValueError: for a name or number that is not allowed, a name that is missing or repeated, and
@@ -151,7 +181,7 @@ def kernel_pattern(
     numbers = [name for name in found if name.isdigit()]
     if len(numbers) > 1:
         raise ValueError(f"{text!r} has more than one number: {_listed(numbers)}")
-    pattern = KernelPattern(tuple(_joined(axis) for axis in axes))
+    pattern = KernelPattern(tuple(_with_heads(axis) for axis in axes))
     if any({"kv_heads", "groups"} <= {*axis} for axis in pattern.axes):
         raise ValueError(
             f"{text!r} needs 'kv_heads groups' side by side, in this order, in one axis"
@@ -182,10 +212,9 @@ def _axes(text: str, literals: tuple[str, ...], names: tuple[str, ...]) -> list[
     return axes
 
 
-def _joined(axis: tuple[str, ...]) -> tuple[str, ...]:
-    """Names the heads of an axis that flattens key heads and their groups, in this order."""
-    joined = " ".join(axis).replace("kv_heads groups", "heads")
-    return tuple(joined.split())
+def _with_heads(axis: tuple[str, ...]) -> tuple[str, ...]:
+    """Replaces key heads followed by their groups, flattened into one axis, by `heads`."""
+    return tuple(" ".join(axis).replace("kv_heads groups", "heads").split())
 
 
 def _listed(names) -> str:

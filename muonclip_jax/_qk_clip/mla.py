@@ -1,10 +1,9 @@
-"""Multi-head latent attention: heads with a part that is rotated and a part that is not.
+"""Head layout of multi-head latent attention, whose heads have a rotary and a nope part.
 
     logit = scale · (q_nope · k_nope + q_rope · k_rope)
 
-Every head has its own q_nope, k_nope and q_rope; all share k_rope, which is left alone. So the
-first product shrinks by γ on both sides, γᵃ and γ¹⁻ᵃ, the second by all of γ on the query (Kimi K2,
-arXiv 2507.20534, section 2.1).
+All heads share k_rope, so it keeps its weights. The first product is scaled by γ on both sides, by
+γᵃ and γ¹⁻ᵃ; the second by all of γ on the query (Kimi K2, arXiv 2507.20534, section 2.1).
 """
 
 import dataclasses
@@ -14,34 +13,33 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._common.types import Scalar
-from muonclip_jax._qk_clip.head_layout import Children, Columns, Layout, Leaf
-from muonclip_jax._qk_clip.shared_key import query_and_key_factors
+from muonclip_jax._qk_clip.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._qk_clip.kernel_pattern import Columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class MLALayout(Layout):
+class MLALayout(HeadLayout):
     """Multi-head latent attention (MLA), as in DeepSeek-V3 and Kimi K2.
 
     Each head of the query projection is `[nope, rope]`, each head of the key and value projection
-    `[nope of the key, value]`. Scaled are the nope columns of both and the rope columns of the
-    query. Values, the shared rotary key, the projections into the latent space and their norms are
-    never touched. Absorbed weights, as some inference code has, are another form: clip before.
-    Immutable and hashable.
+    `[nope of the key, value]`. The clip scales the nope columns of both and the rope columns of the
+    query. Values, the shared rotary key, the projections into the latent space and their norms keep
+    their weights. Clip before weights are absorbed, as some inference code does. Immutable and
+    hashable.
 
     Attributes:
-      nope_dim: Columns of a head that are not rotated.
-      rope_dim: Columns of a query head that are rotated; 0 for attention without a rotary key.
-      value_dim: Columns of a value head; 0 where keys have a projection of their own.
-      query: Name of the module that makes the queries: the up-projection from the latent query, or
-        the only projection where there is none, such as `"q"`.
+      nope_dim: Columns of a head without rotation.
+      rope_dim: Columns of a query head with rotation; 0 for attention without a rotary key.
+      value_dim: Columns of a value head; 0 if keys have a projection of their own.
+      query: Name of the module that computes the queries: the up-projection from the latent query,
+        or, without a latent query, the only projection, such as `"q"`.
       key_value: Name of the up-projection to keys and values.
       rope_first: Whether a query head is `[rope, nope]`.
       kernel: Pattern of one layer's kernels, of names `inputs`, `heads` and `head_dim`, such as
         `"inputs heads head_dim"`, `"inputs (heads head_dim)"` or `"(heads head_dim) inputs"`;
         `head_dim` is the sum of the widths of a head.
-      qk_norm: See `MultiHeadLayout`. None recognizes norms of keys by name; `q_norm`, `kv_norm`
-        and norms without a telling name normalize the latent vectors here, before the
+      qk_norm: See `MultiHeadLayout`. None recognizes norms of keys by name. `q_norm`, `kv_norm`
+        and norms with an ambiguous name normalize the latent vectors in MLA, before the
         up-projection, which does not cancel a clip.
       stack_axis: This and all others: see `MultiHeadLayout`.
 
@@ -79,13 +77,14 @@ class MLALayout(Layout):
         self._check_int("value_dim", 0)
 
     def normalizes(self, child: str) -> str | None:
-        """Returns what a child normalizes. Arguments: see `Layout`."""
-        return found if "k" in (found := super().normalizes(child) or "") else None
+        """Returns only norms of keys. Arguments: see `HeadLayout`."""
+        letters = super().normalizes(child)
+        return letters if letters and "k" in letters else None
 
     def faults(
         self, kernels: Mapping[str, Leaf], stack: int, heads: int, children: Children
     ) -> Iterator[str]:
-        """Lists what does not fit. Arguments: see `Layout`."""
+        """Lists mismatches. Arguments: see `HeadLayout`."""
         widths = {
             self.query: (("nope_dim", self.nope_dim), ("rope_dim", self.rope_dim)),
             self.key_value: (("nope_dim", self.nope_dim), ("value_dim", self.value_dim)),
@@ -99,32 +98,34 @@ class MLALayout(Layout):
             elif sizes["heads"] != heads:
                 yield f"{kernel} has {sizes['heads']} heads, but its {self.stat} has {heads}."
 
-    def factors(
+    def key_heads(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> int:
+        """Returns the number of heads: every head has its own nope key."""
+        return heads
+
+    def columns(
         self,
-        gamma: Float[Array, "*stack heads"],
         kernels: Mapping[str, Leaf],
-        alpha: Scalar,
-        shared_key: str,
+        gamma: Float[Array, "*stack heads"],
+        query: Float[Array, "*stack heads"],
+        key: Float[Array, "*stack heads"],
     ) -> dict[str, Columns]:
-        """Returns, by module name, the factor of each column of each head."""
-        # Every head has its own nope key: the rules for shared keys do not apply.
-        query, key = query_and_key_factors(gamma, gamma.shape[-1], alpha, shared_key)
-        nope, rope = (query, self.nope_dim), (gamma, self.rope_dim)
-        parts = (rope, nope) if self.rope_first else (nope, rope)
-        untouched = (jnp.ones_like(gamma), self.value_dim)
-        columns = {
-            self.query: _columns(*parts),
-            self.key_value: _columns((key, self.nope_dim), untouched),
+        """Gives each part of a head its factor. Arguments: see `HeadLayout`."""
+        nope, rope = _repeat(query, self.nope_dim), _repeat(gamma, self.rope_dim)
+        parts = {
+            self.query: (rope, nope) if self.rope_first else (nope, rope),
+            self.key_value: (
+                _repeat(key, self.nope_dim),
+                _repeat(jnp.ones_like(gamma), self.value_dim),
+            ),
         }
         return {
-            name: Columns(factors, ("heads", "head_dim"), self.patterns[name])
-            for name, factors in columns.items()
+            name: Columns(
+                jnp.concatenate(factors, axis=-1), ("heads", "head_dim"), self.patterns[name]
+            )
+            for name, factors in parts.items()
         }
 
 
-def _columns(
-    *parts: tuple[Float[Array, "*stack heads"], int],
-) -> Float[Array, "*stack heads width"]:
-    """Concatenates the parts of each head: a factor, repeated for the part's number of columns."""
-    factors = [jnp.broadcast_to(f[..., None], (*f.shape, width)) for f, width in parts]
-    return jnp.concatenate(factors, axis=-1)
+def _repeat(factor: Float[Array, "*stack heads"], width: int) -> Float[Array, "*stack heads width"]:
+    """Repeats the factor of each head for the columns of one part."""
+    return jnp.broadcast_to(factor[..., None], (*factor.shape, width))

@@ -1,4 +1,4 @@
-"""Proposes layouts for an error message: only layouts that fit the module."""
+"""Proposes head layouts in an error message: only head layouts that fit the module."""
 
 import dataclasses
 import difflib
@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from muonclip_jax._qk_clip.child_names import letters, names_keys_and_values, normalizes
-from muonclip_jax._qk_clip.head_layout import Layout
+from muonclip_jax._qk_clip.attention_module import AttentionModule, Path
+from muonclip_jax._qk_clip.head_layout import HeadLayout
+from muonclip_jax._qk_clip.matching import Matching, attention_module
+from muonclip_jax._qk_clip.module_faults import fits
+from muonclip_jax._qk_clip.module_names import letters, names_keys_and_values, normalizes
 from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
-from muonclip_jax._qk_clip.site_faults import site_faults
-from muonclip_jax._qk_clip.sites import Path, Site, Survey, make_site
 
 _PATTERNS = (
     "inputs heads head_dim",
@@ -26,7 +27,7 @@ _PATTERNS = (
     "inputs heads 3 head_dim",
     "3 heads inputs head_dim",
 )
-# Patterns of keys beside values, by the pattern of the queries.
+# Patterns of a key kernel that holds the values too, by the pattern of the query kernel.
 _KEY_PATTERNS = {
     "inputs heads head_dim": ("inputs 2 heads head_dim", "inputs heads 2 head_dim"),
     "inputs (heads head_dim)": ("inputs (2 heads head_dim)", "inputs (heads 2 head_dim)"),
@@ -42,42 +43,42 @@ _LETTERS = {
     "qkv": ({"q", "k", "v"},),
 }
 _KERNELS = (("kernel", "bias"), ("weight", "bias"), ("w", "b"))
-_MOST = 3  # Layouts in one message. Where more fit, the shapes decide nothing.
+_MOST = 3  # Head layouts in one message. If more fit, the shapes decide nothing.
 
 
 def proposal(
-    found: Survey, paths: Iterable[Path], kept: Iterable[Layout], *, watching: bool = False
+    found: Matching, paths: Iterable[Path], kept: Iterable[HeadLayout], *, watching: bool = False
 ) -> str:
-    """Proposes layouts that describe modules without a fault.
+    """Proposes head layouts that describe modules without a fault.
 
     Args:
       found: All modules and max logits.
       paths: The modules to describe.
-      kept: Layouts of other modules, which have to stay.
-      watching: See `site_faults`.
+      kept: Head layouts of other modules, which have to stay.
+      watching: See `module_faults`.
 
     Returns:
-      Sentences for the error message, or an empty string. Where several layouts fit a module, all
-      are named; where more than three do, none.
+      Sentences for the error message, or an empty string. If two or three head layouts fit a
+      module, all are named; if more fit, none.
     """
     fitting = {path: _fitting(found, path, watching) for path in paths}
-    alone = dict.fromkeys(fits[0] for fits in fitting.values() if len(fits) == 1)
+    alone = dict.fromkeys(choices[0] for choices in fitting.values() if len(choices) == 1)
     lines = []
     if alone:
         layouts = tuple(dict.fromkeys((*kept, *alone)))
         lines.append(f"Pass layout={layouts[0] if len(layouts) == 1 else layouts}.")
-    several: dict[tuple[Layout, ...], list[Path]] = {}
-    for path, fits in fitting.items():
-        if 1 < len(fits) <= _MOST:
-            several.setdefault(tuple(fits), []).append(path)
-    for fits, (first, *others) in several.items():
+    several: dict[tuple[HeadLayout, ...], list[Path]] = {}
+    for path, choices in fitting.items():
+        if 1 < len(choices) <= _MOST:
+            several.setdefault(tuple(choices), []).append(path)
+    for choices, (first, *others) in several.items():
         more = f" and {len(others)} more fit" if others else " fits"
-        shown = " or ".join(map(str, fits))
+        shown = " or ".join(map(str, choices))
         lines.append(f"By its shapes, {'/'.join(first) or 'the root'}{more} {shown}.")
     return "\n".join(dict.fromkeys(lines[:_MOST]))
 
 
-def hint(found: Survey, paths: Iterable[Path]) -> str:
+def hint(found: Matching, paths: Iterable[Path]) -> str:
     """Names the kind of layout that a module without a proposal needs.
 
     Args:
@@ -115,23 +116,23 @@ def hint(found: Survey, paths: Iterable[Path]) -> str:
     return ""
 
 
-def _fitting(found: Survey, path: Path, watching: bool) -> list[Layout]:
-    """Lists the layouts that describe one module without a fault: the most plausible ones."""
-    own = {layout.kernel for layout in found.layouts}
-    fits: dict[Layout, tuple[bool, bool]] = {}
-    for layout in found.layouts:
+def _fitting(found: Matching, path: Path, watching: bool) -> list[HeadLayout]:
+    """Lists the most plausible head layouts that describe one module without a fault."""
+    own = {layout.kernel for layout in found.head_layouts}
+    ranks: dict[HeadLayout, tuple[bool, bool]] = {}
+    for layout in found.head_layouts:
         for candidate in _candidates(layout, found, path):
-            site = _fitting_site(candidate, found, path, watching)
+            module = _fitting_module(candidate, found, path, watching)
             # Without stacked layers the axis of the stack decides nothing.
-            if site is not None and (site.stack or candidate.stack_axis == layout.stack_axis):
-                # The user's own settings, then a head that is not wider than the inputs.
+            if module is not None and (module.stack or candidate.stack_axis == layout.stack_axis):
+                # The user's own settings first, then heads that are not wider than the inputs.
                 is_own = candidate.kernel in own and candidate.stack_axis == layout.stack_axis
-                fits[candidate] = is_own, _is_narrow(site)
-    best = max(fits.values(), default=None)
-    return [candidate for candidate, rank in fits.items() if rank == best]
+                ranks[candidate] = is_own, _is_narrow(module)
+    best = max(ranks.values(), default=None)
+    return [candidate for candidate, rank in ranks.items() if rank == best]
 
 
-def _candidates(layout: Layout, found: Survey, path: Path) -> Iterator[Layout]:
+def _candidates(layout: HeadLayout, found: Matching, path: Path) -> Iterator[HeadLayout]:
     """Varies the names of modules and leaves, and the patterns, but no other field."""
     children = found.modules[path]
     for names in itertools.product(
@@ -147,17 +148,17 @@ def _candidates(layout: Layout, found: Survey, path: Path) -> Iterator[Layout]:
             yield from _patterns(layout, fields | scaled, found, path)
 
 
-def _likely(layout: Layout, field: str, children: Any) -> list[str]:
-    """Names of children that may be the module of a field, nearest to the layout's name first."""
+def _likely(layout: HeadLayout, field: str, children: Any) -> list[str]:
+    """Lists children that may be the module of a field, names near to the layout's name first."""
     name = getattr(layout, field)
     if name in children:
         return [name]
-    fits = [c for c in children if normalizes(c) is None and letters(c) in _LETTERS[field]]
-    return difflib.get_close_matches(name, fits, n=3, cutoff=0.0)
+    likely = [c for c in children if normalizes(c) is None and letters(c) in _LETTERS[field]]
+    return difflib.get_close_matches(name, likely, n=3, cutoff=0.0)
 
 
-def _scaled_leaves(layout: Layout, leaves: set[str]) -> list[dict[str, Any]]:
-    """Returns the layout's own leaf names, or those that the modules have."""
+def _scaled_leaves(layout: HeadLayout, leaves: set[str]) -> list[dict[str, Any]]:
+    """Returns the layout's own leaf names, or the names in the modules."""
     if not leaves or layout.scaled_leaves[0] in leaves:
         return [{}]
     found = [names for names in _KERNELS if names[0] in leaves]
@@ -165,8 +166,8 @@ def _scaled_leaves(layout: Layout, leaves: set[str]) -> list[dict[str, Any]]:
 
 
 def _patterns(
-    layout: Layout, fields: dict[str, Any], found: Survey, path: Path
-) -> Iterator[Layout]:
+    layout: HeadLayout, fields: dict[str, Any], found: Matching, path: Path
+) -> Iterator[HeadLayout]:
     """Varies the patterns of the kernels."""
     fused = (
         isinstance(layout, MultiHeadLayout)
@@ -189,58 +190,60 @@ def _patterns(
                 continue
 
 
-def _head_dim(layout: Layout, fields: dict[str, Any], found: Survey, path: Path) -> dict[str, Any]:
+def _head_dim(
+    layout: HeadLayout, fields: dict[str, Any], found: Matching, path: Path
+) -> dict[str, Any]:
     """Infers the width of a head of a flat query kernel from the heads of the max logits."""
     if not isinstance(layout, MultiHeadLayout) or layout.head_dim or "(" not in fields["kernel"]:
         return {}
-    stats = found.statistics.get((path, layout.stat))
+    sown = found.max_logits.get((path, layout.stat))
     entries = found.modules[path][fields["query"]]
-    kernels = [
-        v
-        for full, _, v in entries
-        if full[-1] in fields.get("scaled_leaves", layout.scaled_leaves)[:1]
-    ]
+    name = fields.get("scaled_leaves", layout.scaled_leaves)[0]
+    kernels = [value for full, _, value in entries if full[-1] == name]
     kernels = kernels or [value for _, _, value in entries]
-    if not stats or not stats[0].ndim or np.ndim(kernels[0]) < 2:
+    if not sown or not sown[0].ndim or np.ndim(kernels[0]) < 2:
         return {}
-    heads = stats[0].shape[-1]
+    heads = sown[0].shape[-1]
     size = np.shape(kernels[0])[-1 if fields["kernel"].startswith("inputs") else -2]
     return {"head_dim": size // heads} if heads and size % heads == 0 and size else {}
 
 
-def _fitting_site(candidate: Layout, found: Survey, path: Path, watching: bool) -> Site | None:
-    """Returns a module as a layout describes it, if without a fault and with equal inputs."""
-    stats = found.statistics.get((path, candidate.stat), [])
-    site = make_site(found, path, candidate, statistics=stats)
-    if not all(name in site.kernels and site.stack_of(name) >= 0 for name in candidate.modules):
+def _fitting_module(
+    candidate: HeadLayout, found: Matching, path: Path, watching: bool
+) -> AttentionModule | None:
+    """Describes a module by a head layout; None for a fault or for unequal inputs."""
+    sown = found.max_logits.get((path, candidate.stat), [])
+    module = attention_module(found, path, candidate, sown)
+    if not all(name in module.kernels and module.stack_of(name) >= 0 for name in candidate.modules):
         return None
-    if not stats:
-        site = site._replace(statistics=_stand_in(site))
-    if not site.statistics or site_faults(site, watching=watching):
+    if not sown:
+        module = module._replace(max_logits=_stand_in(module))
+    if not module.max_logits or not fits(module, watching=watching):
         return None
-    inputs = {_sizes(site, name)["inputs"] for name in candidate.modules}
-    return site if len(inputs) == 1 or not isinstance(candidate, MultiHeadLayout) else None
+    inputs = {_sizes(module, name)["inputs"] for name in candidate.modules}
+    return module if len(inputs) == 1 or not isinstance(candidate, MultiHeadLayout) else None
 
 
-def _sizes(site: Site, name: str) -> dict[str, int]:
+def _sizes(module: AttentionModule, name: str) -> dict[str, int]:
     """Returns the sizes of one kernel's unflattened axes."""
-    pattern = site.layout.patterns[name]
-    shape = site.layout.split(site.kernels[name].shape, site.stack)[1]
-    return {axis[0]: n for axis, n in zip(pattern.axes, shape, strict=True) if len(axis) == 1}
+    layout = module.head_layout
+    shape = layout.split(module.kernels[name].shape, module.stack)[1]
+    axes = layout.patterns[name].axes
+    return {axis[0]: n for axis, n in zip(axes, shape, strict=True) if len(axis) == 1}
 
 
-def _is_narrow(site: Site) -> bool:
+def _is_narrow(module: AttentionModule) -> bool:
     """Returns whether heads are not wider than the inputs."""
-    sizes = _sizes(site, site.layout.modules[0])
+    sizes = _sizes(module, module.head_layout.modules[0])
     return sizes.get("head_dim", 0) <= sizes["inputs"]
 
 
-def _stand_in(site: Site) -> list[Any]:
-    """Makes max logits for a module without, where its kernel shows the number of heads."""
-    layout, name = site.layout, site.layout.modules[0]
+def _stand_in(module: AttentionModule) -> list[Any]:
+    """Makes max logits for a module without any, if its kernel shows the number of heads."""
+    layout, name = module.head_layout, module.head_layout.modules[0]
     if layout.patterns[name].is_flat or not isinstance(layout, MultiHeadLayout):
         return []
-    stack = layout.split(site.kernels[name].shape, site.stack)[0]
-    sizes = _sizes(site, name)
+    stack = layout.split(module.kernels[name].shape, module.stack)[0]
+    sizes = _sizes(module, name)
     heads = sizes.get("heads") or sizes.get("kv_heads", 0) * sizes.get("groups", 0)
-    return [np.moveaxis(np.empty((*stack, heads)), range(len(stack)), site.stat_axes)]
+    return [np.moveaxis(np.empty((*stack, heads)), range(len(stack)), module.stat_axes)]

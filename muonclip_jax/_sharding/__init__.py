@@ -1,5 +1,5 @@
 """Matrices that are sharded over a mesh.
 
-How each leaf is placed, the plan of which device orthogonalizes which matrix, and the exchange that
-executes it.
+`placement.py` finds how each leaf is sharded, `plan.py` decides which device orthogonalizes which
+matrix, from shapes alone, and `exchange.py` executes the plan.
 """

@@ -1,255 +1,247 @@
-"""Carries out a plan: moves pieces of matrices between devices, and orthogonalizes them there.
+"""Executes a plan: exchanges shards for full matrices, orthogonalizes them, and returns the shards.
 
-Everything happens inside of `jax.shard_map`, on the pieces that a device has: k x m_l x n_l, of
-R = m / m_l rows of pieces and C = n / n_l columns of pieces. How the pieces of a merged side follow
-each other does not matter: NS(P X Q) = P NS(X) Q for permutations, and the way back undoes them.
+Everything is inside `jax.shard_map`, on the shards of one device. A worked example: 13 matrices of
+8 x 16, P("x", "y") on a mesh x=2, y=2. That is a grid of 2 x 2 shards on 4 devices, each of which
+has [13, 4, 8]. By the plan each device orthogonalizes 3 full matrices alone, and all 4 share 1.
+
+    _full      [12, 4, 8]      the shards of the first 3 x 4 matrices
+               [4, 3, 4, 8]    entry i goes to device i, in an all-to-all;
+               [4, 3, 4, 8]    then entry j has come from device j
+               [3, 8, 16]      the shards assembled to 3 matrices, which are orthogonalized
+    _shared    [1, 4, 8]       the shard of the last matrix
+               [4, 4, 2]       entry i, some columns of it, goes to device i, in an all-to-all;
+               [4, 4, 2]       then entry j has come from device j
+               [8, 4]          assembled: all rows and 4 of the 16 columns, see `ColumnShards`
+
+Both ways back mirror this. The columns of [8, 4] are a permutation of those of the matrix, and a
+merged side may be sharded over any of its axes. Neither matters: with permutations P and Q,
+NS(P X Q) = P NS(X) Q, and the way back undoes them.
 """
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from muonclip_jax._orthogonalize.batching import in_groups
-from muonclip_jax._orthogonalize.iterations import nonzero
+from muonclip_jax._common.types import Scalar
+from muonclip_jax._orthogonalize.column_shards import ColumnShards
 from muonclip_jax._orthogonalize.matrix_axes import Axes, from_matrices, to_matrices
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, Traced
-from muonclip_jax._orthogonalize.team import Team
-from muonclip_jax._sharding.placement import Placements
-from muonclip_jax._sharding.plan import Group, Plan, make_plan
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
+from muonclip_jax._orthogonalize.normalize import nonzero
+from muonclip_jax._sharding.plan import Group, Plan
 
 
-def orthogonalize_leaves(
-    leaves: Sequence[jax.Array],
-    axes: Sequence[Axes],
-    where: Placements | None,
-    orthogonalize: Orthogonalizer,
+def orthogonalize(
+    leaves: Sequence[jax.Array], plan: Plan, orthogonalize: Orthogonalizer, eps: Scalar
 ) -> list[jax.Array]:
-    """Orthogonalizes the matrices of all leaves.
+    """Orthogonalizes the matrices of sharded leaves.
 
     Args:
-      leaves: Batches of matrices.
-      axes: The axes of each.
-      where: Where their pieces are; None if every device has all it needs, or nobody knows.
-      orthogonalize: What is done to matrices.
+      leaves: Arrays of any shape.
+      plan: The plan of `plan_for` for these leaves.
+      orthogonalize: Newton-Schulz with its settings.
+      eps: See `newton_schulz`.
 
     Returns:
-      Each of `leaves` orthogonalized, in its shape, lying as it did.
+      Each leaf orthogonalized, in its shape and sharding.
     """
-    if where is None:
-        batches = [to_matrices(x, a) for x, a in zip(leaves, axes, strict=True)]
-        done = in_groups(orthogonalize, batches)
-        return [from_matrices(o, a, x.shape) for o, a, x in zip(done, axes, leaves, strict=True)]
-    orthogonalize = orthogonalize._replace(platform=where.platform)
-    return _as_planned(leaves, where, plan_for(where, orthogonalize), orthogonalize)
-
-
-def plan_for(where: Placements, orthogonalize: Orthogonalizer) -> Plan:
-    """Plans the orthogonalization of leaves that are in pieces."""
-    return make_plan(
-        where.leaves,
-        where.sizes,
-        work=lambda m, n, dtype: orthogonalize.flops((m, n), dtype),
-        wire=orthogonalize.compute_dtype,
-    )
-
-
-def _as_planned(
-    leaves: Sequence[jax.Array], where: Placements, plan: Plan, orthogonalize: Orthogonalizer
-) -> list[jax.Array]:
-    """Carries out a plan, group by group."""
-    results: list[Any] = [None] * len(leaves)
-    # An argument: what is traced must not be closed over.
-    traced = jax.tree.map(jnp.asarray, orthogonalize.traced)
+    placement: Any = plan.placement
+    orthogonalize, eps = orthogonalize.on(placement.platform), jnp.asarray(eps)
+    results: dict[int, jax.Array] = {}
     for group in plan.groups:
         indices = [member.leaf for member in group.members]
-        done = _run(
-            traced,
+        done = _group(
             tuple(leaves[i] for i in indices),
-            mesh=where.mesh,
-            axis_names=where.axis_names,
-            specs=tuple(where.specs[i] for i in indices),
+            orthogonalize,
+            eps,
+            mesh=placement.mesh,
+            axis_names=placement.axis_names,
+            specs=tuple(placement.specs[i] for i in indices),
             axes=tuple(plan.leaves[i].axes for i in indices),
             group=group,
-            orthogonalize=orthogonalize._replace(traced=Traced(None)),
         )
-        for i, result in zip(indices, done, strict=True):
-            results[i] = result
-    return results
+        results |= zip(indices, done, strict=True)
+    return [results[i] for i in range(len(leaves))]
 
 
 # jit: outside of one, shard_map would compile every operation on its own.
-@functools.partial(
-    jax.jit, static_argnames=("mesh", "axis_names", "specs", "axes", "group", "orthogonalize")
-)
-def _run(
-    traced: Traced,
+@functools.partial(jax.jit, static_argnames=("mesh", "axis_names", "specs", "axes", "group"))
+def _group(
     leaves: tuple[jax.Array, ...],
+    orthogonalize: Orthogonalizer,
+    eps: jax.Array,
     *,
     mesh: Any,
     axis_names: frozenset[str],
     specs: tuple[PartitionSpec, ...],
-    **settings: Any,
-) -> tuple[jax.Array, ...]:
-    """Orthogonalizes the matrices of a group."""
-    return jax.shard_map(
-        functools.partial(_on_one_device, sizes=mesh.shape, **settings),
-        mesh=mesh,
-        axis_names=axis_names,
-        in_specs=(PartitionSpec(), *specs),
-        out_specs=specs,
-        # What replicas gather is equal on all of them, which the type system cannot see.
-        check_vma=False,
-    )(traced, *leaves)
-
-
-def _on_one_device(
-    traced: Traced,
-    *blocks: jax.Array,
-    sizes: Mapping[str, int],
     axes: tuple[Axes, ...],
     group: Group,
-    orthogonalize: Orthogonalizer,
 ) -> tuple[jax.Array, ...]:
-    """Orthogonalizes the matrices of a group, seen from one device."""
-    orthogonalize = orthogonalize._replace(traced=traced)
-    moves = bool(group.axes or group.replicas)
-    wire = orthogonalize.compute_dtype(blocks[0].dtype) if moves else blocks[0].dtype
+    """Orthogonalizes the matrices of a group."""
+
+    # Traced settings and eps are arguments, as shard_map accepts no traced values from outside.
+    def on_one_device(shards, orthogonalize, eps):
+        is_exchanged = group.axes or group.replica_axes
+        dtype = shards[0].dtype
+        transfer_dtype = orthogonalize.compute_dtype(dtype) if is_exchanged else dtype
+        x = _stacked(shards, axes, group, transfer_dtype)
+        x = _split_over_replicas(x, group, mesh.shape, functools.partial(orthogonalize, eps=eps))
+        return _unstacked(x, shards, axes, group)
+
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        axis_names=axis_names,
+        in_specs=(specs, PartitionSpec(), PartitionSpec()),
+        out_specs=specs,
+        # Gathered arrays are equal on all replicas, which the type system cannot see.
+        check_vma=False,
+    )(leaves, orthogonalize, eps)
+
+
+def _stacked(
+    shards: Sequence[jax.Array], axes: Sequence[Axes], group: Group, transfer_dtype: Any
+) -> jax.Array:
+    """Stacks the shards of all matrices of a group, [K, m / R, n / C], in the transfer dtype."""
     stacks = []
-    for member, a, block in zip(group.members, axes, blocks, strict=True):
-        x = to_matrices(block, a)
+    for member, a, shard in zip(group.members, axes, shards, strict=True):
+        x = to_matrices(shard, a, member.transposed)
         x = x.reshape(member.count, *x.shape[-2:])
-        x = _kept(_to_wire(x, wire, group))
-        stacks.append(x.mT if member.transposed else x)
-    x = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
-    x = _shared_by_replicas(x, group, sizes, orthogonalize)
+        stacks.append(_materialized(_cast(x, transfer_dtype, group)))
+    return stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+
+
+def _unstacked(
+    x: jax.Array, shards: Sequence[jax.Array], axes: Sequence[Axes], group: Group
+) -> tuple[jax.Array, ...]:
+    """Undoes `_stacked`, in the shapes and dtypes of `shards`."""
     results, start = [], 0
-    for member, a, block in zip(group.members, axes, blocks, strict=True):
+    for member, a, shard in zip(group.members, axes, shards, strict=True):
         part = jax.lax.slice_in_dim(x, start, start + member.count)
-        part = part.mT if member.transposed else part
-        results.append(_kept(from_matrices(part, a, block.shape)).astype(block.dtype))
+        part = _materialized(from_matrices(part, a, shard.shape, member.transposed))
+        results.append(part.astype(shard.dtype))
         start += member.count
     return tuple(results)
 
 
-def _to_wire(x: jax.Array, wire: Any, group: Group) -> jax.Array:
-    """Casts to the dtype in which matrices move, which may not have room for every scale."""
-    if jnp.finfo(wire).maxexp < jnp.finfo(x.dtype).maxexp:
+def _cast(x: jax.Array, transfer_dtype: Any, group: Group) -> jax.Array:
+    """Casts to the transfer dtype, after scaling each matrix if its range is smaller."""
+    if jnp.finfo(transfer_dtype).maxexp < jnp.finfo(x.dtype).maxexp:
         largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
         x = x / nonzero(jax.lax.pmax(largest, group.axes) if group.axes else largest)
-    return x.astype(wire)
+    return x.astype(transfer_dtype)
 
 
-def _shared_by_replicas(
-    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalize: Orthogonalizer
+def _split_over_replicas(
+    x: jax.Array, group: Group, sizes: Mapping[str, int], f: Callable[..., jax.Array]
 ) -> jax.Array:
-    """Lets each replica orthogonalize its part of the stack, and gathers the parts."""
-    if not group.replicas:
-        return _orthogonalized(x, group, sizes, orthogonalize)
-    copies = math.prod(sizes[name] for name in group.replicas)
-    mine = -(-len(x) // copies)
-    padded = _padded(x, mine * copies)
-    start = mine * jax.lax.axis_index(group.replicas)
-    part = jax.lax.dynamic_slice_in_dim(padded, start, mine)
-    part = _orthogonalized(part, group, sizes, orthogonalize)
-    return jax.lax.all_gather(part, group.replicas, tiled=True)[: len(x)]
+    """Orthogonalizes a part of the stack on each replica, and gathers the parts."""
+    if not group.replica_axes:
+        return _orthogonalized(x, group, sizes, f)
+    replicas = math.prod(sizes[name] for name in group.replica_axes)
+    count = -(-len(x) // replicas)
+    padded = _padded(x, count * replicas)
+    start = count * jax.lax.axis_index(group.replica_axes)
+    part = jax.lax.dynamic_slice_in_dim(padded, start, count)
+    part = _orthogonalized(part, group, sizes, f)
+    return jax.lax.all_gather(part, group.replica_axes, tiled=True)[: len(x)]
 
 
 def _orthogonalized(
-    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalize: Orthogonalizer
+    x: jax.Array, group: Group, sizes: Mapping[str, int], f: Callable[..., jax.Array]
 ) -> jax.Array:
-    """Orthogonalizes a stack of pieces."""
-    R, C = (math.prod(sizes[name] for name in axes) for axes in (group.rows, group.columns))
+    """Orthogonalizes a stack of shards by the strategy of the group."""
+    R = math.prod(sizes[name] for name in group.row_axes)
+    C = math.prod(sizes[name] for name in group.column_axes)
     if R * C == 1:
-        return orthogonalize(x)
-    if group.stays:
-        team = Team(group.axes, group.team, None)
-        return jax.lax.map(lambda X: orthogonalize.shared(X, team, (group.m, group.n)), x)
-    # One buffer for all: what has been orthogonalized is put back where it was.
-    cut = group.whole * R * C
-    done = _padded(x, max(len(x), cut))
-    if group.whole:
-        done = _by_whole_matrices(done, group, (R, C), orthogonalize)
-    if group.rest:
-        rest = _by_teams(done[cut:], group, (R, C), orthogonalize)
-        done = jax.lax.dynamic_update_slice_in_dim(done, rest, cut, 0)
+        return f(x)
+    if group.in_place:
+        shards = ColumnShards(group.axes, group.sharers, None)
+        return jax.lax.map(lambda X: f(X, shards=shards), x)
+    # One buffer: orthogonalized shards overwrite the others.
+    end = group.full * R * C
+    done = _padded(x, max(len(x), end))
+    if group.full:
+        done = _full(done, group, (R, C), f)
+    if group.remainder:
+        remainder = _shared(done[end:], group, (R, C), f)
+        done = jax.lax.dynamic_update_slice_in_dim(done, remainder, end, 0)
     return done[: len(x)]
 
 
-def _by_whole_matrices(
-    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalize: Orthogonalizer
+def _full(
+    x: jax.Array, group: Group, grid: tuple[int, int], f: Callable[..., jax.Array]
 ) -> jax.Array:
-    """Moves the first matrices to the devices whole, some at a time, and back."""
+    """Orthogonalizes the first matrices, full ones on each device, some of them at a time."""
     devices = math.prod(grid)
-    height = group.chunk * devices
+    count = group.chunk * devices
 
-    def there_and_back(pieces):
-        moved = _exchange(pieces.reshape(devices, group.chunk, *pieces.shape[1:]), group)
-        X = orthogonalize(_kept(_assembled(moved.swapaxes(0, 1), grid)))
-        home = _exchange(_taken_apart(_kept(X), grid).swapaxes(0, 1), group)
-        return home.reshape(pieces.shape)
+    def one_chunk(shards):
+        there = _all_to_all(shards.reshape(devices, group.chunk, *shards.shape[1:]), group)
+        X = f(_materialized(_assembled(there.swapaxes(0, 1), grid)))
+        back = _all_to_all(_taken_apart(_materialized(X), grid).swapaxes(0, 1), group)
+        return back.reshape(shards.shape)
 
-    def step(i, x):
-        pieces = jax.lax.dynamic_slice_in_dim(x, i * height, height)
-        return jax.lax.dynamic_update_slice_in_dim(x, there_and_back(pieces), i * height, 0)
+    def in_place(i, x):
+        shards = jax.lax.dynamic_slice_in_dim(x, i * count, count)
+        return jax.lax.dynamic_update_slice_in_dim(x, one_chunk(shards), i * count, 0)
 
-    if height == len(x):
-        return there_and_back(x)
-    if group.chunk == group.whole:
-        return step(0, x)
-    return jax.lax.fori_loop(0, group.whole // group.chunk, step, x)
+    if count == len(x):
+        return one_chunk(x)
+    if group.chunk == group.full:
+        return in_place(0, x)
+    return jax.lax.fori_loop(0, group.full // group.chunk, in_place, x)
 
 
-def _by_teams(
-    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalize: Orthogonalizer
+def _shared(
+    x: jax.Array, group: Group, grid: tuple[int, int], f: Callable[..., jax.Array]
 ) -> jax.Array:
-    """Moves each matrix to a team, whose members get some columns of every piece, and back."""
-    devices, p = math.prod(grid), group.team
-    teams, count = devices // p, len(x)
-    rows, columns = x.shape[1], x.shape[2] // p
-    x = _padded(x, teams).reshape(teams, rows, p, columns).swapaxes(1, 2)
-    moved = _exchange(x.reshape(devices, rows, columns), group)
-    members = tuple(tuple(range(i * p, (i + 1) * p)) for i in range(teams))
-    team = Team(group.axes, p, members)
-    X = orthogonalize.shared(_kept(_assembled(moved, grid)), team, (group.m, group.n))
-    home = _exchange(_taken_apart(_kept(X), grid), group).reshape(teams, p, rows, columns)
-    return home.swapaxes(1, 2).reshape(teams, rows, p * columns)[:count]
+    """Orthogonalizes the remainder, each matrix on several devices with some of its columns."""
+    devices, p = math.prod(grid), group.sharers
+    sets, count, rows, columns = devices // p, len(x), x.shape[1], x.shape[2] // p
+    x = _padded(x, sets).reshape(sets, rows, p, columns).swapaxes(1, 2)
+    there = _all_to_all(x.reshape(devices, rows, columns), group)
+    groups = tuple(tuple(range(i * p, (i + 1) * p)) for i in range(sets))
+    X = f(_materialized(_assembled(there, grid)), shards=ColumnShards(group.axes, p, groups))
+    back = _all_to_all(_taken_apart(_materialized(X), grid), group)
+    back = back.reshape(sets, p, rows, columns).swapaxes(1, 2)
+    return back.reshape(sets, rows, p * columns)[:count]
 
 
-def _exchange(x: jax.Array, group: Group) -> jax.Array:
-    """Sends entry i to device i, and puts what device j has sent at j."""
+def _all_to_all(x: jax.Array, group: Group) -> jax.Array:
+    """Sends entry i to device i; entry j of the result has come from device j."""
     return jax.lax.all_to_all(x, group.axes, 0, 0, tiled=True)
 
 
-def _kept(X: jax.Array) -> jax.Array:
-    """Makes the compiler lay pieces together in 16 bits, by copies alone.
+def _materialized(X: jax.Array) -> jax.Array:
+    """Makes the compiler assemble shards by copies, in 16 bits.
 
     It would cast them to float32 first, and compile what is before the rounding into each copy.
     """
     return jax.lax.optimization_barrier(X)
 
 
-def _assembled(pieces: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Makes (..., m, n) matrices of (..., R C, m_l, n_l) pieces."""
-    *batch, _, height, width = pieces.shape
+def _assembled(shards: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Assembles (..., R C, m / R, n / C) shards to (..., m, n) matrices."""
+    *batch, _, height, width = shards.shape
     R, C = grid
-    # One axis at a time: under jax.vmap, jax 0.10 reshapes no more of a sharded array at once.
-    pieces = pieces.reshape(*batch, R, C, height, width).swapaxes(-3, -2)
-    return pieces.reshape(*batch, R * height, C, width).reshape(*batch, R * height, C * width)
+    # One axis at a time: under jax.vmap, jax 0.10 cannot merge more axes of a sharded array.
+    shards = shards.reshape(*batch, R, C, height, width).swapaxes(-3, -2)
+    return shards.reshape(*batch, R * height, C, width).reshape(*batch, R * height, C * width)
 
 
 def _taken_apart(X: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Undoes `_assembled`."""
+    """Splits (..., m, n) matrices into (..., R C, m / R, n / C) shards."""
     *batch, m, n = X.shape
     R, C = grid
-    pieces = X.reshape(*batch, m, C, n // C).reshape(*batch, R, m // R, C, n // C)
-    return pieces.swapaxes(-3, -2).reshape(*batch, R * C, m // R, n // C)
+    shards = X.reshape(*batch, m, C, n // C).reshape(*batch, R, m // R, C, n // C)
+    return shards.swapaxes(-3, -2).reshape(*batch, R * C, m // R, n // C)
 
 
 def _padded(x: jax.Array, count: int) -> jax.Array:
-    """Fills a stack up with zero matrices, which stay zero."""
+    """Pads a stack with zero matrices, which stay zero."""
     return x if len(x) == count else jnp.pad(x, ((0, count - len(x)), (0, 0), (0, 0)))

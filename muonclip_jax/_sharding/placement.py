@@ -1,86 +1,124 @@
-"""Reads where the mesh has put the pieces of each leaf: from types, or from what the user says."""
+"""Finds how each leaf is sharded: from its type, or from the `shardings` that the user passed."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 from jax._src import core
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from muonclip_jax._common.paths import path_string
+from muonclip_jax._common.settings import shown
 from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._orthogonalize.matrix_axes import Axes
-from muonclip_jax._sharding.plan import PASS_SHARDINGS, MeshAxes, Placed
+
+MeshAxes: TypeAlias = tuple[str, ...]
 
 _EXPLICIT = AxisType.Explicit
 
-# Cures.
+# Fixes, for error messages and for the printed plan.
+PASS_SHARDINGS = (
+    "Pass the shardings of the parameters: shardings=jax.tree.map(lambda x: x.sharding, params)."
+)
 _PUT = "Put all leaves on one mesh: params = jax.device_put(params, shardings)."
 
 
-class Placements(NamedTuple):
+class PlacedLeaf(NamedTuple):
+    """A leaf and how it is sharded.
+
+    Attributes:
+      path: Its path in the pytree.
+      shape: Its shape.
+      dtype: Its dtype.
+      axes: Its axes as a batch of matrices.
+      spec: For each axis, the mesh axes over which it is sharded, the slowest first.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: Axes
+    spec: tuple[MeshAxes, ...]
+
+    def mesh_axes(self, axes: Sequence[int]) -> MeshAxes:
+        """Returns the mesh axes over which some axes of the leaf, one side, are sharded."""
+        return tuple(name for axis in axes for name in self.spec[axis])
+
+
+class Placement(NamedTuple):
     """How all leaves of a pytree are sharded.
 
     Attributes:
-      mesh: The mesh, concrete where it is known.
-      platform: What its devices are; None if it is not known.
+      mesh: The mesh, with its devices if they are known.
+      platform: The platform of its devices; None if unknown.
       specs: How each leaf is sharded over it.
-      leaves: The same for the planner.
+      leaves: The same as plain data, for the plan.
       axis_names: The mesh axes that `jax.shard_map` makes manual: all that are not manual yet.
-      members: The mesh axes over which `jax.vmap` shards its members. No plan may use them.
+      vmapped_axes: The mesh axes over which `jax.vmap` shards its members. No plan may use them.
     """
 
     mesh: Any
     platform: str | None
     specs: tuple[PartitionSpec, ...]
-    leaves: tuple[Placed, ...]
+    leaves: tuple[PlacedLeaf, ...]
     axis_names: frozenset[str] = frozenset()
-    members: frozenset[str] = frozenset()
+    vmapped_axes: frozenset[str] = frozenset()
 
     @property
     def sizes(self) -> dict[str, int]:
         """Size of each mesh axis that a plan may use."""
-        usable = self.axis_names - self.members
+        usable = self.axis_names - self.vmapped_axes
         return {name: size for name, size in self.mesh.shape.items() if name in usable}
 
 
-def shardings_by_path(shardings: ArrayTree) -> dict[str, Any]:
+def shardings_by_path(caller: str, shardings: ArrayTree) -> dict[str, Any]:
     """Lists shardings by the paths of their leaves.
 
     Args:
-      shardings: A tree like the parameters, or None.
+      caller: Name of the public function that was called.
+      shardings: A pytree like the parameters, or None.
 
     Returns:
-      Path to sharding; leaves that are None are left out.
+      Path to sharding, without leaves that are None.
+
+    Raises:
+      TypeError: if `shardings` is neither a pytree nor a sharding.
 
     Example:
-      >>> shardings_by_path(None)
+      >>> shardings_by_path("muon", None)
       {}
     """
     flat = jax.tree_util.tree_leaves_with_path(shardings)
-    return {path_string(path): sharding for path, sharding in flat}
+    found = {path_string(path): sharding for path, sharding in flat}
+    if "" in found and not isinstance(found[""], Sharding):
+        raise TypeError(
+            f"{caller}: shardings must be a pytree of NamedSharding like the parameters, got "
+            f"{shown(shardings)}. {PASS_SHARDINGS}"
+        )
+    return found
 
 
-def placements(
-    where: str, tree: ArrayTree, axes: Sequence[Axes], shardings: Mapping[str, Any]
-) -> Placements | None:
-    """Finds where the pieces of each leaf are.
+def find_placement(
+    caller: str, tree: ArrayTree, axes: Sequence[Axes], shardings: Mapping[str, Any]
+) -> Placement | None:
+    """Finds how each leaf is sharded.
 
     Args:
-      where: Name of the public function that was called.
+      caller: Name of the public function that was called.
       tree: Arrays, traced or not.
       axes: The axes of each leaf as a batch of matrices.
-      shardings: What the user says, by path; empty if nothing.
+      shardings: The shardings that the user passed, by path; may be empty.
 
     Returns:
-      Where they are. None where there is nothing to plan: an Auto mesh of one device, or nothing
-      known, or inside the user's own `jax.shard_map`, where every device has full matrices, unless
-      a type shards them over an Explicit axis that this `shard_map` leaves out.
+      The placement. None if there is nothing to plan: an Auto mesh of one device, or unknown
+      shardings, or inside the user's own `jax.shard_map`, where every device has full matrices,
+      unless a type shards them over an Explicit axis that this `shard_map` leaves out.
 
     Raises:
-      ValueError: for leaves whose place is not known or cannot be planned, all of them at once.
+      ValueError: for leaves whose sharding is unknown or cannot be planned, all of them at once.
     """
     flat = [(path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
     types = [jax.typeof(x).sharding for _, x in flat]
@@ -97,23 +135,22 @@ def placements(
         try:
             found.append(_sharding_of(path, x, typed, shardings))
         except ValueError as error:
-            fault, cure = (*error.args, PASS_SHARDINGS)[:2]
-            faults.append((f"  {path}: {x.dtype}{list(x.shape)}: {fault}", cure))
-    _refuse(where, len(flat), faults or list(_on_another_mesh(flat, found)))
-    # With types that name a mesh axis, even of one device, XLA takes no products by itself.
+            fault, fix = (*error.args, PASS_SHARDINGS)[:2]
+            faults.append((f"  {path}: {x.dtype}{list(x.shape)}: {fault}", fix))
+    _raise_faults(caller, len(flat), faults or list(_on_another_mesh(flat, found)))
+    # JAX rejects products of types that name a mesh axis, even one of a single device.
     if not found or (math.prod(found[0].mesh.shape.values()) == 1 and _EXPLICIT not in kinds):
         return None
     mesh = _mesh(flat, found)
     leaves = tuple(
-        Placed(path, x.shape, x.dtype, a, _mesh_axes(s, x.ndim))
+        PlacedLeaf(path, x.shape, x.dtype, a, _mesh_axes(s, x.ndim))
         for (path, x), a, s in zip(flat, axes, found, strict=True)
     )
     specs = tuple(s.spec for s in found)
-    members = _axes_of_members("explicit_mesh_axis_names")  # which JAX hides from shard_map
-    names = (_explicit(found[0].mesh) if is_manual else frozenset(mesh.axis_names)) - members
-    return Placements(
-        mesh, _platform(mesh), specs, leaves, names, members | _axes_of_members("spmd_axis_names")
-    )
+    vmapped = _vmapped_axes("explicit_mesh_axis_names")  # which JAX hides from shard_map
+    names = (_explicit(found[0].mesh) if is_manual else frozenset(mesh.axis_names)) - vmapped
+    vmapped |= _vmapped_axes("spmd_axis_names")
+    return Placement(mesh, _platform(mesh), specs, leaves, names, vmapped)
 
 
 def _explicit(mesh: Any) -> frozenset[str]:
@@ -122,11 +159,11 @@ def _explicit(mesh: Any) -> frozenset[str]:
     return frozenset(name for name, kind in kinds if kind == _EXPLICIT)
 
 
-def _axes_of_members(kind: str) -> frozenset[str]:
+def _vmapped_axes(kind: str) -> frozenset[str]:
     """Lists the mesh axes over which a `jax.vmap` around the call shards its members.
 
-    A device that shared work over such an axis would mix members. JAX has no public function for
-    this; where a version keeps the names elsewhere, none are found.
+    Sharing work over such an axis would mix members. JAX has no public function for this. Versions
+    that keep the names elsewhere yield none.
     """
     env = getattr(core, "get_axis_env", lambda: None)()
     return frozenset(getattr(env, kind, None) or ())
@@ -135,27 +172,27 @@ def _axes_of_members(kind: str) -> frozenset[str]:
 def _sharding_of(
     path: str, x: jax.Array, typed: NamedSharding, shardings: Mapping[str, Any]
 ) -> NamedSharding:
-    """Gives the sharding of one leaf: its type's, or what the user says of the Auto axes."""
-    said, mesh, explicit = shardings.get(path), typed.mesh, _explicit(typed.mesh)
+    """Returns the sharding of a leaf: its type's, or for Auto axes the one that the user passed."""
+    passed, mesh, explicit = shardings.get(path), typed.mesh, _explicit(typed.mesh)
     is_manual = AxisType.Manual in mesh.axis_types
-    if said is None and not is_manual and len(explicit) < max(1, len(mesh.axis_names)):
-        raise ValueError(*_nothing_known(mesh, shardings))
-    if said is not None and not isinstance(said, NamedSharding):
-        raise ValueError(f"got {said}, expected a NamedSharding.")
-    if said is not None and not explicit and _EXPLICIT in said.mesh.axis_types:
+    if passed is None and not is_manual and len(explicit) < max(1, len(mesh.axis_names)):
+        raise ValueError(*_unknown_sharding(mesh, shardings))
+    if passed is not None and not isinstance(passed, NamedSharding):
+        raise ValueError(f"got {passed}, expected a NamedSharding.")
+    if passed is not None and not explicit and _EXPLICIT in passed.mesh.axis_types:
         raise ValueError("it is not on the Explicit mesh of `shardings`.", _PUT)
-    sharding = typed if said is None else said
+    sharding = typed if passed is None else passed
     by_type, by_axis = _mesh_axes(typed, x.ndim), _mesh_axes(sharding, x.ndim)
     if explicit and by_type != tuple(tuple(n for n in names if n in explicit) for names in by_axis):
         raise ValueError(f"it is {typed.spec} by its type, and {sharding.spec} in `shardings`.")
     for size, names in zip(x.shape, by_axis, strict=True):
         if size % math.prod(sharding.mesh.shape[name] for name in names):
-            raise ValueError(f"{sharding.spec} does not divide it evenly.")
+            raise ValueError(f"{sharding.spec} does not shard it evenly.")
     return NamedSharding(mesh, sharding.spec) if explicit else sharding
 
 
-def _nothing_known(mesh: Any, shardings: Mapping[str, Any]) -> tuple[str, str]:
-    """Says why it is not known where a leaf lies, and the cure."""
+def _unknown_sharding(mesh: Any, shardings: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns why the sharding of a leaf is unknown, and the fix."""
     if shardings:
         return (
             f"`shardings` has none at this path; its first one is at {min(shardings)}.",
@@ -163,19 +200,19 @@ def _nothing_known(mesh: Any, shardings: Mapping[str, Any]) -> tuple[str, str]:
         )
     if mesh.axis_names:
         return (
-            f"its type does not tell how it lies on the Auto axes of {dict(mesh.shape)}.",
+            f"its type does not show how it is sharded over the Auto axes of {dict(mesh.shape)}.",
             PASS_SHARDINGS,
         )
     return "it is on no mesh, and other leaves are.", _PUT
 
 
 def _mesh_axes(sharding: NamedSharding, ndim: int) -> tuple[MeshAxes, ...]:
-    """Lists for each axis the mesh axes of more than one device that divide it."""
+    """Lists for each axis the mesh axes of more than one device over which it is sharded."""
     if len(sharding.spec) > ndim:
         raise ValueError(f"{sharding.spec} has more entries than it has axes.")
     entries = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
     if PartitionSpec.UNCONSTRAINED in entries:
-        raise ValueError(f"{sharding.spec} leaves an axis open.")
+        raise ValueError(f"{sharding.spec} leaves an axis unconstrained.")
     named = ((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
     return tuple(tuple(n for n in names if sharding.mesh.shape[n] > 1) for names in named)
 
@@ -183,29 +220,29 @@ def _mesh_axes(sharding: NamedSharding, ndim: int) -> tuple[MeshAxes, ...]:
 def _on_another_mesh(
     flat: Sequence[tuple[str, jax.Array]], found: Sequence[NamedSharding]
 ) -> Iterator[tuple[str, str]]:
-    """Names the leaves that are on another mesh than the first one."""
+    """Yields the leaves that are on another mesh than the first one, with the fix."""
     for (path, _), sharding in zip(flat, found, strict=True):
         if sharding.mesh.abstract_mesh != found[0].mesh.abstract_mesh:
             yield f"  {path}: is on {sharding.mesh}, {flat[0][0]} is on {found[0].mesh}.", _PUT
 
 
-def _refuse(where: str, count: int, faults: Sequence[tuple[str, str]]) -> None:
-    """Raises if there are faults, each of them with its cure."""
+def _raise_faults(caller: str, count: int, faults: Sequence[tuple[str, str]]) -> None:
+    """Raises one error for all faults, each of them with its fix."""
     if faults:
-        texts, cures = zip(*faults, strict=True)
-        head = f"{where}: {len(faults)} of {count} leaves cannot be planned."
-        raise ValueError("\n".join([head, *texts, *dict.fromkeys(cures)]))
+        texts, fixes = zip(*faults, strict=True)
+        head = f"{caller}: {len(faults)} of {count} leaves cannot be planned."
+        raise ValueError("\n".join([head, *texts, *dict.fromkeys(fixes)]))
 
 
 def _mesh(flat: Sequence[tuple[str, jax.Array]], found: Sequence[NamedSharding]) -> Any:
-    """Gives the mesh, with its devices if they are known: outside of `jit` they are."""
+    """Returns the mesh, with its devices if they are known: outside `jit` they are."""
     concrete = [x.sharding for _, x in flat if not isinstance(x, Tracer)]
     meshes = [s.mesh for s in (*found, *concrete) if isinstance(s, NamedSharding)]
     return next((mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh)), found[0].mesh)
 
 
 def _platform(mesh: Any) -> str | None:
-    """Tells what the devices of a mesh are, which for compiling ahead of time are not here."""
+    """Returns the platform of a mesh, which differs from the default when compiling for another."""
     if isinstance(mesh, jax.sharding.Mesh):
         return mesh.devices.flat[0].platform
     device = getattr(mesh, "abstract_device", None)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
+from benchmarks.compiled import collectives
 from muonclip_jax._attention.attention import dot_product_attention
 from tests.support import reference_attention as reference
 from tests.support.attention_cases import draw, same_bits
 from tests.support.logit_cases import (
-    COLLECTIVES,
     RULES,
     SPECS,
     boolean,
@@ -264,7 +264,7 @@ def test_sharded_batch_and_heads_need_no_communication(kind, max_logit):
         compiled = jax.jit(attend).lower(**arrays).compile()
         result = jax.device_get(compiled(**arrays))
     check_sharded(result, max_logit)
-    assert not [c for c in COLLECTIVES if c in str(compiled.as_text())]
+    assert collectives(compiled) == []
 
 
 @pytest.mark.parametrize("max_logit", METHODS)

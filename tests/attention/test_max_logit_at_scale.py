@@ -1,7 +1,6 @@
 """The largest attention logit of long sequences, and of inputs on several devices."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+from benchmarks.compiled import collectives, compiled_cost
 from tests.support import reference_attention as reference
-from tests.support.logit_cases import COLLECTIVES, SPECS, close, mesh_of_eight, sharded_inputs
+from tests.support.logit_cases import SPECS, close, mesh_of_eight, sharded_inputs
 
 LONG = 8192
 
@@ -23,8 +23,7 @@ def long_inputs(dtype, full):
 
 
 def temporaries(function, inputs):
-    analysis: Any = jax.jit(function).lower(*inputs).compile().memory_analysis()
-    return analysis.temp_size_in_bytes
+    return compiled_cost(jax.jit(function).lower(*inputs).compile()).temporary_bytes
 
 
 @pytest.mark.parametrize(
@@ -94,4 +93,4 @@ def test_sharded_batch_and_heads_need_no_communication(kind, block_size):
         )
         compiled = jax.jit(statistic).lower(**arrays).compile()
         close(compiled(**arrays), expected)
-    assert not [c for c in COLLECTIVES if c in str(compiled.as_text())]
+    assert collectives(compiled) == []

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
+from benchmarks.compiled import collectives
 from muonclip_jax._attention.attention import dot_product_attention
 from tests.support import reference_attention as reference
 from tests.support.attention_cases import draw
-from tests.support.logit_cases import COLLECTIVES, SPECS, lengths, queries_and_keys
+from tests.support.logit_cases import SPECS, lengths, queries_and_keys
 
 SPLASH = "tokamax._src.ops.experimental.tpu.splash_attention"
 kernel: Any = pytest.importorskip(
@@ -158,7 +159,7 @@ def test_inside_shard_map_each_device_runs_its_own_kernel():
     compiled = jax.jit(sharded).lower(*qkv).compile()
     for actual, expected in zip(compiled(*qkv), attend(*qkv), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
-    assert not [c for c in COLLECTIVES if c in str(compiled.as_text())]
+    assert collectives(compiled) == []
 
 
 @pytest.mark.parametrize("t", [1024, 384])

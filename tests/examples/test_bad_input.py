@@ -1,29 +1,27 @@
-"""Each bad flag or file gives exit code 2 and one line, without JAX, and leaves nothing behind."""
+"""Each bad flag or file exits with code 2 and one line, without JAX, and creates no file."""
 
 import os
 import pathlib
 import socket
 import subprocess
-import sys
 
 import pytest
 
-from lm import config
-from tests.support.strict import STRICT
+from examples.language_model import config
+from tests.support.program_command import COMMAND, environment
 
-PROGRAM = pathlib.Path(__file__).parents[2] / "examples" / "train_lm.py"
 TEXT = "some text that can be trained on\n" * 100
 
 
 def run(arguments, folder):
-    """Runs the program where an import of JAX would fail, and hang guards it with a time limit."""
+    """Runs the program where an import of JAX fails, with a time limit."""
     poison = folder.parent / f"{folder.name}-poison"
     poison.mkdir(exist_ok=True)
-    (poison / "jax.py").write_text("raise ImportError('a refusal must not wait for JAX')\n")
+    (poison / "jax.py").write_text("raise ImportError('bad input imports no JAX')\n")
     return subprocess.run(
-        [sys.executable, *STRICT, PROGRAM, *arguments],
+        [*COMMAND, *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(poison)},
+        env=environment(poison),
         capture_output=True,
         text=True,
         timeout=60,
@@ -34,7 +32,7 @@ def tree(folder):
     return sorted((str(path), path.lstat().st_mtime_ns) for path in folder.rglob("*"))
 
 
-def assert_refused(arguments, folder, *fragments):
+def assert_bad_input(arguments, folder, *fragments):
     before = tree(folder)
     result = run(arguments, folder)
     assert result.returncode == 2, result.stderr
@@ -76,7 +74,7 @@ def file_as_folder(folder):
 @pytest.mark.parametrize("make", [missing, broken_link, loop_of_links, file_as_folder])
 def test_missing(tmp_path, make):
     path = make(tmp_path)
-    assert_refused(["--data", path], tmp_path, f"--data {path}: not found", "give a text file")
+    assert_bad_input(["--data", path], tmp_path, f"--data {path}: not found", "pass a text file")
 
 
 @pytest.mark.parametrize("size", [0, 1, 33])
@@ -84,13 +82,15 @@ def test_too_short(tmp_path, size):
     path = tmp_path / "short.txt"
     path.write_text(TEXT[:size])
     arguments = ["--data", path, "--seq-len", "16"]
-    assert_refused(arguments, tmp_path, f"{path}: {size} bytes, 34 needed", "give --data more text")
+    assert_bad_input(
+        arguments, tmp_path, f"{path}: got {size} bytes, expected at least 34", "pass more text"
+    )
 
 
 def test_too_short_for_the_default_length_names_it(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("a")
-    assert_refused(["--data", path], tmp_path, "258 needed", "--seq-len below 128")
+    assert_bad_input(["--data", path], tmp_path, "at least 258", "--seq-len below 128")
 
 
 def fifo(folder):
@@ -116,13 +116,13 @@ def unix_socket(folder):
 @pytest.mark.parametrize("make", [fifo, device, unix_socket])
 def test_not_regular(tmp_path, make):
     path = make(tmp_path)
-    assert_refused(["--data", path], tmp_path, f"--data {path}: not a regular file")
+    assert_bad_input(["--data", path], tmp_path, f"--data {path}: not a regular file")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything; see test_lm_data")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything; see test_data")
 def test_unreadable(text, tmp_path):
     text.chmod(0)
-    assert_refused(["--data", text], tmp_path, f"--data {text}: cannot be read", "chmod")
+    assert_bad_input(["--data", text], tmp_path, f"--data {text}: cannot be read", "permissions")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_unreadable(text, tmp_path):
 def test_not_text(tmp_path, content, byte):
     path = tmp_path / "binary"
     path.write_bytes(content)
-    assert_refused(["--data", path], tmp_path, f"--data {path}: not text, {byte}", "give UTF-8")
+    assert_bad_input(["--data", path], tmp_path, f"--data {path}: not text, {byte}", "pass UTF-8")
 
 
 @pytest.mark.parametrize("content", [None, b"a\0b"], ids=["empty", "binary"])
@@ -142,7 +142,7 @@ def test_folder(tmp_path, content):
     folder.mkdir()
     if content is not None:
         (folder / "file").write_bytes(content)
-    assert_refused(["--data", folder], tmp_path, f"--data {folder}: no text file in this folder")
+    assert_bad_input(["--data", folder], tmp_path, f"--data {folder}: no text file in this folder")
 
 
 INTEGERS = ("--steps", "--batch-size", "--seq-len", "--accumulate", "--checkpoint-every")
@@ -159,7 +159,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize(("flag", "value", "expected"), BAD_VALUES)
 def test_numbers(tmp_path, flag, value, expected):
     line = f"argument {flag}: got {value!r}, expected {expected}"
-    assert_refused([f"{flag}={value}"], tmp_path, line)
+    assert_bad_input([f"{flag}={value}"], tmp_path, line)
 
 
 MORE_BAD_VALUES = [
@@ -179,14 +179,14 @@ def test_more_numbers(capsys, flag, value):
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_smallest_and_largest_seed_are_good(seed):
+def test_smallest_and_largest_seed_are_valid(seed):
     assert config.parse(["--seed", str(seed)]).seed == seed
 
 
 def test_micro_batches_must_divide_the_batch(tmp_path):
     arguments = ["--batch-size", "8", "--accumulate", "3"]
     line = "argument --accumulate: got 3, expected a divisor of --batch-size 8"
-    assert_refused(arguments, tmp_path, line)
+    assert_bad_input(arguments, tmp_path, line)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_micro_batches_must_divide_the_batch(tmp_path):
     ids=["model", "optimizer", "flag", "abbreviation", "argument", "no_value", "two_lines"],
 )
 def test_choices(tmp_path, arguments, fragments):
-    assert_refused(arguments, tmp_path, *fragments)
+    assert_bad_input(arguments, tmp_path, *fragments)
 
 
 def out_is_a_file(folder):
@@ -230,24 +230,24 @@ def out_is_a_broken_link(folder):
 def test_out(text, tmp_path, make, resume):
     path = make(tmp_path)
     arguments = ["--data", text, "--out", path, *resume]
-    assert_refused(arguments, tmp_path, f"--out {path}: cannot be made", "name a folder")
+    assert_bad_input(arguments, tmp_path, f"--out {path}: cannot be created", "pass a folder")
 
 
 def test_empty_out(text, tmp_path):
-    assert_refused(["--data", text, "--out", ""], tmp_path, "argument --out: got an empty path")
+    assert_bad_input(["--data", text, "--out", ""], tmp_path, "argument --out: got an empty path")
 
 
 def test_bad_data_makes_no_run_folder(tmp_path):
     arguments = ["--data", "absent.txt", "--out", "run"]
-    assert_refused(arguments, tmp_path, "--data absent.txt: not found")
+    assert_bad_input(arguments, tmp_path, "--data absent.txt: not found")
 
 
 @pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "summary.json", "checkpoints"])
-def test_explicit_out_that_holds_a_run(text, tmp_path, file):
+def test_out_that_holds_a_run(text, tmp_path, file):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / file).write_text("{}")
     arguments = ["--data", text, "--out", "run"]
-    assert_refused(arguments, tmp_path, "--out run: holds a run", "--resume")
+    assert_bad_input(arguments, tmp_path, "--out run: already holds a run", "--resume")
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{"], ids=["absent", "empty", "list", "torn"])
@@ -256,7 +256,7 @@ def test_resume_without_readable_settings(text, tmp_path, content):
     if content is not None:
         (tmp_path / "run" / "run.json").write_text(content)
     arguments = ["--data", text, "--out", "run", "--resume"]
-    assert_refused(arguments, tmp_path, "run.json: not readable", "another --out")
+    assert_bad_input(arguments, tmp_path, "run.json: not readable", "another --out")
 
 
 def test_help_is_not_an_error(tmp_path):

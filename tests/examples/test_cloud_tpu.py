@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from lm import config
-from tests.sharding.test_processes import free_port
+from examples.language_model import config
+from tests.support.processes import free_port
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "cloud_tpu"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
@@ -118,10 +118,10 @@ def test_a_generation_without_a_known_image_is_refused():
 
 
 def training_flags(script):
-    """The flags of `train_lm.py` that a launcher ends in, with those that train.sh adds."""
+    """The flags of the training program in a launcher, and those that train.sh adds."""
     (command,) = [word for words in shown(script, "start") for word in words if "train.sh" in word]
     run, *flags = command.split("train.sh ")[1].split()
-    (line,) = re.findall(r'examples/train_lm\.py (.*) --out "\$run"', _text("train.sh"))
+    (line,) = re.findall(r'-m examples\.language_model (.*) --out "\$run"', _text("train.sh"))
     return [*line.split(), "--out", run, *flags]
 
 
@@ -143,7 +143,7 @@ def test_flags_of_the_page_are_those_of_the_training_program():
     assert settings
     for flags in settings:
         config.parse(flags.split())
-    for line in re.findall(r"^python examples/train_lm\.py (.*)$", page, re.MULTILINE):
+    for line in re.findall(r"^python -m examples\.language_model (.*)$", page, re.MULTILINE):
         config.parse(line.split())
 
 
@@ -357,7 +357,7 @@ def test_train_needs_a_folder(program):
     assert done.stdout.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_train_trains(tmp_path):
     (tmp_path / "text").write_text("to be or not to be, that is the question\n" * 99)
     alone = f"127.0.0.1:{free_port()},1,0"

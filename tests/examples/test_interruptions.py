@@ -1,4 +1,4 @@
-"""A run that is cut short, or whose folder was touched, goes on bit for bit, or says why not."""
+"""An interrupted or damaged run resumes bitwise identical, or exits with the reason."""
 
 import dataclasses
 import os
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import train_lm
-from lm import checkpoint, data, rundir, training
-from lm.config import BadInput, Config
-from tests.support import lm_cases
+from examples.language_model import data
+from examples.language_model.config import BadInput, Config
+from examples.language_model.run_folder import digests, files, opening
+from examples.language_model.training import loop
+from tests.support import program_command, tiny_run
 from tests.support.interruption_cases import (
     Killed,
     after,
@@ -30,7 +31,7 @@ from tests.support.interruption_cases import (
     unlimited_files,
     wait_for,
 )
-from tests.support.lm_cases import CONFIG, CORPUS, TEXT, TINY, compiled_once, trainer
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT, TINY, compiled_once, trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,8 +43,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Drawing takes as long as all the rest of a run; `test_train_lm` looks at the plots."""
-    monkeypatch.setattr("lm.plots.draw", lambda *_: None)
+    """Drawing takes as long as all the rest of a run; `test_run_folder` checks the plots."""
+    monkeypatch.setattr("examples.language_model.run_folder.plots.draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_accumulate(tmp_path):
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
-    yield from lm_cases.program(monkeypatch, tmp_path, "--steps", "20", "--out", "run")
+    yield from tiny_run.program(monkeypatch, tmp_path, "--steps", "20", "--out", "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -118,25 +119,26 @@ def test_signal_saves_the_running_step(program, tmp_path, monkeypatch, capfd, nu
             os.kill(os.getpid(), number)
         return True
 
-    monkeypatch.setattr("lm.rundir.is_logged", send)
+    monkeypatch.setattr("examples.language_model.run_folder.files.is_logged", send)
     assert program() == 0
     captured = capfd.readouterr()
-    assert captured.out.splitlines()[-1].startswith("stopped after step 5; continue with: ")
+    assert captured.out.splitlines()[-1].startswith("stopped after step 5; to resume: ")
     assert captured.err == ""
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
-    assert len(rundir.read_metrics(tmp_path / "run")) == 5
+    assert len(files.read_metrics(tmp_path / "run")) == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_ends_at_once(number):
     code = (
-        "import os, time; from lm.stop import StopFlag; flag = StopFlag(); assert not flag\n"
+        "import os, time; from examples.language_model.training.stop import StopFlag\n"
+        "flag = StopFlag(); assert not flag\n"
         f"os.kill(os.getpid(), {number:d}); assert flag; print('first', flush=True)\n"
         f"os.kill(os.getpid(), {number:d}); time.sleep(60)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(train_lm.__file__).parent)},
+        env=program_command.environment(),
         capture_output=True,
         text=True,
         timeout=50,
@@ -156,11 +158,11 @@ def test_disk_full(whole, program, tmp_path, monkeypatch, capfd):
         return True
 
     with unlimited_files(), monkeypatch.context() as patch:
-        patch.setattr("lm.rundir.is_logged", fill)
+        patch.setattr("examples.language_model.run_folder.files.is_logged", fill)
         assert program("--checkpoint-every", "7") == 1
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("train_lm.py: run: step 14: the checkpoint could not be written (")
-    assert line.endswith("; make room, then --resume goes on from the one before")
+    assert line.startswith("language_model: run: step 14: the checkpoint could not be written (")
+    assert line.endswith("; free disk space, then resume from the previous one with --resume")
     assert program("--checkpoint-every", "7", "--resume") == 0
     assert "resumed after step 7" in capfd.readouterr().out
     assert_equal_runs(tmp_path / "run", whole)
@@ -172,12 +174,12 @@ def test_disk_full_of_metrics(program, tmp_path, monkeypatch, capfd):
             limit_files((tmp_path / "run" / "metrics.jsonl").stat().st_size)
         return True
 
-    monkeypatch.setattr("lm.rundir.is_logged", fill)
+    monkeypatch.setattr("examples.language_model.run_folder.files.is_logged", fill)
     with unlimited_files():
         assert program() == 1
     assert capfd.readouterr().err == (
-        "train_lm.py: run: step 3: metrics.jsonl could not be written (File too large); make room,"
-        " then --resume goes on\n"
+        "language_model: run: step 3: metrics.jsonl could not be written (File too large); free"
+        " disk space, then continue with --resume\n"
     )
 
 
@@ -221,7 +223,7 @@ def test_damaged(whole, cut, capfd, damage):
     captured = capfd.readouterr()
     (line,) = captured.err.splitlines()
     folder = cut / "checkpoints"
-    assert line.startswith(f"train_lm.py: warning: {folder}: step 20 is damaged (")
+    assert line.startswith(f"language_model: warning: {folder}: step 20 is damaged (")
     assert line.endswith("); resuming from step 14 instead")
     assert "resumed after step 14" in captured.out
     assert_equal_runs(cut, whole)
@@ -234,9 +236,9 @@ def test_all_damaged(cut, program, capfd):
         program("--resume")
     assert leave.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "no checkpoint is left: step 20 is damaged (digests.json: " in line
+    assert "no intact checkpoint: step 20 is damaged (digests.json: " in line
     assert all(f"step {n} is damaged (digests.json: " in line for n in (14, 7))
-    assert line.endswith("; start again with another --out")
+    assert line.endswith("; start a new run with another --out")
 
 
 def test_leftovers(whole, cut, capfd):
@@ -258,11 +260,11 @@ def test_foreign(whole, cut, tmp_path, capfd):
     trainer(cut, resume=True).train()
     captured = capfd.readouterr()
     assert captured.err.splitlines() == [
-        f"train_lm.py: warning: {folder / name}: holds no checkpoint of this run; left out"
+        f"language_model: warning: {folder / name}: not a checkpoint of this run; ignored"
         for name in ("998", "999")
     ]
     assert "resumed after step 20" in captured.out
-    assert checkpoint.DIGESTS in [path.name for path in elsewhere.iterdir()]
+    assert digests.DIGESTS in [path.name for path in elsewhere.iterdir()]
     assert (folder / "notes").read_text() == "kept"
     assert_equal_runs(cut, whole)
 
@@ -282,8 +284,8 @@ CHANGES = {
 
 
 def resumed(path, **typed):
-    """The settings of `--resume --out path` with these other flags."""
-    return rundir.resumed(Config(out=path, resume=True, **typed, given=frozenset(typed)))
+    """The settings of `--resume --out path` with other flags."""
+    return opening.resumed(Config(out=path, resume=True, **typed, given=frozenset(typed)))
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -301,32 +303,32 @@ def test_changed_settings_are_listed_together(whole):
         resumed(whole, seed=1, steps=7)
     assert str(error.value) == (
         f"--resume {whole}: --steps was 20, now 7; --seed was 0, now 1;"
-        " give the old values, or another --out"
+        " pass the old values, or another --out"
     )
 
 
-def test_settings_that_were_not_typed_are_those_of_the_run(whole):
+def test_settings_that_were_not_passed_are_those_of_the_run(whole):
     config = resumed(whole)
     assert config == dataclasses.replace(
         CONFIG, out=whole, resume=True, learning_rate=CONFIG.peak, no_progress=False
     )
 
 
-def test_mesh_and_text_that_were_not_typed_are_those_of_the_run(tmp_path):
+def test_mesh_and_text_that_were_not_passed_are_those_of_the_run(tmp_path):
     config = dataclasses.replace(
         CONFIG, out=tmp_path, mesh={"fsdp": -1}, simulate_devices=8, data=pathlib.Path("text")
     )
-    rundir.open_run(config, CORPUS)
+    opening.open_run(config, CORPUS)
     again = resumed(tmp_path)
     assert (again.mesh, again.simulate_devices) == (config.mesh, 8)
     assert again.data == pathlib.Path("text").absolute()
     assert resumed(tmp_path, mesh={"data": -1}).mesh == {"data": -1}
 
 
-def test_settings_that_differ_from_the_run_are_refused_however_they_came(whole):
+def test_settings_that_differ_from_the_run_raise(whole):
     config = dataclasses.replace(CONFIG, out=whole, resume=True, seed=1)
     with pytest.raises(BadInput, match="--seed was 0, now 1"):
-        rundir.open_run(config, CORPUS)
+        opening.open_run(config, CORPUS)
 
 
 def test_threshold_may_change_and_is_kept(tmp_path):
@@ -334,25 +336,25 @@ def test_threshold_may_change_and_is_kept(tmp_path):
     for typed, steps in ({"threshold": 2.0}, 12), ({}, 20):
         config = resumed(tmp_path, **typed)
         assert config.threshold == 2.0
-        rundir.open_run(config, CORPUS)
+        opening.open_run(config, CORPUS)
         stop = after(steps - 9 if typed else 100, lambda: True)
-        made = training.Trainer(config, CORPUS, tmp_path, TINY, stop, jax.devices()[:1])
+        made = loop.Trainer(config, CORPUS, tmp_path, TINY, stop, jax.devices()[:1])
         assert made.train() == steps
-    lines = rundir.read_metrics(tmp_path)
+    lines = files.read_metrics(tmp_path)
     over = [sum(x > 2.0 for layer in line["max_logits"] for x in layer) for line in lines]
     assert [line["heads_clipped"] for line in lines] == [0] * 9 + over[9:]
     assert sum(over[9:12]) > 0
     assert sum(over[12:]) > 0
 
 
-def test_changed_text_is_refused(whole):
+def test_changed_text_raises(whole):
     other = data.split("tiny", TEXT[:-1] + b"!", 0, CONFIG.seq_len)
     with pytest.raises(BadInput, match=rf"--data was .*{CORPUS.sha256}, now .*{other.sha256}"):
-        rundir.open_run(resumed(whole), other)
+        opening.open_run(resumed(whole), other)
 
 
-def test_default_learning_rate_may_be_named_on_resume(whole):
-    assert rundir.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).done
+def test_default_learning_rate_may_be_passed_on_resume(whole):
+    assert opening.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).done
 
 
 @pytest.mark.parametrize(
@@ -364,7 +366,7 @@ def test_default_learning_rate_may_be_named_on_resume(whole):
     ids=["dtype", "shape"],
 )
 def test_changed_dtype(whole, change, text):
-    made = training.Trainer(CONFIG, CORPUS, whole, TINY, devices=jax.devices()[:1])
+    made = loop.Trainer(CONFIG, CORPUS, whole, TINY, devices=jax.devices()[:1])
     target = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.eval_shape(change, x) if "key" in str(path[-2:]) else x, made.target
     )
@@ -398,7 +400,7 @@ def kill_and_resume(folder, cache, kills, steps, whole, model="gqa"):
         process.communicate()
     ended(start(folder, cache, *flags, "--out", "run", "--resume"))
     assert_equal_runs(folder / "run", whole, steps=steps, model=model)
-    logged = [step for step, _ in lm_cases.scalars(folder / "run")["loss"]]
+    logged = [step for step, _ in tiny_run.scalars(folder / "run")["loss"]]
     assert logged == list(range(1, steps + 1))
 
 
@@ -406,7 +408,7 @@ def test_kill_nine(tmp_path, cache, long):
     kill_and_resume(tmp_path, cache, 3, STEPS, long)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
 def test_kill_nine_at_twenty_moments(tmp_path, cache, model):
     ended(start(tmp_path, cache, "--steps", "240", "--model", model, "--out", "whole"))
@@ -420,10 +422,10 @@ def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache, 
     wait_for(tmp_path / "run" / "checkpoints" / "5")
     process.send_signal(signal.SIGTERM)
     _, last = ended(process).splitlines()
-    steps = [line["step"] for line in rundir.read_metrics(tmp_path / "run")]
+    steps = [line["step"] for line in files.read_metrics(tmp_path / "run")]
     assert (tmp_path / "run" / "checkpoints" / str(steps[-1])).exists()
     assert not (tmp_path / "run" / "summary.json").exists()
-    stopped, command = last.split("; continue with: ")
+    stopped, command = last.split("; to resume: ")
     assert stopped == f"stopped after step {steps[-1]}"
     resume = subprocess.run(
         command, shell=True, cwd=tmp_path, env=environment(cache), capture_output=True, text=True

@@ -6,8 +6,8 @@ import jax
 import pytest
 from flax import nnx
 
-import mla_in_nnx
 import muonclip_jax as mc
+from examples import mla_in_nnx
 from tests.support.strict import needs_capture
 
 pytestmark = needs_capture

@@ -13,8 +13,8 @@ import pytest
 from optax import contrib
 
 import muonclip_jax as mc
-from tests.muon.test_scale_by_muon import assert_same_way, gradients, train
 from tests.support import reference
+from tests.support.training_cases import assert_same_way, gradients, train
 
 
 def _tree(seed=0):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import muonclip_jax as mc
-from muonclip_jax._muon.role_names import ADAMW_ROLES, adamw_role, core
+from muonclip_jax._muon.roles.names import ADAMW_ROLES, adamw_role, core
 
 
 def optimizers(tree, **arguments):

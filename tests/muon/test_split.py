@@ -16,9 +16,9 @@ import optax
 import pytest
 
 import muonclip_jax as mc
-from tests.muon.test_scale_by_muon import assert_same_way, gradients
-from tests.repository.test_docs import run_page
 from tests.support import reference
+from tests.support.pages import run_page
+from tests.support.training_cases import assert_same_way, gradients
 
 PAGE = run_page("choosing.md")
 STEPS = 3

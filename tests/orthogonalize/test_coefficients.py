@@ -7,20 +7,8 @@ import pytest
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.coefficients import as_rows, evaluate
+from tests.support.iteration_cases import PRESETS
 
-PRESETS = (
-    "jordan",
-    "standard",
-    "you",
-    "dion",
-    "polar_express",
-    "polar_express_6",
-    "cans",
-    "deepseek_v4",
-    "cubic5",
-)
-# Two are optax's names of others.
-DISTINCT = tuple(name for name in PRESETS if name not in ("standard", "dion"))
 LENGTHS = dict.fromkeys(PRESETS, 5) | {"polar_express_6": 6, "deepseek_v4": 10}
 
 

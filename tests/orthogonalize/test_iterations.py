@@ -7,22 +7,10 @@ import pytest
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.iterations import gram_cost, restart_windows, standard_cost
-from tests.orthogonalize.test_coefficients import DISTINCT
-from tests.orthogonalize.test_newton_schulz import products
 from tests.support import reference
+from tests.support.iteration_cases import DISTINCT, count_flops, spectra
 
 SHAPES = [(1, 1), (1, 7), (7, 5), (16, 16), (64, 128), (128, 32), (2, 3, 16, 40)]
-
-
-def _spectra(m, n, seed=0):
-    """Gaussian, singular values 1 .. 1e-4, rank 8, and rank one with noise."""
-    rng = np.random.default_rng(seed)
-    u = np.linalg.qr(rng.normal(size=(m, min(m, n))))[0]
-    v = np.linalg.qr(rng.normal(size=(n, min(m, n))))[0]
-    decaying = (u * np.geomspace(1, 1e-4, min(m, n))) @ v.T
-    rank_8 = rng.normal(size=(m, 8)) @ rng.normal(size=(8, n))
-    rank_1 = rng.normal(size=(m, 1)) @ rng.normal(size=(1, n)) + 1e-3 * rng.normal(size=(m, n))
-    return [x.astype(np.float32) for x in (rng.normal(size=(m, n)), decaying, rank_8, rank_1)]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +35,7 @@ def test_gram_form_in_float32_against_float64(name, shape):
     # Measured worst: 3.2e-3 (deepseek_v4, rank 8: the standard form has it too), 6.1e-4 elsewhere;
     # cans, steep at one, 1.6e-3 on rank one, and 4.8e-3 with jaxlib 0.10.0.
     tolerance = 1e-2 if name == "cans" else 4e-3
-    for x in _spectra(*shape):
+    for x in spectra(*shape):
         expected = reference.newton_schulz(x, mc.ns_coefficients(name))
         got = mc.newton_schulz(x, name, method="gram")
         assert reference.relative_error(got, expected) < tolerance
@@ -56,7 +44,7 @@ def test_gram_form_in_float32_against_float64(name, shape):
 @pytest.mark.parametrize("name", DISTINCT)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_restarts_keep_sixteen_bits_bounded(name, dtype):
-    for x in _spectra(64, 128):
+    for x in spectra(64, 128):
         expected = reference.newton_schulz(x, mc.ns_coefficients(name))
         plain, got = (
             np.asarray(mc.newton_schulz(x, name, method=method, dtype=dtype))
@@ -111,17 +99,6 @@ def test_costs_are_the_published_ones(aspect, standard, gram):
         assert gram_cost(tuple((row,) * n for n in lengths), aspect) == expected
 
 
-def _flops(f, x):
-    """FLOPs of all products of a program."""
-    total = 0
-    for product in products(jax.make_jaxpr(f)(x).jaxpr):
-        (left, _), _ = product.params["dimension_numbers"]
-        shape = product.invars[0].aval.shape
-        contracted = np.prod([shape[axis] for axis in left])
-        total += 2 * contracted * np.prod(product.outvars[0].aval.shape)
-    return total
-
-
 @pytest.mark.parametrize("name", ["jordan", "polar_express", "cubic5"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_costs_are_those_of_the_program(name, dtype):
@@ -133,7 +110,7 @@ def test_costs_are_those_of_the_program(name, dtype):
         "gram": gram_cost(restart_windows(rows, dtype), aspect),
     }
     for method, cost in costs.items():
-        found = _flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
+        found = count_flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
         assert found == cost * n**3
 
 
@@ -180,10 +157,10 @@ def test_muon_takes_the_method():
 @pytest.mark.parametrize("name", DISTINCT)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("aspect", [1, 1.5, 2, 4, 16])
-def test_auto_takes_the_form_with_fewer_flops(name, dtype, aspect):
+def test_auto_takes_the_form_with_fewerflops(name, dtype, aspect):
     x = jnp.ones((8, int(8 * aspect)))
     flops = {
-        method: _flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
+        method: count_flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
         for method in ("auto", "standard", "gram")
     }
     assert flops["auto"] == min(flops["standard"], flops["gram"])

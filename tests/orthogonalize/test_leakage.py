@@ -14,9 +14,8 @@ import pytest
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.coefficients import for_sixteen_bits
 from muonclip_jax._orthogonalize.iterations import gram_cost, restart_windows, standard_cost
-from tests.orthogonalize.test_coefficients import DISTINCT
-from tests.orthogonalize.test_iterations import _flops, _spectra
 from tests.support import reference
+from tests.support.iteration_cases import DISTINCT, count_flops, spectra
 
 SEEDS = (0, 1)
 GAUSSIAN = slice(None, None, 4)  # among the matrices of `_matrices`
@@ -42,7 +41,7 @@ def in_blocks(monkeypatch):
 @functools.cache
 def _matrices(shape):
     """Four spectra of each seed, in one stack: one compilation serves all."""
-    return np.stack([x for seed in SEEDS for x in _spectra(*shape, seed=seed)])
+    return np.stack([x for seed in SEEDS for x in spectra(*shape, seed=seed)])
 
 
 @functools.cache
@@ -160,7 +159,7 @@ def test_costs_by_blocks_are_those_of_the_program(aspect, name, dtype):
     costs["auto"] = min(costs.values())
     x = jnp.ones((n, int(aspect * n)))
     for method, cost in costs.items():
-        found = _flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
+        found = count_flops(lambda x, m=method: mc.newton_schulz(x, name, method=m, dtype=dtype), x)
         assert found == cost * n**3
 
 

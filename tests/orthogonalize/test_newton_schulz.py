@@ -9,8 +9,8 @@ import pytest
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.newton_schulz import compute_dtype
-from tests.orthogonalize.test_coefficients import DISTINCT
 from tests.support import reference
+from tests.support.iteration_cases import DISTINCT, products
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (7, 5), (16, 16), (64, 128), (128, 64), (127, 257)]
 PRECONDITIONINGS = ("frobenius", "spectral", "schatten", "aol")
@@ -180,17 +180,6 @@ def test_float64_stays_float64():
         assert y.dtype == jnp.float64
         expected = reference.newton_schulz(x, mc.ns_coefficients("jordan"))
         assert reference.relative_error(y, expected) < 1e-12
-
-
-def products(jaxpr):
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for value in equation.params.values():
-            if hasattr(value, "jaxpr"):
-                yield from products(value.jaxpr)
-            elif hasattr(value, "eqns"):
-                yield from products(value)
 
 
 def test_float32_products_ask_for_the_highest_precision():

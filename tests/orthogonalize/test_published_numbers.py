@@ -6,28 +6,7 @@ import pytest
 
 import muonclip_jax as mc
 from tests.support import reference
-
-# Slope at 0, then the least and the largest of p on [l, 1] for l = 1e-2, 3e-3 and 1e-3.
-RANGES = {
-    "jordan": (485, (0.682, 1.134), (0.682, 1.202), (0.471, 1.202)),
-    "you": (493, (0.978, 1.032), (0.978, 1.145), (0.475, 1.145)),
-    "polar_express": (804, (0.846, 1.124), (0.846, 1.124), (0.729, 1.124)),
-    "polar_express_6": (1448, (0.989, 1.001), (0.989, 1.001), (0.950, 1.001)),
-    "cans": (1049, (0.884, 1.120), (0.884, 1.120), (0.884, 1.120)),
-    "deepseek_v4": (79263, (1.000, 1.001), (1.000, 1.001), (1.000, 1.001)),
-    "cubic5": (119, (0.774, 1.300), (0.353, 1.300), (0.119, 1.300)),
-}
-
-# p(1) and what becomes of 1.01, 1.02 and 1.05; None where it is beyond 1e100.
-ABOVE_ONE = {
-    "jordan": (0.696, 0.688, 0.684, 0.682),
-    "you": (0.978, 1.01, 1.02, 1.03),
-    "polar_express": (1.02, 0.893, 1.11, 0.854),
-    "polar_express_6": (1.0, 0.996, 0.999, 0.990),
-    "cans": (1.01, None, None, None),
-    "deepseek_v4": (1.0, 1.0, 1.0, 1.0),
-    "cubic5": (0.774, -1.20, -0.84, -0.81),
-}
+from tests.support.published_numbers import ABOVE_ONE, RANGES
 
 
 @pytest.mark.parametrize("name", RANGES)

@@ -276,7 +276,9 @@ def test_all_that_was_sown_can_be_passed():
 
 def test_weights_are_not_printed():
     params = tree(query=(D, N, H), key=(D, K, H))
-    with pytest.raises(TypeError, match="layout must be a layout or a tuple of layouts, got "):
+    with pytest.raises(
+        TypeError, match="layout must be a head layout or a tuple of head layouts, got "
+    ):
         mc.qk_clip({"max_logits": jnp.ones(N)}, np.ones(3), cast(Any, params))
 
 

@@ -149,7 +149,7 @@ def test_factors_are_those_of_the_paper(alpha, rope_first):
     np.testing.assert_array_equal(info.gamma[""], [0.25, 1])
 
 
-@pytest.mark.parametrize("shared_key", ["query", "group", "min", "exact"])
+@pytest.mark.parametrize("shared_key", ["query", "group", "exact"])
 def test_rules_for_shared_keys_have_no_say(shared_key):
     params, stats = Form().params(), {"max_logits": jnp.asarray([400.0, 10, 200, 30])}
     expected, _ = mc.qk_clip(params, stats, BASE)

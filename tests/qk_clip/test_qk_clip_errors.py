@@ -117,8 +117,8 @@ def test_a_layer_name_that_only_begins_alike_is_another_layer():
 def test_unknown_leaf_is_refused_and_can_be_declared():
     params = kernels((4, 2, 3), (4, 2, 3), magnitude=jnp.ones(3))
     cure = (
-        "List a leaf that carries the columns of the heads in `scaled_leaves` of the layout, any "
-        "other in `kept_leaves`."
+        "List a leaf with the columns of the heads in `scaled_leaves` of the head layout, any other "
+        "leaf in `kept_leaves`."
     )
     fault = "query/magnitude is in neither scaled_leaves nor kept_leaves."
     assert text_of(params, sown()) == one_fault("(root)", fault, cure)
@@ -330,13 +330,13 @@ def test_not_strict_with_nothing_to_clip_warns_and_reports_nothing():
         (
             ValueError,
             {"shared_key": "mean"},
-            "shared_key must be one of 'query', 'group', 'min', 'exact'; got 'mean'.",
+            "shared_key must be one of 'query', 'group', 'exact'; got 'mean'.",
         ),
         (TypeError, {"where": 1.0}, "where must be True or False, got 1.0."),
         (
             TypeError,
             {"layout": "query"},
-            "layout must be a layout or a tuple of layouts, got 'query'.",
+            "layout must be a head layout or a tuple of head layouts, got 'query'.",
         ),
     ],
 )

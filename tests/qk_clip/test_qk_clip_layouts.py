@@ -82,7 +82,7 @@ FORMS = {
     ),
     "as many heads as columns": Form(heads=8, key_heads=8, bias=True),
 }
-RULES = ["query", "group", "min", "exact"]
+RULES = ["query", "group", "exact"]
 X = draw(99, 2, 7, D)
 
 

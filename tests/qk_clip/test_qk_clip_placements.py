@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from tests.support.sharding_cases import collectives
+from benchmarks.compiled import collectives
 
 KINDS = {
     "explicit": (AxisType.Explicit, AxisType.Explicit),
@@ -111,7 +111,7 @@ def test_mesh_with_axes_of_both_kinds(number):
     [
         ("query", 2, (P(None, "fsdp"), P(), P(None, "fsdp"))),
         ("group", 2, (P(None, "fsdp"), P(), P(None, "fsdp"))),
-        ("min", 2, (P(None, ("fsdp", "tp")), P("fsdp", "tp"), P("tp", "fsdp"))),
+        ("exact", 2, (P(None, ("fsdp", "tp")), P("fsdp", "tp"), P("tp", "fsdp"))),
         ("exact", 1, (P("tp", "fsdp"), P("tp"), P(None, ("fsdp", "tp")))),
         ("exact", 4, (P(None, ("fsdp", "tp")), P(None, "fsdp"), P(None, ("fsdp", "tp")))),
     ],

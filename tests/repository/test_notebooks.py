@@ -148,7 +148,7 @@ def test_the_readme_lists_the_notebooks():
         assert f"{BADGE}({ADDRESS}/{name}.ipynb)" in readme
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "devices"),
     [("quick_start", 8), ("newton_schulz", 8), ("exploding_logits", 8), ("sharding", 1)],

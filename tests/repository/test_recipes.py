@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
-from tests.repository.test_docs import run_page
+from tests.support.pages import run_page
 
 PAGE = "recipes.md"
 D, L, N, K, H, F, V, E = 16, 3, 4, 2, 8, 24, 32, 5  # width, layers, heads, key heads, ...

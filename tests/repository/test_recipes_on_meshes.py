@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from tests.qk_clip import test_qk_clip_recipes as recipes
-from tests.repository.test_docs import run_page
+from tests.support.pages import run_page
 
 TAU = recipes.TAU
 # Kernels as small as these could be stacks of matrices, by their shapes.

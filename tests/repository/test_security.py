@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from lm.checkpoint import Checkpoints
+from examples.language_model.run_folder.checkpoint import Checkpoints
 from tests.support.strict import STRICT
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,9 +43,8 @@ def faults(source):
                     yield f"{node.lineno}: {keyword.arg}={value.value}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_nothing_executes_data(path):
-    assert list(faults(path.read_text())) == []
+def test_nothing_executes_data():
+    assert {str(path): found for path in SOURCES if (found := list(faults(path.read_text())))} == {}
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
+from benchmarks.compiled import Collective, collectives
 from muonclip_jax._sharding import plan as _sharding_plan
 from tests.support.sharding_cases import (
-    Collective,
     Leaf,
-    collectives,
     draw,
     each_kind,
     make_mesh,
@@ -35,27 +34,6 @@ def compiled(leaves, mesh, factory=mc.scale_by_muon, **settings):
 
 def muon(**settings):
     return mc.muon(0.1, weight_decay=0.1, consistent_rms=0.2, **settings)
-
-
-# The reader of compiled programs.
-
-
-def test_collectives_are_read_off_a_program():
-    mesh = make_mesh((8,), "auto")
-
-    def f(x):
-        y = jax.lax.all_to_all(x, "x", 1, 0, tiled=True)
-        y = jax.lax.fori_loop(0, 5, lambda i, y: jax.lax.psum(y * y[0, 0], "x"), y)
-        return jax.lax.all_gather(y.astype(jnp.bfloat16), "x", tiled=True)
-
-    run = jax.shard_map(f, mesh=mesh, in_specs=P("x"), out_specs=P(), check_vma=False)
-    found = collectives(jax.jit(run).lower(jnp.ones((16, 8))).compile())
-    assert sorted(found) == [
-        # The CPU widens bfloat16.
-        Collective("all-gather", 8 * 16 * 4, in_loop=False),
-        Collective("all-reduce", 16 * 4, in_loop=True),
-        Collective("all-to-all", 16 * 4, in_loop=False),
-    ]
 
 
 @pytest.mark.skipif(
@@ -115,7 +93,7 @@ def test_replicas_gather_once(monkeypatch):
     monkeypatch.setattr(_sharding_plan, "FLOPS_PER_BYTE", DEAR)
     leaves = {"a": Leaf((3, 16, 24), P()), "b": Leaf((5, 24, 16), P())}
     found = collectives(compiled(leaves, make_mesh((2, 4))))
-    assert found == [Collective("all-gather", 8 * 16 * 24 * 4, in_loop=False)]
+    assert found == [Collective("all-gather", 8 * 16 * 24 * 4, times=1)]
 
 
 def test_replicas_of_what_moves_gather_once(monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from tests.sharding.test_sharded import QUICKLY
 from tests.support.sharding_cases import assert_close
 
 SHAPES = {"up": (3, 16, 8), "wq": (16, 16), "bias": (16,), "embed": (8, 16)}
@@ -34,7 +33,7 @@ def step_of(tx, jit=True):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), updates, state
 
-    return jax.jit(step, compiler_options=QUICKLY) if jit else step
+    return jax.jit(step) if jit else step
 
 
 @functools.cache

@@ -1,12 +1,6 @@
 """Two processes train and clip as one does, with replicated and with divided weights."""
 
-import os
 import pathlib
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -14,56 +8,15 @@ import numpy as np
 import optax
 import pytest
 
+from tests.support.by_day import by_day
 from tests.support.device_cases import TAU, apply, batch_of, init, muon_of, named_leaves, train
+from tests.support.processes import free_port, run_together
 
 WORKER = pathlib.Path(__file__).parents[1] / "support" / "process_worker.py"
 LIMIT = 180  # seconds; 15 s on two idle cores
 
 
-def run_together(commands, folder, limit):
-    """Runs commands at the same time; fails with what they printed if one fails or takes long."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(WORKER.parents[1])}
-    logs = [folder / f"{rank}.log" for rank in range(len(commands))]
-    processes = []
-    try:
-        for command, log in zip(commands, logs, strict=True):
-            # To a file: a full pipe would stop the process. Its own session: its children too end.
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    [sys.executable, *command],
-                    stdout=output,
-                    stderr=output,
-                    env=environment,
-                    start_new_session=True,
-                )
-            processes.append(process)
-        codes = wait(processes, time.monotonic() + limit)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    printed = "\n".join(f"-- {log.name}\n{log.read_text(errors='replace')}" for log in logs)
-    assert codes == [0] * len(codes), f"exit codes {codes} after at most {limit} s\n{printed}"
-
-
-def wait(processes, end):
-    """Gives the exit codes when all have ended, one has failed, or the time is over."""
-    while time.monotonic() < end:
-        codes = [process.poll() for process in processes]
-        if None not in codes or any(codes):
-            break
-        time.sleep(0.05)
-    return [process.poll() for process in processes]
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 x 2", "2 x 4"])
+@pytest.fixture(scope="module", params=by_day([2, 4], 2), ids=["2 x 2", "2 x 4"])
 def results(request, tmp_path_factory):
     """What each of two processes of so many devices has after training together."""
     folder, port = tmp_path_factory.mktemp("processes"), free_port()

@@ -9,8 +9,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from tests.sharding.test_sharded import DEAR, ONE_STEP, QUICKLY, dear_work  # noqa: F401  (a fixture)
-from tests.support.sharding_cases import Leaf, assert_close, draw, make_mesh, planned, shardings_of
+from tests.support.sharding_cases import (
+    ONE_STEP,
+    Leaf,
+    assert_close,
+    draw,
+    make_mesh,
+    planned,
+    shardings_of,
+)
 
 MEMBERS = 2
 # Each strategy on four devices; see `test_each_strategy_is_here`.
@@ -36,7 +43,7 @@ def stacked(leaves, axis):
 
 @functools.cache
 def on_one_device():
-    run = jax.jit(jax.vmap(update_of()), compiler_options=QUICKLY)
+    run = jax.jit(jax.vmap(update_of()))
     return run(draw(stacked(LEAVES, None)))
 
 
@@ -45,13 +52,13 @@ def check(run, kind):
     leaves = stacked(LEAVES, "x")
     with jax.set_mesh(mesh):
         grads = jax.device_put(draw(leaves), shardings_of(mesh, leaves))
-        got = jax.jit(run, compiler_options=QUICKLY)(grads)
+        got = jax.jit(run)(grads)
     assert_close(got, on_one_device(), 1e-5)
     for name, array in got.items():
         assert array.sharding.is_equivalent_to(grads[name].sharding, array.ndim)
 
 
-def test_each_strategy_is_here(dear_work):  # noqa: F811
+def test_each_strategy_is_here(dear_work):
     mesh = jax.make_mesh((4,), ("y",))
     strategies = {group.strategy() for group in planned(LEAVES, mesh).groups}
     assert strategies == {
@@ -62,16 +69,16 @@ def test_each_strategy_is_here(dear_work):  # noqa: F811
     }
 
 
-def test_vmap_with_members_sharded_by_their_types(dear_work):  # noqa: F811
+def test_vmap_with_members_sharded_by_their_types(dear_work):
     check(jax.vmap(update_of()), "explicit")
 
 
-def test_vmap_with_members_sharded_by_spmd_axis_name(dear_work):  # noqa: F811
+def test_vmap_with_members_sharded_by_spmd_axis_name(dear_work):
     shardings = shardings_of(make_mesh((MEMBERS, 4), "auto"), LEAVES)
     check(jax.vmap(update_of(shardings), spmd_axis_name="x"), "auto")
 
 
-def test_a_jitted_update_is_planned_anew_under_vmap(dear_work):  # noqa: F811
+def test_a_jitted_update_is_planned_anew_under_vmap(dear_work):
     mesh = make_mesh((MEMBERS, 4), "auto")
     shardings = shardings_of(mesh, LEAVES)
     update = jax.jit(update_of(shardings))
@@ -83,7 +90,7 @@ def test_a_jitted_update_is_planned_anew_under_vmap(dear_work):  # noqa: F811
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
-def test_shard_map_over_some_axes_leaves_the_others_to_the_plan(check_vma, dear_work):  # noqa: F811
+def test_shard_map_over_some_axes_leaves_the_others_to_the_plan(check_vma, dear_work):
     def each(grads):
         new = update_of()(jax.tree.map(lambda x: x[0], grads))
         return jax.tree.map(lambda x: x[None], new)

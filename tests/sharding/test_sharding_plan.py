@@ -8,14 +8,7 @@ import pytest
 from muonclip_jax._orthogonalize.matrix_axes import Axes
 from muonclip_jax._sharding import plan as _sharding_plan
 from muonclip_jax._sharding.plan import Placed, make_plan
-
-F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
-
-
-def work(m, n, dtype):
-    """Ten products of an m x m and an m x n matrix, as three steps of the standard form."""
-    del dtype
-    return 20.0 * m * m * n
+from tests.support.sharding_cases import F16, F32, work
 
 
 def leaf(path, shape, *spec, axes=None, dtype: Any = F32):

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 
 from muonclip_jax._orthogonalize.matrix_axes import Axes, sides
 from muonclip_jax._sharding.plan import Placed, make_plan
-from tests.sharding.test_sharding_plan import F32, work
+from tests.support.sharding_cases import F32, work
 
 MESH_SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=3)
 

@@ -13,7 +13,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 LIMIT = 900  # seconds; measured 120 s of processors
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
         reason='libtpu is not installed: pip install "muonclip-jax[tpu]"',

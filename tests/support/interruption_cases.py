@@ -3,20 +3,17 @@
 import contextlib
 import dataclasses
 import json
-import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import chex
 import jax
 
-import train_lm
-from lm import training
-from tests.support.lm_cases import CONFIG, CORPUS, TEXT
-from tests.support.strict import STRICT
+from examples.language_model.training import loop
+from tests.support import program_command
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT
 
 
 class Killed(BaseException):
@@ -35,8 +32,8 @@ def after(calls, then):
 
 def final_state(path, **changes):
     config = dataclasses.replace(CONFIG, preset="tiny", **changes)
-    model = training.make_model(config)
-    made = training.Trainer(config, CORPUS, path, model, devices=jax.devices()[:1])
+    model = loop.make_model(config)
+    made = loop.Trainer(config, CORPUS, path, model, devices=jax.devices()[:1])
     with made.checkpoints() as checkpoints:
         return checkpoints.restore(config.steps, made.target)
 
@@ -70,11 +67,11 @@ def wait_for(path):
 
 
 def environment(cache):
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",  # libtpu, where it is installed, writes to stderr
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    return program_command.environment(
+        JAX_PLATFORMS="cpu",  # libtpu, if it is installed, writes to stderr
+        JAX_COMPILATION_CACHE_DIR=str(cache),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
 
 
 def start(folder, cache, *arguments, **options):
@@ -82,7 +79,7 @@ def start(folder, cache, *arguments, **options):
     (folder / "text").write_bytes(TEXT)
     flags = "--preset tiny --data text --batch-size 4 --seq-len 16 --no-progress".split()
     return subprocess.Popen(
-        [sys.executable, *STRICT, train_lm.__file__, *flags, *arguments],
+        [*program_command.COMMAND, *flags, *arguments],
         cwd=folder,
         env=environment(cache),
         stdout=subprocess.PIPE,

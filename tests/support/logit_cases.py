@@ -9,7 +9,6 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from tests.support.attention_cases import draw
 
-COLLECTIVES = (" all-", " collective-", " reduce-scatter")
 SPECS = {
     "query": P("data", None, "model"),
     "key": P("data", None, "model"),

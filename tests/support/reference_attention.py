@@ -82,7 +82,6 @@ def query_and_key_factors(gammas, key_heads, alpha, rule):
         return list(gammas), [1.0] * key_heads
     queries = {
         "group": lambda g, low: low**alpha,
-        "min": lambda g, low: g**alpha,
         "exact": lambda g, low: g / low ** (1 - alpha),
     }[rule]
     query = [queries(g, least[h // group]) for h, g in enumerate(gammas)]

@@ -1,1 +1,0 @@
-../examples/lm/compiled_cost.py

@@ -1,0 +1,127 @@
+"""Compiles a train step ahead of time, for a TPU topology that need not be attached."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import muonclip_jax as mc
+from benchmarks.tpu import topology_devices
+from examples.language_model.config import BadInput, Config
+from examples.language_model.measurement.cost_table import compile_and_format
+from examples.language_model.models.layers import VOCABULARY
+from examples.language_model.training.mesh import make_mesh, make_shardings
+from examples.language_model.training.optimizer import make_optimizer
+from examples.language_model.training.step import initial_state, make_train_step
+
+
+def report(config: Config, model: nn.Module) -> str:
+    """Compiles the train step for `--aot-topology`, on `--mesh` or on `default_mesh`.
+
+    Args:
+      config: Settings; `aot_topology` is not None.
+      model: The model.
+
+    Returns:
+      Memory, FLOPs, collectives and the sharding plan of Muon, as lines to print.
+
+    Raises:
+      BadInput: if libtpu is not installed or does not support the topology, or the batch is not
+        divisible by the mesh.
+    """
+    chips = _chips(str(config.aot_topology))
+    mesh = make_mesh(config.mesh, chips) if config.mesh else default_mesh(model, chips)
+    config, notes = fit_batch(config, mesh)
+    micro_batch = config.batch_size // config.accumulate
+    shardings = make_shardings(model, mesh, micro_batch)
+    tx = make_optimizer(config, shardings.params)
+    shapes = jax.eval_shape(lambda: initial_state(model, tx, config.seed))
+    state = jax.tree.map(_with_sharding, shapes, shardings.state(tx, shapes))
+    # The training loop passes bytes; a larger vocabulary needs integers.
+    dtype = jnp.uint8 if getattr(model, "vocabulary", VOCABULARY) <= VOCABULARY else jnp.int32
+    shape = (config.accumulate, micro_batch, config.seq_len + 1)
+    text = jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.text(shape))
+    step = jax.jit(
+        make_train_step(model, tx),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), shardings.replicated),
+    )
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, text, np.float32(config.tau))
+    lines = [*_head(config, mesh, state.params), *notes, *shardings.notes]
+    lines += compile_and_format(lowered, chips[0])
+    if config.optimizer != "adamw":
+        lines += [str(mc.sharding_plan(state.params, shardings=shardings.params))]
+    return "\n".join(lines)
+
+
+def default_mesh(model: nn.Module, chips: Sequence[Any]) -> Mesh:
+    """Builds a mesh of fsdp and, with experts, the largest expert axis below the fsdp axis."""
+    experts, count = model.routed.experts if hasattr(model, "routed") else 1, len(chips)
+    fits = [e for e in range(2, count) if experts % e == count % e == 0 and e**2 < count]
+    for size in reversed(fits):
+        with contextlib.suppress(BadInput):  # the torus has no such side
+            return make_mesh({"fsdp": -1, "expert": size}, chips)
+    return make_mesh(None, chips)
+
+
+def _chips(topology: str) -> list[Any]:
+    """Returns the devices of a topology, which need not be attached."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise BadInput("--aot-topology: libtpu is not installed; run pip install '.[tpu]'")
+    try:
+        return topology_devices(topology)
+    except Exception as error:  # libtpu raises several types
+        text = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"--aot-topology {topology}: not supported by libtpu ({text}); v5p:2x2x1 is"
+        ) from error
+
+
+def fit_batch(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
+    """Grows the default batch to one sequence per chip and micro-batch.
+
+    Args:
+      config: Settings.
+      mesh: Mesh.
+
+    Returns:
+      Settings with a batch that is divisible by the mesh, and a note if it was changed.
+
+    Raises:
+      BadInput: if a batch size other than the default is not divisible.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    least = config.accumulate * ways
+    if config.batch_size % least == 0:
+        return config, []
+    if config.batch_size != Config.batch_size:
+        raise BadInput(
+            f"--batch-size: got {config.batch_size} with {config.accumulate} micro-batches on"
+            f" {ways} chips, expected a multiple of {least}"
+        )
+    note = f"--batch-size: {least} instead of {Config.batch_size}, 1 per chip and micro-batch"
+    return dataclasses.replace(config, batch_size=least), [note]
+
+
+def _with_sharding(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _head(config: Config, mesh: Mesh, params: Any) -> list[str]:
+    """Describes what is compiled, and for which devices."""
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    return [
+        f"{config.aot_topology}: {mesh.size} chips{', mesh ' + axes if axes else ''}",
+        f"{config.model} {config.preset}, {count:,} parameters, {config.dtype}; per step"
+        f" {config.batch_size} sequences of {config.seq_len} in {config.accumulate} micro-batches",
+    ]

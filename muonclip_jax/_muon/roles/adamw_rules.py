@@ -1,0 +1,145 @@
+"""Rules that assign a parameter to AdamW: names, biases, routers, vectors of stacked layers."""
+
+from muonclip_jax._muon.roles import names
+from muonclip_jax._muon.roles.decision import Decision
+from muonclip_jax._muon.roles.evidence import Evidence
+from muonclip_jax._muon.roles.modules import Leaf, Path
+from muonclip_jax._muon.roles.orientation import has_fitting_bias, is_matrix_of_adaptive_norm
+
+# How many times longer than wide tables of embeddings are, at least.
+_MUCH_LONGER = 8
+
+
+def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """A component of the path names a role, unless the shapes beside it contradict."""
+    if leaf.role is None:
+        return None
+    role, name = leaf.role
+    doubt = ""
+    if role.name == "norm":
+        if is_matrix_of_adaptive_norm(leaf, evidence, name):
+            return None
+        inside = leaf.core[leaf.core.index(name) + 1 :]
+        is_vector = bool(inside) and names.matches("scale|gain|bias|offset", inside[0])
+        if len(inside) > 1 and len(leaf.shape) > 1 and leaf.is_inside and not is_vector:
+            doubt = "it may be the matrix of an adaptive norm"
+    if role.name == "embedding" and leaf.is_inside and not leaf.has(names.PATCHES):
+        if _is_dense(leaf, evidence, name):
+            return None
+        doubt = _doubt_table(leaf, evidence, name)
+    if role.where == "top":
+        if _is_hidden_layer(leaf, evidence, name):
+            return None
+        if len(leaf.shape) == 2 and leaf.shape[0] == leaf.shape[1]:
+            doubt = "its inputs and outputs have equal sizes, as in hidden layers"
+    return Decision(None, f"{role.name} '{name}'", doubt)
+
+
+def _is_dense(leaf: Leaf, evidence: Evidence, name: str) -> bool:
+    """Returns whether a parameter is a dense layer that computes the embedding of a time step."""
+    if not names.matches(names.COMPUTED, name):
+        return False
+    has_bias = len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence)
+    return has_bias or leaf.name != name or names.matches(names.DENSE, name)
+
+
+def _doubt_table(leaf: Leaf, evidence: Evidence, name: str) -> str:
+    """Doubts that a parameter below the name of an embedding is a table."""
+    if len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence):
+        return f"the bias beside it fits a dense layer, although '{name}' names an embedding"
+    is_long = len(leaf.shape) > 1 and max(leaf.shape) >= _MUCH_LONGER * min(leaf.shape)
+    if names.matches(names.DENSE, leaf.name) and len(leaf.shape) > 1 and not is_long:
+        return f"'{leaf.name}' may be a dense layer, although '{name}' names an embedding"
+    return ""
+
+
+def _is_hidden_layer(leaf: Leaf, evidence: Evidence, name: str) -> bool:
+    """Returns whether projections beside `output`, `out_layer` or `w_out` make it no head."""
+    module = leaf.core[: len(leaf.core) - len(names.near(leaf.core))]
+    if not evidence.is_root(module):
+        first = name.lower().replace("out", "in")
+        if name == "proj_out" or (first != name.lower() and evidence.has_child(module, first)):
+            return True
+    return evidence.has_child(module, names.INTO_HEADS)
+
+
+def state_space(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """`B`, `C`, `P` and `A_re` beside `log_step` or `Lambda_re` act on each channel alone."""
+    name, module = leaf.core[-1], leaf.core[:-1]
+    if not names.matches(names.STATE_SPACE_MATRICES, name):
+        return None
+    if any(names.matches(names.STATE_SPACE, n) for n in evidence.children[module] if n != name):
+        return Decision(None, f"state-space parameter '{name}'")
+    return None
+
+
+def short_bias(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """`b` beside `w` or `kernel` is a bias, as in Haiku; LoRA has matrices `a` and `b`."""
+    name, beside = leaf.core[-1], evidence.children[leaf.core[:-1]]
+    if name.endswith("_b") and any(name[:-2] + end in beside for end in names.MATRIX_SUFFIXES):
+        return Decision(None, f"bias '{name}'")
+    is_low_rank = names.matches(names.FROM_LOW_RANK, name) or f"{name[:-1]}a" in beside
+    is_bias = name.endswith("_b") and not is_low_rank and not leaf.is_lora
+    if not (names.matches("b", name) and name[0] == "b") and not is_bias:
+        return None
+    if any(matrix in beside for matrix in ("w", "kernel", "weight", f"w{name[1:]}")):
+        return Decision(None, f"bias '{name}'")
+    if len(leaf.shape) < 2 or {"a", "A"} & beside or leaf.is_lora:
+        return None
+    return Decision(None, f"bias '{name}'", "nothing beside it shows that it is a bias")
+
+
+def router(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """A matrix of (inputs, experts) beside stacks or series of that number of experts."""
+    for depth, name in enumerate(leaf.core):
+        is_gate = names.matches(names.GATE, name)
+        if is_gate and evidence.has_child(leaf.core[:depth], names.EXPERTS):
+            return Decision(None, f"router '{name}' beside experts")
+    _, shape = evidence.layer_of(leaf)
+    name = leaf.core[len(leaf.module)]
+    if len(shape) < 2 or names.matches(names.INTO_HEADS, name):
+        return None
+    is_gate = names.matches(names.GATE, name)
+    stacks = evidence.experts(leaf.module)
+    orders = [(shape[-1], shape[-2])]
+    if is_gate or leaf.is_inside:
+        orders.append((shape[-2], shape[-1]))  # outputs first
+    for count, inputs in orders:
+        sides = stacks.get((shape[:-2], count), [])
+        fitting = [pair for pair in sides if inputs in pair]
+        if count > 1 and ((is_gate and sides) or len(fitting) > 1):
+            return Decision(None, f"router '{name}' beside {len(sides)} stacks of {count} experts")
+        if count > 1 and _has_series(leaf.module, count, evidence, any_name=is_gate):
+            return Decision(None, f"router '{name}' beside {count} numbered modules")
+    if is_gate and leaf.module and not evidence.has_child(leaf.module, names.BESIDE_GATE):
+        if names.matches(names.MIXTURES, leaf.module[-1]):
+            return Decision(None, f"router '{name}' of '{leaf.module[-1]}'")
+    return None
+
+
+def _has_series(module: Path, count: int, evidence: Evidence, *, any_name: bool) -> bool:
+    """Returns whether a module has `count` numbered experts, as a list or as children.
+
+    With `any_name`, numbered modules of every name count as experts.
+    """
+    children = [c for c in evidence.children[module] if any_name or names.matches(names.EXPERTS, c)]
+    series = [[c for c in children if names.is_numbered(c)]]
+    series += [[*evidence.children.get((*module, child), ())] for child in children]
+    return any(len(s) == count and all(map(names.is_numbered, s)) for s in series)
+
+
+def few_axes(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """Vectors and scalars, also where a stack of layers adds an axis."""
+    if len(leaf.shape) < 2:
+        return Decision(None, "fewer than two axes")
+    stack, shape = evidence.layer_of(leaf)
+    if len(shape) < 2:
+        return Decision(None, "fewer than two axes in each layer of a stack")
+    if not stack.known and len(leaf.shape) == 2 and (shared := evidence.shared_axis(leaf)):
+        module, count = shared
+        reason = f"stacked vector: {count} parameters of '{'/'.join(module)}' share the first axis"
+        doubt = ""
+        if names.matches(names.MATRIX_NAMES, leaf.core[-1]):
+            doubt = f"it has a matrix's name, and all of them have a first axis of {leaf.shape[0]}"
+        return Decision(None, reason, doubt)
+    return None

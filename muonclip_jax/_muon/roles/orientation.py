@@ -1,0 +1,245 @@
+"""Which side of a matrix is its inputs: by its bias, by names and widths, by other parameters."""
+
+import re
+from typing import NamedTuple
+
+from muonclip_jax._muon.roles import names
+from muonclip_jax._muon.roles.decision import Decision, RoleSettings
+from muonclip_jax._muon.roles.evidence import Evidence
+from muonclip_jax._muon.roles.kernels import (
+    fused_axis,
+    heads_name,
+    is_expert,
+    numbers_of,
+    partners,
+)
+from muonclip_jax._muon.roles.modules import Leaf, Shape
+
+
+class _Fit(NamedTuple):
+    """Axes of a kernel that a bias determines, as axes of one layer."""
+
+    inputs: Shape
+    outputs: Shape
+    outputs_first: bool
+
+
+def _fits(shape: Shape, bias: Shape, outputs_first: bool) -> list[_Fit]:
+    """Lists the ways in which a bias is batch axes, then the outputs of a kernel."""
+    found = []
+    for batch in range(min(len(bias), len(shape) - 1)):
+        outputs = bias[batch:]
+        rest = len(shape) - batch - len(outputs)
+        if bias[:batch] != shape[:batch] or rest < 1:
+            continue
+        start = batch if outputs_first else batch + rest
+        if shape[start : start + len(outputs)] == outputs:
+            own = tuple(range(start, start + len(outputs)))
+            others = tuple(axis for axis in range(batch, len(shape)) if axis not in own)
+            found.append(_Fit(others, own, outputs_first))
+    return found
+
+
+def bias_fit(leaf: Leaf, evidence: Evidence) -> tuple[_Fit | None, bool]:
+    """Finds the axes that the bias beside a kernel shows, and whether both conventions fit."""
+    bias = evidence.bias_of(leaf)
+    if bias is None:
+        return None, False
+    stack, shape = evidence.layer_of(leaf)
+    size = stack.without(bias.shape)
+    convolution = len(size) > 1 and size[-1] == 1
+    while len(size) > 1 and size[-1] == 1:
+        size = size[:-1]
+    first = [] if convolution else _fits(shape, size, outputs_first=False)
+    last = _fits(shape, size, outputs_first=True)
+    if not first:
+        return (last[-1], False) if last else (None, False)
+    fit = first[0] if heads_name(leaf, evidence) else first[-1]
+    both = any({*f.inputs, *f.outputs} == {*fit.inputs, *fit.outputs} for f in last)
+    return fit, both
+
+
+def has_fitting_bias(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a kernel has a bias that fits, as dense layers and convolutions have."""
+    if len(leaf.shape) < 2 or not names.matches(names.MATRIX_NAMES, leaf.core[-1]):
+        return False
+    return len(evidence.layer_of(leaf)[1]) > 1 and bias_fit(leaf, evidence)[0] is not None
+
+
+def is_matrix_of_adaptive_norm(leaf: Leaf, evidence: Evidence, norm: str) -> bool:
+    """Returns whether a parameter below a norm is a matrix that computes gains from an input."""
+    inside = leaf.core[leaf.core.index(norm) + 1 :]
+    if not inside or not names.matches(names.MATRIX_NAMES, leaf.core[-1]):
+        return False
+    bias = evidence.bias_of(leaf)
+    if bias and has_fitting_bias(leaf, evidence) and leaf.shape != bias.shape:
+        return True
+    stack, shape = evidence.layer_of(leaf)
+    return stack.known and len(inside) > 1 and len(shape) > 1
+
+
+def by_bias(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """A kernel of three axes or more beside a bias, whose axes are the outputs."""
+    stack, shape = evidence.layer_of(leaf)
+    if len(shape) < 3:
+        return None
+    fit, both = bias_fit(leaf, evidence)
+    if fit is None:
+        return None
+    is_stacked_heads = heads_name(leaf, evidence) is not None and len(fit.inputs) == 1
+    if is_stacked_heads and fit.inputs[0] > 0 and len(fit.outputs) == 1 and stack.known:
+        return None
+    if len(fit.inputs) == len(fit.outputs) == 1:
+        return None  # a stack of matrices: `last_two_axes` decides which side is which
+    fused = fused_axis(leaf.name, shape)
+    fit = fit._replace(outputs=tuple(axis for axis in fit.outputs if axis != fused))
+    reason = "inputs x outputs, as its bias shows"
+    if fit.outputs_first or (both and settings.outputs_first):
+        reason += ", outputs first"
+    return Decision(numbers_of(leaf, stack, fit.inputs, fit.outputs), reason)
+
+
+def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision:
+    """The last two axes are a matrix, and the axes before them number matrices."""
+    stack, shape = evidence.layer_of(leaf)
+    last = len(shape) - 1
+    outputs_first, reason, doubt = _orientation(leaf, evidence, settings)
+    is_unknown = stack.known or _is_beside_heads(leaf, evidence)
+    is_unknown &= not _is_named_stack(leaf)
+    if is_unknown and last > 1 and not doubt and not _is_batch(leaf, evidence):
+        doubt = f"nothing shows whether the axes {shape} are matrices or heads"
+    sides = ((last,), (last - 1,)) if outputs_first else ((last - 1,), (last,))
+    return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
+
+
+def _is_named_stack(leaf: Leaf) -> bool:
+    """Returns whether names show that a third axis numbers layers or experts, and no heads."""
+    is_mlp = names.matches(f"{names.FROM_RESIDUAL}|{names.TO_RESIDUAL}", leaf.name)
+    return is_mlp or any(names.matches(names.STACKS, part) for part in leaf.core[:-1])
+
+
+def _is_beside_heads(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a parameter is beside projections into heads that begin with another size."""
+    beside = partners(leaf.module, "in", evidence).values()
+    return any(len(p.shape) > 2 and p.shape[0] != leaf.shape[0] for p in beside)
+
+
+def _is_batch(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether something shows that the first axes of one layer number matrices."""
+    if is_expert(leaf, evidence) or bias_fit(leaf, evidence)[0] is not None:
+        return True
+    module, name = leaf.module, leaf.name
+    shape = evidence.layer_of(leaf)[1]
+    beside = evidence.experts(module).get((shape[:-3], shape[-3]), [])
+    return len(beside) > 1 or shape[-3] <= 4 or "lora" in name.lower()
+
+
+def _orientation(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> tuple[bool, str, str]:
+    """Decides whether a matrix is stored (outputs, inputs), with the reason and a doubt."""
+    by_bias, by_name = _orientation_by_bias(leaf, evidence), _orientation_by_name(leaf, evidence)
+    if settings.outputs_first is not None:
+        doubt = ""
+        if by_bias not in (None, settings.outputs_first):
+            doubt = f"outputs_first={settings.outputs_first}, but its bias fits the other axis"
+        return settings.outputs_first, _reason(settings.outputs_first, "as set"), doubt
+    if by_bias is not None:
+        return by_bias, _reason(by_bias, "as its bias shows"), ""
+    convention = evidence.convention.get(leaf.core[-1])
+    if _is_inputs_first_by_custom(leaf):
+        by_name = None
+    elif convention is not None and names.matches(names.FROM_OTHERS, leaf.name):
+        by_name = None  # cross-attention: the inputs have another width
+    if by_name is not None:
+        return by_name, _reason(by_name, "as its name and the widths show"), ""
+    if convention is not None:
+        return convention, _reason(convention, "as others in this pytree"), ""
+    return False, "last two axes", _doubt_storage(leaf, evidence) if settings.scale_by_sides else ""
+
+
+def _doubt_storage(leaf: Leaf, evidence: Evidence) -> str:
+    """Doubts that a matrix is stored (inputs, outputs) where nothing but custom shows it."""
+    shape = evidence.layer_of(leaf)[1]
+    if shape[-1] == shape[-2]:
+        return ""
+    if re.fullmatch(r"weight(_\w+)?|\w*weight", leaf.core[-1]):  # not AlphaFold's `weights`
+        return "nothing shows whether it is stored (inputs, outputs); set outputs_first"
+    if leaf.core[-1] == "gating_einsum":
+        return "Gemma's code stores it (inputs, outputs) or (outputs, inputs)"
+    return _gate_like_down(leaf, shape, evidence)
+
+
+def _gate_like_down(leaf: Leaf, shape: Shape, evidence: Evidence) -> str:
+    """Doubts a projection from the residual stream with the shape of the projection back to it."""
+    module, name = leaf.module, leaf.name
+    if not names.matches(names.FROM_RESIDUAL, name):
+        return ""
+    for child in evidence.children.get(module, ()):
+        if names.matches(f"{names.TO_RESIDUAL}|linear", child):
+            for path in ((*module, child), *((*module, child, k) for k in ("kernel", "w"))):
+                back = evidence.by_core.get(path)
+                if back and evidence.layer_of(back)[1][-2:] == shape[-2:]:
+                    return f"it has the shape of '{child}', which projects in the other direction"
+    return ""
+
+
+def _reason(outputs_first: bool, why: str) -> str:
+    return f"last two axes, outputs first {why}" if outputs_first else "last two axes"
+
+
+def _orientation_by_bias(leaf: Leaf, evidence: Evidence) -> bool | None:
+    fit, both = bias_fit(leaf, evidence)
+    if fit is None or both or len(fit.inputs) != 1 or len(fit.outputs) != 1:
+        return None
+    return fit.outputs_first
+
+
+def _is_inputs_first_by_custom(leaf: Leaf) -> bool:
+    """Returns whether a parameter has the name that Flax or Haiku store as (inputs, outputs)."""
+    return leaf.core[-1] in ("kernel", "w") and not leaf.name.endswith("einsum")
+
+
+def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
+    """Compares the sides of projections from and to the residual stream with its width."""
+    name = leaf.name
+    shape = evidence.layer_of(leaf)[1][-2:]
+    widths = evidence.widths(leaf) & {evidence.embedded, evidence.usual_width}
+    inside = [n in widths for n in shape]
+    if sum(inside) != 1:
+        return None
+    if names.matches(names.FROM_RESIDUAL, name) or names.matches(names.INTO_HEADS, name):
+        return inside[1]
+    if names.matches(names.TO_RESIDUAL, name) or names.matches(names.OUT_OF_HEADS, name):
+        return inside[0]
+    return None
+
+
+def find_convention(evidence: Evidence) -> dict[str, bool]:
+    """Finds, by the name of the parameter, whether all matrices that show it are outputs first."""
+    found: dict[str, tuple[set[bool | None], set[bool | None]]] = {}
+    for leaf in evidence.leaves:
+        if leaf.role is None and len(evidence.layer_of(leaf)[1]) == 2:
+            by_bias, by_name = found.setdefault(leaf.core[-1], (set(), set()))
+            by_bias.add(_orientation_by_bias(leaf, evidence))
+            if not _is_inputs_first_by_custom(leaf):
+                by_name.add(_orientation_by_name(leaf, evidence))
+    convention = {}
+    for name, votes in found.items():
+        for vote in votes:
+            shown = {first for first in vote if first is not None}
+            if len(shown) == 1:
+                convention[name] = shown.pop()
+                break
+            if shown:
+                break
+    return convention
+
+
+def gated_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """(inputs, 2, outputs): gate and up in one parameter."""
+    del settings
+    name = leaf.name
+    stack, shape = evidence.layer_of(leaf)
+    is_pair = len(shape) == 3 and shape[1] == 2 and names.matches(names.GATED_PAIR, name)
+    if not is_pair or (not stack.known and shape[0] < 8):
+        return None
+    return Decision(numbers_of(leaf, stack, (0,), (2,)), f"gate and up '{name}'")

@@ -1,0 +1,107 @@
+"""Evidence that a head layout would scale wrong columns, although all sizes divide.
+
+The names and shapes of the other children of an attention module contradict the layout. The module
+then raises, and the user confirms or corrects the layout; nothing here chooses a layout.
+"""
+
+from collections.abc import Collection, Mapping
+
+from muonclip_jax._qk_clip.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._qk_clip.module_names import is_out_projection, letters, names_keys_and_values
+
+_IF_FUSED = (
+    "If it holds keys and values, pass key_kernel with a 2 for the axis that stacks them, such as "
+    "key_kernel='inputs (2 heads head_dim)' (all keys, then all values) or "
+    "'inputs (heads 2 head_dim)' (key and value of each head); if it holds keys alone, pass its "
+    "pattern as key_kernel."
+)
+
+
+def swapped_axes(
+    layout: HeadLayout, kernels: Mapping[str, Leaf], stack: int, heads: int, head_dim: int
+) -> str | None:
+    """Describes inputs and outputs that look swapped.
+
+    Queries and keys have the same inputs. Kernels of two axes with unequal inputs, which would be
+    equal in the other order, are in the other order.
+
+    Args:
+      layout: A layout with one pattern for both kernels.
+      kernels: The query kernel and the key kernel, by module name.
+      stack: Number of stack axes.
+      heads: Number of query heads.
+      head_dim: Width of a key head.
+
+    Returns:
+      The fault, or None.
+    """
+    query, key = (kernels[name] for name in layout.modules)
+    pattern = layout.patterns[layout.modules[0]]
+    if len(pattern.axes) != 2:
+        return None
+    inputs_first = 1 if pattern.input_axis == 0 else -1
+    (q_in, q_out), (k_in, k_out) = (
+        layout.split(leaf.shape, stack)[1][::inputs_first] for leaf in (query, key)
+    )
+    key_heads, remainder = divmod(k_in, head_dim)
+    fits_swapped = q_out == k_out and q_in == heads * head_dim and not remainder
+    if q_in != k_in and fits_swapped and heads % key_heads == 0:
+        return (
+            f"{query} and {key} have unequal inputs under {layout.kernel!r}, and equal ones under "
+            f"{str(pattern.mirrored())!r}: pass that kernel=, or key_kernel= to confirm this one."
+        )
+    return None
+
+
+def values_in_key_kernel(
+    modules: Collection[str], key: Leaf, children: Collection[str]
+) -> str | None:
+    """Describes a key kernel that seems to hold the values too.
+
+    Args:
+      modules: Names of the query module and of the key module.
+      key: The key kernel.
+      children: Names of all children of the attention module.
+
+    Returns:
+      The fault, or None.
+    """
+    others = [name for name in children if name not in modules]
+    if names_keys_and_values(key.path.partition("/")[0]):
+        return f"{key} seems to hold keys and values, so its key heads do not fit. {_IF_FUSED}"
+    elif others and all(map(is_out_projection, others)):
+        there = ", ".join(map(repr, sorted(children)))
+        return f"no value module beside {there}, so {key} may hold keys and values. {_IF_FUSED}"
+    return None
+
+
+def gate_in_query_heads(
+    query: Leaf, stack: int, heads: int, head_dim: int, key: Leaf, children: Children
+) -> str | None:
+    """Describes query heads that seem to hold a gate too, counted as part of `head_dim`.
+
+    If values have the shape of keys, attention outputs heads of `head_dim` columns, and these are
+    a side of the output projection.
+
+    Args:
+      query: The query kernel.
+      stack: Number of stack axes.
+      heads: Number of query heads.
+      head_dim: Width of a key head.
+      key: The key kernel.
+      children: All children of the attention module.
+
+    Returns:
+      The fault, or None.
+    """
+    values = [shape for name in children if letters(name) == {"v"} for shape in children[name]]
+    outs = [shape for name in children if is_out_projection(name) for shape in children[name]]
+    outs = [shape for shape in outs if len(shape) > stack + 1]
+    fits = any(heads * head_dim in shape or {heads, head_dim} <= {*shape} for shape in outs)
+    if key.shape in values and outs and not fits:
+        return (
+            f"{query} gives {heads} heads of {head_dim} columns, but the output projection "
+            f"{outs[0]} has no side of {heads * head_dim}; query heads that hold a gate too need "
+            "query_dim=, and head_dim= is the width of a key head."
+        )
+    return None

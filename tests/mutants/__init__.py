@@ -1,0 +1,1 @@
+"""Deliberate faults in the package, each of which a test that runs by day has to see."""
