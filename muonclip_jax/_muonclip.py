@@ -39,6 +39,7 @@ from muonclip_jax._muon.scale_by_muon import (
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
 from muonclip_jax._qk_clip.head_layout import HeadLayout
 from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
@@ -66,7 +67,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    layout: HeadLayout | tuple[HeadLayout, ...] = MultiHeadLayout(),
+    layout: HeadLayout | tuple[HeadLayout, ...] | Analysis = MultiHeadLayout(),
     threshold: optax.ScalarOrSchedule | None = 100.0,
     alpha: Scalar = 0.5,
     shared_key: str = "query",
@@ -210,8 +211,10 @@ def muonclip(
     return _then_clip(optimizer, clip, threshold)
 
 
-def _heads(layout: HeadLayout | tuple[HeadLayout, ...]) -> tuple[HeadPatterns, ...]:
+def _heads(layout: HeadLayout | tuple[HeadLayout, ...] | Analysis) -> tuple[HeadPatterns, ...]:
     """Lists for each layout the modules that project into heads, with the axes of their kernels."""
+    if isinstance(layout, Analysis):
+        return ()  # its dimension numbers are passed on their own
     layouts = layout if isinstance(layout, tuple) else (layout,)
     return tuple(
         {name: (pattern.axes, one.stack_axis) for name, pattern in one.patterns.items()}

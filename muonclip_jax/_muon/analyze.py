@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._muon.roles import decide
+from muonclip_jax._muon.roles.rules import decide
 from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._program.analyze import analyze_program
 from muonclip_jax._program.roles import Role

@@ -139,6 +139,26 @@ def describe(
     return _with_key_heads(site)
 
 
+def distinct(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
+    """Gives sites that share a path, but no query parameters, the paths of their queries.
+
+    Args:
+      sites: Attention sites in the order of the program.
+
+    Returns:
+      The same sites.
+    """
+    queries: dict[str, set[tuple[str, ...]]] = {}
+    for site in sites:
+        queries.setdefault(site.path, set()).add(site.query)
+    return [
+        dataclasses.replace(site, path=site.query[-1].removeprefix("params/"))
+        if len(queries[site.path]) > 1 and site.query
+        else site
+        for site in sites
+    ]
+
+
 def _with_key_heads(site: AttentionSite) -> AttentionSite:
     """Counts the key heads; a map that cannot be computed is one more fault."""
     if site.faults:

@@ -9,7 +9,7 @@ import numpy as np
 
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._program.describe import AttentionSite, closed_site, describe
+from muonclip_jax._program.describe import AttentionSite, closed_site, describe, distinct
 from muonclip_jax._program.graph import DATA, Graph, Node
 from muonclip_jax._program.rules import has_rule
 from muonclip_jax._program.sites import Traced, trace
@@ -112,7 +112,7 @@ def read(traced: Call, kernels: Collection[str] = ()) -> Program:
     found, suspects = softmaxes(graph)
     attentions = [trace(softmax) for softmax in found]
     shapes = [node.shape for node in graph.parameters]
-    sites = [describe(one, traced.paths, shapes) for one in attentions]
+    sites = distinct([describe(one, traced.paths, shapes) for one in attentions])
     closed = [node for node in graph.nodes if node in graph.live and node.out == 0]
     opaque = [n for n in closed if n.op == "opaque" and _has_two_activations(n)]
     hooked = [n for n in closed if n.op == "kernel"]

@@ -10,7 +10,7 @@ arXiv 2507.20534, algorithm 1, lines 8 to 17).
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +21,13 @@ from jaxtyping import Array, Bool, Float
 from muonclip_jax._common.resharding import placed_like, unsharded
 from muonclip_jax._common.settings import check_settings, flag, shown
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._qk_clip.attention_module import AttentionModule
+from muonclip_jax._qk_clip.by_analysis import ClippedSite, clipped_sites, site_factors
 from muonclip_jax._qk_clip.errors import check_matching
+from muonclip_jax._qk_clip.head_factors import power
 from muonclip_jax._qk_clip.head_layout import HeadLayout
 from muonclip_jax._qk_clip.info import QKClipInfo, clip_info, is_nonfinite
-from muonclip_jax._qk_clip.kernel_pattern import Columns
 from muonclip_jax._qk_clip.matching import match
 from muonclip_jax._qk_clip.module_faults import fits
 from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
@@ -35,7 +37,7 @@ from muonclip_jax._qk_clip.one_reduction import Sown, maxima_over_batch
 def qk_clip(
     params: ArrayTree,
     max_logits: ArrayTree,
-    layout: HeadLayout | tuple[HeadLayout, ...] = MultiHeadLayout(),
+    layout: HeadLayout | tuple[HeadLayout, ...] | Analysis = MultiHeadLayout(),
     *,
     threshold: Scalar = 100.0,
     alpha: Scalar = 0.5,
@@ -57,7 +59,8 @@ def qk_clip(
         maximum is taken over all axes but stacked layers and heads. The name `max_logits_bound`
         marks an upper bound, which may clip early and is counted.
       layout: Head layout: the names of the query and key modules, and the axes of their kernels. Of
-        a tuple, the first layout that fits a module is used for it.
+        a tuple, the first layout that fits a module is used for it. An `Analysis` needs no names:
+        see `analyze`.
       threshold: τ, in units of a logit. Infinity never clips, and still fills the info.
       alpha: Share of the query in γ, in [0, 1].
       shared_key: Rule for query heads that share a key head, with g the smallest γ of them and
@@ -93,29 +96,31 @@ def qk_clip(
       Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1, lines 8 to 17.
     """
     check_settings("qk_clip", locals(), schedules=False, rules=_RULES)
-    head_layouts = layout if isinstance(layout, tuple) else (layout,)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     watching = _is_infinite(threshold)
-    found = match(
-        params, max_logits, head_layouts, ignore, functools.partial(fits, watching=watching)
-    )
-    skipped = check_matching(found, strict=strict, watching=watching)
-    modules = found.matched
+    clipped: Sequence[ClippedSite | AttentionModule]
+    if isinstance(layout, Analysis):
+        clipped, skipped = clipped_sites(
+            params, max_logits, layout, ignore, strict=strict, watching=watching
+        )
+    else:
+        head_layouts = layout if isinstance(layout, tuple) else (layout,)
+        is_fitting = functools.partial(fits, watching=watching)
+        found = match(params, max_logits, head_layouts, ignore, is_fitting)
+        skipped = check_matching(found, strict=strict, watching=watching)
+        clipped = found.matched
 
     s = maxima_over_batch(
-        Sown(module.name, entry, module.stat_axes)
-        for module in modules
-        for entry in module.max_logits
+        Sown(one.name, entry, one.stat_axes) for one in clipped for entry in one.max_logits
     )
     # Unsharded, or XLA propagates the sharding of one kernel to another through their gamma.
     gamma = {name: unsharded(_gamma(s_h, threshold, where)) for name, s_h in s.items()}
     leaves, treedef = jax.tree.flatten(params)
-    for module in modules:
-        columns = _column_factors(module, gamma[module.name], alpha, shared_key)
-        for child, leaf in module.scaled:
-            factor = columns[child].for_leaf(len(leaf.shape), module.head_layout.stack_axis)
-            leaves[leaf.position] = _scaled(jnp.asarray(leaves[leaf.position]), factor)
-    bounds = sum(module.is_bound for module in modules)
+    for one in clipped:
+        factors = site_factors if isinstance(one, ClippedSite) else _module_factors
+        for position, factor in factors(one, gamma[one.name], alpha, shared_key):
+            leaves[position] = _scaled(jnp.asarray(leaves[position]), factor)
+    bounds = sum(one.is_bound for one in clipped)
     counts = {"skipped_modules": skipped, "bound_modules": bounds}
     return treedef.unflatten(leaves), clip_info(s, gamma, ever_clipped, **counts)
 
@@ -163,32 +168,29 @@ def query_and_key_factors(
       ([0.5, 2.0], [0.5])
     """
     if key_heads == gamma.shape[-1]:
-        return _power(gamma, alpha), _power(gamma, 1 - alpha)
+        return power(gamma, alpha), power(gamma, 1 - alpha)
     groups = gamma.reshape(*gamma.shape[:-1], key_heads, -1)
     g = jnp.min(groups, axis=-1, keepdims=True)
     if shared_key == "query":
         query, key = groups, jnp.ones_like(g)
     elif shared_key == "group":
-        query, key = jnp.broadcast_to(_power(g, alpha), groups.shape), _power(g, 1 - alpha)
+        query, key = jnp.broadcast_to(power(g, alpha), groups.shape), power(g, 1 - alpha)
     else:
-        key = _power(g, 1 - alpha)
+        key = power(g, 1 - alpha)
         query = jnp.where(key == 1, groups, groups / key)
     return query.reshape(gamma.shape), key[..., 0]
 
 
-def _power(gamma: Float[Array, "..."], exponent: Scalar) -> Float[Array, "..."]:
-    """Raises to a power; exactly 1 for heads that are not clipped, however a device rounds."""
-    return jnp.where((gamma == 1) | (exponent == 0), 1, jnp.power(gamma, exponent))
-
-
-def _column_factors(
+def _module_factors(
     module: AttentionModule, gamma: Float[Array, "*stack heads"], alpha: Scalar, shared_key: str
-) -> dict[str, Columns]:
-    """Returns the factors of all columns of a module's kernels, by name of the child."""
+) -> Iterator[tuple[int, Float[Array, "..."]]]:
+    """Yields the position and the factor of each leaf of a module that is scaled."""
     head_layout, kernels = module.head_layout, module.kernels
     key_heads = head_layout.key_heads(kernels, module.stack, gamma.shape[-1])
     query, key = query_and_key_factors(gamma, key_heads, alpha, shared_key)
-    return head_layout.columns(kernels, gamma, query, key)
+    columns = head_layout.columns(kernels, gamma, query, key)
+    for child, leaf in module.scaled:
+        yield leaf.position, columns[child].for_leaf(len(leaf.shape), head_layout.stack_axis)
 
 
 def _scaled(old: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -228,7 +230,9 @@ def _is_infinite(threshold: Any) -> bool:
 
 
 def layout_rule(value: Any) -> Exception | None:
-    """Requires a head layout or a tuple of head layouts."""
+    """Requires a head layout, a tuple of head layouts, or an analysis."""
+    if isinstance(value, Analysis):
+        return None
     layouts = value if isinstance(value, tuple) and value else (value,)
     if all(isinstance(layout, HeadLayout) for layout in layouts):
         return None

@@ -177,7 +177,7 @@ def _sown(max_logits: ArrayTree, names: Collection[str]) -> tuple[MaxLogits, set
     bounds = set()
     known = {suffixed: name for name in names for suffixed in (name + BOUND, name)}
     flat = jax.tree_util.tree_flatten_with_path(max_logits)[0]
-    for index, path in _below("intermediates", [_without_index(path) for path, _ in flat]):
+    for index, path in _below("intermediates", [without_index(path) for path, _ in flat]):
         if path and path[-1] in known:
             key = (path[:-1], known[path[-1]])
             sown.setdefault(key, []).append(jnp.asarray(flat[index][1]))
@@ -186,7 +186,7 @@ def _sown(max_logits: ArrayTree, names: Collection[str]) -> tuple[MaxLogits, set
     return sown, bounds
 
 
-def _without_index(path: Sequence[Any]) -> Path:
+def without_index(path: Sequence[Any]) -> Path:
     """Drops the index in the tuple that `sow` makes of several calls."""
     keys = tuple(path)
     while keys and isinstance(keys[-1], jax.tree_util.SequenceKey):

@@ -17,9 +17,10 @@ MAY_IMPORT = {
     "_common": set(),
     "_orthogonalize": {"_common"},
     "_sharding": {"_common", "_orthogonalize"},
-    "_muon": {"_common", "_orthogonalize", "_sharding"},
+    "_program": {"_common"},
+    "_muon": {"_common", "_orthogonalize", "_sharding", "_program"},
     "_attention": {"_common"},
-    "_qk_clip": {"_common", "_attention"},
+    "_qk_clip": {"_common", "_program", "_attention"},
 }
 TOP = {"__init__", "_muonclip", "linen", "nnx"}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -142,6 +143,7 @@ if nnx is not mc.nnx or nnx.__name__ != "muonclip_jax.nnx":
 
 def test_public_names_are_the_pinned_ones():
     assert set(mc.__all__) == {
+        "Analysis",
         "FusedQKVLayout",
         "MLALayout",
         "MultiHeadLayout",
@@ -149,6 +151,7 @@ def test_public_names_are_the_pinned_ones():
         "QKClipInfo",
         "RoutingTable",
         "ScaleByMuonState",
+        "analyze",
         "dot_product_attention",
         "heads_ever_clipped",
         "linen",
@@ -166,6 +169,7 @@ def test_public_names_are_the_pinned_ones():
         "scale_by_muon",
         "scale_by_shape",
         "sharding_plan",
+        "with_max_logits",
     }
     for name in mc.__all__:
         assert getattr(mc, name).__doc__
