@@ -271,14 +271,16 @@ def _role_from_json(data: Any) -> Role:
 
 def _site_to_json(site: AttentionSite) -> dict[str, Any]:
     data = {field.name: getattr(site, field.name) for field in dataclasses.fields(site)}
-    data["sources"] = [[s.side, s.path, s.shape, view_to_json(s.view)] for s in site.sources]
+    data["sources"] = [
+        [s.side, s.path, s.shape, view_to_json(s.view), s.is_inner] for s in site.sources
+    ]
     return data
 
 
 def _site_from_json(data: dict[str, Any]) -> AttentionSite:
     sources = [
-        SiteSource(side, path, tuple(shape), view_from_json(view))
-        for side, path, shape, view in data.pop("sources")
+        SiteSource(side, path, tuple(shape), view_from_json(view), is_inner)
+        for side, path, shape, view, is_inner in data.pop("sources")
     ]
     dims = tuple(map(tuple, data.pop("dims")))
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}

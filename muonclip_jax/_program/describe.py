@@ -110,7 +110,9 @@ def describe(
         names |= {("sum", product.node.path, k): ("dim", start + k) for k in range(len(sizes))}
         dims.append(sizes)
     found = tuple(
-        SiteSource(side, "/".join(paths[s.number]), shapes[s.number], _renamed(s.view, names))
+        SiteSource(
+            side, "/".join(paths[s.number]), shapes[s.number], _renamed(s.view, names), s.is_inner
+        )
         for side, some in (("query", traced.queries), ("key", traced.keys))
         for s in some
     )
@@ -118,7 +120,9 @@ def describe(
     layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
     marks = frozenset().union(*(s.marks for s in (*traced.queries, *traced.keys)))
     faults = list(traced.faults)
-    faults += [f"{m} is applied to queries or keys" for m in sorted(marks - {"norm"})]
+    faults += [
+        f"{m} is applied to queries, keys or their kernels" for m in sorted(marks - {"norm"})
+    ]
     site = AttentionSite(
         path=_common((*traced.queries, *traced.keys), paths),
         query=_unique(paths, traced.queries),

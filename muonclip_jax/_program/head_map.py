@@ -20,12 +20,14 @@ class SiteSource(NamedTuple):
       path: Path of the parameter.
       shape: Its shape.
       view: Its elements by `("layer", i)`, `("head", i)`, `("dim", i)` and others.
+      is_inner: Whether it is multiplied with another parameter, as an adapter is.
     """
 
     side: str
     path: str
     shape: tuple[int, ...]
     view: View
+    is_inner: bool = False
 
 
 class HeadMap(NamedTuple):
@@ -72,6 +74,7 @@ def head_maps(
     order = [("layer", i) for i in range(len(layers))] + [("head", i) for i in range(len(heads))]
     sizes: dict[Hashable, int] = dict(zip(order, [*layers, *heads], strict=True))
     sizes |= {("dim", i): n for i, n in enumerate(n for product in dims for n in product)}
+    sources = [s for s in sources if not s.is_inner or s.view.names & {*sizes}]
     points = [_points(source, sizes, order, dims) for source in sources]
     shape = math.prod((*layers, *heads)), sum(map(math.prod, dims))
     keys = [(s, at) for s, at in zip(sources, points, strict=True) if s.side == "key"]
@@ -82,7 +85,23 @@ def head_maps(
         new = _map(source, at, members, group, owned=owned)
         old = found.get((source.side, source.path))
         found[source.side, source.path] = new if old is None else _union(old, new)
-    return list(found.values())
+    maps = list(found.values())
+    for i, one in enumerate(maps):
+        if any(overlap(one, other) for other in maps[:i] if other.path == one.path):
+            raise ValueError(f"{one.path}: queries and keys share its elements.")
+    return maps
+
+
+def overlap(one: HeadMap, other: HeadMap) -> bool:
+    """Returns whether two maps of one parameter have elements in common."""
+    axes = sorted({*one.axes, *other.axes})
+    masks = []
+    for each in (one, other):
+        sizes = dict(zip(each.axes, each.rule.shape, strict=True))
+        order = np.argsort(each.axes)
+        mask = np.transpose(each.rule != NONE, order) if each.axes else each.rule != NONE
+        masks.append(mask.reshape([sizes.get(d, 1) for d in axes]))
+    return bool((masks[0] & masks[1]).any())
 
 
 class _Points(NamedTuple):
@@ -182,12 +201,14 @@ def _groups(
         return np.zeros((0, 1), int), group
     ids, heads, columns = np.concatenate(pairs, axis=1)
     _, ids = np.unique(ids, return_inverse=True)
-    group[heads, columns] = ids
     unique = np.unique(np.stack([ids, heads]), axis=1)
     first = np.searchsorted(unique[0], np.arange(unique[0, -1] + 1))
     rank = np.arange(unique.shape[1]) - first[unique[0]]
     members = np.repeat(unique[1, first][:, None], rank.max() + 1, axis=1)
     members[unique[0], rank] = unique[1]
+    # A column may be a sum, such as a projection and positions that heads share: the largest group.
+    by_size = np.argsort(_sizes_of(members)[ids], kind="stable")
+    group[heads[by_size], columns[by_size]] = ids[by_size]
     return members, group
 
 

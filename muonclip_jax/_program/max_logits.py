@@ -137,7 +137,7 @@ def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
             one.heads,
             one.batch,
             one.layers,
-            {**dict.fromkeys(one.softmax.caps), **one.softmax.sinks},
+            {**one.softmax.caps, **one.softmax.sinks},
             one.softmax.base,
         )
         for number, one in enumerate(program.traced)

@@ -29,12 +29,14 @@ class Source(NamedTuple):
         (`layer`), and others.
       is_kernel: Whether it is multiplied with activations, unlike a bias.
       marks: What is between it and the logits: `norm`, or the name of a nonlinear primitive.
+      is_inner: Whether a product with another parameter is on the way.
     """
 
     number: int
     view: View
     is_kernel: bool
     marks: frozenset[str]
+    is_inner: bool = False
 
 
 class Traced(NamedTuple):
@@ -179,7 +181,7 @@ def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
         else:
             continue
         for r, is_kernel in parameters:
-            found.append(Source(r.node.number, r.view, is_kernel, marks))
+            found.append(Source(r.node.number, r.view, is_kernel, marks | r.marks, r.is_chained))
     return found, faults
 
 

@@ -46,7 +46,7 @@ class Softmax(NamedTuple):
       top: The row maximum.
       axis: The axis of the keys.
       products: The products that are added to logits.
-      caps: The tanh of a soft cap, by path.
+      caps: What bounds the logits, by path: a tanh, or a clamp; and which operand it bounds.
       sinks: For each concatenation with columns that are no logits, by path, which operand has
         logits.
       mixes: Whether logits of several heads are mixed.
@@ -56,7 +56,7 @@ class Softmax(NamedTuple):
     top: Node
     axis: int
     products: tuple[Product, ...]
-    caps: frozenset[tuple[int, ...]]
+    caps: dict[tuple[int, ...], int]
     sinks: dict[tuple[int, ...], int]
     mixes: bool
     base: int
@@ -72,43 +72,68 @@ def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
       Every softmax over a product of activations that weighs values; and every exponential of such
       a product that weighs values and belongs to none of them.
     """
-    found, taken = [], set()
+    found, taken, unread = [], set(), []
     forward = [node for node in graph.nodes if node in graph.live and not node.is_backward]
     for top in forward:
         if top.op != "reduce_max" or top.kind != DATA or len(top.params["axes"]) != 1:
             continue
         axis = int(top.params["axes"][0])
         exps = [e for e in _exponentials(top) if _weighs_values(e, axis)]
+        if any(_hides_later(e, top) for e in exps):
+            continue  # and so one of the suspects
         taken |= set(exps)
         if exps and (softmax := _softmax(top, axis, exps[0])):
             found.append(softmax)
+        elif exps and _multiplies_elementwise(top.inputs[0], axis):
+            taken -= set(exps)
+            unread += exps
     suspects = [
         e
         for e in forward
         if e.op in _EXPONENTIALS and e.kind == DATA and e not in taken and _is_suspect(e)
     ]
-    return found, suspects
+    return found, [*suspects, *unread]
 
 
 def _exponentials(top: Node) -> Iterator[Node]:
     """Yields the exponentials of `x - max(x)`, also with a maximum over blocks or a log-sum-exp."""
-    logits = {*_copies(top.inputs[0])}
+    logits = {*_copies(top.inputs[0], through_masks=True)}
     passes = COPIES | _MOVES | {"max", "select_n", "carry", "join", "add", "log", "reduce_sum"}
     seen = set()
     for node in _forward(top, passes):
         if node.op == "sub" and not logits.isdisjoint(_copies(node.inputs[0])):
-            for after in _forward(node, COPIES | _MOVES | {"mul", "select_n"}):
+            # A scale or a mask after the subtraction would not be in the row maximum.
+            for after in _forward(node, COPIES | _MOVES):
                 if after.op in _EXPONENTIALS and after not in seen:
                     seen.add(after)
                     yield after
 
 
-def _copies(node: Node) -> Iterator[Node]:
-    """Yields a value, and what it is a copy of, cast or moved."""
-    yield node
-    while node.op in COPIES | _MOVES and len(node.inputs) == 1:
-        (node,) = node.inputs
+def _copies(node: Node, *, through_masks: bool = False) -> Iterator[Node]:
+    """Yields a value, and what it is a copy of, cast, moved or masked."""
+    todo = [node]
+    while todo:
+        node = todo.pop()
         yield node
+        if node.op in COPIES | _MOVES and len(node.inputs) == 1:
+            todo += node.inputs
+        elif node.op == "select_n" and through_masks:
+            todo += [v for v in node.inputs[1:] if v.kind == DATA]
+
+
+def _hides_later(exponential: Node, top: Node) -> bool:
+    """Returns whether pairs are hidden after the row maximum, before the exponentials are summed.
+
+    Dropout hides after the division by the sum.
+    """
+    if any(v.op == "select_n" for v in _copies(top.inputs[0], through_masks=True)):
+        return False
+    for node in _forward(exponential, COPIES | {"mul", "select_n"}):
+        is_summed = any(user.op == "reduce_sum" for user in node.users)
+        if is_summed and node.op in ("mul", "select_n"):
+            if any(v.shape and not _depends(v, exponential) for v in node.inputs):
+                return True
+    return False
 
 
 def _forward(start: Node, passes: frozenset[str]) -> Iterator[Node]:
@@ -206,7 +231,7 @@ def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
         top,
         axis,
         tuple(dict.fromkeys(product for product, _ in found)),
-        frozenset(path for kind, path in sides if kind == "cap"),
+        {path: i for (kind, path), found in sides.items() if kind == "cap" for i in found},
         sinks,
         any(kind == "mix" for kind, _ in sides),
         2 if exponential.op == "exp2" else 0,
@@ -240,6 +265,23 @@ def _products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any
             yield Product(node, i, at), markers
 
 
+def _multiplies_elementwise(logits: Node, axis: int) -> bool:
+    """Returns whether logits are sums of elementwise products of activations."""
+    key = ("row", axis)
+    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
+
+    def follow(node: Node, view: View, state: Any) -> Iterator[tuple[int, Any]]:
+        if key in view.names and node.kind == DATA and node.op in _SAME | _MOVES | {"tanh"}:
+            yield from ((i, state) for i in range(len(node.inputs)))
+
+    for node, at, _ in walk(logits, view, follow):
+        if node.op == "reduce_sum" and key in at.names and node.inputs[0].op == "mul":
+            a, b = node.inputs[0].inputs[:2]
+            if a is not b and a.kind == b.kind == DATA:
+                return True
+    return False
+
+
 def _is_learned_query(node: Node, i: int, markers: Any) -> bool:
     """Returns whether an operand is a product of parameters: a learned query."""
     if node.inputs[i].kind != PARAMETER or markers:
@@ -263,8 +305,8 @@ def _is_nonlinear(node: Node) -> bool:
 
 
 def _marker(node: Node, i: int, view: View, key: Any) -> frozenset[Any]:
-    if node.op == "tanh":
-        return frozenset({("cap", node.path, 0)})
+    if node.op in ("tanh", "min") or (node.op == "clamp" and i == 1):
+        return frozenset({("cap", node.path, i)})
     if node.op == "concatenate" and key in view.axes[node.params["dimension"]].names:
         return frozenset({("join", node.path, i)})
     return frozenset()

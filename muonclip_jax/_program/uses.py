@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from muonclip_jax._program.axes import View, identity
 from muonclip_jax._program.graph import DATA, PARAMETER, PRODUCTS, Graph, Node
 from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
@@ -152,7 +154,14 @@ def is_one_hot(node: Node) -> bool:
     if node.op != "eq":
         return False
     sides = [_source(operand) for operand in node.inputs]
-    return any(side.op == "iota" for side in sides)
+    return any(side.op == "iota" or _is_counter(side) for side in sides)
+
+
+def _is_counter(node: Node) -> bool:
+    """Returns whether a constant counts from 0."""
+    if node.op != "constant" or node.kind == DATA or is_float(node) or len(node.shape) != 1:
+        return False
+    return bool((np.asarray(node.value) == np.arange(node.shape[0])).all())
 
 
 def _source(node: Node) -> Node:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from muonclip_jax._program.axes import View, identity, lost, named
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Graph, Node
-from muonclip_jax._program.rules import REDUCTIONS, pull
+from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, pull
 
 _RANDOM = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
 # A walk that meets the same value in this number of ways goes on with lost axes only.
@@ -19,11 +19,13 @@ class Reached(NamedTuple):
       node: The parameter.
       view: Its elements, by the names of the walk.
       is_chained: Whether a product with another parameter is on the way.
+      marks: What is on the way and is not linear: a primitive, or `mul` of two parameters.
     """
 
     node: Node
     view: View
     is_chained: bool
+    marks: frozenset[str]
 
 
 def walk(
@@ -74,16 +76,20 @@ def parameters_of(node: Node, view: View) -> list[Reached]:
       Each parameter, once for each way to it.
     """
 
-    def follow(node: Node, view: View, chained: bool) -> Iterator[tuple[int, bool]]:
+    def follow(node: Node, view: View, state: Any) -> Iterator[tuple[int, Any]]:
+        chained, marks = state
         if node.op in REDUCTIONS:
             return
         chained = chained or node.op in PRODUCTS
-        for i, operand in enumerate(node.inputs):
-            if operand.kind == PARAMETER:
-                yield i, chained
+        active = [i for i, operand in enumerate(node.inputs) if operand.kind == PARAMETER]
+        is_factor = (node.op == "mul" and len(active) > 1) or (node.op == "div" and 1 in active)
+        if is_factor or (node.op in ELEMENTWISE and node.op not in LINEAR):
+            marks |= {node.op}
+        for i in active:
+            yield i, (chained, marks)
 
-    found = walk(node, view, follow, False)
-    return [Reached(*reached) for reached in found if reached[0].op == "parameter"]
+    found = walk(node, view, follow, (False, frozenset()))
+    return [Reached(at, view, *state) for at, view, state in found if at.op == "parameter"]
 
 
 def set_kinds(graph: Graph) -> None:

@@ -17,7 +17,7 @@ from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._program.describe import AttentionSite
-from muonclip_jax._program.head_map import GROUP, OWN, SHARED, HeadMap
+from muonclip_jax._program.head_map import GROUP, OWN, SHARED, HeadMap, overlap
 from muonclip_jax._qk_clip.head_factors import power
 from muonclip_jax._qk_clip.matching import without_index
 
@@ -101,6 +101,7 @@ def clipped_sites(
                 axes = tuple(range(len(site.layers)))
                 maps = [] if watching and site.faults else site.head_maps()
                 found.append(ClippedSite(name, site, maps, places, stats, axes))
+    faults += _shared(found)
     unpaired += [f"{path or '(root)'}: max logits, but no attention." for path in entries]
     if faults or (strict and unpaired):
         lines = [*faults, *(unpaired if strict else ())]
@@ -222,6 +223,21 @@ def _faults(
         )
     for fault in site.faults:
         yield f"{name}: {fault}. Pass a head layout, or ignore={name!r}."
+
+
+def _shared(sites: Sequence[ClippedSite]) -> Iterator[str]:
+    """Lists parameters with elements that belong to several attentions."""
+    taken: dict[str, list[tuple[str, HeadMap]]] = defaultdict(list)
+    for site in sites:
+        for one in site.maps:
+            others = taken[one.path]
+            clash = next((name for name, other in others if overlap(one, other)), None)
+            if clash is not None and clash != site.name:
+                yield (
+                    f"{site.name}: it shares elements of {one.path} with {clash}, so a clip for "
+                    "one changes the other. Pass a head layout, or ignore= one of them."
+                )
+            others.append((site.name, one))
 
 
 class _Place(NamedTuple):

@@ -111,7 +111,7 @@ def test_other_parameters_keep_every_bit():
 
 
 def test_training_equals_training_with_recorded_max_logits():
-    """Thirty steps with clips: `muonclip` with an analysis, and with a layout and a tap."""
+    """Thirty steps with clips: by an analysis, and by a layout with max logits from a tap."""
     family = FAMILIES["llama"]
     params = family.params(1.5)
     analysis = mc.analyze(family.fn, params, *family.args)
@@ -126,25 +126,24 @@ def test_training_equals_training_with_recorded_max_logits():
         family.fn(params, *args, tap=tap)
         return found
 
+    loss_fn, recorded = jax.jit(jax.value_and_grad(family.fn)), jax.jit(recorded)
+    tx = mc.muonclip(0.01, threshold=None, muon_weight_dimension_numbers=numbers)
+    update = jax.jit(tx.update)
+
     def plain(params, *args):
         """Max logits of a forward pass of its own, beside the loss of the plain function."""
-        loss, grads = jax.jit(jax.value_and_grad(family.fn))(params, *args)
-        return (loss, jax.jit(recorded)(params, *args)), grads
+        loss, grads = loss_fn(params, *args)
+        return (loss, recorded(params, *args)), grads
 
     def trained(value_and_grad, layout):
-        tx = mc.muonclip(0.01, layout=layout, threshold=3.0, muon_weight_dimension_numbers=numbers)
-
-        @jax.jit
-        def update(params, state, grads, stats):
-            return tx.update(grads, state, params, max_logits=stats)
-
+        # A program of its own: beside other sums, XLA would round products once.
+        clip = jax.jit(lambda params, stats: mc.qk_clip(params, stats, layout, threshold=3.0)[0])
         state, seen, now = tx.init(params), [], params
         for _ in range(30):
             (loss, stats), grads = value_and_grad(now, *family.args)
             seen.append((loss, stats))
-            updates, state = update(now, state, grads, stats)
-            # In the program of the update, XLA would round once for both sums.
-            now = optax.apply_updates(now, updates)
+            updates, state = update(grads, state, now)
+            now = clip(optax.apply_updates(now, updates), stats)
         return now, seen
 
     fn = mc.with_max_logits(family.fn, expect=1)
@@ -189,3 +188,15 @@ def test_normalized_queries_are_an_error_unless_watched():
     jax.tree.map(np.testing.assert_array_equal, same, params)
     ignored, _ = mc.qk_clip(params, stats, analysis, ignore="attn")
     jax.tree.map(np.testing.assert_array_equal, ignored, params)
+
+
+def test_muonclip_accepts_an_analysis():
+    family = FAMILIES["llama"]
+    params = family.params()
+    analysis = mc.analyze(family.fn, params, *family.args)
+    stats = {"attn": {"max_logits": jnp.full((2, 4), 160.0)}}
+    tx = mc.muonclip(0.0, layout=analysis, muon_weight_dimension_numbers=analysis.dimension_numbers)
+    updates, _ = tx.update(params, tx.init(params), params, max_logits=stats)
+    new = optax.apply_updates(params, updates)
+    expected, _ = mc.qk_clip(params, stats, analysis)
+    jax.tree.map(np.testing.assert_array_equal, new, expected)

@@ -126,9 +126,7 @@ def test_talking_heads_are_an_error():
     fn = lambda p, x: attend(p, x, lambda logits: mix(logits, p))
     with pytest.raises(ValueError, match="talking heads"):
         found(fn, params, X)
-    masked = lambda p, x: attend(
-        p, x, lambda u: jnp.where(jnp.tri(6, dtype=bool), mix(u, p), -1e9)
-    )
+    masked = lambda p, x: attend(p, x, lambda u: jnp.where(jnp.tri(6, dtype=bool), mix(u, p), -1e9))
     with pytest.raises(ValueError, match="talking heads"):
         found(masked, params, X)
 
