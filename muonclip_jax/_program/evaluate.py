@@ -29,7 +29,7 @@ class Statistic(NamedTuple):
       heads: Axes of the row maxima that are heads, outermost first.
       batch: Axes that stay in front of them.
       layers: Paths of the scans over layers.
-      cuts: By path, which operand is kept: of a tanh or a clamp, or of a concatenation.
+      cuts: By path, which operands are kept: of a tanh or a clamp, or of a concatenation.
       base: The base of the exponentials: 2, or 0 for e.
       kernel: For a kernel, the function that computes its max logits from its operands.
     """
@@ -39,7 +39,7 @@ class Statistic(NamedTuple):
     heads: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     layers: tuple[Path, ...] = ()
-    cuts: Mapping[Path, int] = {}
+    cuts: Mapping[Path, tuple[int, ...]] = {}
     base: int = 0
     kernel: Any = None
 
@@ -263,12 +263,13 @@ def _collect(
     return statistic.reduce(rows)
 
 
-def _without(eqn: Any, values: Sequence[Any], kept: int) -> Any:
-    """Returns what a soft cap is applied to, or a concatenation with one operand that counts."""
+def _without(eqn: Any, values: Sequence[Any], kept: tuple[int, ...]) -> Any:
+    """Returns what a soft cap is applied to, or a concatenation with the operands that count."""
     if eqn.primitive.name != "concatenate":
-        return jax.lax.stop_gradient(jnp.broadcast_to(values[kept], eqn.outvars[0].aval.shape))
+        (i,) = kept
+        return jax.lax.stop_gradient(jnp.broadcast_to(values[i], eqn.outvars[0].aval.shape))
     parts = [
-        jax.lax.stop_gradient(x) if i == kept else jnp.full_like(x, -jnp.inf)
+        jax.lax.stop_gradient(x) if i in kept else jnp.full_like(x, -jnp.inf)
         for i, x in enumerate(values)
     ]
     return jnp.concatenate(parts, axis=eqn.params["dimension"])

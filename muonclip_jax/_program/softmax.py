@@ -47,7 +47,7 @@ class Softmax(NamedTuple):
       axis: The axis of the keys.
       products: The products that are added to logits.
       caps: What bounds the logits, by path: a tanh, or a clamp; and which operand it bounds.
-      sinks: For each concatenation with columns that are no logits, by path, which operand has
+      sinks: For each concatenation with columns that are no logits, by path, which operands are
         logits.
       mixes: Whether logits of several heads are mixed.
       base: The base of the exponentials: 2, or 0 for e.
@@ -56,8 +56,8 @@ class Softmax(NamedTuple):
     top: Node
     axis: int
     products: tuple[Product, ...]
-    caps: dict[tuple[int, ...], int]
-    sinks: dict[tuple[int, ...], int]
+    caps: dict[tuple[int, ...], tuple[int, ...]]
+    sinks: dict[tuple[int, ...], tuple[int, ...]]
     mixes: bool
     base: int
 
@@ -97,11 +97,12 @@ def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
 
 def _exponentials(top: Node) -> Iterator[Node]:
     """Yields the exponentials of `x - max(x)`, also with a maximum over blocks or a log-sum-exp."""
-    logits = {*_copies(top.inputs[0], through_masks=True)}
+    masks: set[Node] = set()
+    logits = {*_copies(top.inputs[0], masks, collect=True)}
     passes = COPIES | _MOVES | {"max", "select_n", "carry", "join", "add", "log", "reduce_sum"}
     seen = set()
     for node in _forward(top, passes):
-        if node.op == "sub" and not logits.isdisjoint(_copies(node.inputs[0])):
+        if node.op == "sub" and not logits.isdisjoint(_copies(node.inputs[0], masks)):
             # A scale or a mask after the subtraction would not be in the row maximum.
             for after in _forward(node, COPIES | _MOVES):
                 if after.op in _EXPONENTIALS and after not in seen:
@@ -109,16 +110,25 @@ def _exponentials(top: Node) -> Iterator[Node]:
                     yield after
 
 
-def _copies(node: Node, *, through_masks: bool = False) -> Iterator[Node]:
-    """Yields a value, and what it is a copy of, cast, moved or masked."""
+def _copies(node: Node, masks: set[Node], *, collect: bool = False) -> Iterator[Node]:
+    """Yields a value, and what it is a copy of: cast, moved, or masked.
+
+    Args:
+      node: The value.
+      masks: The masks that it may have.
+      collect: Whether it may have any mask, which is added to them.
+    """
     todo = [node]
     while todo:
         node = todo.pop()
         yield node
         if node.op in COPIES | _MOVES and len(node.inputs) == 1:
             todo += node.inputs
-        elif node.op == "select_n" and through_masks:
-            todo += [v for v in node.inputs[1:] if v.kind == DATA]
+        elif node.op == "select_n":
+            mask = {*_copies(node.inputs[0], set())}
+            masks |= mask if collect else set()
+            if not masks.isdisjoint(mask):
+                todo += [v for v in node.inputs[1:] if v.kind == DATA]
 
 
 def _hides_later(exponential: Node, top: Node) -> bool:
@@ -126,7 +136,8 @@ def _hides_later(exponential: Node, top: Node) -> bool:
 
     Dropout hides after the division by the sum.
     """
-    if any(v.op == "select_n" for v in _copies(top.inputs[0], through_masks=True)):
+    masks: set[Node] = set()
+    if any(v.op == "select_n" for v in _copies(top.inputs[0], masks, collect=True)):
         return False
     for node in _forward(exponential, COPIES | {"mul", "select_n"}):
         is_summed = any(user.op == "reduce_sum" for user in node.users)
@@ -226,12 +237,16 @@ def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
     for _, markers in found:
         for kind, path, i in markers:
             sides[kind, path].add(i)
-    sinks = {path: i for (kind, path), (i, *more) in sides.items() if kind == "join" and not more}
+    sinks = {}
+    for (kind, path), found_in in sides.items():
+        if kind == "join":
+            operands, (count, *_) = zip(*sorted(found_in), strict=True)
+            sinks |= {path: operands} if len(operands) < count else {}
     return Softmax(
         top,
         axis,
         tuple(dict.fromkeys(product for product, _ in found)),
-        {path: i for (kind, path), found in sides.items() if kind == "cap" for i in found},
+        {path: tuple(found_in) for (kind, path), found_in in sides.items() if kind == "cap"},
         sinks,
         any(kind == "mix" for kind, _ in sides),
         2 if exponential.op == "exp2" else 0,
@@ -308,7 +323,7 @@ def _marker(node: Node, i: int, view: View, key: Any) -> frozenset[Any]:
     if node.op in ("tanh", "min") or (node.op == "clamp" and i == 1):
         return frozenset({("cap", node.path, i)})
     if node.op == "concatenate" and key in view.axes[node.params["dimension"]].names:
-        return frozenset({("join", node.path, i)})
+        return frozenset({("join", node.path, (i, len(node.inputs)))})
     return frozenset()
 
 

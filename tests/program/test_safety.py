@@ -122,11 +122,19 @@ def test_queries_without_a_parameter_are_an_error():
 
 def test_talking_heads_are_an_error():
     params = PARAMS | {"mix": array(4, 4)}
-    mix = lambda logits, p: jnp.einsum("bhts,hg->bgts", logits, p["mix"])
-    fn = lambda p, x: attend(p, x, lambda logits: mix(logits, p))
+
+    def mix(logits, p):
+        return jnp.einsum("bhts,hg->bgts", logits, p["mix"])
+
+    def fn(p, x):
+        return attend(p, x, lambda logits: mix(logits, p))
+
     with pytest.raises(ValueError, match="talking heads"):
         found(fn, params, X)
-    masked = lambda p, x: attend(p, x, lambda u: jnp.where(jnp.tri(6, dtype=bool), mix(u, p), -1e9))
+
+    def masked(p, x):
+        return attend(p, x, lambda u: jnp.where(jnp.tri(6, dtype=bool), mix(u, p), -1e9))
+
     with pytest.raises(ValueError, match="talking heads"):
         found(masked, params, X)
 
@@ -167,7 +175,10 @@ def test_heads_split_by_shard_map_are_an_error():
 
     def fn(p, x):
         specs = {n: spec(None, "model") for n in "qkv"} | {"o": spec("model")}
-        local = lambda p, x: jax.lax.psum(attend(p, x), "model")
+
+        def local(p, x):
+            return jax.lax.psum(attend(p, x), "model")
+
         return jax.shard_map(local, mesh=mesh, in_specs=(specs, spec()), out_specs=spec())(p, x)
 
     with pytest.raises(ValueError, match="its heads are split by shard_map"):
@@ -197,7 +208,10 @@ def test_undecided_parameters_go_by_name_with_one_warning():
 
 def test_the_program_wins_over_the_name():
     params = {"embedding": array(16, 24), "weird": array(24, 16)}
-    fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["weird"].T) @ p["embedding"].T).sum()
+
+    def fn(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["weird"].T) @ p["embedding"].T).sum()
+
     analysis = mc.analyze(fn, params, X)
     assert analysis.roles["weird"].optimizer == "muon"
     assert tuple(analysis.roles["weird"].dimension_numbers) == (-1, -2)
@@ -240,7 +254,10 @@ def test_unused_parameters_are_reported():
 
 def test_a_primitive_without_a_rule_loses_axes_and_is_counted():
     params = PARAMS | {"up": array(16, 16)}
-    fn = lambda p, x: attend(p, jnp.linalg.qr(x)[0] @ p["up"])
+
+    def fn(p, x):
+        return attend(p, jnp.linalg.qr(x)[0] @ p["up"])
+
     analysis = mc.analyze(fn, params, array(2, 16, 16))
     assert "primitives without a rule" in analysis.warnings[-1]
 
@@ -261,7 +278,7 @@ def test_routing_table_without_a_program_goes_by_name():
 def test_has_aux():
     fn = mc.with_max_logits(lambda p, x: (attend(p, x), {"n": 3}), expect=1, has_aux=True)
     out, (aux, stats) = fn(PARAMS, X)
-    assert out.shape == () and aux["n"] == 3 and stats["max_logits"].shape == (2, 4)
+    assert (out.shape, aux["n"], stats["max_logits"].shape) == ((), 3, (2, 4))
     with pytest.raises(ValueError, match="no pair"):
         found(attend, PARAMS, X, has_aux=True)
 
