@@ -4,8 +4,8 @@ A rule returns None where no element of the operand is in the view. A primitive 
 loses the axes: its operands depend on all names in an unknown way.
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 from muonclip_jax._program import axes
 from muonclip_jax._program.axes import Axis, View, lost, named
@@ -62,12 +62,17 @@ def has_rule(op: str) -> bool:
 def choice_axis(node: Node) -> int:
     """Returns the axis along which a node chooses."""
     if node.op == "sort":
-        return node.params["dimension"]
+        return int(node.params["dimension"])
     if node.op in ("argmax", "argmin"):
-        return node.params["axes"][0]
+        return int(node.params["axes"][0])
     if node.op == "approx_top_k":
         return node.params["reduction_dimension"] % len(node.inputs[0].shape)
     return node.params.get("axis", len(node.inputs[0].shape) - 1) % len(node.inputs[0].shape)
+
+
+def _ints(values: Iterable[Any]) -> tuple[int, ...]:
+    """Returns plain integers: `vmap` leaves those of NumPy in parameters."""
+    return tuple(map(int, values))
 
 
 def _elementwise(node: Node, i: int, view: View) -> View:
@@ -83,7 +88,7 @@ def _unknown(node: Node, i: int, view: View) -> View:
 
 
 def _transpose(node: Node, i: int, view: View) -> View:
-    return axes.transpose(view, node.params["permutation"])
+    return axes.transpose(view, _ints(node.params["permutation"]))
 
 
 def _reshape(node: Node, i: int, view: View) -> View:
@@ -93,11 +98,11 @@ def _reshape(node: Node, i: int, view: View) -> View:
 
 
 def _broadcast_in_dim(node: Node, i: int, view: View) -> View:
-    return axes.broadcast(view, node.params["broadcast_dimensions"], node.inputs[i].shape)
+    return axes.broadcast(view, _ints(node.params["broadcast_dimensions"]), node.inputs[i].shape)
 
 
 def _squeeze(node: Node, i: int, view: View) -> View:
-    return axes.squeeze(view, node.params["dimensions"])
+    return axes.squeeze(view, _ints(node.params["dimensions"]))
 
 
 def _expand_dims(node: Node, i: int, view: View) -> View:
@@ -106,7 +111,9 @@ def _expand_dims(node: Node, i: int, view: View) -> View:
 
 
 def _slice(node: Node, i: int, view: View) -> View:
-    return axes.slices(view, node.params["start_indices"], node.params["strides"])
+    return axes.slices(
+        view, _ints(node.params["start_indices"]), _ints(node.params["strides"] or ()) or None
+    )
 
 
 def _split(node: Node, i: int, view: View) -> View:
@@ -116,12 +123,12 @@ def _split(node: Node, i: int, view: View) -> View:
 
 
 def _unstack(node: Node, i: int, view: View) -> View:
-    d = node.params["axis"]
+    d = int(node.params["axis"])
     return view._replace(axes=(*view.axes[:d], Axis(node.out), *view.axes[d:]))
 
 
 def _stack(node: Node, i: int, view: View) -> View | None:
-    d = node.params["axis"]
+    d = int(node.params["axis"])
     at = axes.piece(view, d, i, 1)
     return at and at._replace(axes=(*at.axes[:d], *at.axes[d + 1 :]))
 
@@ -131,11 +138,11 @@ def _tile(node: Node, i: int, view: View) -> View:
 
 
 def _rev(node: Node, i: int, view: View) -> View:
-    return axes.reverse(view, node.params["dimensions"], node.shape)
+    return axes.reverse(view, _ints(node.params["dimensions"]), node.shape)
 
 
 def _concatenate(node: Node, i: int, view: View) -> View | None:
-    d = node.params["dimension"]
+    d = int(node.params["dimension"])
     start = sum(operand.shape[d] for operand in node.inputs[:i])
     return axes.piece(view, d, start, node.inputs[i].shape[d])
 
@@ -145,7 +152,7 @@ def _pad(node: Node, i: int, view: View) -> View | None:
     for d, (low, _, interior) in enumerate(node.params["padding_config"]):
         if interior and shape[d] > 1:
             return _unknown(node, i, view)
-        found = found and axes.piece(found, d, low, shape[d])
+        found = found and axes.piece(found, d, int(low), shape[d])
     return found
 
 
@@ -271,7 +278,7 @@ def _choose(node: Node, i: int, view: View) -> View:
 
 
 def _cumulative(node: Node, i: int, view: View) -> View:
-    d = node.params["axis"]
+    d = int(node.params["axis"])
     return view._replace(axes=(*view.axes[:d], lost(view.axes[d]), *view.axes[d + 1 :]))
 
 
