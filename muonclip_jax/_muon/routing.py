@@ -62,8 +62,8 @@ class RoutingTable:
 
     Attributes:
       rows: One `Route` for each parameter, in the order of `jax.tree.leaves`.
-      warnings: One text for each group of rows that rest on a weak guess: path, shape, decision,
-        the reason to doubt it, and the override that changes it.
+      warnings: One text for each group of rows that names and shapes do not decide: path, shape,
+        decision, the reason to doubt it, and the override that changes it.
     """
 
     rows: tuple[Route, ...]
@@ -117,7 +117,7 @@ class Routing(NamedTuple):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One text for each group of equal layers that rests on a weak guess."""
+        """One text for each group of equal layers that names and shapes do not decide."""
         doubtful = [index for index, d in enumerate(self.decisions) if d.doubt]
         cells = [(self.shapes[i], self.decisions[i]) for i in doubtful]
         folded = fold([self.paths[i] for i in doubtful], cells)
