@@ -19,6 +19,7 @@ from muonclip_jax._muon.overrides import ROLE_RULES, matched
 from muonclip_jax._muon.roles.decision import DEFAULTS, Decision, Overrides, RoleSettings
 from muonclip_jax._muon.roles.rules import decide
 from muonclip_jax._orthogonalize.matrix_axes import (
+    LAST_TWO_AXES,
     DimensionNumbersOrFn,
     axes_of,
     per_leaf,
@@ -136,14 +137,17 @@ class Routing(NamedTuple):
             alternative, fix = "AdamW", "None"
         patterns = self._patterns(path, rows)
         also = f" ({len(rows)} parameters)" if len(rows) > 1 else ""
-        change, keep = (
-            "{" + ", ".join(f'"{pattern}": {value}' for pattern in patterns) + "}"
-            for value in (fix, kept)
+        fixes = [f"For {alternative}", fix], [f"To keep {what.split()[0]}", kept]
+        if decision.numbers == LAST_TWO_AXES and len(shape) > 2:
+            n_in, n_out = shape[-3], shape[-2] * shape[-1]
+            one = MuonDimensionNumbers(-3, (-2, -1))
+            fixes = *fixes, [f"To join the last two axes, {n_in} x {n_out}", _shown(one)]
+        shown = (
+            f"{when}: overrides={{" + ", ".join(f'"{p}": {value}' for p in patterns) + "}."
+            for when, value in fixes
         )
-        return (
-            f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}. "
-            f"For {alternative}: overrides={change}. To keep {what.split()[0]}: overrides={keep}."
-        )
+        text = f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}."
+        return " ".join([text, *shown])
 
     def _patterns(self, path: Sequence[str], rows: Sequence[int]) -> list[str]:
         """Returns one pattern that matches these parameters alone, or else the path of each."""
