@@ -85,7 +85,9 @@ class Evidence:
                 if not leaf.has(names.LOW_RANK_NORM):
                     group.widths.add(shape)
             elif kind == "bias":
-                group.biases.add(shape)
+                # Convolutions with outputs first have biases (outputs, 1), which are no stacks.
+                ones = len(shape) > 1 and shape[-1] == 1
+                group.biases.add(shape[:1] if ones else shape)
 
     def _embedding_sizes(self) -> tuple[int, int]:
         """Finds the rows and the width of the largest table of embeddings; 0 without one.
