@@ -17,26 +17,20 @@ import numpy as np
 from benchmarks import report
 from benchmarks.compiled import compiled_cost
 from muonclip_jax import ns_coefficients
-from muonclip_jax._orthogonalize import newton_schulz as _newton_schulz
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, _in_batches
 
 BATCHES = ((4, 128, 128), (4, 384, 128), (48, 256, 256), (24, 768, 768), (12, 768, 3072))
 REPEATS = 9
 
 
-def compiled(x: jax.Array, at_once: int) -> Any:
-    """Compiles Newton–Schulz that works on so many matrices at once."""
+def compiled(x: jax.Array, batch_size: int) -> Any:
+    """Compiles Newton–Schulz in batches of this size."""
 
     def orthogonalize(x: jax.Array) -> jax.Array:
-        return _newton_schulz._iterate(
-            x,
-            _newton_schulz.Traced(jnp.float32(1e-8)),
-            rows=ns_coefficients("jordan"),
-            method="standard",
-            compute_dtype=jnp.dtype(jnp.float32),
-            preconditioning="frobenius",
-            blocks=_newton_schulz.block_count(x.shape[-2]),
-            at_once=at_once,
-        )
+        settings = Orthogonalizer(ns_coefficients("jordan"), method="standard")
+        choice = settings.choose(*sorted(x.shape[-2:]), x.dtype)._replace(batch_size=batch_size)
+        wide = x.mT if x.shape[-2] > x.shape[-1] else x
+        return _in_batches(wide, settings, 1e-8, choice=choice)
 
     return jax.jit(orthogonalize).lower(x).compile()
 
@@ -44,7 +38,7 @@ def compiled(x: jax.Array, at_once: int) -> Any:
 def measure(shape: tuple[int, int, int]) -> dict[str, Any]:
     """Times both programs, interleaved, and reads their temporary memory."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    programs = [compiled(x, at_once) for at_once in (shape[0], 1)]
+    programs = [compiled(x, batch_size) for batch_size in (shape[0], 1)]
     times: list[list[float]] = [[], []]
     for program in programs:
         program(x).block_until_ready()

@@ -1,10 +1,11 @@
-"""Newton-Schulz with Hermitian products by 2 x 2 blocks against plain products.
+"""Newton-Schulz with mirrored symmetric products, three of four blocks, against plain products.
 
     python -m benchmarks.symmetric_blocks
 
-Writes results/blocks.json: for each short side n the ratio of the medians of interleaved wall
-times, blocks by plain, of the form that `method="auto"` takes. `newton_schulz` forms blocks from
-the smallest n from which on they are faster for square matrices and for those of 1:4.
+Writes results/blocks.json: for each short side n the ratio of the medians of interleaved times of
+all processor cores, mirrored by plain, with the method that `method="auto"` selects.
+`newton_schulz` mirrors from the smallest n from which on this is faster for square matrices and for
+matrices of 1:4.
 """
 
 import datetime
@@ -20,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from muonclip_jax import newton_schulz
-from muonclip_jax._orthogonalize import newton_schulz as _newton_schulz
+from muonclip_jax._orthogonalize import choices
 
 SIDES = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
 ASPECTS = (1, 4)
-REPEATS = 15
-WORK = 2e11  # FLOPs of a timed call, about: short calls are timed badly
+REPEATS = 11
+WORK = 5e10  # FLOPs of a timed call, about: short calls are timed badly
 
 
 def compiled(x: jax.Array, smallest: float) -> Callable[[jax.Array], jax.Array]:
-    """Compiles Newton-Schulz with blocks from a short side on."""
-    _newton_schulz._SMALLEST_IN_BLOCKS = {jax.default_backend(): smallest}
+    """Compiles Newton-Schulz that mirrors from a short side on."""
+    choices._SMALLEST_MIRRORED = {jax.default_backend(): smallest}
     return jax.jit(lambda x: newton_schulz(x)).lower(x).compile()
 
 
@@ -43,9 +44,9 @@ def measure(n: int, aspect: int) -> dict:
     times = [[], []]
     for _ in range(REPEATS + 1):
         for program, taken in zip(programs, times, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             program(x).block_until_ready()
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
     blocks, plain = (taken[1:] for taken in times)
     ratios = sorted(b / p for b, p in zip(blocks, plain, strict=True))
     return {
