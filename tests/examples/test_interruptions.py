@@ -43,7 +43,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Drawing takes as long as all the rest of a run; `test_run_folder` checks the plots."""
+    """The plots take half the time of a run; `test_run_folder` checks them."""
     monkeypatch.setattr("examples.language_model.run_folder.plots.draw", lambda *_: None)
 
 
@@ -389,7 +389,7 @@ def long(tmp_path_factory, cache):
 
 
 def kill_and_resume(folder, cache, kills, steps, whole, model="gqa"):
-    """Kills a run at random moments, and compares its end with that of one that was let alone."""
+    """Kills a run at random times, and compares it with an uninterrupted run."""
     flags = ["--steps", str(steps), "--model", model]
     flags += ["--checkpoint-every", "2"]  # most of the time one is being written
     draw = random.Random(0)

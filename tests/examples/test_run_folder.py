@@ -150,7 +150,7 @@ def test_muonclip_limits_logits_that_grow_with_muon(clipped_run, muon_run):
         np.mean([line["max_logit"] for line in files.read_metrics(run)[10:]])
         for run in (clipped_run, muon_run)
     )
-    assert held < 1.2 * LOW_THRESHOLD < free  # measured HELD against FREE
+    assert held < 1.2 * LOW_THRESHOLD < free
 
 
 def test_adamw_records_but_does_not_clip(tmp_path):

@@ -17,7 +17,7 @@ from tests.support.tiny_run import CONFIG, CORPUS, TEXT
 
 
 class Killed(BaseException):
-    """Ends a run as a kill would: nothing after it is done."""
+    """Ends a run as a kill would: nothing else is executed."""
 
 
 def kill(*_):
@@ -52,7 +52,7 @@ def limit_files(size):
 
 @contextlib.contextmanager
 def unlimited_files():
-    """Takes the limit away at the end."""
+    """Removes the limit at the end."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         yield
@@ -100,7 +100,7 @@ def ended(process):
 
 
 def kill_after(process, metrics, lines, seconds):
-    """Kills once so many lines have been added, and a moment later; says whether it still ran."""
+    """Kills after a number of new lines and a short time; returns whether it was still running."""
     size = metrics.stat().st_size if metrics.exists() else 0
     limit, seen = time.monotonic() + 200, 0
     while process.poll() is None and seen < lines and time.monotonic() < limit:
