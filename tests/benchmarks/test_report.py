@@ -37,7 +37,7 @@ def test_markdown_table_has_a_rule_below_its_head():
     assert report.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_max_logits_cost_what_their_product_costs(tmp_path, capsys):
     """Exact max logits: one more product beside 6, and half of the logits of 1024 positions."""
     max_logit_cost.main(["--lengths", "1024", "--out", str(tmp_path)])

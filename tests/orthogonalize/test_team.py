@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from muonclip_jax._orthogonalize.team import Team
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, Traced
-from muonclip_jax._orthogonalize.team import Team
 from tests.support.sharding_cases import assert_close, make_mesh
 
 PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
