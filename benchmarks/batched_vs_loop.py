@@ -16,9 +16,9 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.compiled import compiled_cost
+from benchmarks.workloads import BATCHES
 from muonclip_jax._orthogonalize import newton_schulz
 
-BATCHES = ((4, 128, 128), (4, 128, 384), (48, 256, 256), (24, 768, 768), (12, 768, 3072))
 REPEATS = 9
 
 
