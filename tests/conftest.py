@@ -69,6 +69,20 @@ def few_programs():
 
 
 @pytest.fixture(autouse=True)
+def optimized(request):
+    """Compiles the programs of a test marked `optimized` as users do."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", _connect_to_loopback_only)
 
