@@ -25,7 +25,7 @@ from tests.support.tiny_run import CONFIG, drawn
 
 TEXT = np.random.default_rng(0).integers(0, 256, (2, 24))
 SEQUENCES = np.random.default_rng(1).integers(0, 256, (4, 17))
-KIMI_K2 = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "kimi_k2.json"
+KIMI_K2 = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "kimi_k2_step.json"
 DEFAULT_WEIGHTS = {
     "blocks/attn/key/kernel": 2390.3765,
     "blocks/attn/out/kernel": 0,
