@@ -12,7 +12,7 @@ CAPACITY=${CAPACITY---spot}              # --spot, --reserved, or empty for on d
 RUNTIME=${RUNTIME:-}                     # image of the hosts; empty: the one for the generation
 PYTHON_VERSION=${PYTHON_VERSION:-3.13.7} # one patch release: --data is its standard library unless FLAGS say otherwise
 POLL=${POLL:-60}                         # seconds between two looks at the state
-FLAGS=${FLAGS:---preset medium --dtype bfloat16 --seq-len 2048 --batch-size 64} # of train_lm.py, on every host
+FLAGS=${FLAGS:---preset medium --dtype bfloat16 --seq-len 2048 --batch-size 64} # of examples.language_model, on every host
 
 MOUNT_POINT=/mnt/runs
 UNIT=train # systemd's name for the program; it starts it again, keeps its output and stops it

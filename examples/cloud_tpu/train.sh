@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on one host of a slice, and tells by its exit code whether to start it again:
+# Trains on one host of a slice; the exit code shows whether to start it again:
 #
 #   0   the run has reached its last step
 #   2   bad input, or a resume that is refused: starting it again would end the same way
@@ -10,14 +10,14 @@ set -euo pipefail
 PYTHON=${PYTHON:-python3} # the interpreter that has muonclip-jax[tpu,examples]
 
 if [[ $# -eq 0 || $1 == -* ]]; then
-  echo "usage: train.sh RUN_FOLDER [flags of train_lm.py]; the folder is one that all hosts share"
+  echo "usage: train.sh RUN_FOLDER [flags of examples.language_model]; the folder is one that all hosts share"
   [[ ${1:-} == --help ]] && exit 0 || exit 2
 fi
 run=$1
 shift
 cd "$(dirname "$0")/../.."
 
-"$PYTHON" examples/train_lm.py --distributed --resume --out "$run" "$@" &
+"$PYTHON" -m examples.language_model --distributed --resume --out "$run" "$@" &
 program=$!
 stopped=
 trap 'stopped=yes; kill -TERM "$program"' TERM

@@ -14,7 +14,7 @@ STORAGE_SIZE=${STORAGE_SIZE:-1024}  # of it, in GB; the smallest there is
 IMAGE=${IMAGE:-python:3.13.7}       # of the container; one patch release: --data is its standard library unless FLAGS say otherwise
 RESTARTS=${RESTARTS:-100}           # after preemptions and failures, at most
 GRACE=${GRACE:-120}                 # seconds to save in, from the signal to the end of the container
-FLAGS=${FLAGS:---preset medium --dtype bfloat16 --seq-len 2048 --batch-size 64} # of train_lm.py, on every host
+FLAGS=${FLAGS:---preset medium --dtype bfloat16 --seq-len 2048 --batch-size 64} # of examples.language_model, on every host
 
 MOUNT_POINT=/mnt/runs
 

@@ -25,7 +25,7 @@ def test_json_has_one_line_per_row(tmp_path):
     report.write_json(tmp_path / "results.json", results, per_line="rows")
     text = (tmp_path / "results.json").read_text()
     assert json.loads(text) == results
-    assert '    {"a": 1},\n    {"a": [2, 3]}\n' in text
+    assert '    {"a":1},\n    {"a":[2,3]}\n' in text
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 

@@ -307,14 +307,14 @@ def test_changed_settings_are_listed_together(whole):
     )
 
 
-def test_settings_that_were_not_typed_are_those_of_the_run(whole):
+def test_settings_that_were_not_passed_are_those_of_the_run(whole):
     config = resumed(whole)
     assert config == dataclasses.replace(
         CONFIG, out=whole, resume=True, learning_rate=CONFIG.peak, no_progress=False
     )
 
 
-def test_mesh_and_text_that_were_not_typed_are_those_of_the_run(tmp_path):
+def test_mesh_and_text_that_were_not_passed_are_those_of_the_run(tmp_path):
     config = dataclasses.replace(
         CONFIG, out=tmp_path, mesh={"fsdp": -1}, simulate_devices=8, data=pathlib.Path("text")
     )
@@ -325,7 +325,7 @@ def test_mesh_and_text_that_were_not_typed_are_those_of_the_run(tmp_path):
     assert resumed(tmp_path, mesh={"data": -1}).mesh == {"data": -1}
 
 
-def test_settings_that_differ_from_the_run_are_refused_however_they_came(whole):
+def test_settings_that_differ_from_the_run_raise(whole):
     config = dataclasses.replace(CONFIG, out=whole, resume=True, seed=1)
     with pytest.raises(BadInput, match="--seed was 0, now 1"):
         opening.open_run(config, CORPUS)
@@ -347,13 +347,13 @@ def test_threshold_may_change_and_is_kept(tmp_path):
     assert sum(over[12:]) > 0
 
 
-def test_changed_text_is_refused(whole):
+def test_changed_text_raises(whole):
     other = data.split("tiny", TEXT[:-1] + b"!", 0, CONFIG.seq_len)
     with pytest.raises(BadInput, match=rf"--data was .*{CORPUS.sha256}, now .*{other.sha256}"):
         opening.open_run(resumed(whole), other)
 
 
-def test_default_learning_rate_may_be_named_on_resume(whole):
+def test_default_learning_rate_may_be_passed_on_resume(whole):
     assert opening.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).done
 
 

@@ -72,7 +72,7 @@ def test_resume_without_a_run_starts_one(program, tmp_path, capsys):
     assert (tmp_path / "runs/gqa-muonclip/summary.json").exists()
 
 
-def test_resume_takes_the_last_default_folder(program, tmp_path, capsys):
+def test_resume_uses_the_last_default_folder(program, tmp_path, capsys):
     for _ in range(2):
         program()
     capsys.readouterr()
@@ -111,7 +111,7 @@ def test_number_of_files_that_are_not_text_is_printed(program, tmp_path, capsys)
     assert "skipped 1 file that is not text" in capsys.readouterr().out
 
 
-def test_refused_resume_in_the_program_exits_2(program, capsys):
+def test_resume_with_another_seed_exits_2(program, capsys):
     program("--out", "run")
     with pytest.raises(SystemExit) as leave:
         program("--out", "run", "--resume", "--seed", "1")
@@ -237,7 +237,7 @@ def test_terminal_shows_a_bar_with_the_time_left(program, monkeypatch):
     ("model", "loss"),  # measured 1.479, 1.524 and 1.494
     [("gqa", 1.55), ("mla", 1.6), ("moe", 1.57)],
 )
-def test_default_run_learns_and_holds_its_heads_at_the_threshold(tmp_path, model, loss):
+def test_default_run_learns_and_keeps_logits_near_the_threshold(tmp_path, model, loss):
     command = [sys.executable, *MODULE, "--model", model, "--out", "run", "--quiet"]
     subprocess.run(command, cwd=tmp_path, env=environment(), check=True, timeout=900)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -95,7 +95,7 @@ def test_a_fourth_checkpoint_drops_the_oldest(tmp_path):
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [10, 15, 20]
 
 
-def test_which_steps_are_logged_depends_on_the_step_alone():
+def test_logged_steps_depend_on_the_step_alone():
     logged = [n for n in range(1, 1_041) if files.is_logged(n)]
     assert logged == [*range(1, 1_001), 1_010, 1_020, 1_030, 1_040]
 
@@ -145,7 +145,7 @@ def test_muonclip_clips_every_head_above_the_threshold(clipped_run):
     assert min(line["heads_clipped"] for line in lines) < ever[-1]  # some head recovered
 
 
-def test_muonclip_holds_the_logits_where_muon_lets_them_grow(clipped_run, muon_run):
+def test_muonclip_limits_logits_that_grow_with_muon(clipped_run, muon_run):
     held, free = (
         np.mean([line["max_logit"] for line in files.read_metrics(run)[10:]])
         for run in (clipped_run, muon_run)
@@ -208,7 +208,7 @@ def test_profile_is_written_into_the_run(tmp_path, steps):
     assert trace.stat().st_size > 0
 
 
-def test_throughput_leaves_out_the_first_step(monkeypatch):
+def test_throughput_excludes_the_first_step(monkeypatch):
     times = iter([10.0, 12.0, 14.0])
     monkeypatch.setattr("time.monotonic", lambda: next(times))
     speed = progress.Speed()

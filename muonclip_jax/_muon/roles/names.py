@@ -83,15 +83,15 @@ ADAMW_ROLES = (
         "output head",
         "any",
         r"lm_head|un_?emb(ed(d(ing|er))?)?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
-        r"|vocab_(proj\w*|head)|output_logits",
-        "HF, MaxText, lucidrains",
+        r"|vocab_(proj\w*|head)|output_logits|projection_shard",
+        "HF, MaxText, lucidrains, mesh-transformer-jax",
     ),
     Role(
         "output head",
         "top",
-        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|score|pred(iction)?|w_out"
+        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|score|pred(iction)?|w_out|proj_out"
         r"|(output|out|final|last|prediction)_layer",
-        "big_vision, HF, LLaMA, scenic, Dreamer, ProteinMPNN",
+        "big_vision, HF, LLaMA, scenic, Dreamer, ProteinMPNN, LTX-Video, Wan",
     ),
     Role("router", "any", r"(\w+_)?router(_\w+)?|moe_gate|gating_network", "MaxText, HF, T5X"),
     Role("norm", "any", r"(\w*_)?(ln|bn|gn)(_\w*)?|\w*norm\d*(_\w*)?", "all"),
