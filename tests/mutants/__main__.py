@@ -39,7 +39,11 @@ def _fails(tests: list[str], folder: pathlib.Path) -> bool:
     log = folder / "log"
     process = os.fork()
     if process == 0:
-        os._exit(_run(tests, folder, log))
+        code = pytest.ExitCode.INTERNAL_ERROR
+        try:
+            code = _run(tests, folder, log)
+        finally:
+            os._exit(code)  # nothing of this process may clean up what belongs to its parent
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest exited with {code}:\n{log.read_text()}")
