@@ -1,4 +1,4 @@
-"""The four rules for keys that several query heads share; the exact statistic against its bound."""
+"""The rules for keys that several query heads share; the exact statistic against its bound."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ heads pass for a while; both have two query heads for each key head. Hot, the ru
 shared key as well hold the heads tighter, at {min(logits):.0f} to {max(logits):.0f} instead of
 {default["max_logit"]["mean"]:.0f} under the default, `{DEFAULT}`, with {min(clips):.1f} to
 {max(clips):.1f} clips a step instead of {default["clips_a_step"]["mean"]:.1f}, and the loss is
-{min(gains):.3f} to {max(gains):.3f} lower, more than seed noise for two of them; calm, no rule
+{min(gains):.3f} to {max(gains):.3f} lower, more than seed noise for `group`; calm, no rule
 differs from another by more than its spread (at most
 {max(abs(line["minus_default"]["mean"]) for line in calm):.3f}). That the bound takes the place of
 the exact maximum cannot be seen in either: {text(ours["hot"][BOUND]["minus_default"])} and
