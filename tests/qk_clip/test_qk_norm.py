@@ -188,7 +188,7 @@ def test_shapes_of_an_info_start_a_scan():
     assert start["attn"].tolist() == [False, False]
     (_, ever), stuck = jax.lax.scan(step, (params, start), stats)
     assert ever["attn"].tolist() == [True, False]
-    assert stuck.tolist() == [0, 0]
+    assert np.asarray(stuck).tolist() == [0, 0]
 
 
 def test_infos_that_a_scan_stacked_count_heads():
