@@ -22,8 +22,8 @@ _ADAMW_RULES = (
 )
 _MUON_RULES = (
     attention.by_layout,
-    attention.in_pair,
     orientation.by_bias,
+    attention.in_pair,
     attention.with_heads,
     convolutions.convolution,
     orientation.gated_pair,
