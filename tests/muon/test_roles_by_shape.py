@@ -543,3 +543,14 @@ def test_boxes_below_a_parameter_do_not_hide_its_name(box):
         f"query/kernel/{box}": (1, 64, 64),
         f"norm/scale/{box}": "adamw",
     }
+
+
+def test_vmapped_layers_with_one_output_are_stacked():
+    tree = {"Dense_0": {"kernel": (10, 24, 256), "bias": (10, 256)}}
+    tree["Dense_1"] = {"kernel": (10, 256, 1), "bias": (10, 1)}
+    assert results({"critic": tree}) == {
+        "critic/Dense_0/bias": "adamw",
+        "critic/Dense_0/kernel": (10, 24, 256),
+        "critic/Dense_1/bias": "adamw",
+        "critic/Dense_1/kernel": "adamw",
+    }
