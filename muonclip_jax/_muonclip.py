@@ -1,10 +1,16 @@
-"""MuonClip, Algorithm 1 of Kimi K2, as one optax optimizer: Muon, then QK-clip.
+"""MuonClip, Algorithm 1 of Kimi K2 (arXiv 2507.20534), as one optax optimizer.
 
-    M ← μ M + G;    O = NewtonSchulz(M) · 0.2 √max(n_in, n_out);    W ← W − η (O + λ W)
-    then for each attention head h: γ_h = min(1, τ / S_h), and W_q,h, W_k,h shrink by it
+    for each weight matrix W:                                                         lines 3 to 7
+        M ← μ M + G
+        O ← NewtonSchulz(M) · 0.2 √max(n_in, n_out)
+        W ← W − η (O + λ W)
+    for each attention head h, with max logit S_h in the forward pass:                lines 9 to 17
+        if S_h > τ:
+            γ ← τ / S_h
+            W_q,h ← √γ W_q,h        W_k,h ← √γ W_k,h        (rotary queries of MLA: all of γ)
 
-Here M is the average (1 − μ) Σ instead of the sum, which has the same direction. Source: arXiv
-2507.20534, algorithm 1.
+M is kept as the average (1 − μ) Σ instead of the sum, which has the same direction. AdamW trains
+everything that is no matrix.
 """
 
 import functools
@@ -89,28 +95,28 @@ def muonclip(
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains with Muon and keeps the attention logits of every head in bounds with QK-clip.
+    """Trains with Muon and keeps the max logit of every head near the threshold with QK-clip.
 
-    `tx.update(grads, state, params, max_logits=stats)` returns updates after which
+    `tx.update(grads, state, params, max_logits=stats)` returns updates with which
     `optax.apply_updates` gives clipped parameters; `stats` are the max logits of the forward pass
-    that made the gradients, see `qk_clip`. Weights that are not clipped get Muon's own update, bit
-    for bit. The state is that of `muon`: a checkpoint fits with and without the clip.
+    that computed the gradients, see `qk_clip`. Weights that are not clipped get the update of Muon,
+    bit for bit. The state has the structure of `muon`: a checkpoint fits with and without the clip.
 
-    The clip is part of the update. Nothing may change the updates afterwards: `optax.scale`,
+    The clip is part of the update, so nothing may change the updates afterwards: `optax.scale`,
     `reduce_on_plateau` or a rate for each layer scales the clip too. Wrappers that keep a second
-    copy of the weights, such as `optax.contrib.schedule_free`, add it to weights that it was not
-    made for. `optax.MultiSteps` passes the max logits of the last micro-batch only. There, and to
+    copy of the weights, such as `optax.contrib.schedule_free`, add the clip to the wrong copy.
+    `optax.MultiSteps` passes the max logits of the last micro-batch only. With any of them, and to
     get a `QKClipInfo`, use `muonclip(..., threshold=None)` and call `qk_clip` after
     `optax.apply_updates`, on every copy of the weights: the same algorithm. `docs/qk_clip.md` has a
-    table of what may come after or around `muonclip`.
+    table of transforms after and around `muonclip`.
 
-    Other algorithms than Kimi K2's are one call away: Moonlight's is
-    `muonclip(lr, nesterov=True, adam_nesterov=False, threshold=None)`; Keller Jordan's, exact from
-    the first step, is that with `consistent_rms=None`; DeepSeek-V4's is Moonlight's with
+    Other recipes are settings: Moonlight is
+    `muonclip(lr, nesterov=True, adam_nesterov=False, threshold=None)`; Keller Jordan's Muon, exact
+    from the first step, is Moonlight with `consistent_rms=None`; DeepSeek-V4 is Moonlight with
     `consistent_rms=0.18` and `ns_coeffs="deepseek_v4"`.
 
     Args:
-      learning_rate: Number or schedule, of both optimizers; tuned for AdamW, it carries over.
+      learning_rate: η, number or schedule, of both optimizers. A rate tuned for AdamW fits.
       layout: See `qk_clip`.
       threshold: τ, see `qk_clip`: number, or schedule of the updates before this one. None builds
         the optimizer without the clip.
@@ -118,11 +124,10 @@ def muonclip(
       shared_key: See `qk_clip`.
       ignore: See `qk_clip`. Modules that `optax.partition` or `optax.masked` hide are left out
         without it.
-      beta: Decay of the momentum of the matrices, in [0, 1); μ of the paper.
+      beta: μ, decay of the momentum of the matrices, in [0, 1).
       nesterov: Whether the direction looks one step ahead: G + μ M with M the sum, without the
         bias correction of `muon`.
-      weight_decay: Number or schedule; decay of the matrices, multiplied by the learning rate; λ of
-        the paper.
+      weight_decay: λ, number or schedule; decay of the matrices, multiplied by the learning rate.
       consistent_rms: See `scale_by_shape`.
       ns_coeffs: See `scale_by_muon`.
       ns_steps: See `scale_by_muon`.
@@ -147,8 +152,8 @@ def muonclip(
     Returns:
       An optax transformation whose `update` needs the parameters, and `max_logits` unless
       `threshold` is None. Updates have the dtype of the gradients. If parameters and gradients are
-      in 16 bits, a parameter that the step changes by less than a factor of two arrives at its
-      clipped value exactly; others arrive within a unit in the last place of the larger number.
+      in bfloat16 or float16, a parameter that the step changes by less than a factor of two gets
+      its clipped value exactly, any other within a unit in the last place of the larger number.
 
     Raises:
       TypeError: when built, for settings of a wrong type, such as a number given as a string.
@@ -169,14 +174,14 @@ def muonclip(
       Kimi K2, arXiv 2507.20534, algorithm 1; Liu et al. 2025 (Moonlight), arXiv 2502.16982.
     """
     _check(locals())
-    update = MuonSettings(
-        plain_nesterov if nesterov else momentum,
-        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
-        eps,
-        beta,
-        mu_dtype,
-        adaptive,
-        shardings_by_path("muonclip", shardings),
+    update = MuonSettings(  # lines 4 and 5
+        direction=plain_nesterov if nesterov else momentum,
+        orthogonalize=newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps=eps,
+        beta=beta,
+        mu_dtype=mu_dtype,
+        adaptive=adaptive,
+        shardings=shardings_by_path("muonclip", shardings),
     )
     roles = RoleSettings(
         muon_weight_dimension_numbers,
@@ -195,7 +200,7 @@ def muonclip(
         weight_decay=weight_decay if adam_weight_decay is None else adam_weight_decay,
         nesterov=nesterov if adam_nesterov is None else adam_nesterov,
     )
-    scale = MatrixScale(learning_rate, weight_decay, weight_decay_mask, consistent_rms)
+    scale = MatrixScale(learning_rate, weight_decay, weight_decay_mask, consistent_rms)  # line 6
     optimizer = with_adamw("muonclip", roles, update, scale, rest)
     if threshold is None:
         return optimizer
@@ -219,13 +224,15 @@ def _then_clip(
     clip: Callable[..., Any],
     threshold: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes the updates of `optimizer` lead to clipped parameters."""
+    """Adds the clip to the updates of an optimizer."""
 
     def update_fn(updates, state, params=None, *, max_logits=None, **extra_args):
         _check_arguments(params, max_logits)
         tau = threshold(_count(state)) if callable(threshold) else threshold
+        # Lines 3 to 7: W ← W − η (O + λ W)
         updates, state = optimizer.update(updates, state, params, **extra_args)
         new: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
+        # Lines 9 to 17: W_q,h ← √γ W_q,h, W_k,h ← √γ W_k,h, from the max logits before the update
         clipped, _ = clip(new, max_logits, threshold=tau)
         return jax.tree.map(_difference, updates, params, new, clipped), state
 
@@ -233,7 +240,7 @@ def _then_clip(
 
 
 def _count(state: ArrayTree) -> jax.Array:
-    """Reads how many updates there were; no counter of its own, which checkpoints would show."""
+    """Returns the number of updates so far; a counter of its own would be in the checkpoints."""
     states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByMuonState))
     return next(x for x in states if isinstance(x, ScaleByMuonState)).count
 
@@ -244,9 +251,9 @@ def _check_arguments(params: ArrayTree, max_logits: ArrayTree) -> None:
         name = "params" if params is None else "max_logits"
         raise ValueError(
             f"muonclip: update needs {name}, got None. Call tx.update(grads, state, params, "
-            "max_logits=stats), stats the max logits that the model sowed. flax's "
-            "TrainState.apply_gradients and optax.lookahead do not pass max_logits on: call "
-            "state.tx.update yourself, or use muonclip(..., threshold=None) and qk_clip after "
+            "max_logits=stats) with the max logits that the model sowed. "
+            "TrainState.apply_gradients of Flax and optax.lookahead do not pass max_logits on: "
+            "call state.tx.update yourself, or use muonclip(..., threshold=None) and qk_clip after "
             "optax.apply_updates; threshold=None alone trains without the clip."
         )
     if isinstance(params, optax.LookaheadParams):
@@ -258,13 +265,13 @@ def _check_arguments(params: ArrayTree, max_logits: ArrayTree) -> None:
 
 
 def _difference(update: jax.Array, old: jax.Array, new: jax.Array, clipped: jax.Array) -> jax.Array:
-    """Leads from `old` to `clipped`; is `update` where nothing was clipped.
+    """Returns the update from `old` to `clipped`; exactly `update` for weights without a clip.
 
-    In the dtype of the update, as `optax.apply_if_finite` requires. If that is the dtype of the
-    parameter, the difference of two numbers within a factor of two of each other is exact
-    (Sterbenz), and so is their sum with `old`.
+    It has the dtype of `update`, as `optax.apply_if_finite` requires. If the parameter has it too,
+    the difference of two numbers within a factor of two of each other is exact (Sterbenz), and so
+    is its sum with `old`.
     """
-    if clipped is new:  # not a leaf of the clip: no work
+    if clipped is new:  # the clip did not touch this leaf
         return update
     wide = accumulator(old.dtype)
     moved = (clipped.astype(wide) - old.astype(wide)).astype(update.dtype)

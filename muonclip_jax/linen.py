@@ -16,6 +16,7 @@ from muonclip_jax._attention.flax_attention import (
     check_no_soft_cap,
     check_sown_before_soft_cap,
 )
+from muonclip_jax._attention.shared_keys import with_query_heads
 
 
 def sow_max_logits(
@@ -161,9 +162,9 @@ def attention_fn(
         group = query.shape[-2] // key.shape[-2]
         return nn.dot_product_attention(
             query,
-            # Flax wants as many key heads as query heads.
-            jnp.repeat(key, group, axis=-2) if group > 1 else key,
-            jnp.repeat(value, group, axis=-2) if group > 1 else value,
+            # Flax requires equal numbers of key heads and query heads.
+            with_query_heads(key, query, repeat=True) if group > 1 else key,
+            with_query_heads(value, query, repeat=True) if group > 1 else value,
             bias=bias,
             mask=_causal_mask(mask, query, key) if is_causal else mask,
             broadcast_dropout=broadcast_dropout,

@@ -16,6 +16,7 @@ from muonclip_jax._attention.flax_attention import (
     check_no_soft_cap,
     check_sown_before_soft_cap,
 )
+from muonclip_jax._attention.shared_keys import with_query_heads
 
 
 class MaxLogits(nnx.Intermediate):
@@ -195,8 +196,8 @@ def attention_fn(
     def flax_attention():
         return nnx.dot_product_attention(
             query,
-            key,
-            value,
+            with_query_heads(key, query),
+            with_query_heads(value, query),
             bias=bias,
             mask=mask,
             broadcast_dropout=broadcast_dropout,

@@ -19,6 +19,7 @@ from muonclip_jax._attention.max_logit import (
     max_attention_logit,
     scale_with_four_axes,
 )
+from muonclip_jax._attention.shared_keys import with_query_heads
 from muonclip_jax._attention.splash import MASKED, splash_attention
 from muonclip_jax._attention.visible import Window
 from muonclip_jax._common.settings import check_choice
@@ -217,15 +218,19 @@ def _jax_nn(call: _Call, return_residual: bool) -> tuple[Array, Any]:
     """Computes attention and, if wanted, log-sum-exp; `jax.nn` knows one width only."""
     own, theirs = call.query.shape[-1], call.value.shape[-1]
     q, k, v = (_widened(x, max(own, theirs)) for x in (call.query, call.key, call.value))
-    if np.ndim(scale := call.options["scale"]) and scale.shape[1] not in (1, k.shape[2]):
-        # A factor for each query head; jax.nn knows one for each key head only.
+    scale = call.options["scale"]
+    k, v = (with_query_heads(x, q) for x in (k, v))
+    if np.ndim(scale) and scale.shape[1] == call.key.shape[2]:
+        scale = with_query_heads(scale, q, axis=-3)
+    elif np.ndim(scale) and scale.shape[1] not in (1, k.shape[2]):
+        # A factor for each query head; jax.nn supports one for each key head only.
         k, v = (jnp.repeat(x, scale.shape[1] // x.shape[2], axis=2) for x in (k, v))
     attend: Any = jax.nn.dot_product_attention
     result = attend(
         *(q, k, v, call.bias, call.mask),
         implementation=call.implementation,
         return_residual=return_residual,
-        **call.options,
+        **call.options | {"scale": scale},
     )
     out, residual = result if return_residual else (result, None)
     return (out[..., :theirs] if theirs < own else out), residual

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
+from muonclip_jax._attention.shared_keys import with_query_heads
 from muonclip_jax._attention.visible import (
     Block,
     Pair,
@@ -94,7 +95,10 @@ def max_attention_logit(
     query, key, bias, mask = map(_array, (query, key, bias, mask))
     options = (lengths, local_window_size, ids, block_size, scale, is_causal)
     check_arguments("max_attention_logit", query, key, bias, mask, *options)
-    arrays = (query, key, scale_with_four_axes(scale), bias)
+    scale = scale_with_four_axes(scale)
+    if np.ndim(scale) and scale.shape[1] == key.shape[2]:
+        scale = with_query_heads(scale, query, axis=-3)
+    arrays = (query, with_query_heads(key, query), scale, bias)
     return _blockwise(
         *jax.lax.stop_gradient(arrays),
         Rules(None, lengths, ids, mask),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from muonclip_jax._common.resharding import placed_like
+from muonclip_jax._common.resharding import placed_like, unsharded
 from muonclip_jax._common.settings import check_settings, flag, shown
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._qk_clip.attention_module import AttentionModule
@@ -107,7 +107,8 @@ def qk_clip(
         for module in modules
         for entry in module.max_logits
     )
-    gamma = {name: _gamma(s_h, threshold, where) for name, s_h in s.items()}
+    # Unsharded, or XLA propagates the sharding of one kernel to another through their gamma.
+    gamma = {name: unsharded(_gamma(s_h, threshold, where)) for name, s_h in s.items()}
     leaves, treedef = jax.tree.flatten(params)
     for module in modules:
         columns = _column_factors(module, gamma[module.name], alpha, shared_key)

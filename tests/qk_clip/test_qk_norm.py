@@ -169,7 +169,7 @@ def test_stuck_heads_are_a_metric_where_they_are_counted():
     assert mc.qk_clip_metrics(info, ever)["qk_clip/stuck_heads"] == 1
     _, info = clip({}, ever_clipped=ever, where=False)
     assert info.stuck_heads == 0
-    with pytest.raises(ValueError, match=r"attn: was \(3,\), is \(2,\)"):
+    with pytest.raises(ValueError, match=r"attn: got \(3,\), expected \(2,\)"):
         clip({}, ever_clipped={"attn": jnp.zeros(3, bool)})
 
 

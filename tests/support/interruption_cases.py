@@ -66,22 +66,20 @@ def wait_for(path):
         time.sleep(0.01)
 
 
-def environment(cache):
+def environment():
     return program_command.environment(
         JAX_PLATFORMS="cpu",  # libtpu, if it is installed, writes to stderr
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
 
 
-def start(folder, cache, *arguments, **options):
+def start(folder, *arguments, **options):
     """Starts the program with the tiny model; programs that were compiled before are not again."""
     (folder / "text").write_bytes(TEXT)
     flags = "--preset tiny --data text --batch-size 4 --seq-len 16 --no-progress".split()
     return subprocess.Popen(
         [*program_command.COMMAND, *flags, *arguments],
         cwd=folder,
-        env=environment(cache),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
