@@ -97,9 +97,9 @@ def test_wrong_before_reduce_on_plateau():
 def test_wrong_in_multi_steps_which_passes_the_last_max_logits():
     tx = optax.MultiSteps(muonclip(), 2)
     params = attention()
-    calm = {"attn": {"max_logits": jnp.array([50.0])}}
+    below = {"attn": {"max_logits": jnp.array([50.0])}}
     _, state = tx.update(params, tx.init(params), params, max_logits=STATS)
-    updates, _ = tx.update(params, state, params, max_logits=calm)
+    updates, _ = tx.update(params, state, params, max_logits=below)
     assert logit(optax.apply_updates(params, updates)) == pytest.approx(400)
 
 
