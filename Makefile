@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all mutants lint notebooks clean
 
 demo: .venv/examples
-	$(BIN)/python examples/train_lm.py
+	$(BIN)/python -m examples.language_model
 
 # What runs by day: every test but those marked `nightly`, with each value of a parameter, not each combination of values.
 # A process for each core. Neighbors stay in one, as they share what they compile, until the other has no more to do.

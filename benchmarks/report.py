@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -59,20 +60,25 @@ def write(path: pathlib.Path, content: bytes) -> None:
     beside.replace(path)
 
 
-def write_json(path: pathlib.Path, results: dict[str, Any], per_line: str | None = None) -> None:
+def write_json(
+    path: pathlib.Path, results: dict[str, Any], per_line: str | None = None, indent: int = 2
+) -> None:
     """Writes results as JSON.
 
     Args:
       path: The file.
       results: The results.
       per_line: Key of a list whose items are written one per line. It comes last.
+      indent: Spaces per level.
     """
     rows = results[per_line] if per_line else []
     head = {key: value for key, value in results.items() if key != per_line}
-    text = json.dumps(head, indent=2, ensure_ascii=False)
+    text = json.dumps(head, indent=indent, ensure_ascii=False)
     if per_line:
-        lines = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)
-        text = f'{text[:-2]},\n  "{per_line}": [\n{lines}\n  ]\n}}'
+        compact = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+        lines = ",\n".join(2 * indent * " " + compact(row) for row in rows)
+        pad = indent * " "
+        text = f'{text[:-2]},\n{pad}"{per_line}": [\n{lines}\n{pad}]\n}}'
     write(path, f"{text}\n".encode())
 
 

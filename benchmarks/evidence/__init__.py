@@ -1,11 +1,12 @@
-"""The claims of the papers, tried in small: who trains what, and what came out.
+"""Small trainings that test published claims about Muon and QK-clip.
 
-    python -m benchmarks.evidence                      # lists the experiments
-    python -m benchmarks.evidence exploding-logits     # one of them; or all
+    python -m benchmarks.evidence --help               # lists the experiments
+    python -m benchmarks.evidence exploding-logits     # runs one of them; or all
+    python -m benchmarks.evidence page                 # generates docs/evidence.md
 
-`tasks.py` has what takes time, a training or a timing, and remembers it; each experiment is a file
-that says which trainings it needs, what it reads off them, when the claim counts as reproduced, and
-how it is drawn. docs/evidence.md tells the results.
+`training.py` has one training, whose record is stored and used again. Each experiment is a module:
+its trainings, the figures computed from their records, the condition under which a claim counts as
+reproduced, and the plot. docs/evidence.md has the results.
 """
 
 import pathlib

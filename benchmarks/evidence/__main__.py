@@ -1,4 +1,4 @@
-"""Runs experiments; writes results/NAME.json, results/NAME.png and docs/evidence.md."""
+"""Runs experiments. Writes results/NAME.json, results/NAME.png and docs/evidence.md."""
 
 import argparse
 import io
@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+from benchmarks import report
 from benchmarks.evidence import FOLDER
 from benchmarks.evidence.experiments import EXPERIMENTS
 from benchmarks.evidence.page import page
@@ -18,7 +19,7 @@ PAGE = FOLDER.parents[1] / "docs" / "evidence.md"
 
 
 def conclude(name: str, runner: Runner) -> dict[str, Any]:
-    """Does an experiment, but for what has been done already."""
+    """Runs an experiment, except for its stored records."""
     experiment = EXPERIMENTS[name]
     runner.records.clear()
     ours = experiment.study(runner)
@@ -40,42 +41,39 @@ def conclude(name: str, runner: Runner) -> dict[str, Any]:
     }
 
 
-def write(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(content)
-    beside.replace(path)
-
-
-def laid_out(result: dict[str, Any]) -> str:
-    """Writes a result as JSON, each of its trainings on a line of its own."""
-    head = json.dumps(result | {"runs": []}, indent=1, ensure_ascii=False)
-    runs = ",\n".join(f"  {json.dumps(run, separators=(',', ':'))}" for run in result["runs"])
-    return head.removesuffix("[]\n}") + f"[\n{runs}\n ]\n}}\n"
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the experiments that are named, one after the other."""
+    """Runs the named experiments one after the other, and generates the page."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence", description="The papers' claims, tried in small."
+        prog="python -m benchmarks.evidence", description="Small trainings that test claims."
     )
-    parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME")
+    choices = [*EXPERIMENTS, "all", "page"]
+    parser.add_argument("names", nargs="+", choices=choices, metavar="NAME")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.epilog = f"names: {', '.join(EXPERIMENTS)}, or all; what is done is in {MEMORY.name}"
+    parser.epilog = (
+        f"names: {', '.join(EXPERIMENTS)}; all; page, which only generates {PAGE.name}. Finished"
+        f" trainings are kept in {MEMORY.name}."
+    )
     options = parser.parse_args(arguments)
     runner = Runner(MEMORY, options.workers)
     for name in EXPERIMENTS if "all" in options.names else options.names:
-        result = conclude(name, runner)
-        write(options.out / f"{name}.json", laid_out(result).encode())
-        image = io.BytesIO()
-        EXPERIMENTS[name].draw(result).savefig(image, format="png")
-        write(options.out / f"{name}.png", image.getvalue())
-        print(f"{name}: {result['verdict']}")
-    results = {name: options.out / f"{name}.json" for name in EXPERIMENTS}
-    if all(path.exists() for path in results.values()):
-        read = {name: json.loads(path.read_text()) for name, path in results.items()}
-        write(PAGE if options.out == RESULTS else options.out / PAGE.name, page(read).encode())
+        if name != "page":
+            run(name, runner, options.out)
+    paths = {name: options.out / f"{name}.json" for name in EXPERIMENTS}
+    if all(path.exists() for path in paths.values()):
+        results = {name: json.loads(path.read_text()) for name, path in paths.items()}
+        generated = PAGE if options.out == RESULTS else options.out / PAGE.name
+        report.write(generated, page(results).encode())
+
+
+def run(name: str, runner: Runner, out: pathlib.Path) -> None:
+    """Runs an experiment, and writes its result and its plot."""
+    result = conclude(name, runner)
+    report.write_json(out / f"{name}.json", result, per_line="runs", indent=1)
+    image = io.BytesIO()
+    EXPERIMENTS[name].draw(result).savefig(image, format="png")
+    report.write(out / f"{name}.png", image.getvalue())
+    print(f"{name}: {result['verdict']}")
 
 
 if __name__ == "__main__":

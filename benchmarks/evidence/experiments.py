@@ -1,28 +1,28 @@
-"""The experiments by name, in the order in which docs/evidence.md tells them.
+"""The experiments by name, in the order of docs/evidence.md.
 
-Each module has `CLAIM`, `SOURCE` and `PUBLISHED`, what was said elsewhere; `study(ask)`, which asks
-for trainings and gives `ours`; `verdict(ours)`; `draw(result)`; and `TITLE`, `short(ours)` and
-`tell(ours)`, what the pages say.
+Each module has `TITLE`, `CLAIM`, `SOURCE` and `PUBLISHED`: the claim and its published figures;
+`study(measure)`, which calls `measure` with trainings and returns `ours`; `verdict(ours)`;
+`draw(result)`; `one_line(ours)` for the table of claims, and `section(ours)` for the page.
 """
 
 from types import ModuleType
 
 from benchmarks.evidence import (
-    clip_rules,
-    exactness,
     exploding_logits,
-    no_harm,
-    peers,
+    low_threshold,
+    optax_comparison,
+    orthogonalization_accuracy,
     per_head,
+    shared_key_rules,
     token_efficiency,
 )
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "exploding-logits": exploding_logits,
-    "no-harm": no_harm,
+    "low-threshold": low_threshold,
     "token-efficiency": token_efficiency,
     "per-head": per_head,
-    "exactness": exactness,
-    "clip-rules": clip_rules,
-    "peers": peers,
+    "orthogonalization-accuracy": orthogonalization_accuracy,
+    "shared-key-rules": shared_key_rules,
+    "optax-comparison": optax_comparison,
 }

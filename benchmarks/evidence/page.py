@@ -1,12 +1,11 @@
-"""Tells the results: docs/evidence.md, and the table of the README."""
+"""Generates docs/evidence.md and the table of claims in README.md from the results."""
 
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.evidence import measures
 from benchmarks.evidence.experiments import EXPERIMENTS
-from benchmarks.evidence.tasks import (
+from benchmarks.evidence.training import (
     BATCH_SIZE,
     HEAD_DIM,
     HEADS,
@@ -16,37 +15,40 @@ from benchmarks.evidence.tasks import (
     WIDTH,
     Run,
 )
+from benchmarks.report import markdown
 
-FILL = 150  # columns, as in the other pages
+FILL = 150  # characters per line, as in the other pages
 Results = Mapping[str, Mapping[str, Any]]
 
 HEAD = f"""# Evidence
 
-What the papers claim, tried on our own code, in small. Each experiment has a command, its seeds,
-every one of its trainings, and a verdict by a rule that is written in code.
+Small trainings that test published claims with this library. Each experiment has a command, its
+seeds, the record of every training, and a verdict computed by a rule in code.
 
 {{table}}
 
-**Read it with its size in mind.** The models have {LAYERS} layers, width {WIDTH} and {HEADS} heads
-of {HEAD_DIM}. They read bytes of Python's standard library, {BATCH_SIZE} x {SEQ_LEN} a step, for
-{Run(0.0, 0).steps} steps unless it says otherwise, and are judged on {VALIDATION_BYTES:,} bytes
-that are never trained on. Two CPU cores did all of it. What a model of a billion parameters does
-over a trillion tokens, no such run can show; that a claim fails here does not say that it fails
-there.
+**The scale is small.** The models have {LAYERS} layers, width {WIDTH} and {HEADS} heads of
+{HEAD_DIM}. They read bytes of Python's standard library, {BATCH_SIZE} x {SEQ_LEN} per step, for
+{Run(0.0, 0).steps} steps unless stated otherwise. The validation loss is measured on
+{VALIDATION_BYTES:,} bytes that no training reads. All of it ran on two CPU cores. Such runs cannot
+show what a model of a billion parameters does over a trillion tokens. A claim that fails here may
+hold there.
 
-± is one standard deviation over seeds. Losses are nats per byte, on those bytes. "Same seed"
-compares trainings that have the same first weights and the same text at each step. Muon is
-algorithm 1 of Kimi K2 without its clip: no Nesterov, scale 0.2 √max(n_in, n_out), decay 0.1.
-Learning rates rise over 5 % of the steps and fall to 0.
+± is one standard deviation over seeds. Losses are nats per byte on the validation bytes. "Same
+seed" compares trainings with the same initial weights and the same text at each step. Muon is
+Algorithm 1 of Kimi K2 without QK-clip: no Nesterov, scale 0.2 √max(n_in, n_out), decay 0.1.
+Learning rates have a linear warmup over 5 % of the steps and then a linear decay to 0. "Clip" is
+QK-clip.
 
 ```
 pip install -e '.[examples]'
-python -m benchmarks.evidence all    # hours; what is done is kept, and it goes on after a stop
+python -m benchmarks.evidence all    # hours; an interrupted run continues
 ```
 
-The trainings are in [benchmarks/evidence/results](../benchmarks/evidence/results). This page is
-written from there, and `tests/benchmarks/test_evidence.py` computes every figure and verdict again
-from the trainings. Versions: {{versions}}.
+The records are in [benchmarks/evidence/results](../benchmarks/evidence/results). This page is
+generated from them (`python -m benchmarks.evidence page`). `tests/benchmarks/test_evidence.py`
+recomputes every figure and verdict.
+Versions: {{versions}}.
 """
 
 SECTION = """
@@ -56,32 +58,38 @@ SECTION = """
 
 {text}
 
-*{claim}* {source}. Published: {published}. Here: **{verdict}**. `{command}`, {date}.
+Claim: {claim} Source: {source}. Published: {published}. Verdict: **{verdict}**.
+Command: `{command}`, {date}.
 """
 
 
 def page(results: Results) -> str:
-    """Writes docs/evidence.md."""
+    """Generates docs/evidence.md."""
     versions = next(iter(results.values()))["versions"]
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts = [HEAD.format(table=table(results), versions=said)]
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    parts = [HEAD.format(table=table(results), versions=listed)]
     for name, result in results.items():
         experiment = EXPERIMENTS[name]
-        title, text = experiment.TITLE, wrapped(experiment.tell(result["ours"]))
+        title, text = experiment.TITLE, wrapped(experiment.section(result["ours"]))
         parts.append(SECTION.format(**{**result, "title": title, "name": name, "text": text}))
     return "".join(parts)
 
 
 def wrapped(text: str) -> str:
-    """Fills the lines of the paragraphs, but not those of the tables."""
+    """Wraps the lines of paragraphs, except tables."""
     parts = text.split("\n\n")
     return "\n\n".join(x if x.startswith("|") else textwrap.fill(x, FILL) for x in parts)
 
 
 def table(results: Results) -> str:
-    """Writes the table of claims."""
+    """Generates the table of claims."""
     rows = [
-        [EXPERIMENTS[name].TITLE, r["published"], EXPERIMENTS[name].short(r["ours"]), r["verdict"]]
+        [
+            EXPERIMENTS[name].TITLE,
+            r["published"],
+            EXPERIMENTS[name].one_line(r["ours"]),
+            r["verdict"],
+        ]
         for name, r in results.items()
     ]
-    return measures.table(["claim", "published", "here", "verdict"], rows)
+    return markdown(["claim", "published", "here", "verdict"], rows)

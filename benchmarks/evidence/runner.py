@@ -1,72 +1,71 @@
-"""Does what an experiment asks for, several trainings side by side, and remembers what is done."""
+"""Runs the tasks of an experiment in parallel, and stores their records to use them again."""
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
 import pathlib
-import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from benchmarks import report
+
 
 class Task(Protocol):
-    """A frozen data class: its fields say all that its result depends on."""
+    """A frozen data class, whose fields determine its result."""
 
     @property
     def program(self) -> Any:
-        """Tasks with equal programs follow one another in a process, which compiles once."""
+        """Tasks with equal programs run in one process after another, which compiles once."""
 
     def measure(self) -> dict[str, Any]:
-        """Does it, and gives what is written down."""
+        """Runs the task and returns its record."""
 
 
-Ask = Callable[[Sequence[Any]], list[dict[str, Any]]]
+Measure = Callable[[Sequence[Any]], list[dict[str, Any]]]
 
 
 def versions() -> dict[str, str]:
-    """Gives the versions that a result depends on."""
-    names = ("jax", "jaxlib", "optax", "flax", "muonclip-jax")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+    """Returns the versions that a result depends on."""
+    return report.versions("jax", "jaxlib", "optax", "flax", "muonclip-jax")
 
 
 def described(task: Any) -> dict[str, Any]:
-    """Gives the fields of a task, as JSON has them."""
+    """Returns the fields of a task, for JSON."""
     return {"task": type(task).__name__} | dataclasses.asdict(task)
 
 
-def lookup(records: Iterable[dict[str, Any]]) -> Ask:
-    """Answers out of what has been recorded; a task that is not there is a `KeyError`."""
+def lookup(records: Iterable[dict[str, Any]]) -> Measure:
+    """Returns recorded tasks only; any other task raises `KeyError`."""
     known = {_key(record["settings"]): record for record in records}
     return lambda tasks: [known[_key(described(task))] for task in tasks]
 
 
 class Runner:
-    """Answers out of what has been done, and does the rest.
+    """Returns stored records, and runs the tasks that have none.
 
     Attributes:
-      records: Of all tasks that were asked for, in that order, each once: `settings`, which are the
-        fields of the task, the `date` on which it was done, and what it measured.
+      records: Records of all requested tasks in their order, each once: `settings`, the fields of
+        the task; `date`, when it ran; and its results.
     """
 
     def __init__(self, memory: pathlib.Path, workers: int) -> None:
         self.records: list[dict[str, Any]] = []
         self._memory, self._workers, self._known = memory, workers, {}
         for line in memory.read_text().splitlines() if memory.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
+            with contextlib.suppress(json.JSONDecodeError):  # truncated when a run was killed
                 record = json.loads(line)
                 if record.pop("versions") == versions():
                     self._known[_key(record["settings"])] = record
 
     def __call__(self, tasks: Sequence[Any]) -> list[dict[str, Any]]:
-        """Gives the records of tasks, in their order."""
+        """Returns the records of tasks, in their order."""
         new = {_key(described(task)): task for task in tasks}
         new = [task for key, task in new.items() if key not in self._known]
         for record in tqdm(self._done(new), total=len(new), disable=not new):
@@ -80,15 +79,15 @@ class Runner:
         return answer
 
     def _done(self, tasks: list[Any]) -> Iterator[dict[str, Any]]:
-        """Gives the records as they come; a timing has the machine for itself."""
+        """Runs tasks and yields their records; a timing runs alone on the machine."""
         if not tasks:
             return
         alone = [task for task in tasks if getattr(task, "alone", False)]
         for task in alone:
             yield _measure([task])[0]
-        programs = sorted((task for task in tasks if task not in alone), key=_by_program)
-        parts = [list(part) for _, part in itertools.groupby(programs, key=_by_program)]
-        # Each worker has one core and one thread: a training this small gains little from a second.
+        programs = sorted((task for task in tasks if task not in alone), key=_program_key)
+        parts = [list(part) for _, part in itertools.groupby(programs, key=_program_key)]
+        # One core and one thread per worker: so small a training gains little from a second.
         context = multiprocessing.get_context("spawn")
         cores = context.Queue()
         for core in sorted(os.sched_getaffinity(0))[: self._workers]:
@@ -96,9 +95,9 @@ class Runner:
         with concurrent.futures.ProcessPoolExecutor(
             self._workers, context, initializer=_pin, initargs=(cores,)
         ) as pool:
-            halves = [piece for part in parts for piece in _divide(part, self._workers)]
+            chunks = [chunk for part in parts for chunk in _chunks(part, self._workers)]
             for done in concurrent.futures.as_completed(
-                [pool.submit(_measure, piece) for piece in halves]
+                [pool.submit(_measure, chunk) for chunk in chunks]
             ):
                 yield from done.result()
 
@@ -107,12 +106,12 @@ def _key(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def _by_program(task: Any) -> str:
+def _program_key(task: Any) -> str:
     return repr(task.program)
 
 
-def _divide(tasks: list[Any], workers: int) -> list[list[Any]]:
-    size = min(4, max(1, -(-len(tasks) // workers)))  # what is lost at an interruption is small
+def _chunks(tasks: list[Any], workers: int) -> list[list[Any]]:
+    size = min(4, max(1, -(-len(tasks) // workers)))  # an interruption loses few tasks
     return [tasks[i : i + size] for i in range(0, len(tasks), size)]
 
 

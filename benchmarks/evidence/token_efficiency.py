@@ -1,4 +1,4 @@
-"""Moonlight and Kimi K2: Muon needs fewer tokens than AdamW, at AdamW's learning rate."""
+"""Moonlight and Kimi K2: Muon needs fewer tokens than AdamW, at the learning rate of AdamW."""
 
 import dataclasses
 import math
@@ -8,20 +8,32 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.evidence import drawing
-from benchmarks.evidence.measures import RATES, SEEDS, grid, over_seeds, seeds_of, table, text, tune
-from benchmarks.evidence.runner import Ask
-from benchmarks.evidence.tasks import Run, finite
+from benchmarks.evidence import plotting
+from benchmarks.evidence.runner import Measure
+from benchmarks.evidence.summaries import RATES, SEEDS, grid, mean_sd, over_seeds, seeds_of, tune
+from benchmarks.evidence.training import Run, finite
+from benchmarks.report import markdown
 
 TITLE = "Fewer tokens than AdamW"
-CLAIM = "Muon reaches AdamW's loss in about half of its tokens, at a learning rate tuned for AdamW."
+CLAIM = "Muon reaches the loss of AdamW with half the tokens, at a learning rate tuned for AdamW."
 SOURCE = "Moonlight, arXiv 2502.16982, figure 1 and section 2.2; Kimi K2, arXiv 2507.20534"
 PUBLISHED = "52 % of the training FLOPs of AdamW (Moonlight, scaling law)"
 THRESHOLD = 30.0
 STEPS = Run(0.0, 0).steps
-LONG = 2 * STEPS  # AdamW is compared a second time, when it has had more of them
+LONG = 2 * STEPS  # a second comparison, after a longer training with AdamW
 LONG_RATES = (0.004, 0.008, 0.016)
-BUDGETS = (80, 120, 160, 200, 240, 280, 320, 400, 560, 800)  # steps, each a whole schedule
+BUDGETS = (
+    80,
+    120,
+    160,
+    200,
+    240,
+    280,
+    320,
+    400,
+    560,
+    800,
+)  # steps, each a full schedule
 OPTIMIZERS = {
     "adamw": Run(0.0, 0, optimizer="adamw"),
     "muon": Run(0.0, 0),
@@ -30,42 +42,42 @@ OPTIMIZERS = {
 }
 
 
-def study(ask: Ask) -> dict[str, Any]:
-    """Tunes each optimizer over the same grid, then looks how few steps reach AdamW's loss."""
-    ask([one for run in OPTIMIZERS.values() for one in grid(run, RATES)])
-    tuned = {name: tune(ask, run) for name, run in OPTIMIZERS.items()}
-    short = {name: shares(ask, name, tuned, tuned["adamw"]) for name in ("muon", "muonclip")}
+def study(measure: Measure) -> dict[str, Any]:
+    """Tunes each optimizer on one grid, then finds the steps that reach the loss of AdamW."""
+    measure([one for run in OPTIMIZERS.values() for one in grid(run, RATES)])
+    tuned = {name: tune(measure, run) for name, run in OPTIMIZERS.items()}
+    short = {name: shares(measure, name, tuned, tuned["adamw"]) for name in ("muon", "muonclip")}
     longer = dataclasses.replace(OPTIMIZERS["adamw"], steps=LONG)
-    adamw = tune(ask, longer, LONG_RATES)
+    adamw = tune(measure, longer, LONG_RATES)
     rate = tuned["adamw"]["learning_rate"]
     return {
         "tuned": tuned,
         "steps_to_adamw_loss": short,
         "adamw_twice_as_long": adamw,
-        "steps_to_that_loss": shares(ask, "muonclip", tuned, adamw, LONG),
+        "steps_to_that_loss": shares(measure, "muonclip", tuned, adamw, LONG),
         "at_adamw_rate": {n: carry_over(tuned[n], rate) for n in OPTIMIZERS if n != "adamw"},
     }
 
 
 def shares(
-    ask: Ask,
+    measure: Measure,
     name: str,
     tuned: Mapping[str, Any],
     adamw: Mapping[str, Any],
     full: int = STEPS,
 ) -> dict[str, Any]:
-    """Compares with AdamW seed by seed: the share of its steps after which the loss is its own.
+    """Finds the fraction of the steps of AdamW that reach its loss, at equal seeds.
 
-    Each budget is a training of its own, whose learning rate falls to 0; between two budgets the
-    loss is taken as a line in the logarithm of the steps. The learning rate is the one tuned at
-    `STEPS`, which can only count against Muon.
+    Each budget is a separate training, whose learning rate falls to 0. Between two budgets the loss
+    is linear in the logarithm of the steps. The learning rate was tuned at `STEPS`, which can only
+    favor AdamW.
     """
     rate = {"steps": full, "learning_rate": adamw["learning_rate"]}
-    target = ask(seeds_of(dataclasses.replace(OPTIMIZERS["adamw"], **rate)))
+    target = measure(seeds_of(dataclasses.replace(OPTIMIZERS["adamw"], **rate)))
     run = dataclasses.replace(OPTIMIZERS[name], learning_rate=tuned[name]["learning_rate"])
     budgets = [steps for steps in BUDGETS if steps <= full]
     lines = [seeds_of(dataclasses.replace(run, steps=steps)) for steps in budgets]
-    records = iter(ask([one for seeds in lines for one in seeds]))
+    records = iter(measure([one for seeds in lines for one in seeds]))
     losses = np.array([[next(records)["validation_loss"] for _ in SEEDS] for _ in budgets])
     crossings = [
         crossing(budgets, losses[:, i], record["validation_loss"])
@@ -78,7 +90,7 @@ def shares(
 
 
 def crossing(steps: Sequence[int], losses: Sequence[float], target: float) -> float:
-    """Gives the steps at which a falling loss is the target; NaN outside of what was tried.
+    """Returns the steps at which a falling loss reaches the target; NaN outside the budgets.
 
     Example:
       >>> round(crossing([100, 200, 400], [3.0, 2.0, 1.0], 1.5), 1)
@@ -93,22 +105,22 @@ def crossing(steps: Sequence[int], losses: Sequence[float], target: float) -> fl
 
 
 def carry_over(tuned: Mapping[str, Any], rate: float) -> dict[str, Any]:
-    """Says what the learning rate of AdamW costs another optimizer."""
+    """Returns the loss that another optimizer gives up at the learning rate of AdamW."""
     own, carried = tuned["loss"]["mean"], tuned["losses"][str(rate)]["mean"]
     excess = None if carried is None else finite(carried - own)
     return {"rate_by_adamw_rate": finite(tuned["learning_rate"] / rate), "excess_loss": excess}
 
 
 def verdict(ours: Mapping[str, Any]) -> str:
-    """Reproduced: fewer steps at all seeds, and a matched rate within one place of the grid."""
+    """Reproduced: fewer steps, and best rates that are at most one grid point apart."""
     share, carried = ours["steps_to_adamw_loss"]["muonclip"]["share"], ours["at_adamw_rate"]
     fewer = share["mean"] is not None and share["mean"] + 2 * share["sd"] < 1
     matched = 0.5 <= carried["muonclip"]["rate_by_adamw_rate"] <= 2
-    return drawing.judge(fewer, matched)
+    return plotting.judge(fewer, matched)
 
 
-def short(ours: Mapping[str, Any]) -> str:
-    """Says it in a line."""
+def one_line(ours: Mapping[str, Any]) -> str:
+    """Summarizes the result in one line."""
     first = ours["steps_to_adamw_loss"]["muonclip"]["share"]
     return (
         f"{percent(first)} of the steps; {percent(ours['steps_to_that_loss']['share'])} of {LONG}"
@@ -116,21 +128,23 @@ def short(ours: Mapping[str, Any]) -> str:
 
 
 def percent(share: Mapping[str, Any]) -> str:
-    """Writes a share and its spread."""
+    """Formats a fraction and its standard deviation."""
     return f"{share['mean']:.0%} ± {share['sd']:.0%}"
 
 
-def tell(ours: Mapping[str, Any]) -> str:
-    """Says it in three sentences, and a table."""
+def section(ours: Mapping[str, Any]) -> str:
+    """Describes the result in a paragraph and a table."""
     tuned, carried = ours["tuned"], ours["at_adamw_rate"]
-    columns = ("optimizer", "best rate", "by AdamW's", "loss", "more at AdamW's rate")
-    rows = [["adamw", f"{tuned['adamw']['learning_rate']:g}", "", text(tuned["adamw"]["loss"]), ""]]
+    columns = ("optimizer", "best rate", "/ AdamW's", "loss", "increase at AdamW's rate")
+    rows = [
+        ["adamw", f"{tuned['adamw']['learning_rate']:g}", "", mean_sd(tuned["adamw"]["loss"]), ""]
+    ]
     rows += [
         [
             name,
             f"{tuned[name]['learning_rate']:g}",
             f"{line['rate_by_adamw_rate']:g}",
-            text(tuned[name]["loss"]),
+            mean_sd(tuned[name]["loss"]),
             f"{line['excess_loss']:.3f}",
         ]
         for name, line in carried.items()
@@ -140,35 +154,36 @@ def tell(ours: Mapping[str, Any]) -> str:
         for one in (ours["steps_to_adamw_loss"]["muonclip"], ours["steps_to_that_loss"])
     )
     longer = ours["adamw_twice_as_long"]
+    unmatched = carried["muon, unmatched"]
     return f"""\
-MuonClip (τ = {THRESHOLD:g}) reaches the loss of AdamW at {STEPS} steps in {first} of them, and that
-of AdamW at {LONG} steps ({text(longer["loss"])}, rate {longer["learning_rate"]:g}, tuned again) in
-{second}; each share is a training with a whole schedule of its own.
-Matched to AdamW's update size, Muon is best at {carried["muon"]["rate_by_adamw_rate"]:g} times
-AdamW's rate, one place of the grid away, and loses {carried["muon"]["excess_loss"]:.3f} at that
-rate itself; without matching it is {carried["muon, unmatched"]["rate_by_adamw_rate"]:g} times and
-{carried["muon, unmatched"]["excess_loss"]:.3f}. But at its own best rate the unmatched scale,
-Keller Jordan's √max(1, n_out / n_in), trains better here than the matched one: what matching buys
-is a rate that one need not search for, not a lower loss. AdamW's losses say as much about so short
-a training on so small a batch as about AdamW.
+MuonClip (τ = {THRESHOLD:g}) reaches the loss of AdamW at {STEPS} steps in {first} of them. It
+reaches the loss of AdamW at {LONG} steps ({mean_sd(longer["loss"])}, rate
+{longer["learning_rate"]:g}, tuned again) in {second}. Each budget is a separate training with a
+full schedule. Matched to the update size of AdamW, Muon is best at
+{carried["muon"]["rate_by_adamw_rate"]:g} times the rate of AdamW, one grid point away, and its loss
+at the rate of AdamW is {carried["muon"]["excess_loss"]:.3f} higher. Without matching the factor is
+{unmatched["rate_by_adamw_rate"]:g} and the increase {unmatched["excess_loss"]:.3f}. At its own best
+rate the unmatched scale, Keller Jordan's √max(1, n_out / n_in), trains better here: matching gives
+a rate that needs no search, not a lower loss. Such short trainings on such small batches do not
+rank AdamW.
 
-{table(columns, rows)}"""
+{markdown(columns, rows)}"""
 
 
 def draw(result: Mapping[str, Any]) -> Figure:
-    """Draws the loss by learning rate, and by steps of the whole schedule."""
+    """Draws the loss over the learning rate, and over the steps of the schedule."""
     ours = result["ours"]
-    figure, (left, right) = drawing.panels(2)
+    figure, (left, right) = plotting.panels(2)
     for name, tuned in ours["tuned"].items():
-        drawing.band(left, RATES, [tuned["losses"][str(rate)] for rate in RATES], name)
-    drawing.by_rate(left, RATES)
-    left.set(ylabel="validation loss, nats per byte", title="one grid for all")
+        plotting.band(left, RATES, [tuned["losses"][str(rate)] for rate in RATES], name)
+    plotting.by_rate(left, RATES)
+    left.set(ylabel="validation loss, nats per byte", title="one grid for all optimizers")
     targets = {STEPS: ours["tuned"]["adamw"], LONG: ours["adamw_twice_as_long"]}
     line = ours["steps_to_that_loss"]["losses"]
-    drawing.band(right, [int(steps) for steps in line], list(line.values()), "muonclip")
-    drawing.band(right, list(targets), [one["loss"] for one in targets.values()], "adamw")
+    plotting.band(right, [int(steps) for steps in line], list(line.values()), "muonclip")
+    plotting.band(right, list(targets), [one["loss"] for one in targets.values()], "adamw")
     for one in targets.values():
-        right.axhline(one["loss"]["mean"], color=drawing.color("adamw"), linestyle="dashed")
-    right.set(xlabel="steps of the whole schedule", title="steps to AdamW's loss (dashed)")
+        right.axhline(one["loss"]["mean"], color=plotting.color("adamw"), linestyle="dashed")
+    right.set(xlabel="steps of the schedule", title="steps to the loss of AdamW (dashed)")
     left.legend(frameon=False)
     return figure

@@ -9,6 +9,7 @@ from flax import nnx
 
 import muonclip_jax as mc
 from tests.support.attention_cases import draw
+from tests.support.by_day import at_night
 from tests.support.flax_cases import X, capture, largest, nnx_attention
 
 
@@ -152,13 +153,15 @@ def capture_in_jax_scan():
 @pytest.mark.parametrize(
     ("forward", "jit"),
     [
-        (lambda: capture(Model(scan), X), False),
         (lambda: capture(Model(scan), X), True),
         (lambda: capture(Model(scan_by_type), X), False),
-        (lambda: capture(Model(scan_of_remat), X), False),
-        (capture_in_nnx_scan, False),
         (capture_in_jax_scan, False),
-        (capture_in_jax_scan, True),
+        *at_night(
+            (lambda: capture(Model(scan), X), False),
+            (lambda: capture(Model(scan_of_remat), X), False),
+            (capture_in_nnx_scan, False),
+            (capture_in_jax_scan, True),
+        ),
     ],
 )
 def test_scanned_layers_equal_a_loop_over_layers(forward, jit):

@@ -60,7 +60,7 @@ def test_optimizer_share_adds_kernels_and_links():
     assert share["optimizer_share"] == pytest.approx(3 / (3 + model))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smoke_run_plans_the_step_and_knows_every_trip_count(tmp_path):
     kimi_k2_step.main(["--quick", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "kimi_k2_step.json").read_text())

@@ -25,7 +25,7 @@ def test_json_has_one_line_per_row(tmp_path):
     report.write_json(tmp_path / "results.json", results, per_line="rows")
     text = (tmp_path / "results.json").read_text()
     assert json.loads(text) == results
-    assert '    {"a": 1},\n    {"a": [2, 3]}\n' in text
+    assert '    {"a":1},\n    {"a":[2,3]}\n' in text
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -37,7 +37,7 @@ def test_markdown_table_has_a_rule_below_its_head():
     assert report.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_max_logits_cost_what_their_product_costs(tmp_path, capsys):
     """Exact max logits: one more product beside 6, and half of the logits of 1024 positions."""
     max_logit_cost.main(["--lengths", "1024", "--out", str(tmp_path)])

@@ -14,7 +14,7 @@ def results(tmp_path_factory):
     return json.loads((folder / "sharded_step.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", sorted(sharded_step.QUICK))
 def test_ratios_are_quotients_of_the_figures(name, results):
     case = results["cases"][name]
@@ -26,7 +26,7 @@ def test_ratios_are_quotients_of_the_figures(name, results):
         assert figures["unknown_loops"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_our_step_sends_less_and_only_by_all_to_all(results):
     """Eight layers on eight devices: each device gets full matrices."""
     case = results["cases"]["stacks"]

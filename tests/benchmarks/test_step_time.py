@@ -16,7 +16,7 @@ PEERS = ("optax", "torch") if step_time.TORCH else ("optax",)
 BY_DAY = "kimi_k2_experts"
 each_workload = pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n == BY_DAY else pytest.mark.slow) for n in sorted(WORKLOADS)],
+    [pytest.param(n, marks=() if n == BY_DAY else pytest.mark.nightly) for n in sorted(WORKLOADS)],
 )
 
 
@@ -100,7 +100,7 @@ def test_plot_is_a_small_png(name, run):
     assert len(image) < 60_000
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_different_update_raises(monkeypatch):
     monkeypatch.setitem(step_time.OPTIMIZERS, "optax", mc.muon(0.02, ns_steps=4))
     with pytest.raises(RuntimeError, match="optax computes a different update"):

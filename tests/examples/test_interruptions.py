@@ -18,6 +18,7 @@ from examples.language_model.config import BadInput, Config
 from examples.language_model.run_folder import digests, files, opening
 from examples.language_model.training import loop
 from tests.support import program_command, tiny_run
+from tests.support.by_day import by_day
 from tests.support.interruption_cases import (
     Killed,
     after,
@@ -31,19 +32,12 @@ from tests.support.interruption_cases import (
     unlimited_files,
     wait_for,
 )
-from tests.support.tiny_run import CONFIG, CORPUS, TEXT, TINY, compiled_once, trainer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    for _ in compiled_once(folder):
-        yield folder
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT, TINY, trainer
 
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Drawing takes as long as all the rest of a run; `test_run_folder` checks the plots."""
+    """The plots take half the time of a run; `test_run_folder` checks them."""
     monkeypatch.setattr("examples.language_model.run_folder.plots.draw", lambda *_: None)
 
 
@@ -66,6 +60,7 @@ def cut(whole, tmp_path):
 # Kills and signals, in this process
 
 
+@pytest.mark.nightly
 def test_stopped_run_resumes_bit_for_bit(whole, tmp_path):
     stopped = trainer(tmp_path, should_stop=after(9, lambda: True))
     assert stopped.train() == 9
@@ -85,6 +80,7 @@ def test_killed_run_resumes_bit_for_bit(whole, tmp_path, torn):
     assert_equal_runs(tmp_path, whole)
 
 
+@pytest.mark.nightly
 def test_run_killed_before_its_first_checkpoint_starts_again(whole, tmp_path, capsys):
     with pytest.raises(Killed):
         trainer(tmp_path, should_stop=after(3, kill)).train()
@@ -98,6 +94,7 @@ def test_run_killed_before_its_summary_gets_it(whole, cut):
     assert_equal_runs(cut, whole)
 
 
+@pytest.mark.nightly
 def test_accumulate(tmp_path):
     """Micro-batches are inside one step: no cut falls between them."""
     trainer(tmp_path / "whole", accumulate=2, steps=10).train()
@@ -168,6 +165,7 @@ def test_disk_full(whole, program, tmp_path, monkeypatch, capfd):
     assert_equal_runs(tmp_path / "run", whole)
 
 
+@pytest.mark.nightly
 def test_disk_full_of_metrics(program, tmp_path, monkeypatch, capfd):
     def fill(step):
         if step == 3:
@@ -307,14 +305,14 @@ def test_changed_settings_are_listed_together(whole):
     )
 
 
-def test_settings_that_were_not_typed_are_those_of_the_run(whole):
+def test_settings_that_were_not_passed_are_those_of_the_run(whole):
     config = resumed(whole)
     assert config == dataclasses.replace(
         CONFIG, out=whole, resume=True, learning_rate=CONFIG.peak, no_progress=False
     )
 
 
-def test_mesh_and_text_that_were_not_typed_are_those_of_the_run(tmp_path):
+def test_mesh_and_text_that_were_not_passed_are_those_of_the_run(tmp_path):
     config = dataclasses.replace(
         CONFIG, out=tmp_path, mesh={"fsdp": -1}, simulate_devices=8, data=pathlib.Path("text")
     )
@@ -325,12 +323,13 @@ def test_mesh_and_text_that_were_not_typed_are_those_of_the_run(tmp_path):
     assert resumed(tmp_path, mesh={"data": -1}).mesh == {"data": -1}
 
 
-def test_settings_that_differ_from_the_run_are_refused_however_they_came(whole):
+def test_settings_that_differ_from_the_run_raise(whole):
     config = dataclasses.replace(CONFIG, out=whole, resume=True, seed=1)
     with pytest.raises(BadInput, match="--seed was 0, now 1"):
         opening.open_run(config, CORPUS)
 
 
+@pytest.mark.nightly
 def test_threshold_may_change_and_is_kept(tmp_path):
     trainer(tmp_path, threshold=1e30, should_stop=after(9, lambda: True)).train()
     for typed, steps in ({"threshold": 2.0}, 12), ({}, 20):
@@ -347,13 +346,13 @@ def test_threshold_may_change_and_is_kept(tmp_path):
     assert sum(over[12:]) > 0
 
 
-def test_changed_text_is_refused(whole):
+def test_changed_text_raises(whole):
     other = data.split("tiny", TEXT[:-1] + b"!", 0, CONFIG.seq_len)
     with pytest.raises(BadInput, match=rf"--data was .*{CORPUS.sha256}, now .*{other.sha256}"):
         opening.open_run(resumed(whole), other)
 
 
-def test_default_learning_rate_may_be_named_on_resume(whole):
+def test_default_learning_rate_may_be_passed_on_resume(whole):
     assert opening.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).done
 
 
@@ -381,44 +380,46 @@ STEPS = 120  # all with one schedule, and so one compiled program
 
 
 @pytest.fixture(scope="module")
-def long(tmp_path_factory, cache):
+def long(tmp_path_factory):
     """A run of `STEPS` in a process of its own, without a pause."""
     folder = tmp_path_factory.mktemp("long")
-    ended(start(folder, cache, "--steps", str(STEPS), "--out", "whole"))
+    ended(start(folder, "--steps", str(STEPS), "--out", "whole"))
     return folder / "whole"
 
 
-def kill_and_resume(folder, cache, kills, steps, whole, model="gqa"):
-    """Kills a run at random moments, and compares its end with that of one that was let alone."""
+def kill_and_resume(folder, kills, steps, whole, model="gqa"):
+    """Kills a run at random times, and compares it with an uninterrupted run."""
     flags = ["--steps", str(steps), "--model", model]
     flags += ["--checkpoint-every", "2"]  # most of the time one is being written
     draw = random.Random(0)
     for n in range(kills):
-        process = start(folder, cache, *flags, "--out", "run", "--resume")
+        process = start(folder, *flags, "--out", "run", "--resume")
         lines = 0 if n == 0 else draw.randrange(1, steps // kills)
         assert kill_after(process, folder / "run/metrics.jsonl", lines, 0.05 * draw.random())
         process.communicate()
-    ended(start(folder, cache, *flags, "--out", "run", "--resume"))
+    ended(start(folder, *flags, "--out", "run", "--resume"))
     assert_equal_runs(folder / "run", whole, steps=steps, model=model)
     logged = [step for step, _ in tiny_run.scalars(folder / "run")["loss"]]
     assert logged == list(range(1, steps + 1))
 
 
-def test_kill_nine(tmp_path, cache, long):
-    kill_and_resume(tmp_path, cache, 3, STEPS, long)
+@pytest.mark.parametrize("kills", by_day([1, 3], 1))
+def test_kill_nine(tmp_path, long, kills):
+    kill_and_resume(tmp_path, kills, STEPS, long)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
-def test_kill_nine_at_twenty_moments(tmp_path, cache, model):
-    ended(start(tmp_path, cache, "--steps", "240", "--model", model, "--out", "whole"))
-    kill_and_resume(tmp_path, cache, 20, 240, tmp_path / "whole", model)
+def test_kill_nine_at_twenty_moments(tmp_path, model):
+    ended(start(tmp_path, "--steps", "240", "--model", model, "--out", "whole"))
+    kill_and_resume(tmp_path, 20, 240, tmp_path / "whole", model)
 
 
-def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache, long):
+@pytest.mark.nightly
+def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, long):
     """The flags of the run, such as --steps and --preset, are not in the command."""
     flags = ["--steps", str(STEPS), "--checkpoint-every", "5"]  # each waits for the one before
-    process = start(tmp_path, cache, *flags, "--out", "run")
+    process = start(tmp_path, *flags, "--out", "run")
     wait_for(tmp_path / "run" / "checkpoints" / "5")
     process.send_signal(signal.SIGTERM)
     _, last = ended(process).splitlines()
@@ -428,7 +429,7 @@ def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache, 
     stopped, command = last.split("; to resume: ")
     assert stopped == f"stopped after step {steps[-1]}"
     resume = subprocess.run(
-        command, shell=True, cwd=tmp_path, env=environment(cache), capture_output=True, text=True
+        command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
     assert resume.returncode == 0, resume.stderr
     assert_equal_runs(tmp_path / "run", long, steps=STEPS)

@@ -9,14 +9,9 @@ import pytest
 from examples.language_model.config import BadInput
 from examples.language_model.run_folder import files, journal, opening, plots, progress
 from examples.language_model.run_folder.plots import PLOTS
-from tests.support.tiny_run import CONFIG, CORPUS, TINY, compiled_once, scalars, trainer
+from tests.support.tiny_run import CONFIG, CORPUS, TINY, scalars, trainer
 
 LOW_THRESHOLD = 2.0  # of the largest attention logit
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    yield from compiled_once(tmp_path_factory.mktemp("cache"))
 
 
 def completed(tmp_path_factory, **changes):
@@ -95,7 +90,7 @@ def test_a_fourth_checkpoint_drops_the_oldest(tmp_path):
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [10, 15, 20]
 
 
-def test_which_steps_are_logged_depends_on_the_step_alone():
+def test_logged_steps_depend_on_the_step_alone():
     logged = [n for n in range(1, 1_041) if files.is_logged(n)]
     assert logged == [*range(1, 1_001), 1_010, 1_020, 1_030, 1_040]
 
@@ -145,14 +140,15 @@ def test_muonclip_clips_every_head_above_the_threshold(clipped_run):
     assert min(line["heads_clipped"] for line in lines) < ever[-1]  # some head recovered
 
 
-def test_muonclip_holds_the_logits_where_muon_lets_them_grow(clipped_run, muon_run):
+def test_muonclip_limits_logits_that_grow_with_muon(clipped_run, muon_run):
     held, free = (
         np.mean([line["max_logit"] for line in files.read_metrics(run)[10:]])
         for run in (clipped_run, muon_run)
     )
-    assert held < 1.2 * LOW_THRESHOLD < free  # measured HELD against FREE
+    assert held < 1.2 * LOW_THRESHOLD < free
 
 
+@pytest.mark.nightly
 def test_adamw_records_but_does_not_clip(tmp_path):
     trainer(tmp_path, optimizer="adamw", steps=3, threshold=1e-3).train()
     lines = files.read_metrics(tmp_path)
@@ -191,6 +187,7 @@ def test_resumed_run_has_each_step_once_in_the_events(tmp_path):
     np.testing.assert_array_equal(losses, np.array([line["loss"] for line in lines], np.float32))
 
 
+@pytest.mark.nightly
 def test_events_before_a_checkpoint_survive_a_kill(tmp_path):
     """Nothing is closed here, as nothing is at a kill."""
     log = journal.Journal(CONFIG, tmp_path, 0, progress.Speed())
@@ -208,7 +205,7 @@ def test_profile_is_written_into_the_run(tmp_path, steps):
     assert trace.stat().st_size > 0
 
 
-def test_throughput_leaves_out_the_first_step(monkeypatch):
+def test_throughput_excludes_the_first_step(monkeypatch):
     times = iter([10.0, 12.0, 14.0])
     monkeypatch.setattr("time.monotonic", lambda: next(times))
     speed = progress.Speed()

@@ -1,4 +1,4 @@
-"""The train step of the training program: schedule, micro-batches, statistics, the model."""
+"""The train step of the training program: schedule, micro-batches, max logits, the model."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import pytest
 
 from examples.language_model import data
 from examples.language_model.training import loop, optimizer, step
+from tests.support.by_day import by_day
 from tests.support.tiny_run import CONFIG, CORPUS, TINY, drawn
 
 
@@ -45,29 +46,31 @@ def micro_batches(params, count):
     return jax.jit(functools.partial(step.accumulate, loss_fn))(params, text)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", by_day([2, 4], 2))
 def test_micro_batches_equal_one_batch(random_params, count):
-    (loss, seen, grads), one = micro_batches(random_params, count), micro_batches(random_params, 1)
+    (loss, sown, grads), one = micro_batches(random_params, count), micro_batches(random_params, 1)
     chex.assert_trees_all_close(loss, one[0], rtol=1e-5)
     for ours, reference in zip(*map(jax.tree.leaves, (grads, one[2])), strict=True):
         assert jnp.linalg.norm(ours - reference) < 1e-5 * jnp.linalg.norm(reference)
-    (ours,), (reference,) = jax.tree.leaves(seen), jax.tree.leaves(one[1])  # [L B N]
+    (ours,), (reference,) = jax.tree.leaves(sown), jax.tree.leaves(one[1])  # [L B N]
     chex.assert_trees_all_close(ours.max(axis=1), reference.max(axis=1), rtol=1e-6)
 
 
 def test_largest_logits_below_zero_stay_below_zero():
     def loss_fn(params, text):
-        return (params * text).sum(), step.Seen({"max_logits": -jnp.float32(text)}, text)
+        sown = {"intermediates": {"max_logits": -jnp.float32(text)}, "loads": {"moe": text}}
+        return (params * text).sum(), sown
 
     text = jnp.array([[[5]], [[3]], [[4]]])  # [A B T]
-    loss, seen, grads = step.accumulate(loss_fn, jnp.float32(2.0), text)
-    assert (loss, seen.max_logits["max_logits"], seen.loads, grads) == (8.0, -3.0, 12, 4.0)
+    loss, sown, grads = step.accumulate(loss_fn, jnp.float32(2.0), text)
+    assert (loss, sown["intermediates"]["max_logits"], grads) == (8.0, -3.0, 4.0)
+    assert sown["loads"]["moe"] == 12
 
 
 def test_statistics_are_the_largest_logits_of_the_model(random_params):
     """Float64 NumPy, from the weights of the first layer."""
     text = data.batch(CORPUS.train, 0, 1, batch_size=2, seq_len=16)
-    _, seen = jax.jit(step.make_loss(TINY))(random_params, text, {})
+    _, sown = jax.jit(step.make_loss(TINY))(random_params, text, {})
     weights = jax.tree.map(lambda x: np.asarray(x, np.float64), random_params)
     layer = jax.tree.map(lambda x: x[0], weights["blocks"])
     x = weights["embed"]["embedding"][text[:, :-1]]
@@ -79,7 +82,7 @@ def test_statistics_are_the_largest_logits_of_the_model(random_params):
     logits = np.einsum("btnh,bsnh->bnts", query, key.conj()).real / np.sqrt(TINY.head_dim)
     logits = np.where(np.tril(np.ones((16, 16), bool)), logits, -np.inf)
     np.testing.assert_allclose(
-        seen.max_logits["blocks"]["attn"]["max_logits"][0][0], logits.max((-1, -2)), rtol=1e-4
+        sown["intermediates"]["blocks"]["attn"]["max_logits"][0][0], logits.max((-1, -2)), rtol=1e-4
     )
 
 
@@ -99,7 +102,7 @@ def test_model_does_not_look_ahead(random_params):
     assert (before[:, 9:] != now[:, 9:]).any(axis=-1).all()
 
 
-def test_train_step_compiles_once_whatever_the_threshold():
+def test_train_step_compiles_once_for_all_thresholds():
     made = loop.Trainer(CONFIG, CORPUS, pathlib.Path("unused"), TINY)
     state = jax.jit(made.initial_state)()
     tx = optimizer.make_optimizer(CONFIG)
@@ -110,7 +113,7 @@ def test_train_step_compiles_once_whatever_the_threshold():
         state, _ = compiled(state, text, threshold)
 
 
-def test_adamw_is_the_one_of_optax():
+def test_adamw_is_optax_adamw():
     config = dataclasses.replace(CONFIG, optimizer="adamw", learning_rate=0.5)
     grads = {"w": jnp.array([2.0, -3.0])}
     tx = optimizer.make_optimizer(config)

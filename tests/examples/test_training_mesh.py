@@ -25,15 +25,10 @@ from examples.language_model.run_folder import files
 from examples.language_model.training import loop, mesh
 from examples.language_model.training.step import make_loss
 from tests.support.program_command import COMMAND, environment
-from tests.support.tiny_run import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT, drawn, trainer
 
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
 EXPERT = {"fsdp": 2, "tensor": 2, "expert": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    yield from compiled_once(tmp_path_factory.mktemp("cache"))
 
 
 # The flag
@@ -47,7 +42,7 @@ def compilation_cache(tmp_path_factory):
         ("expert=2,tensor=1,data=2,fsdp=2", {"expert": 2, "tensor": 1, "data": 2, "fsdp": 2}),
     ],
 )
-def test_flag_gives_the_sizes(text, sizes):
+def test_mesh_flag_is_parsed(text, sizes):
     assert config.parse(["--mesh", text]).mesh == sizes
 
 
@@ -55,7 +50,7 @@ BAD_MESHES = ["", "8", "data", "data=", "data=0", "data=-2", "data=1.5", "rows=2
 
 
 @pytest.mark.parametrize("text", [*BAD_MESHES, "data=2,data=4", "data=2;fsdp=2", " data=2"])
-def test_flag_that_is_no_mesh_is_refused_with_one_line(capsys, text):
+def test_invalid_mesh_flag_is_one_line(capsys, text):
     with pytest.raises(SystemExit) as leave:
         config.parse([f"--mesh={text}"])
     assert leave.value.code == 2
@@ -66,7 +61,7 @@ def test_flag_that_is_no_mesh_is_refused_with_one_line(capsys, text):
     )
 
 
-def test_two_open_sizes_are_refused(capsys):
+def test_two_sizes_of_minus_one_are_invalid(capsys):
     with pytest.raises(SystemExit):
         config.parse(["--mesh=data=-1,fsdp=-1"])
     assert "got 'data=-1,fsdp=-1', expected -1 for one axis at most" in capsys.readouterr().err
@@ -88,7 +83,7 @@ def test_mesh_has_all_four_axes_and_all_devices(sizes, shape):
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 3, "fsdp": -1}, {"data": 16}])
-def test_sizes_that_are_not_those_of_the_devices_are_refused(sizes):
+def test_mesh_that_does_not_match_the_devices_raises(sizes):
     got = ",".join(f"{name}={size}" for name, size in sizes.items())
     with pytest.raises(BadInput) as error:
         mesh.make_mesh(sizes)
@@ -98,7 +93,7 @@ def test_sizes_that_are_not_those_of_the_devices_are_refused(sizes):
     )
 
 
-def test_commands_of_the_readme_are_good_flags():
+def test_commands_of_the_readme_parse():
     page = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     commands = re.findall(
         r"python -m examples\.language_model (.*--simulate-devices.*)$", page, re.M
@@ -129,7 +124,7 @@ def program(folder, *flags):
     ],
     ids=["mesh", "no cluster"],
 )
-def test_devices_that_are_not_there_are_refused_and_leave_no_folder(tmp_path, flags, line):
+def test_missing_devices_are_an_error_without_a_folder(tmp_path, flags, line):
     ended = program(tmp_path, *flags)
     assert ended.returncode == 2
     assert ended.stdout == ""
@@ -139,7 +134,7 @@ def test_devices_that_are_not_there_are_refused_and_leave_no_folder(tmp_path, fl
 
 
 @pytest.mark.nightly
-def test_program_trains_on_simulated_devices_and_says_how_they_are_laid_out(tmp_path):
+def test_program_trains_on_simulated_devices_and_prints_the_mesh(tmp_path):
     ended = program(tmp_path, "--mesh", "fsdp=2,tensor=-1", "--no-progress")
     assert ended.returncode == 0, ended.stderr
     laid_out = "mesh fsdp=2, tensor=4\nkv_heads: size 2 is not divisible by tensor=4; replicated"
@@ -167,7 +162,7 @@ def test_program_trains_on_simulated_devices_and_says_how_they_are_laid_out(tmp_
         ((), (16,), EIGHT, P()),
     ],
 )
-def test_names_are_divided_by_the_rules(names, shape, sizes, spec):
+def test_rules_give_the_partition_spec(names, shape, sizes, spec):
     divided, notes = logical_axes.partition(names, shape, mesh.make_mesh(sizes))
     assert tuple(divided) == (*spec, *[None] * (len(shape) - len(spec)))
     assert notes == ()
@@ -201,14 +196,14 @@ def test_names_are_divided_by_the_rules(names, shape, sizes, spec):
         ("batch", 1, None, None, "by fsdp=8; replicated instead"),
     ],
 )
-def test_size_that_does_not_divide_takes_the_next_rule_and_says_so(name, size, sizes, spec, note):
+def test_size_that_is_not_divisible_falls_back_to_the_next_rule(name, size, sizes, spec, note):
     divided, (line,) = logical_axes.partition((name,), (size,), mesh.make_mesh(sizes))
     assert divided == P(spec)
     assert line.startswith(f"{name}: size {size} is not divisible by ")
     assert line.endswith(note)
 
 
-def test_rules_and_layers_have_the_same_names():
+def test_rules_and_axes_have_the_same_names():
     whole = {"head_dim", "rope", "router", "layers"}
     assert {name for name, _ in logical_axes.RULES} == AXES.keys() - whole
 
@@ -241,7 +236,7 @@ def specs(tree):
     return {jax.tree_util.keystr(k, simple=True, separator="/"): x.sharding.spec for k, x in leaves}
 
 
-def test_weights_of_the_mixture_lie_by_expert():
+def test_weights_of_experts_are_sharded_over_expert():
     weights = specs(on(EXPERT, model="moe").target.params)
     assert weights["moe_blocks/moe/experts/up"] == P(None, "expert", "fsdp", "tensor")
     assert weights["moe_blocks/moe/experts/down"] == P(None, "expert", "tensor", "fsdp")
@@ -251,7 +246,7 @@ def test_weights_of_the_mixture_lie_by_expert():
 
 
 @pytest.mark.parametrize("optimizer", ["muonclip", "adamw"])
-def test_moments_lie_as_their_weights_and_the_rest_everywhere(optimizer):
+def test_moments_are_sharded_as_their_parameters_and_the_rest_replicated(optimizer):
     target = on(EIGHT, optimizer=optimizer).target
     weights, moments = specs(target.params), specs(target.opt_state)
     found = set()
@@ -263,7 +258,7 @@ def test_moments_lie_as_their_weights_and_the_rest_everywhere(optimizer):
     assert set(specs(target.ever_clipped).values()) == {P()}
 
 
-def test_no_device_ever_has_a_whole_weight_when_they_are_drawn():
+def test_no_device_holds_a_full_parameter_at_initialization():
     made = on(EIGHT)
     shardings = jax.tree.map(lambda x: x.sharding, made.target)
     with jax.set_mesh(made.shardings.mesh):
@@ -280,7 +275,7 @@ def test_no_device_ever_has_a_whole_weight_when_they_are_drawn():
             assert part in text
 
 
-def test_every_micro_batch_is_divided():
+def test_every_micro_batch_is_sharded():
     made = on(EIGHT, accumulate=2)
     text = made._text(made._draw(1))
     assert text.shape == (2, 4, CONFIG.seq_len + 1)
@@ -288,7 +283,7 @@ def test_every_micro_batch_is_divided():
 
 
 @pytest.mark.parametrize("rows", [[2, 3, 6, 7], [0], range(8)])
-def test_process_draws_the_rows_of_its_devices_alone(rows):
+def test_process_draws_only_the_sequences_of_its_devices(rows):
     class Sharding:
         def addressable_devices_indices_map(self, shape):
             return {row: (slice(None), slice(row, row + 1), slice(None)) for row in rows}
@@ -356,6 +351,7 @@ def seen(made):
         return jax.device_get(jax.jit(make_loss(made.model))(params, text, balance))
 
 
+@pytest.mark.nightly
 def test_experts_see_the_same_tokens_on_every_mesh():
     chex.assert_trees_all_close(
         seen(on(EXPERT, model="moe")), seen(on(None, 1, model="moe")), rtol=1e-5
@@ -383,7 +379,8 @@ def stopping_after(calls):
     return lambda: next(count) >= calls
 
 
-def test_run_goes_on_on_another_mesh(tmp_path):
+@pytest.mark.nightly
+def test_run_resumes_on_another_mesh(tmp_path):
     for devices in (8, 4, 1):
         part = trainer(
             tmp_path / "moved",

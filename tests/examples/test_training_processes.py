@@ -14,32 +14,20 @@ import pytest
 
 from examples.language_model import config
 from examples.language_model.run_folder import files
-from tests.sharding.test_processes import free_port
+from tests.support.processes import free_port
+from tests.support.program_command import environment as with_program
 from tests.support.strict import STRICT
-from tests.support.tiny_run import TEXT, compiled_once, trainer
+from tests.support.tiny_run import TEXT, trainer
 
 WORKER = pathlib.Path(__file__).parents[1] / "support" / "training_worker.py"
-ROOT = WORKER.parents[2]
 LIMIT = 400  # seconds; 15 s on two idle cores, and three heartbeats of 10 s where a peer is dead
 FLAGS = "--preset tiny --data text --steps 6 --batch-size 8 --seq-len 16 --out run --no-progress"
 PAIR = "--mesh data=2 --accumulate 2 --checkpoint-every 3".split()
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Compiles quickly, and the same program once for all runs."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples", ROOT / "tests"))),
-    }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    yield from compiled_once(tmp_path_factory.mktemp("cache"))
+def environment():
+    return with_program(JAX_PLATFORMS="cpu")
 
 
 class Ended:
@@ -116,7 +104,7 @@ def test_two_processes_train_as_one(pair, tmp_path):
         np.testing.assert_allclose(line["max_logits"], expected["max_logits"], rtol=1e-5)
 
 
-def test_first_process_alone_speaks_and_writes(pair):
+def test_only_the_first_process_prints_and_writes(pair):
     run, ended = pair
     assert own_words(ended.out[0]).splitlines()[:2] == [
         "training gqa with muonclip on text; output: run",
@@ -141,6 +129,7 @@ def test_sigterm_one_of_two(tmp_path, environment, name):
     assert [line["step"] for line in files.read_metrics(tmp_path / "run")][-1] == step < 6
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.nightly)])
 def test_dead_peer(tmp_path, environment, rank):
     ended = together(tmp_path, environment, "--optimizer", "adamw", fault=("kill", rank, 2))
@@ -149,6 +138,7 @@ def test_dead_peer(tmp_path, environment, rank):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.nightly)])
 def test_error_on_one(tmp_path, environment, rank):
     ended = together(tmp_path, environment, "--optimizer", "adamw", fault=("error", rank, 2))
@@ -183,6 +173,7 @@ def _size(path):
     return path.stat().st_size
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "seen", ["by both", pytest.param("by process 1 alone", marks=pytest.mark.nightly)]
 )
@@ -204,7 +195,8 @@ def test_damaged_checkpoint(pair, tmp_path, environment, seen):
     assert (run / "metrics.jsonl").read_bytes() == (pair[0] / "metrics.jsonl").read_bytes()
 
 
-def test_no_whole_checkpoint_is_refused_by_all(pair, tmp_path, environment):
+@pytest.mark.nightly
+def test_no_intact_checkpoint_fails_on_all(pair, tmp_path, environment):
     run = shutil.copytree(pair[0], tmp_path / "run")
     (run / "summary.json").unlink()
     for step in (3, 6):
@@ -216,7 +208,8 @@ def test_no_whole_checkpoint_is_refused_by_all(pair, tmp_path, environment):
     assert (run / "checkpoints" / "6").exists()
 
 
-def test_flags_that_differ_are_refused_by_all(tmp_path, environment):
+@pytest.mark.nightly
+def test_different_flags_fail_on_all(tmp_path, environment):
     ended = together(tmp_path, environment, own=((), ("--seed", "1")))
     assert ended.codes == [2, 2]
     line = (
@@ -228,7 +221,7 @@ def test_flags_that_differ_are_refused_by_all(tmp_path, environment):
 
 
 @pytest.mark.nightly
-def test_folder_that_holds_a_run_is_refused_by_all(tmp_path, environment):
+def test_folder_that_holds_a_run_fails_on_all(tmp_path, environment):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     ended = together(tmp_path, environment)
@@ -238,7 +231,7 @@ def test_folder_that_holds_a_run_is_refused_by_all(tmp_path, environment):
 
 
 @pytest.mark.parametrize("text", ["", "here", "host:1", "host:1,2", "host:1,2,2", "host,2,1"])
-def test_address_that_is_none_is_refused_with_one_line(capsys, text):
+def test_invalid_address_is_one_line(capsys, text):
     with pytest.raises(SystemExit) as leave:
         config.parse([f"--distributed={text}"])
     assert leave.value.code == 2

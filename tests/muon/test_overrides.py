@@ -172,3 +172,20 @@ def test_axes_that_a_parameter_does_not_have_name_the_override(make):
     wrong = {"up/*": mc.MuonDimensionNumbers(0, 5)}
     with pytest.raises(ValueError, match=r"override 'up/\*': up/kernel \(4, 8\)"):
         make(params, overrides=wrong)
+
+
+def test_a_proposed_override_matches_only_the_parameters_of_its_warning():
+    layers = [(3, 96), (96, 96), (3, 96), (96, 96)]
+    params = {f"up_{i}": {"kernel": jnp.ones(shape)} for i, shape in enumerate(layers)}
+    (text,) = mc.routing_table(params).warnings
+    assert "up_{0,2}/kernel" in text
+    assert 'overrides={"up_0/kernel": None, "up_2/kernel": None}' in text
+    params.pop("up_1")
+    params.pop("up_3")
+    assert 'overrides={"up_*/kernel": None}' in mc.routing_table(params).warnings[0]
+
+
+def test_a_warning_about_a_convolution_proposes_its_axes():
+    tree = {"Conv_0": {"kernel": jnp.ones((3, 3, 1, 32))}}
+    (text,) = mc.routing_table(tree).warnings
+    assert "mc.MuonDimensionNumbers((-4, -3, -2), -1)" in text

@@ -100,7 +100,7 @@ NAMES = [
 
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("leaf", ["kernel", "w", ""])
-def test_attention_kernels_under_the_names_that_people_use(names, leaf):
+def test_attention_kernels_under_common_names(names, leaf):
     renamed = dict(zip(names.split(), HEADS.values(), strict=True))
     tree = {name: {leaf: shape} if leaf else shape for name, shape in renamed.items()}
     found = results({"attn": tree})
@@ -182,7 +182,7 @@ def test_three_axes_without_evidence_are_doubted():
     assert "fits neither heads" in warnings_of({"attn": tree})[0]
 
 
-def test_the_head_layout_of_muonclip_decides_what_shapes_leave_open():
+def test_the_head_layout_of_muonclip_decides_ambiguous_shapes():
     kernels = {"attn": {"query": {"kernel": (12, 64, 64)}, "key": {"kernel": (12, 64, 64)}}}
     params = jax.tree.map(lambda s: jnp.ones(s.shape), shapes_of(kernels))
     flat = mc.MultiHeadLayout(kernel="inputs (heads head_dim)", head_dim=16)
@@ -211,7 +211,7 @@ def test_a_bias_shows_which_axes_are_outputs():
     assert kernel((3, 8, 4, 6), (3, 4, 6)) == (3, 8, 24)
 
 
-def test_others_of_the_same_name_follow_what_biases_show():
+def test_biases_decide_the_storage_of_equal_names():
     tree = {"a": {"weight": (32, 8), "bias": (32,)}, "b": {"weight": (16, 8)}}
     assert results(tree)["b/weight"] == (1, 8, 16)
     tree["a"]["weight"] = (8, 32)
@@ -325,14 +325,16 @@ def test_a_side_of_one_goes_to_adamw():
     [
         ({"input": {"kernel": (3, 256)}}, "a side of 3"),
         ({"mixture": (64, 4, 16)}, "64 matrices of only 4 x 16"),
-        ({"wte": (1000, 64), "last": {"kernel": (64, 1000)}}, "vocabulary"),
+        ({"wte": (1000, 64), "readout": {"kernel": (64, 1000)}}, "vocabulary"),
         ({"far": {"kernel": (64, 50000)}}, "vocabulary"),
         (
             {
+                "critic": {"kernel": (64, 64)},
                 "Dense_0": {"kernel": (32, 64), "bias": (64,)},
                 "Dense_1": {"kernel": (64, 10), "bias": (10,)},
+                "Dense_2": {"kernel": (64, 32), "bias": (32,)},
             },
-            "last layer",
+            "nothing has 10 inputs",
         ),
     ],
 )
@@ -355,14 +357,76 @@ def test_ordinary_matrices_are_not_doubted(tree):
     assert not warnings_of(tree)
 
 
-@pytest.mark.parametrize("name", ["Dense_0", "fc_out", "readout"])
+@pytest.mark.parametrize(
+    ("name", "doubted"), [("Dense_0", False), ("fc_out", True), ("readout", True)]
+)
 @pytest.mark.parametrize("width", [16, 32])
-def test_outputs_of_the_size_of_the_vocabulary_are_doubted(name, width):
-    """The width of an RNN may differ from that of the embedding."""
+def test_outputs_of_the_size_of_the_vocabulary_are_heads(name, width, doubted):
+    """The width of an RNN may differ from the width of the embedding."""
     shapes = {("Embed_0", "embedding"): (100, 16), (name, "kernel"): (width, 100)}
     head = decide([*shapes], [*shapes.values()])[1]
     assert head.numbers is None
-    assert head.doubt
+    assert bool(head.doubt) == doubted
+
+
+def test_queries_of_the_size_of_the_embedding_go_to_muon():
+    shapes = {("embed",): (8, 16), ("wq",): (16, 16)}
+    _, query = decide([*shapes], [*shapes.values()])
+    assert (query.numbers, query.doubt) == (mc.MuonDimensionNumbers(-2, -1), "")
+
+
+def test_last_unnamed_layer_of_a_network_is_a_head():
+    tree = {f"Dense_{i}": {"kernel": shape} for i, shape in enumerate([(32, 64), (64, 10)])}
+    assert results(tree) == {"Dense_0/kernel": (1, 32, 64), "Dense_1/kernel": "adamw"}
+    assert not warnings_of(tree)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"Conv_1": {"kernel": (3, 3, 32, 64)}, "Dense_1": {"kernel": (256, 10)}},
+        {"linear2": {"kernel": (256, 10)}},
+        {"Dense_0": {"kernel": (256, 10), "bias": (10,)}},
+    ],
+)
+def test_last_layer_without_the_layers_before_it_is_doubted(tree):
+    (text,) = warnings_of(tree)
+    assert "output head" in text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [("t_embedder", "mlp_0"), ("time_embedding", "linear_1"), ("time_emb_proj",)],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_layers_of_time_embeddings_go_to_muon(path, bias):
+    shapes = {(*path, "kernel"): (32, 64), **({(*path, "bias"): (64,)} if bias else {})}
+    kernel = decide([*shapes], [*shapes.values()])[0]
+    assert (kernel.numbers, kernel.doubt) == (mc.MuonDimensionNumbers(-2, -1), "")
+    (table,) = decide([("time_embedding", "embedding")], [(1000, 64)])
+    assert table.numbers is None
+
+
+def test_dense_layers_below_other_embeddings_are_doubted():
+    assert len(warnings_of({"bbox_embed": {"layers_0": {"kernel": (64, 64)}}})) == 1
+    tree = {"embed": {"kernel": (64, 64), "bias": (64,)}}
+    assert len(warnings_of(tree)) == 1
+    assert not warnings_of({"embed_linear": {"w": (32000, 64)}})
+
+
+def test_norm_of_the_low_rank_does_not_show_the_width():
+    tree = {"attn": {"kv_a_layernorm": {"scale": (16,)}, "o_proj": {"kernel": (4, 16, 64)}}}
+    assert results(tree)["attn/o_proj/kernel"] == (1, 64, 64)
+
+
+def test_plural_weights_are_inputs_first():
+    assert not warnings_of({"left_projection": {"weights": (64, 32)}})
+    assert len(warnings_of({"left_projection": {"weight": (64, 32)}})) == 1
+
+
+def test_tiny_blocks_named_as_queries_are_doubted():
+    tree = {"q_proj": {"kernel": (512, 4, 4)}, "norm": {"scale": (1024,)}}
+    assert len(warnings_of({"blocks": [{"xlstm": tree}]})) == 1
 
 
 @pytest.mark.parametrize("name", ["output_layer", "final_layer", "last_layer"])
@@ -414,14 +478,13 @@ def test_a_router_beside_numbered_experts_needs_no_name(name):
     assert all(d.numbers is not None for d in others)
 
 
-def test_a_head_inside_of_a_numbered_layer_is_doubted():
+def test_a_head_inside_of_a_numbered_layer_is_a_head():
     shapes = {
         ("embed_tokens", "weight"): (1000, 64),
         ("layers_61", "shared_head", "head", "weight"): (64, 1000),
     }
     head = decide([*shapes], [*shapes.values()])[1]
     assert head.numbers is None
-    assert head.doubt
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,10 @@ ALONE = {
     "final_layer/linear/kernel",
     "layers/ffn/assign/kernel",
     "Dense_1/kernel",
+    *(f"layers_0/seq/{name}" for name in ("Lambda_re", "Lambda_im", "P", "B")),
+    *(f"layers_1/seq/{name}" for name in ("A_re", "A_im", "B_re")),
+    "layers/0/ffw/w_out",
+    "decoder/kernel",
 }
 
 

@@ -126,7 +126,7 @@ def test_wrong_dimension_numbers_name_the_path(numbers):
         tx.init({"a": {"w": W}})
 
 
-def test_dimension_numbers_of_another_tree_are_refused():
+def test_dimension_numbers_of_another_pytree_raise():
     tx = mc.muon(0.1, muon_weight_dimension_numbers={"b": mc.MuonDimensionNumbers()})
     with pytest.raises(ValueError, match="not a prefix of the parameter pytree"):
         tx.init({"a": W})
@@ -175,3 +175,19 @@ def test_nnx_state_and_optimizer():
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     optimizer.update(model, jax.tree.map(jnp.ones_like, params))
     assert np.all(np.asarray(model.attn.query.kernel[...]) != before)
+
+
+def test_a_filter_in_nnx_optimizer_trains_some_parameters():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(8, 24, rngs=rngs), nnx.Linear(24, 8, rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    before: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    wrt = nnx.All(nnx.Param, nnx.PathContains("a"))
+    optimizer = nnx.Optimizer(model, mc.muon(0.1), wrt=wrt)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, wrt))
+    optimizer.update(model, grads)
+    after: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert not np.allclose(after["a"]["kernel"], before["a"]["kernel"])
+    np.testing.assert_array_equal(after["b"]["kernel"], before["b"]["kernel"])

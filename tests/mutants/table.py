@@ -1,4 +1,4 @@
-"""Reads `table.toml`: the faults, each as a file, the text to replace, and the text in its place."""
+"""Reads `table.toml`: faults, each as a file, a text in it, and the text to put in its place."""
 
 import pathlib
 import tomllib
@@ -37,10 +37,8 @@ class Mutant(NamedTuple):
 
     def apply(self, text: str) -> str:
         """Returns the text of the file with the fault in it."""
-        if text.count(self.original) != 1:
-            raise ValueError(
-                f"{self.file}: {self.original!r} occurs {text.count(self.original)} times"
-            )
+        if (count := text.count(self.original)) != 1:
+            raise ValueError(f"{self.file}: {self.original!r} occurs {count} times, not once")
         return text.replace(self.original, self.mutated)
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import muonclip_jax as mc
 from benchmarks.compiled import collectives
 from tests.support.attention_cases import attention, draw
+from tests.support.by_day import at_night
 from tests.support.device_cases import apply, batch_of, init, loss_fn, train
 
 MESHES = {"data": ((8,), ("data",)), "data and model": ((4, 2), ("data", "model"))}
@@ -85,11 +86,13 @@ def trained_on_one_device(name):
 @pytest.mark.parametrize(
     ("name", "mesh", "kind", "spec_of"),
     [
-        ("adamw", "data", AxisType.Auto, replicated),
-        ("adamw", "data and model", AxisType.Explicit, replicated),
         ("adamw", "data and model", AxisType.Auto, heads_over_model),
         ("muon", "data", AxisType.Explicit, replicated),
-        ("muon", "data and model", AxisType.Auto, replicated),
+        *at_night(
+            ("adamw", "data", AxisType.Auto, replicated),
+            ("adamw", "data and model", AxisType.Explicit, replicated),
+            ("muon", "data and model", AxisType.Auto, replicated),
+        ),
     ],
 )
 def test_training_on_a_sharded_batch_equals_one_device(start, name, mesh, kind, spec_of):

@@ -11,8 +11,9 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import muonclip_jax as mc
 from benchmarks.compiled import collectives
-from muonclip_jax._sharding import plan as _sharding_plan
+from muonclip_jax._sharding import strategies
 from tests.support import reference
+from tests.support.by_day import at_night
 from tests.support.sharding_cases import (
     DEAR,
     ONE_STEP,
@@ -61,8 +62,6 @@ LEAVES = {
     "rows": Leaf((3, 1, 16), P(None, None, ("x", "y"))),
     "column": Leaf((16, 1), P("y")),
 }
-EXPLICIT = [(8,), (2, 4), (1, 8), (2, 2, 2)]
-AUTO = [(4, 2), (8, 1), (2, 2, 2)]
 
 
 def step(params, **settings):
@@ -85,7 +84,13 @@ def without_a_mesh():
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [("explicit", s) for s in EXPLICIT] + [("auto", s) for s in AUTO]
+    ("kind", "sizes"),
+    [
+        ("explicit", (2, 2, 2)),
+        ("auto", (4, 2)),
+        *at_night(*(("explicit", s) for s in [(8,), (2, 4), (1, 8)])),
+        *at_night(*(("auto", s) for s in [(8, 1), (2, 2, 2)])),
+    ],
 )
 def test_sharded_equals_unsharded(kind, sizes, dear_work):
     mesh = make_mesh(sizes, kind)
@@ -120,7 +125,7 @@ def update_of_few(kind="explicit", dtype=jnp.float32, **settings):
     params = jax.device_put(draw(FEW, dtype=dtype), shardings)
     state = tx.init(params)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sharding_plan, "FLOPS_PER_BYTE", DEAR)
+        patch.setattr(strategies, "FLOPS_PER_BYTE", DEAR)
         lowered = jax.jit(tx.update).lower(params, state)
     return lowered.compile(), state, shardings
 
@@ -147,23 +152,25 @@ def test_these_leaves_need_every_strategy(dear_work):
     strategies = [g.strategy() for g in planned(FEW, make_mesh((2, 4))).groups]
     assert sorted(strategies) == [
         "local",
-        "move: 1 whole + 3 by teams of 2",
-        "replicas share",
-        "teams of 8, nothing moves",
-        "teams of 8, nothing moves",
+        "exchange: 1 full + 3 on 2 devices each",
+        "split over replicas",
+        "no exchange: each on 8 devices",
+        "no exchange: each on 8 devices",
     ]
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"ns_method": "standard"},
         {"ns_method": "gram", "nesterov": False},
         {"ns_coeffs": "polar_express", "adaptive": True},
-        {"preconditioning": "spectral"},
         {"preconditioning": "aol"},
-        {"preconditioning": "schatten", "ns_coeffs": "you"},
-        {"kind": "auto", "ns_coeffs": "polar_express", "ns_method": "gram"},
+        *at_night(
+            {"ns_method": "standard"},
+            {"preconditioning": "spectral"},
+            {"preconditioning": "schatten", "ns_coeffs": "you"},
+            {"kind": "auto", "ns_coeffs": "polar_express", "ns_method": "gram"},
+        ),
     ],
     ids=lambda settings: " ".join(map(str, settings.values())),
 )
@@ -323,7 +330,7 @@ def test_whole_matrices_move_some_at_a_time(monkeypatch):
     leaves = {"w": Leaf((46, 8, 24), P(None, "x", "y")), "turned": Leaf((24, 8), P("y", "x"))}
     params = jax.device_put(draw(leaves), shardings_of(make_mesh((2, 4)), leaves))
     one_go = step(params)
-    monkeypatch.setattr(_sharding_plan, "MOST_BYTES_MOVED", 2 * 8 * 24 * 4)
+    monkeypatch.setattr(strategies, "MAX_EXCHANGED_BYTES", 2 * 8 * 24 * 4)
     tx = mc.scale_by_muon()
     compiled = jax.jit(tx.update).lower(params, tx.init(params)).compile()
     moves = [c for c in collectives(compiled) if c.kind == "all-to-all"]

@@ -7,12 +7,17 @@ import pytest
 
 
 def by_day(values, *chosen):
-    """Returns the values as parameters, nightly but for the chosen ones (as `str` gives them)."""
-    missing = set(chosen) - {str(value) for value in values}
-    assert not missing, f"there is no value {sorted(missing)}"
+    """Returns the values of one parameter, those that are not chosen with the mark `nightly`."""
+    missing = [value for value in chosen if value not in values]
+    assert not missing, f"there is no value {missing}"
+    return [value if value in chosen else at_night(value)[0] for value in values]
+
+
+def at_night(*cases):
+    """Marks cases as nightly; a tuple has one value for each parameter."""
     return [
-        value if str(value) in chosen else pytest.param(value, marks=pytest.mark.nightly)
-        for value in values
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly)
+        for case in cases
     ]
 
 
@@ -22,7 +27,7 @@ def mark_combinations(items):
     Of a test with two parameters of three values, three of the nine cases run by day.
     """
     for cases in _cases_of_tests(items):
-        kept = _cover([frozenset(case.callspec.indices.items()) for case in cases])
+        kept = _cover([_values(case) for case in cases])
         for index in set(range(len(cases))) - kept:
             cases[index].add_marker(pytest.mark.nightly)
 
@@ -34,6 +39,19 @@ def _cases_of_tests(items):
         if hasattr(item, "callspec") and not skipped:
             tests.setdefault((item.path, item.originalname, item.cls), []).append(item)
     return tests.values()
+
+
+def _values(case):
+    """The values of a case, one for each `parametrize`, whose arguments are given together."""
+    params = case.callspec.params
+    groups = [_names(mark.args[0]) for mark in case.iter_markers("parametrize")]
+    groups += [(name,) for name in params if not any(name in group for group in groups)]
+    # By identity: values need not be hashable, and those of all cases are alive.
+    return frozenset((group, *(id(params[name]) for name in group)) for group in groups)
+
+
+def _names(argnames):
+    return tuple(argnames.replace(",", " ").split() if isinstance(argnames, str) else argnames)
 
 
 def _cover(cases):

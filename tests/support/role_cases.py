@@ -506,8 +506,100 @@ blocks/0/norm2/scale 512 A
 blocks/0/attn/to_q/kernel 512,512 1x512x512
 norm_out/linear/kernel 512,1024 1x512x1024
 norm_out/linear/bias 1024 A
-proj_out/kernel 512,16 1x512x16W
+proj_out/kernel 512,16 A
 proj_out/bias 16 A
+""",
+    # srush/annotated-s4, s4.py: S4 and S4D
+    "annotated_s4": """
+encoder/embedding 256,128 A
+layers_0/norm/scale 128 A
+layers_0/seq/Lambda_re 64,128 A
+layers_0/seq/Lambda_im 64,128 A
+layers_0/seq/P 64,128 A
+layers_0/seq/B 64,128 A
+layers_0/seq/C 64,128,2 A
+layers_0/seq/D 1,128 A
+layers_0/seq/log_step 1,128 A
+layers_0/out/kernel 128,128 1x128x128
+layers_1/seq/A_re 64,128 A
+layers_1/seq/A_im 64,128 A
+layers_1/seq/B_re 64,128 A
+layers_1/seq/log_step 1,128 A
+decoder/kernel 128,256 AW
+decoder/bias 256 A
+""",
+    # ml-gde/jflux and Lightricks/LTX-Video: embedders of numbers, the last layer
+    "jflux": """
+img_in/kernel 64,512 1x64x512
+time_in/in_layer/kernel 256,512 1x256x512
+time_in/out_layer/kernel 512,512 1x512x512
+double_blocks/0/img_mlp/0/kernel 512,2048 1x512x2048
+double_blocks/0/norm/scale 512 A
+final_layer/linear/kernel 512,64 A
+final_layer/adaLN_modulation/1/kernel 512,1024 1x512x1024
+""",
+    # jax-ml/jax-llm-examples, nemotron3: Mamba-2 and grouped queries as einsums
+    "nemotron3": """
+embedding 32000,2688 A
+layers/0/attn_pre_gamma 2688 A
+layers/0/ffw/wx_in 2688,64,48 1x2688x3072
+layers/0/ffw/wg_in 2688,64,48 1x2688x3072
+layers/0/ffw/w_out 64,48,2688 1x3072x2688
+layers/0/norm/scale 2688 A
+layers/3/ffw/q 2688,2,16,128 1x2688x4096
+layers/3/ffw/o 2,16,128,2688 1x4096x2688
+layers/3/norm/scale 2688 A
+""",
+    # jax-ml/jax-llm-examples, deepseek_r1_jax: low ranks of queries, keys and values
+    "deepseek_r1_jax": """
+layers/0/attn/q_a 7168,1536 1x7168x1536
+layers/0/attn/q_b 1536,128,192 1x1536x24576
+layers/0/attn/kv_a 7168,512 1x7168x512
+layers/0/attn/k_b 512,128,128 1x512x16384
+layers/0/attn/v_b 512,128,128 1x512x16384
+layers/0/attn/o 128,128,7168 1x16384x7168
+layers/0/attn_pre_norm/scale 7168 A
+""",
+    # google-deepmind/penzai, llamalike_common.py: labels of parameters, split at dots
+    "penzai_llama": """
+transformer/embedder/embeddings/data_array 32000,1024 A
+transformer/block_0/pre_attention_norm/scale/weights/data_array 1024 A
+transformer/block_0/attention/query/weights/data_array 1024,2,4,128 1x1024x1024
+transformer/block_0/attention/key/weights/data_array 1024,2,128 1x1024x256
+transformer/block_0/attention/output/weights/data_array 2,4,128,1024 1x1024x1024
+transformer/lm_head/weights/data_array 1024,32000 A
+""",
+    # google/dopamine, jax/networks.py: noisy networks
+    "dopamine_noisy": """
+Conv_0/kernel 8,8,4,32 1x256x32
+NoisyNetwork_0/kernel_mu 7744,512 1x7744x512
+NoisyNetwork_0/kernel_sigma 7744,512 A
+NoisyNetwork_0/bias_mu 512 A
+NoisyNetwork_0/bias_sigma 512 A
+NoisyNetwork_1/kernel_mu 512,51 A
+NoisyNetwork_1/kernel_sigma 512,51 A
+""",
+    # Physical-Intelligence/openpi, lora.py: adapters of einsums with heads
+    "openpi_lora": """
+layers/attn/q_einsum/w 18,8,1024,256 18x1024x2048
+layers/attn/q_einsum/lora_a 18,8,1024,16 144x1024x16
+layers/attn/q_einsum/lora_b 18,8,16,256 144x16x256
+layers/attn/attn_vec_einsum/w 18,8,256,1024 18x2048x1024
+layers/pre_attention_norm/scale 18,1024 A
+""",
+    # apple/axlearn: output projections stored as queries are
+    "axlearn_fuji": """
+decoder/emb/token_emb/weight 32768,2048 A
+decoder/layer/norm/scale 16,2048 A
+decoder/layer/self_attention/attention/i_proj/i_proj/qkv_proj/weight 16,3,2048,32,64 48x2048x2048
+decoder/layer/self_attention/attention/o_proj/weight 16,2048,32,64 16x2048x2048W
+""",
+    # deepmind/tapnet: depthwise convolutions without the name of one
+    "tapnet_mixer": """
+mixer/block/mlp1_up/w 3,1,2048 A
+mixer/block/mlp1_up/b 2048 A
+mixer/block/linear/w 512,512 1x512x512
+mixer/block/layer_norm/scale 512 A
 """,
     # an MLP of flax.linen.Dense
     "flax_mlp_named": """

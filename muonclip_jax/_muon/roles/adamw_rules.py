@@ -20,23 +20,28 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         if is_matrix_of_adaptive_norm(leaf, evidence, name):
             return None
         inside = leaf.core[leaf.core.index(name) + 1 :]
-        if len(inside) > 1 and len(leaf.shape) > 1 and leaf.is_inside:
+        is_vector = bool(inside) and names.matches("scale|gain|bias|offset", inside[0])
+        if len(inside) > 1 and len(leaf.shape) > 1 and leaf.is_inside and not is_vector:
             doubt = "it may be the matrix of an adaptive norm"
     if role.name == "embedding" and leaf.is_inside and not leaf.has(names.PATCHES):
-        if _is_dense(leaf, evidence, name):
+        if _is_dense(leaf, evidence):
             return None
         doubt = _doubt_table(leaf, evidence, name)
-    if role.where == "top" and _is_hidden_layer(leaf, evidence, name):
-        return None
+    if role.where == "top":
+        if _is_hidden_layer(leaf, evidence, name):
+            return None
+        if len(leaf.shape) == 2 and leaf.shape[0] == leaf.shape[1]:
+            doubt = "its inputs and outputs have equal sizes, as in hidden layers"
     return Decision(None, f"{role.name} '{name}'", doubt)
 
 
-def _is_dense(leaf: Leaf, evidence: Evidence, name: str) -> bool:
+def _is_dense(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a parameter is a dense layer that computes the embedding of a time step."""
-    if not names.matches(names.COMPUTED, name):
+    computed = [n for n in leaf.core if names.matches(names.COMPUTED, n)]
+    if not computed:
         return False
     has_bias = len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence)
-    return has_bias or leaf.name != name or names.matches(names.DENSE, name)
+    return has_bias or leaf.name not in computed or names.matches(names.DENSE, leaf.name)
 
 
 def _doubt_table(leaf: Leaf, evidence: Evidence, name: str) -> str:
@@ -52,9 +57,11 @@ def _doubt_table(leaf: Leaf, evidence: Evidence, name: str) -> str:
 def _is_hidden_layer(leaf: Leaf, evidence: Evidence, name: str) -> bool:
     """Returns whether projections beside `output`, `out_layer` or `w_out` make it no head."""
     module = leaf.core[: len(leaf.core) - len(names.near(leaf.core))]
-    first = name.lower().replace("out", "in")
-    has_first = first != name.lower() and evidence.has_child(module, first)
-    return has_first or evidence.has_child(module, names.INTO_HEADS)
+    if not evidence.is_root(module):
+        first = name.lower().replace("out", "in")
+        if name == "proj_out" or (first != name.lower() and evidence.has_child(module, first)):
+            return True
+    return evidence.has_child(module, names.INTO_HEADS)
 
 
 def state_space(leaf: Leaf, evidence: Evidence) -> Decision | None:

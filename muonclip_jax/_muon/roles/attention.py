@@ -49,9 +49,11 @@ def in_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision 
     if len(shape) < 3 or shape[0] == shape[-1] or leaf.is_lora or is_convolution_shape(shape):
         return None
     ndim = len(leaf.shape)
-    beside = [evidence.layer_of(x) for x in evidence.beside(leaf) if len(x.shape) == ndim]
-    others = {s for other, s in beside if other == stack}
-    widths = evidence.widths(leaf)
+    is_unnamed = heads_name(leaf, evidence) is None
+    beside = [x for x in evidence.beside(leaf) if len(x.shape) == ndim]
+    beside = [x for x in beside if (heads_name(x, evidence) is None) == is_unnamed]
+    others = {s for other, s in map(evidence.layer_of, beside) if other == stack}
+    widths = evidence.widths(leaf) or {shape[0], shape[-1]}
     if shape[0] in widths and (*shape[1:], shape[0]) in others:
         sides = (0,), tuple(range(1, len(shape)))
     elif shape[-1] in widths and (shape[-1], *shape[:-1]) in others:
@@ -111,8 +113,10 @@ def _residual_axis(
     convention = evidence.convention.get(leaf.core[-1], settings.outputs_first)
     if convention and last - usual in hits:
         return last - usual, ""
+    if side == "out" and hits == [0]:
+        return 0, "nothing but its first axis shows that it is stored as queries are"
     confirmed = settings.outputs_first is not None or _fits_beside(leaf, shape, side, evidence)
-    no_width = widths and not hits and math.prod(shape) < 2 * shape[usual] ** 2
+    no_width = widths and not hits and _FEW * math.prod(shape) <= shape[usual] ** 2
     doubtful = not confirmed and (shape[usual] < max(shape) or no_width) and not leaf.is_lora
     return usual, "nothing shows which of its axes are heads" if doubtful else ""
 
@@ -154,7 +158,9 @@ def _stack_of_three(leaf: Leaf, shape: Shape, side: str, evidence: Evidence) -> 
     if evidence.shared_axis(leaf) or any(len(p) == 3 and p[0] == shape[0] for p in others):
         return 1, ""
     widths = evidence.widths(leaf)
-    if width in widths and not widths & {*heads} and _is_in_list(leaf):
+    is_width = width in widths and not widths & {*heads}
+    residual = {p[-1 if side == "in" else 0] for p in others if p}
+    if is_width and (_is_in_list(leaf) or residual == {width}):
         return 0, ""
     if others:
         return 1, f"its shape fits neither heads nor the shapes {others} beside it"
@@ -164,6 +170,8 @@ def _stack_of_three(leaf: Leaf, shape: Shape, side: str, evidence: Evidence) -> 
     return (0, why) if side == "in" else (1, why if _in_attention(leaf) else "")
 
 
+# How many times smaller than an unknown width heads x head_dim is, if its axes are doubted.
+_FEW = 8
 _OTHER = {"in": "out", "out": "in"}
 
 

@@ -75,7 +75,7 @@ def _unnamed_depthwise(shape: Shape) -> Decision | None:
     """
     if len(shape) == 3 and shape[1] == 1:
         if 1 < shape[0] <= _MOST_TAPS and shape[2] >= _MUCH_LARGER * shape[0]:
-            return Decision(None, "depthwise convolution", "no name confirms it, only its shape")
+            return Decision(None, "depthwise convolution")
     if len(shape) != 4 or 1 not in shape[1:3]:
         return None
     for window, channels in ((shape[:2], shape[2:]), (shape[2:], shape[1::-1])):

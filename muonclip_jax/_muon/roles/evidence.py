@@ -120,6 +120,10 @@ class Evidence:
         stack = self.stack_of(leaf)
         return stack, stack.without(leaf.shape)
 
+    def is_root(self, module: Path) -> bool:
+        """Returns whether a module has all parameters of the pytree."""
+        return len(self.groups[module].leaves) == len(self.leaves)
+
     def beside(self, leaf: Leaf) -> list[Leaf]:
         """Lists the other parameters of a module: directly in it or in modules of their own."""
         group = (self.leaves[i] for i in self.groups[leaf.module].leaves)

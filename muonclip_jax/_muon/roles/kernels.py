@@ -46,7 +46,10 @@ def partners(module: Path, side: str, evidence: Evidence) -> dict[str, Leaf]:
     for child in evidence.children.get(module, ()):
         if not names.matches(pattern, names.stem(child)):
             continue
-        paths = [(*module, child), *((*module, child, k) for k in ("kernel", "w", "weight"))]
+        paths = [
+            (*module, child),
+            *((*module, child, k) for k in ("kernel", "w", "weight", "weights")),
+        ]
         for path in paths:
             if leaf := evidence.by_core.get(path):
                 found[child] = leaf

@@ -1,7 +1,7 @@
 """The order of the rules, and the doubts about what they decide.
 
-The first rule that applies decides. It gives a reason, which the table prints, and a doubt if it
-rests on a weak guess. A doubt becomes a warning.
+The first rule that applies decides. Its decision has a reason, which the table prints, and a doubt
+if names and shapes leave it open. A doubt becomes a warning.
 """
 
 from collections.abc import Sequence
@@ -88,8 +88,8 @@ def _table_or_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> Dec
         doubt = "" if is_head or leaf.has(names.HEAD) else "no name confirms it"
         return Decision(None, f"output head: the vocabulary size {evidence.vocabulary}", doubt)
     if _is_dead_end(leaf, evidence, n_in, n_out):
-        is_root = len(evidence.groups[leaf.module].leaves) == len(evidence.leaves)
-        is_head = (is_root or leaf.has(names.HEAD)) and _is_last(leaf, evidence)
+        is_named = leaf.has(names.HEAD) or leaf.has(names.PREDICTOR)
+        is_head = (evidence.is_root(leaf.module) or is_named) and _is_last(leaf, evidence)
         is_head &= not _is_left_alone(leaf, evidence) and not _is_widening(n_in, n_out)
         doubt = "" if is_head else "no name confirms it"
         return Decision(None, f"output head: nothing has {n_out} inputs", doubt)
@@ -168,17 +168,15 @@ def _is_widening(n_in: int, n_out: int) -> bool:
 
 def _is_last_of_all(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a generic layer is the last outside of all modules with several matrices."""
-    module = evidence.groups[leaf.module]
-    is_root = len(module.leaves) == len(evidence.leaves)
     others = [x for x in evidence.leaves if len(x.shape) > 1 and x.module != leaf.module]
-    return is_root and len(others) > 1 and _is_last(leaf, evidence)
+    return evidence.is_root(leaf.module) and len(others) > 1 and _is_last(leaf, evidence)
 
 
 def _is_in_last_layer(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether a matrix is the last one of a module `final_layer` of the whole model."""
+    """Returns whether a matrix is the last one of a module `final_layer` of the full model."""
     if not leaf.module or not names.matches(names.LAST_LAYER, leaf.module[-1]):
         return False
-    is_root = len(evidence.groups[leaf.module[:-1]].leaves) == len(evidence.leaves)
+    is_root = evidence.is_root(leaf.module[:-1])
     return is_root and len(leaf.shape) == 2 and leaf.is_inside and _is_last(leaf, evidence)
 
 

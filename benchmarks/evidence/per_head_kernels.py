@@ -1,4 +1,4 @@
-"""Kernels of latent attention as one matrix for each head: GLM-5's Muon Split."""
+"""Kernels of latent attention as one matrix per head: GLM-5's Muon Split."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 
 HEADS = 4
-# Columns of a head: query; key without rotary positions and value, which are matrices of their own.
+# Output columns of a head: query; key without rotary embedding and value, two separate matrices.
 COLUMNS = {"q_b": (24,), "kv_b": (16, 16)}
 
 
 def by_head(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs an optimizer on a view of the parameters, where the flat kernels are split by head."""
+    """Wraps an optimizer so that it sees the flat kernels split by head."""
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         update = optax.with_extra_args_support(tx).update
@@ -23,27 +23,27 @@ def by_head(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def split(params: Any) -> Any:
-    """Takes [L, rank, heads * columns] apart into [L, heads, rank, columns] for each part."""
+    """Splits [L, rank, heads * columns] into [L, heads, rank, columns] for each part."""
 
-    def apart(path: Any, x: jax.Array) -> Any:
+    def split_leaf(path: Any, x: jax.Array) -> Any:
         columns = COLUMNS.get(_module(path))
         if columns is None:
             return x
         heads = jnp.moveaxis(x.reshape(*x.shape[:-1], HEADS, sum(columns)), -2, -3)
         return tuple(jnp.split(heads, [sum(columns[:i]) for i in range(1, len(columns))], axis=-1))
 
-    return jax.tree.map_with_path(apart, params)
+    return jax.tree.map_with_path(split_leaf, params)
 
 
 def join(viewed: Any, like: Any) -> Any:
-    """Undoes `split`; `like` has the structure that is wanted."""
+    """Inverts `split`; `like` has the structure of the result."""
 
-    def together(path: Any, x: jax.Array, parts: Any) -> jax.Array:
+    def join_leaf(path: Any, x: jax.Array, parts: Any) -> jax.Array:
         if _module(path) not in COLUMNS:
             return parts
         return jnp.moveaxis(jnp.concatenate(parts, axis=-1), -3, -2).reshape(x.shape)
 
-    return jax.tree.map_with_path(together, like, viewed)
+    return jax.tree.map_with_path(join_leaf, like, viewed)
 
 
 def _module(path: Any) -> str:

@@ -1,4 +1,4 @@
-"""What takes time: one training. It depends on its fields alone, and so is done once."""
+"""One training. Its fields determine its result, so that each runs once."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ import optax
 from optax import contrib
 
 import muonclip_jax as mc
-from benchmarks.evidence.split import by_head, split
+from benchmarks.evidence.per_head_kernels import by_head, split
 from examples.language_model import data
 from examples.language_model.config import Config
 from examples.language_model.models import gqa, mla
@@ -28,8 +28,8 @@ from examples.language_model.training.step import (
 
 BATCH_SIZE, SEQ_LEN = 8, 128
 VALIDATION_BYTES = 2**16
-LOGGED = 50  # points of a curve
-DIGITS, LOGIT_DIGITS = 5, 4  # of what is written down
+LOGGED = 50  # points on a curve
+DIGITS, LOGIT_DIGITS = 5, 4  # of the recorded numbers
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 4, 64, 192, 4, 16
 
@@ -58,16 +58,17 @@ class Run:
     """One training.
 
     Attributes:
-      learning_rate: Peak of the schedule: a line up over 5 % of the steps, then a line down to 0.
-      seed: Of the weights and of the batches.
+      learning_rate: Peak of the schedule: linear warmup over 5 % of the steps, then linear decay to
+        0.
+      seed: Seed of the weights and the batches.
       attention: One of `MODELS`.
-      optimizer: `muon`, algorithm 1 of Kimi K2 without its clip; `adamw`; `mc.muon` and
-        `optax.muon`, both with the defaults that they share.
-      threshold: Of QK-clip; None never clips.
+      optimizer: `muon`, Algorithm 1 of Kimi K2 without QK-clip; `adamw`; `mc.muon` and
+        `optax.muon`, both with their common defaults.
+      threshold: Threshold of QK-clip; None never clips.
       steps: Optimizer steps.
-      weight_decay: Of every parameter, times the learning rate.
+      weight_decay: Applied to every parameter, times the learning rate.
       consistent_rms: See `mc.muonclip`; None is Keller Jordan's scale.
-      per_head: Whether each head of the query, key and value kernels is a matrix of its own.
+      per_head: Whether each head of the query, key and value kernels is a separate matrix.
       ns_coeffs: See `mc.ns_coefficients`.
       ns_steps: The same.
       ns_method: See `mc.newton_schulz`.
@@ -94,7 +95,7 @@ class Run:
 
     @property
     def program(self) -> "Run":
-        """A training that compiles to the same program: numbers that change are arguments."""
+        """A training with the same compiled program, of which these fields are arguments."""
         return dataclasses.replace(self, learning_rate=0.0, seed=0, threshold=None, steps=0)
 
     def measure(self) -> dict[str, Any]:
@@ -102,26 +103,26 @@ class Run:
 
         Returns:
           `validation_loss`, nats per byte after the last step, or None if the training diverged;
-          `losses`, of the training text, and `max_logits`, by head [layer][head], each the mean or
-          the maximum over the steps since the point before, at `logged` steps; `clipped`, the heads
-          clipped at each of all steps; `ever_clipped`, the share of heads.
+          `logged`, the steps of the curves; `losses`, the mean training loss since the previous
+          logged step; `max_logits` [layer][head], the maximum since then; `clipped`, the number of
+          clipped heads at every step; `ever_clipped`, the fraction of heads.
         """
         corpus, init, step, evaluate = _program(self.program)
         schedule = make_schedule(Config(steps=self.steps, learning_rate=self.learning_rate))
         threshold = math.inf if self.threshold is None else self.threshold
-        state, seen = init(self.seed), []
+        state, metrics = init(self.seed), []
         for i in range(self.steps):
             text = data.batch(corpus.train, self.seed, i + 1, BATCH_SIZE, SEQ_LEN)
-            state, metrics = step(state, text[None], np.float32(schedule(i)), np.float32(threshold))
-            seen.append(metrics)
-        return summary(jax.device_get(seen)) | {"validation_loss": finite(evaluate(state))}
+            state, seen = step(state, text[None], np.float32(schedule(i)), np.float32(threshold))
+            metrics.append(seen)
+        return curves(jax.device_get(metrics)) | {"validation_loss": finite(evaluate(state))}
 
 
-def summary(seen: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes down the curves of a training, at `LOGGED` steps."""
-    logged = np.unique(np.linspace(0, len(seen), LOGGED + 1).astype(int))[1:]
-    losses = np.array([step["loss"] for step in seen])
-    heads = np.array([np.concatenate(list(step["max_logits"].values())) for step in seen])
+def curves(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the curves of a training, at `LOGGED` steps, from the metrics of every step."""
+    logged = np.unique(np.linspace(0, len(metrics), LOGGED + 1).astype(int))[1:]
+    losses = np.array([step["loss"] for step in metrics])
+    heads = np.array([np.concatenate(list(step["max_logits"].values())) for step in metrics])
     parts = [slice(first, last) for first, last in zip([0, *logged[:-1]], logged, strict=True)]
     return {
         "logged": logged.tolist(),
@@ -130,8 +131,8 @@ def summary(seen: list[dict[str, Any]]) -> dict[str, Any]:
             [[finite(x, LOGIT_DIGITS) for x in layer] for layer in heads[part].max(axis=0)]
             for part in parts
         ],
-        "clipped": [int(step["qk_clip/clipped_heads"]) for step in seen],
-        "ever_clipped": finite(seen[-1]["qk_clip/ever_clipped_fraction"]),
+        "clipped": [int(step["qk_clip/clipped_heads"]) for step in metrics],
+        "ever_clipped": finite(metrics[-1]["qk_clip/ever_clipped_fraction"]),
     }
 
 
@@ -148,7 +149,7 @@ def corpus() -> data.Corpus:
 
 @functools.cache
 def _program(run: Run) -> tuple[data.Corpus, Any, Any, Any]:
-    """Makes the functions of a training: of a seed the state, of a state the next, and its loss."""
+    """Builds the functions of a training: initial state, step and validation loss."""
     model = MODELS[run.attention](run.max_logit)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     make = functools.partial(optimizer, run, shapes["params"])
@@ -169,14 +170,14 @@ def optimizer(run: Run, shapes: Any, learning_rate: Any) -> optax.GradientTransf
 
     Args:
       run: The training.
-      shapes: Of the parameters.
-      learning_rate: Of one step; traced.
+      shapes: Shapes of the parameters.
+      learning_rate: Learning rate of one step; traced.
     """
     if run.optimizer == "adamw":
         return optax.adamw(learning_rate, b2=ADAM_B2, weight_decay=run.weight_decay)
     if run.per_head and run.attention == "mla":
-        whole = dataclasses.replace(run, per_head=False)
-        return by_head(optimizer(whole, jax.eval_shape(split, shapes), learning_rate))
+        full = dataclasses.replace(run, per_head=False)
+        return by_head(optimizer(full, jax.eval_shape(split, shapes), learning_rate))
     numbers = dimension_numbers(shapes, run.per_head)
     if run.optimizer in ("mc.muon", "optax.muon"):
         muon = {"mc.muon": mc.muon, "optax.muon": contrib.muon}[run.optimizer]
@@ -195,11 +196,11 @@ def optimizer(run: Run, shapes: Any, learning_rate: Any) -> optax.GradientTransf
 
 
 def dimension_numbers(shapes: Any, per_head: bool) -> Any:
-    """Gives the matrices by role, as `mc.routing_table` has them, or head by head."""
+    """Returns the dimension numbers of `mc.routing_table`, or one matrix per head."""
 
-    def numbers(route: Any) -> Any:
-        if per_head and route.path.endswith(PROJECTIONS):
+    def numbers(row: Any) -> Any:
+        if per_head and row.path.endswith(PROJECTIONS):
             return mc.MuonDimensionNumbers(-3, -1)
-        return route.dimension_numbers
+        return row.dimension_numbers
 
     return jax.tree.structure(shapes).unflatten(map(numbers, mc.routing_table(shapes).rows))

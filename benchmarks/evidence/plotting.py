@@ -1,4 +1,4 @@
-"""How the figures look."""
+"""The style of the figures, and the plots that several experiments share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,21 +7,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = ("#2a6f97", "#e36414", "#588157", "#8d5a97", "#8d99ae", "#c1121f", "#d4a373", "#1d3557")
+COLORS = ("#2a6f97", "#e36414", "#588157", "#8d5a97", "#8d99ae", "#c1121f", "#d4a373", "#1d3557")
 LIMIT = "#c1121f"  # the threshold
 _NAMED = {"adamw": "#8d99ae", "muon": "#2a6f97", "muonclip": "#e36414"}
 _GRID = "#e5e7eb"
 
 
 def color(name: str) -> str:
-    """Gives an optimizer the same color in all figures."""
+    """Returns the color of an optimizer, the same in all figures."""
     return _NAMED.get(name, "#588157")
 
 
 def panels(
     columns: int, rows: int = 1, size: tuple[float, float] = (4.6, 3.6), **options: Any
 ) -> tuple[Figure, Any]:
-    """Makes a figure of axes side by side, each of a size in inches."""
+    """Makes a figure of several axes, each of a size in inches."""
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained", dpi=100)
     axes = figure.subplots(rows, columns, **options)
     for one in np.ravel(axes):
@@ -32,7 +32,7 @@ def panels(
 
 
 def band(axes: Axes, x: Sequence[float], over: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Draws means over seeds, with a bar of one standard deviation; leaves out what diverged."""
+    """Draws means over seeds with bars of one standard deviation, without diverged trainings."""
     kept = [(at, one["mean"], one["sd"]) for at, one in zip(x, over, strict=True) if one["mean"]]
     if kept:
         at, means, sds = zip(*kept, strict=True)
@@ -40,14 +40,14 @@ def band(axes: Axes, x: Sequence[float], over: Sequence[Mapping[str, Any]], name
 
 
 def by_rate(axes: Axes, rates: Sequence[float]) -> None:
-    """Makes the horizontal axis that of a grid of learning rates."""
+    """Labels the horizontal axis with a grid of learning rates."""
     axes.set(xscale="log", xlabel="peak learning rate")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.set_xticks([], minor=True)
 
 
 def bars(axes: Axes, lines: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draws a mean over seeds for each name, one below the other, with one standard deviation."""
+    """Draws a mean over seeds for each name, with bars of one standard deviation."""
     names = list(reversed(lines))
     means = [lines[name]["mean"] for name in names]
     axes.errorbar(
@@ -58,11 +58,12 @@ def bars(axes: Axes, lines: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def smooth(each: Sequence[Sequence[float]], steps: int = 20) -> np.ndarray:
-    """Takes the mean over the trainings and over a window of steps."""
+    """Averages over trainings and over a window of steps."""
     mean = np.mean(each, axis=0)
     return np.convolve(mean, np.ones(steps) / steps, mode="valid")
 
 
-def judge(*held: bool) -> str:
-    """Gives the verdict from what had to hold."""
-    return "reproduced" if all(held) else "partly" if any(held) else "not reproduced"
+def judge(*conditions: bool) -> str:
+    """Returns the verdict: whether all, some or none of the conditions are met."""
+    met = sum(conditions)
+    return "reproduced" if met == len(conditions) else "partly" if met else "not reproduced"
