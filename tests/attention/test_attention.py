@@ -1,4 +1,4 @@
-"""Attention with its largest logits: against float64, against `jax.nn`, on devices."""
+"""Attention with max logits: against float64, against `jax.nn`, on devices."""
 
 import functools
 from typing import Any

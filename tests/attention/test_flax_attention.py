@@ -1,4 +1,4 @@
-"""What holds for Linen and NNX alike: forms of attention, soft caps, and equal results."""
+"""Common behavior of Linen and NNX: methods of attention, soft caps, and equal results."""
 
 import contextlib
 

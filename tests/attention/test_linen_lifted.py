@@ -39,7 +39,7 @@ def layers_of(params, axis=0, length=3):
 
 
 def looped(layers, x):
-    """Runs blocks one after the other; gives the largest logits of each."""
+    """Runs blocks one after the other; returns the max logits of each."""
     maxima = []
     for layer in layers:
         (x, _), sown = run(Block(), {"params": layer}, x)

@@ -1,4 +1,4 @@
-"""The largest attention logit: against float64, against `jax.nn`, under transforms."""
+"""The max logit of each head: against float64, against `jax.nn`, under transforms."""
 
 import functools
 from typing import Any

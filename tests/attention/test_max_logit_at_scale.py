@@ -1,4 +1,4 @@
-"""The largest attention logit of long sequences, and of inputs on several devices."""
+"""Max logits of long sequences, and of inputs on several devices."""
 
 import functools
 

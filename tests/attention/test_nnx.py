@@ -251,7 +251,7 @@ def test_update_accepts_the_clipped_state(pure):
 
 
 def test_a_leaf_named_value_is_no_variable():
-    """`value` is where a variable keeps its array, and what modules call their value projection."""
+    """`value` is the attribute of a variable and a name of value projections."""
 
     class Attention(nnx.Module):
         def __init__(self):

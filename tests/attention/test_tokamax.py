@@ -63,7 +63,7 @@ def attend(*args, **options):
 
 @functools.cache
 def results(case, function=attend):
-    """Output, max logits and gradients; the output is zero where a query sees no key."""
+    """Output, max logits and gradients; the output of a query without keys is zero."""
     t, s, options = CASES[case]
     rules = {name: x for name, x in options.items() if name != "scale"}
     sees = reference.visible((2, 4, t, s), **rules).any(-1).swapaxes(1, 2)[..., None]

@@ -1,4 +1,4 @@
-"""What may come after or around `muonclip`, whose clip is part of its update.
+"""Transforms after and around `muonclip`, whose clip is part of its update.
 
 The table in docs/qk_clip.md has these cases. One head, with logit 400 before the step and
 threshold 100; learning rate 0, so that only the clip moves weights.

@@ -1,4 +1,4 @@
-"""Queries, keys and values in one kernel: what is scaled, what is left alone, where logits land."""
+"""Queries, keys and values in one kernel: scaled columns, unchanged columns, and new logits."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every pattern of kernel axes: each number gets the factor that a loop over heads gives it."""
+"""Every pattern of kernel axes: each weight gets its factor of a loop over heads."""
 
 import itertools
 

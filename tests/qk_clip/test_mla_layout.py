@@ -1,4 +1,4 @@
-"""Multi-head latent attention: what is scaled, what is left alone, and where the logits land."""
+"""Multi-head latent attention: scaled columns, unchanged weights, and new logits."""
 
 import dataclasses
 from typing import Any

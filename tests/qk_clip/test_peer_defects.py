@@ -1,4 +1,4 @@
-"""Defects of other implementations, each in the situation where it shows, and what we do there.
+"""Defects of other implementations, each in its situation, and the behavior of this library.
 
 Where the defect is a formula the test has it too, so that it fails if the situation does not tell
 right from wrong. File names: MaxText is AI-Hypercomputer/maxtext, read at commit 03bf39d.

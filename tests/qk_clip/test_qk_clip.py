@@ -1,4 +1,4 @@
-"""The factor on each head, the rules for shared keys, what is promised of bits, and the info."""
+"""The factor of each head, the rules for shared keys, bitwise promises, and the info."""
 
 import itertools
 

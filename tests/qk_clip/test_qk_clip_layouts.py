@@ -1,4 +1,4 @@
-"""Every form in which queries and keys of the heads are stored: scaled right, and landing."""
+"""Every way to store queries and keys: right factors, and logits at the threshold."""
 
 import dataclasses
 

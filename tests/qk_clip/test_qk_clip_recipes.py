@@ -1,4 +1,4 @@
-"""What a user writes around `qk_clip`, each recipe one short function, and what it promises."""
+"""Recipes around `qk_clip`, each one short function, and their promises."""
 
 import functools
 
@@ -185,7 +185,7 @@ def micro_step(multi_steps, params, opt_state, running, grads, stats):
 
 
 def gammas_of(micro_step, maxima):
-    """Runs micro-batches, four to a step; gives gamma of the first head after each."""
+    """Runs micro-batches, four per step; returns gamma of the first head after each."""
     multi_steps = optax.MultiSteps(optax.sgd(0.0), every_k_schedule=4)
     params, gammas = init(), []
     state, running = multi_steps.init(params), nothing_yet(max_logits_of(0.0))

@@ -134,7 +134,7 @@ def test_watching_accepts_norms(name):
 
 
 def run(max_logit, steps=12):
-    """Trains one head whose largest logit is a function of kernel and step."""
+    """Trains one head whose max logit is a function of kernel and step."""
     params = {"attn": {n: {"kernel": jnp.ones((8, 1, H))} for n in ("query", "key")}}
     ever, counts = None, []
     clip = jax.jit(mc.qk_clip)
