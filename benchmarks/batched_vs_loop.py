@@ -16,23 +16,22 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.compiled import compiled_cost
-from muonclip_jax import ns_coefficients
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, _in_batches
+from benchmarks.workloads import BATCHES
+from muonclip_jax._orthogonalize import newton_schulz
 
-BATCHES = ((4, 128, 128), (4, 384, 128), (48, 256, 256), (24, 768, 768), (12, 768, 3072))
 REPEATS = 9
 
 
 def compiled(x: jax.Array, batch_size: int) -> Any:
-    """Compiles Newton–Schulz in batches of this size."""
+    """Compiles Newton–Schulz that works on so many matrices at once."""
+    orthogonalize = newton_schulz.orthogonalizer("jordan", None, "standard", "auto", "frobenius")
+    n, m = sorted(x.shape[-2:])
+    choice = orthogonalize.choose(n, m, x.dtype)._replace(batch_size=batch_size)
 
-    def orthogonalize(x: jax.Array) -> jax.Array:
-        settings = Orthogonalizer(ns_coefficients("jordan"), method="standard")
-        choice = settings.choose(*sorted(x.shape[-2:]), x.dtype)._replace(batch_size=batch_size)
-        wide = x.mT if x.shape[-2] > x.shape[-1] else x
-        return _in_batches(wide, settings, 1e-8, choice=choice)
+    def in_batches(x: jax.Array) -> jax.Array:
+        return newton_schulz._in_batches(x, orthogonalize, jnp.float32(1e-8), choice=choice)
 
-    return jax.jit(orthogonalize).lower(x).compile()
+    return jax.jit(in_batches).lower(x).compile()
 
 
 def measure(shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -59,7 +58,9 @@ def measure(shape: tuple[int, int, int]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures every batch and writes the results."""
-    options = report.parser("batched_vs_loop", __doc__ or "").parse_args(arguments)
+    options = report.parser("batched_vs_loop", "A batched call against a loop.").parse_args(
+        arguments
+    )
     results = report.provenance("batched_vs_loop")
     results["batches"] = [measure(shape) for shape in BATCHES]
     report.write_json(options.out / "batched_vs_loop.json", results)

@@ -163,7 +163,7 @@ With their common defaults the training losses differ by at most
 {ours["largest_early_difference"]:.3%} in the first {early} steps and by
 {ours["largest_difference"]:.3%} in all {OURS.steps}, and the validation losses by
 {mean_sd(ours["loss_minus_optax"], 4)}: it is the same optimizer. Our update is faster where
-symmetric products are computed by blocks, from a side of {_SMALLEST_MIRRORED["cpu"]}: {widest:.2f}
+symmetric products are mirrored, from a side of {_SMALLEST_MIRRORED["cpu"]}: {widest:.2f}
 of the time of optax's at {ENDS[1].split(",")[0]}, and less on the matrices of
 [GPT-2 and larger models](../README.md#beside-the-others). At smaller widths the ratio is
 {min(times.values()):.2f} to {max(times.values()):.2f}, not always below 1. The share of Muon in a
