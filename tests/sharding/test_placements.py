@@ -199,10 +199,13 @@ def test_something_else_than_a_named_sharding():
     ]
 
 
-@pytest.mark.parametrize("build", [mc.muon, mc.scale_by_muon, mc.muonclip, mc.sharding_plan])
-def test_shardings_that_are_no_pytree_raise_a_type_error(build):
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [(mc.muon, (0.1,)), (mc.scale_by_muon, ()), (mc.muonclip, (0.1,)), (mc.sharding_plan, ({},))],
+)
+def test_shardings_that_are_no_pytree_raise_a_type_error(build, arguments):
     with pytest.raises(TypeError, match=r"shardings must be a pytree of NamedSharding .* got 'x'"):
-        build({} if build is mc.sharding_plan else 0.1, shardings="x")
+        build(*arguments, shardings="x")
 
 
 def test_a_sharding_that_is_not_even():
