@@ -188,9 +188,9 @@ def test_traced_arguments_of_newton_schulz(traced):
 
 
 def test_a_traced_number_of_steps_needs_single_coefficients():
-    with pytest.raises(TypeError, match="needs one row of coefficients"):
+    with pytest.raises(TypeError, match="needs a single"):
         jax.jit(lambda n: mc.newton_schulz(jnp.eye(2), "you", steps=n))(3)
-    with pytest.raises(TypeError, match="needs one row of coefficients"):
+    with pytest.raises(TypeError, match="needs a single"):
         jax.jit(lambda n, c: mc.newton_schulz(jnp.eye(2), c, steps=n))(3, jnp.ones((2, 3)))
 
 
