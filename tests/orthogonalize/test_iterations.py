@@ -168,3 +168,11 @@ def test_auto_selects_the_standard_method_for_square_matrices(name):
     np.testing.assert_array_equal(
         mc.newton_schulz(x, name), mc.newton_schulz(x, name, method="standard")
     )
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 1])
+def test_a_traced_number_of_steps_below_one_runs_one_step(steps):
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    got = jax.jit(lambda steps: mc.newton_schulz(x, (2.0, -1.5, 0.5), steps=steps))(steps)
+    expected = mc.newton_schulz(x, (2.0, -1.5, 0.5), steps=1, method="standard")
+    assert reference.relative_error(got, expected) < 1e-6

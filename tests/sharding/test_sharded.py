@@ -151,11 +151,11 @@ def on_mesh(grads, **settings):
 def test_these_leaves_need_every_strategy(dear_work):
     strategies = [g.strategy() for g in planned(FEW, make_mesh((2, 4))).groups]
     assert sorted(strategies) == [
-        "local",
         "exchange: 1 full + 3 on 2 devices each",
+        "local",
+        "no exchange: each on 8 devices",
+        "no exchange: each on 8 devices",
         "split over replicas",
-        "no exchange: each on 8 devices",
-        "no exchange: each on 8 devices",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Who orthogonalizes which matrix, from shapes and shardings alone: no device is used here."""
+"""Which device orthogonalizes which matrix, from shapes and shardings alone."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def exchanged(m, item=4):
 # Strategies, with all numbers by hand.
 
 
-def test_whole_matrices_stay_where_they_are():
+def test_full_matrices_are_local():
     group = only_group(leaf("w", (8, 64, 128), "x"), x=4)
     assert group.strategy() == "local"
     assert (group.count, group.full, group.flops, group.bytes_sent) == (
@@ -75,7 +75,7 @@ def test_batch_axes_stay_divided_while_sides_move():
     assert (group.strategy(), group.count, group.replica_axes) == ("exchange: 3 full", 6, ())
 
 
-def test_a_small_rest_is_padded_with_zeros():
+def test_a_small_remainder_is_padded_with_zeros():
     group = only_group(leaf("w", (11, 64, 128), "", "x"), x=8)
     assert group.strategy() == "exchange: 2 full"
     # Sixteen are sent and two orthogonalized on each device, five of them zero.
@@ -92,7 +92,7 @@ def test_a_small_rest_is_padded_with_zeros():
         (5, "exchange: 1 full", 1, 0, 1),  # more than half as many as devices: no two for each
     ],
 )
-def test_a_large_rest_is_shared_by_teams(count, strategy, whole, rest, team):
+def test_a_large_remainder_is_shared(count, strategy, whole, rest, team):
     m, n = 8192, 16384
     group = only_group(leaf("w", (count, m, n), "", "x"), x=8)
     assert group.strategy() == strategy
@@ -107,15 +107,15 @@ def test_a_large_rest_is_shared_by_teams(count, strategy, whole, rest, team):
         assert group.bytes_sent == moved(m, n, 8 * whole + 8 // team, 8) + exchanged(m)
 
 
-def test_a_team_needs_equal_columns():
-    # 8200 / 8 columns are odd: no team can have an equal part of each piece.
+def test_devices_that_share_a_matrix_need_equal_columns():
+    # 8200 / 8 columns are odd: no two devices can have equal parts of a shard.
     group = only_group(leaf("w", (1, 8200, 8200), "", "", "x y"), x=4, y=2)
     assert group.in_place
     group = only_group(leaf("w", (1, 8192, 8200), "", "z", "x y"), x=4, y=2, z=2)
     assert group.strategy() == "exchange: 1 full"
 
 
-def test_columns_that_are_divided_already_stay():
+def test_sharded_columns_are_not_exchanged():
     for w in (
         leaf("wide", (8192, 16384), "", "x"),
         leaf("tall", (16384, 8192), "x"),
@@ -126,7 +126,7 @@ def test_columns_that_are_divided_already_stay():
         assert (group.flops, group.bytes_sent) == (work(group.m, group.n, F32) / 8, exchanged(8192))
 
 
-def test_many_long_thin_matrices_stay():
+def test_many_long_thin_matrices_are_not_exchanged():
     # A member sends 16 sums of 16 x 16 instead of moving 16 matrices of 16 x 65536.
     group = only_group(leaf("w", (16, 16, 65536), "", "", "x"), x=8)
     assert (group.in_place, group.remainder, group.sharers) == (True, 16, 8)
@@ -136,14 +136,14 @@ def test_many_long_thin_matrices_stay():
 # Replicas.
 
 
-def test_replicas_share_large_matrices():
+def test_replicas_split_large_matrices():
     group = only_group(leaf("w", (3, 2048, 2048)), x=4)
     assert (group.strategy(), group.replica_axes, group.full) == ("split over replicas", ("x",), 1)
     # Each gets one from each of three others, and one of those is padding.
     assert (group.flops, group.bytes_sent) == (work(2048, 2048, F32), 3 * 2048**2 * 4)
 
 
-def test_replicas_share_what_moves_over_other_axes():
+def test_replicas_split_what_is_exchanged_over_other_axes():
     group = only_group(leaf("w", (8, 2048, 2048), "", "x"), x=2, y=4)
     assert (group.strategy(), group.replica_axes) == ("exchange: 1 full", ("y",))
     matrix = 2048**2 * 4
@@ -174,7 +174,7 @@ def paths_of(p):
     )
 
 
-def test_tall_leaves_meet_wide_ones_with_their_axes_turned():
+def test_tall_leaves_share_a_group_with_wide_ones():
     p = plan(leaf("up", (2, 8, 16), "", "x", "y"), leaf("down", (16, 8), "y", "x"), x=2, y=2)
     assert paths_of(p) == [[("down", True), ("up", False)]]
     (group,) = p.groups
@@ -192,7 +192,7 @@ def test_tall_leaves_whose_axes_do_not_fit_stay_apart():
     assert paths_of(p) == [[("down", True)], [("up", False)]]
 
 
-def test_squares_are_turned_so_that_their_axes_meet():
+def test_square_matrices_are_transposed_to_share_a_group():
     specs = {"q": "xy", "o": "yx", "row": "x ", "column": " x"}
     squares = [leaf(name, (8, 8), *spec) for name, spec in specs.items()]
     p = plan(*squares, x=2, y=2)
@@ -221,7 +221,7 @@ def test_merged_sides_are_divided_by_the_axes_of_all_their_parts():
     merged = only_group(leaf("q", shape, *spec, axes=heads), x=2, y=2, z=2)
     assert (merged.m, merged.n, merged.row_axes, merged.column_axes) == (8, 16, ("x",), ("y", "z"))
     each = only_group(leaf("q", shape, *spec, axes=per_head), x=2, y=2, z=2)
-    # 4 x 8, as its matrices are tall: rows and columns change places, and the heads are divided.
+    # 4 x 8, as its matrices are tall: rows and columns are swapped, and the heads are sharded.
     assert (each.m, each.n, each.row_axes, each.column_axes, each.count) == (
         4,
         8,
@@ -249,7 +249,7 @@ def test_chunks_are_equal_and_fit(monkeypatch, fit, chunk):
     assert only_group(leaf("w", (24, 8, 16), "", "x"), x=2).chunk == chunk
 
 
-def test_the_wire_halves_what_is_sent():
+def test_a_narrow_transfer_dtype_halves_the_bytes_sent():
     w = leaf("w", (8, 512, 1024), "", "x")
     wide, narrow = (
         plan(w, x=8, transfer_dtype=lambda _, d=d: d).groups[0].bytes_sent for d in (F32, F16)
@@ -271,10 +271,10 @@ def test_an_empty_tree():
 
 GOLDEN = """\
 mesh fsdp=4, tp=2; per device and step 4.3e+12 FLOPs, 1,635.8 MB sent
-matrices  rows         columns          on each device                   FLOPs     MB sent  leaves
+matrices  rows         columns          on each device                          FLOPs     MB sent  leaves
 11        4096 / fsdp  8192 / tp        exchange: 1 full + 3 on 2 devices each  4.12e+12  1,560.3  up and 1 more
-3         128          256              local                            2.52e+08  0.0      experts
-1         1024         65536 / fsdp.tp  no exchange: each on 8 devices        1.72e+11  75.5     thin"""  # noqa: E501
+3         128          256              local                                   2.52e+08  0.0      experts
+1         1024         65536 / fsdp.tp  no exchange: each on 8 devices          1.72e+11  75.5     thin"""  # noqa: E501
 
 
 def test_the_table():

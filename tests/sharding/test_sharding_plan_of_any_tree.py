@@ -59,9 +59,9 @@ def test_every_leaf_is_in_one_group_that_fits_it(tree):
         lies = (*sides(it.shape, it.axes), rows, columns)
         if member.transposed:
             lies = (*reversed(lies[:2]), columns, rows)
-        assert lies == (group.m, group.n, group.rows, group.columns)
+        assert lies == (group.m, group.n, group.row_axes, group.column_axes)
         assert group.m <= group.n
-        assert not {*group.replicas} & {*rows, *columns, *batch}
+        assert not {*group.replica_axes} & {*rows, *columns, *batch}
 
 
 @many
@@ -70,13 +70,13 @@ def test_every_matrix_is_orthogonalized_once_and_work_is_shared(tree):
     mesh, leaves = tree
     for group in make_plan(leaves, mesh, work, lambda dtype: dtype).groups:
         pieces = parts(mesh, group.axes)
-        share = -(-group.count // parts(mesh, group.replicas))
-        assert share <= group.whole * pieces + group.rest < share + pieces
-        assert group.whole == 0 or group.whole % group.chunk == 0
-        if group.rest and not group.stays:
-            assert pieces % group.team == 0
-            assert group.rest * group.team <= pieces
-            assert group.n // parts(mesh, group.columns) % group.team == 0
+        share = -(-group.count // parts(mesh, group.replica_axes))
+        assert share <= group.full * pieces + group.remainder < share + pieces
+        assert group.full == 0 or group.full % group.chunk == 0
+        if group.remainder and not group.in_place:
+            assert pieces % group.sharers == 0
+            assert group.remainder * group.sharers <= pieces
+            assert group.n // parts(mesh, group.column_axes) % group.sharers == 0
         # Never more than whole matrices padded, never less than an equal share.
         each = work(group.m, group.n, F32)
         assert share * each / pieces <= group.flops * (1 + 1e-9)

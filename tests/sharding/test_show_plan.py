@@ -16,8 +16,8 @@ SHAPES = {"embed": (16, 32), "up": (3, 32, 64), "down": (3, 64, 32), "norm": (3,
 SPECS = {"embed": P("x"), "up": P(None, "x"), "down": P(None, None, "x"), "norm": P()}
 SHOWN = (
     "mesh x=8; per device and step {flops} FLOPs, 0.0 MB sent\n"
-    "matrices  rows    columns  on each device  FLOPs     MB sent  leaves\n"
-    "6         32 / x  64       exchange: 1 full   {flops}  0.0      down and 1 more"
+    "matrices  rows    columns  on each device    FLOPs     MB sent  leaves\n"
+    "6         32 / x  64       exchange: 1 full  {flops}  0.0      down and 1 more"
 )
 
 
