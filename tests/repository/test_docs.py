@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import muonclip_jax as mc
-from muonclip_jax._orthogonalize.iterations import gram_cost, restart_windows, standard_cost
+from muonclip_jax._orthogonalize.choices import gram_cost, restart_windows, standard_cost
 from muonclip_jax._qk_clip.clip import query_and_key_factors
 from muonclip_jax._qk_clip.head_layout import HeadLayout
 from tests.support import reference

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.matrix_axes import Axes
-from muonclip_jax._sharding.placement import placements, shardings_by_path
+from muonclip_jax._sharding.placement import find_placement, shardings_by_path
 from tests.support.sharding_cases import KINDS, each_kind, make_mesh
 
 SAY = "Pass the shardings of the parameters: shardings=jax.tree.map(lambda x: x.sharding, params)."
@@ -29,7 +29,8 @@ def read(tree, shardings=None):
     found = []
 
     def step(tree):
-        found.append(placements("scale_by_muon", tree, axes, shardings_by_path(shardings)))
+        passed = shardings_by_path("scale_by_muon", shardings)
+        found.append(find_placement("scale_by_muon", tree, axes, passed))
         return tree
 
     jax.eval_shape(step, tree)
@@ -107,13 +108,13 @@ def test_leaves_under_adamw_may_be_anything_in_shardings():
 def test_leaves_of_lists_and_named_tuples_are_found_by_their_paths():
     sharding = NamedSharding(make_mesh((2, 4), "auto"), P("x"))
     shardings = [None, {"w": sharding}, Pair(sharding, None)]
-    assert shardings_by_path(shardings) == {"1/w": sharding, "2/first": sharding}
+    assert shardings_by_path("muon", shardings) == {"1/w": sharding, "2/first": sharding}
 
 
 def test_outside_of_jit_the_mesh_has_its_devices():
     mesh = make_mesh((2, 4), "explicit")
     tree, _ = put(mesh)
-    found = placements("scale_by_muon", tree, [Axes((), (0,), (1,))] * 2, {})
+    found = find_placement("scale_by_muon", tree, [Axes((), (0,), (1,))] * 2, {})
     assert found is not None
     assert found.mesh is mesh
 
@@ -203,7 +204,7 @@ def test_a_sharding_that_does_not_divide_evenly():
     tree, shardings = {"a": jnp.ones((6, 12))}, {"a": NamedSharding(mesh, P(None, ("x", "y")))}
     assert refusal(tree, shardings) == [
         "scale_by_muon: 1 of 1 leaves cannot be planned.",
-        "  a: float32[6, 12]: P(None, ('x', 'y')) does not divide it evenly.",
+        "  a: float32[6, 12]: P(None, ('x', 'y')) does not shard it evenly.",
         SAY,
     ]
 
@@ -213,7 +214,7 @@ def test_an_axis_that_is_left_open():
     tree, shardings = {"a": jnp.ones((8, 16))}, {"a": NamedSharding(mesh, P(P.UNCONSTRAINED, "x"))}
     assert refusal(tree, shardings) == [
         "scale_by_muon: 1 of 1 leaves cannot be planned.",
-        "  a: float32[8, 16]: P(UNCONSTRAINED, 'x') leaves an axis open.",
+        "  a: float32[8, 16]: P(UNCONSTRAINED, 'x') leaves an axis unconstrained.",
         SAY,
     ]
 
@@ -252,7 +253,7 @@ def test_a_mixed_mesh_of_which_the_user_says_nothing():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Explicit))
     assert refusal(put(mesh, {"a": P("x", "y")})[0]) == [
         "scale_by_muon: 1 of 1 leaves cannot be planned.",
-        "  a: float32[8, 16]: its type does not tell how it lies on the Auto axes of "
+        "  a: float32[8, 16]: its type does not show how it is sharded over the Auto axes of "
         "{'x': 2, 'y': 4}.",
         SAY,
     ]
@@ -295,7 +296,7 @@ def test_all_leaves_are_named_at_once_and_each_cure_once():
     shardings = {"a": NamedSharding(mesh, P("y")), "b": "x", "d": NamedSharding(mesh, P("x"))}
     assert refusal(tree, {**shardings, "e": explicit}) == [
         "scale_by_muon: 4 of 5 leaves cannot be planned.",
-        "  a: float32[6, 6]: P('y',) does not divide it evenly.",
+        "  a: float32[6, 6]: P('y',) does not shard it evenly.",
         "  b: float32[6, 6]: got x, expected a NamedSharding.",
         "  c: float32[6, 6]: `shardings` has none at this path; its first one is at a.",
         "  e: float32[6, 6]: it is not on the Explicit mesh of `shardings`.",

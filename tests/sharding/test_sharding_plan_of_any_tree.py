@@ -6,7 +6,8 @@ import hypothesis
 import hypothesis.strategies as st
 
 from muonclip_jax._orthogonalize.matrix_axes import Axes, sides
-from muonclip_jax._sharding.plan import Placed, make_plan
+from muonclip_jax._sharding.placement import PlacedLeaf
+from muonclip_jax._sharding.plan import make_plan
 from tests.support.sharding_cases import F32, work
 
 MESH_SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=3)
@@ -33,7 +34,7 @@ def _leaf(draw, path, mesh):
     large = draw(st.sampled_from([1, 2, 3, 512]))
     shape = [draw(st.integers(1, 3)) * (1 if a in axes.batch else large) for a in range(ndim)]
     shape = tuple(n * parts(mesh, names) for n, names in zip(shape, spec, strict=True))
-    return Placed(path, shape, F32, axes, spec)
+    return PlacedLeaf(path, shape, F32, axes, spec)
 
 
 def parts(mesh, names):
