@@ -4,8 +4,8 @@
 
 Writes results/mirrored_products.json: for each short side n the ratio of the medians of interleaved
 processor times, mirrored / plain, with the method that "auto" chooses. A mirrored product computes
-three of its four blocks. `newton_schulz` mirrors from the smallest n from which it is faster both for
-square and for 1:4 matrices.
+three of its four blocks. `newton_schulz` mirrors from the smallest n from which it is faster for
+square matrices and for 1:4 matrices.
 """
 
 import math
