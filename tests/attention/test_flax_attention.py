@@ -37,7 +37,7 @@ def kernel(query, key, value, bias, mask, *, scale, is_causal, **others):
     return out, mc.max_attention_logit(query, key, **pairs)
 
 
-# What is not Flax's own attention, and under what name the statistic of it is sown.
+# Other sources of the output, with the name under which their max logits are sown.
 FORMS = {
     "lse_bound": ({"max_logit": "lse_bound"}, "max_logits_bound"),
     "xla": ({"implementation": "xla"}, "max_logits"),
@@ -155,8 +155,8 @@ def test_what_only_flax_can_do_is_refused_and_not_dropped(flavor, settings, show
         )
     used = f"{form} with implementation=None" if bound else f"max_logit='exact' with {form}"
     assert str(error.value) == (
-        f"attention_fn: {used} cannot do {shown}. Leave that out, or use max_logit='exact' with "
-        "implementation=None, which is Flax's own attention."
+        f"attention_fn: {used} does not support {shown}. Leave that out, or use "
+        "max_logit='exact' with implementation=None, which is Flax's own attention."
     )
 
 
@@ -251,8 +251,8 @@ def test_messages_on_soft_caps_say_what_where_and_the_cure():
         sow_in_linen(ONES, "logit_cap", 30.0)
     assert str(error.value) == (
         "sow_max_logits: Attention at '(root)' has logit_cap=30.0. After a soft cap no logit is "
-        "above the cap, and the clip would never act. Sow the logits before the cap, such as "
-        "max_attention_logit(query, key), and say so: before_soft_cap=True."
+        "above the cap, and the clip would never act. Sow the max logits before the cap, such as "
+        "max_attention_logit(query, key), and pass before_soft_cap=True."
     )
 
 

@@ -220,11 +220,9 @@ def test_blocks_that_are_masked_whole_are_skipped(rules, pairs):
 
 FAULTS = {
     "query (2, 13, 4) and key (2, 13, 4, 8) need four axes": {"query": (2, 13, 4)},
-    "key (3, 13, 4, 8) has another batch or width than query (2, 13, 4, 8).": {
-        "key": (3, 13, 4, 8)
-    },
-    "key (2, 13, 4, 7) has another batch or width": {"key": (2, 13, 4, 7)},
-    "query has 4 heads, no multiple of the 3 heads of key.": {"key": (2, 13, 3, 8)},
+    "key (3, 13, 4, 8) and query (2, 13, 4, 8) differ in batch or width.": {"key": (3, 13, 4, 8)},
+    "key (2, 13, 4, 7) and query (2, 13, 4, 8) differ in batch or width": {"key": (2, 13, 4, 7)},
+    "query has 4 heads, not a multiple of the 3 heads of key.": {"key": (2, 13, 3, 8)},
     "there are 13 queries and 0 keys": {"key": (2, 0, 4, 8)},
     "bias (4, 13, 13) does not broadcast to [b, n, t, s] (2, 4, 13, 13).": {"bias": (4, 13, 13)},
     "mask (2, 4, 13, 5) does not broadcast": {"mask": (2, 4, 13, 5)},
@@ -262,7 +260,7 @@ def test_all_faults_come_at_once(no_typecheck):
         )
     assert str(error.value) == (
         "max_attention_logit: the arguments do not fit.\n"
-        "  query has 4 heads, no multiple of the 3 heads of key.\n"
+        "  query has 4 heads, not a multiple of the 3 heads of key.\n"
         "  bias (3,) does not broadcast to [b, n, t, s] (2, 4, 5, 5).\n"
         "  block_size must be an integer of at least 1, got -1."
     )

@@ -183,7 +183,7 @@ def test_numpy_numbers_are_checked_and_the_ends_are_allowed():
     mc.muonclip(optax.constant_schedule(0.1), alpha=1.0)
 
 
-def test_traced_settings_are_taken_as_they_are():
+def test_traced_settings_are_not_checked():
     g = {"w": np.ones((3, 4), np.float32)}
 
     @jax.jit

@@ -21,6 +21,7 @@ from examples.language_model.models.logical_axes import AXES
 from examples.language_model.models.presets import PRESETS
 from examples.language_model.training import loop, optimizer, step
 from tests.support import reference_models
+from tests.support.by_day import by_day
 from tests.support.tiny_run import CONFIG, drawn
 
 TEXT = np.random.default_rng(0).integers(0, 256, (2, 24))
@@ -116,7 +117,7 @@ def gradients(model):
     return jax.jit(jax.grad(step.make_loss(model), argnums=(0, 2), has_aux=True))
 
 
-@pytest.mark.parametrize("name", ["gqa", "moe"])
+@pytest.mark.parametrize("name", by_day(["gqa", "moe"], "moe"))
 def test_gradient_reaches_every_weight_and_no_bias(name):
     variables = drawn(tiny(name), spread=0.2)
     arguments = variables["params"], SEQUENCES, variables.get("balance", {})
@@ -201,6 +202,7 @@ def test_train_step_moves_the_biases_by_their_rate():
 # Sizes
 
 
+@pytest.mark.nightly
 def test_default_weights_are_those_of_the_published_runs():
     """The figures of the README hang on them; sums of absolute values, seed 0."""
     model = loop.make_model(Config())

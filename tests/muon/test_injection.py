@@ -187,7 +187,7 @@ def test_traced_arguments_of_newton_schulz(traced):
     np.testing.assert_allclose(got, mc.newton_schulz(x, ROW, steps=4), rtol=1e-5, atol=1e-6)
 
 
-def test_a_traced_number_of_steps_needs_one_row():
+def test_a_traced_number_of_steps_needs_single_coefficients():
     with pytest.raises(TypeError, match="needs one row of coefficients"):
         jax.jit(lambda n: mc.newton_schulz(jnp.eye(2), "you", steps=n))(3)
     with pytest.raises(TypeError, match="needs one row of coefficients"):

@@ -100,7 +100,7 @@ NAMES = [
 
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("leaf", ["kernel", "w", ""])
-def test_attention_kernels_under_the_names_that_people_use(names, leaf):
+def test_attention_kernels_under_common_names(names, leaf):
     renamed = dict(zip(names.split(), HEADS.values(), strict=True))
     tree = {name: {leaf: shape} if leaf else shape for name, shape in renamed.items()}
     found = results({"attn": tree})
@@ -182,7 +182,7 @@ def test_three_axes_without_evidence_are_doubted():
     assert "fits neither heads" in warnings_of({"attn": tree})[0]
 
 
-def test_the_head_layout_of_muonclip_decides_what_shapes_leave_open():
+def test_the_head_layout_of_muonclip_decides_ambiguous_shapes():
     kernels = {"attn": {"query": {"kernel": (12, 64, 64)}, "key": {"kernel": (12, 64, 64)}}}
     params = jax.tree.map(lambda s: jnp.ones(s.shape), shapes_of(kernels))
     flat = mc.MultiHeadLayout(kernel="inputs (heads head_dim)", head_dim=16)
@@ -211,7 +211,7 @@ def test_a_bias_shows_which_axes_are_outputs():
     assert kernel((3, 8, 4, 6), (3, 4, 6)) == (3, 8, 24)
 
 
-def test_others_of_the_same_name_follow_what_biases_show():
+def test_biases_decide_the_storage_of_equal_names():
     tree = {"a": {"weight": (32, 8), "bias": (32,)}, "b": {"weight": (16, 8)}}
     assert results(tree)["b/weight"] == (1, 8, 16)
     tree["a"]["weight"] = (8, 32)

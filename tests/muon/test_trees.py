@@ -126,7 +126,7 @@ def test_wrong_dimension_numbers_name_the_path(numbers):
         tx.init({"a": {"w": W}})
 
 
-def test_dimension_numbers_of_another_tree_are_refused():
+def test_dimension_numbers_of_another_pytree_raise():
     tx = mc.muon(0.1, muon_weight_dimension_numbers={"b": mc.MuonDimensionNumbers()})
     with pytest.raises(ValueError, match="not a prefix of the parameter pytree"):
         tx.init({"a": W})

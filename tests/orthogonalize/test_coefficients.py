@@ -82,7 +82,7 @@ def test_malformed_coefficients_raise(bad):
 
 @pytest.mark.usefixtures("no_typecheck")
 def test_errors_of_traced_coefficients_and_steps_name_the_fix():
-    with pytest.raises(TypeError, match="must be known while tracing here. Pass numbers"):
+    with pytest.raises(TypeError, match=r"must be known while tracing here\. Pass numbers"):
         jax.jit(lambda c: as_coefficients((c, 1.0, 2.0))[0][0])(1.0)
     with pytest.raises(TypeError, match="needs a single"):
         jax.jit(lambda n: as_coefficients("jordan", n)[0][0])(5)

@@ -27,6 +27,7 @@ def test_what_becomes_of_a_singular_value_just_above_one(name):
         np.testing.assert_allclose(p, expected, atol=6e-3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "n", "expected"),
     [

@@ -117,8 +117,8 @@ def test_a_layer_name_that_only_begins_alike_is_another_layer():
 def test_unknown_leaf_is_refused_and_can_be_declared():
     params = kernels((4, 2, 3), (4, 2, 3), magnitude=jnp.ones(3))
     cure = (
-        "List a leaf with the columns of the heads in `scaled_leaves` of the head layout, any other "
-        "leaf in `kept_leaves`."
+        "List a leaf with the columns of the heads in `scaled_leaves` of the head layout, any "
+        "other leaf in `kept_leaves`."
     )
     fault = "query/magnitude is in neither scaled_leaves nor kept_leaves."
     assert text_of(params, sown()) == one_fault("(root)", fault, cure)

@@ -173,6 +173,24 @@ def test_stuck_heads_are_a_metric_where_they_are_counted():
         clip({}, ever_clipped={"attn": jnp.zeros(3, bool)})
 
 
+def test_shapes_of_an_info_start_a_scan():
+    kernel = {"kernel": jnp.ones((8, N, H))}
+    params = {"attn": dict.fromkeys(("query", "key"), kernel)}
+    stats = {"attn": {"max_logits": jnp.array([[400.0, 7.0], [50.0, 7.0]])}}
+
+    def step(carry, stats):
+        params, ever = carry
+        params, info = mc.qk_clip(params, stats, ever_clipped=ever)
+        return (params, mc.heads_ever_clipped(info, ever)), info.stuck_heads
+
+    _, shapes = jax.eval_shape(mc.qk_clip, params, jax.tree.map(lambda x: x[0], stats))
+    start = mc.heads_ever_clipped(shapes)
+    assert start["attn"].tolist() == [False, False]
+    (_, ever), stuck = jax.lax.scan(step, (params, start), stats)
+    assert ever["attn"].tolist() == [True, False]
+    assert np.asarray(stuck).tolist() == [0, 0]
+
+
 def test_infos_that_a_scan_stacked_count_heads():
     kernel = {"kernel": jnp.ones((3, 8, N, H))}
     params = {"attn": dict.fromkeys(("query", "key"), kernel)}

@@ -140,7 +140,7 @@ STATE_SPACE_MATRICES = r"[abcpw](_re|_im|_real|_imag)?|lambda(_re|_im|_real|_ima
 # Names whose case matters: `D`, the skip vector of a state-space layer, is no `d`.
 ADAMW_NAMES = {"D": "state-space parameter"}
 
-# Names of a parameter inside a module that has the telling name.
+# Names of a parameter inside a module that has the name of the layer.
 MATRIX_NAMES = r"(kernel|w|weights?)(_mu)?|(\w+_)?lora_[ab]"
 PARAMETER_NAMES = rf"{MATRIX_NAMES}|embeddings?|scale|bias|b|offset|gamma|alpha"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
@@ -182,7 +182,7 @@ PROJECTIONS = (FROM_RESIDUAL, TO_RESIDUAL, INTO_HEADS, OUT_OF_HEADS)
 GATED_PAIR = r"wi|(\w+_)?gate_?up(_\w+)?|(\w+_)?gating(_\w+)?|gate_and_up\w*|w13|fc1|linear_fc1"
 
 GATE = r"gate|gating|wg|w_gate|gate_(w|weights?|kernel|linear|proj)|switch"
-# Modules beside which `gate` is that of a gated MLP or of attention.
+# Modules beside a `gate` that is part of a gated MLP or of attention.
 BESIDE_GATE = (
     r"(\w*_)?(up|down|value|query|key|v|q|k|o|out|fc|proj(ection)?|wi|wo|in|w)(_\w*)?"
     r"|w[123qkvo]|fc[12]|linear\w*"
@@ -237,7 +237,7 @@ def matches(pattern: str, name: str) -> bool:
 
 @functools.lru_cache(maxsize=1 << 14)
 def is_qk_norm(name: str) -> bool:
-    """Returns whether a component names a normalization of queries or keys, which is not MLA's.
+    """Returns whether a component names a normalization of queries or keys; not one of MLA.
 
     Example:
       >>> is_qk_norm("_query_norm"), is_qk_norm("q_a_layernorm")

@@ -1,7 +1,7 @@
 """The order of the rules, and the doubts about what they decide.
 
-The first rule that applies decides. It gives a reason, which the table prints, and a doubt if it
-rests on a weak guess. A doubt becomes a warning.
+The first rule that applies decides. Its decision has a reason, which the table prints, and a doubt
+if names and shapes leave it open. A doubt becomes a warning.
 """
 
 from collections.abc import Sequence
@@ -173,7 +173,7 @@ def _is_last_of_all(leaf: Leaf, evidence: Evidence) -> bool:
 
 
 def _is_in_last_layer(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether a matrix is the last one of a module `final_layer` of the whole model."""
+    """Returns whether a matrix is the last one of a module `final_layer` of the full model."""
     if not leaf.module or not names.matches(names.LAST_LAYER, leaf.module[-1]):
         return False
     is_root = evidence.is_root(leaf.module[:-1])
