@@ -27,7 +27,7 @@ from muonclip_jax import newton_schulz, ns_coefficients
 from muonclip_jax._orthogonalize import choices
 from muonclip_jax._orthogonalize.coefficients import evaluate, for_sixteen_bits
 
-PRESETS = ("jordan", "you", "polar_express", "polar_express_6", "cans", "deepseek_v4", "cubic5")
+PRESETS = ("jordan", "you", "polar_express", "polar_express_6", "deepseek_v4", "cubic5")
 SPECTRA = ("gaussian", "1 .. 1e-4", "rank 8", "rank 1 + 1e-3")
 SEEDS = (0, 1, 2)
 WIDE, SQUARE = (128, 512), (128, 128)

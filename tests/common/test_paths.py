@@ -14,6 +14,8 @@ from muonclip_jax._common.paths import leaf_paths
         ("x.0.w", ("x", "0", "w")),
         ("block_0/attention/key.weights", ("block_0", "attention", "key", "weights")),
         (("a", 0, "b"), ("a", "0", "b")),
+        (("a/~/b", "w"), ("a", "b", "w")),
+        ("a.~.b", ("a", "b")),
         ("v1.5", ("v1", "5")),
         ("0.5", ("0.5",)),
         ("a..b", ("a..b",)),

@@ -160,7 +160,7 @@ def test_integer_leaves_raise_with_their_paths():
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole text follows
         mc.routing_table(tree)
     assert str(error.value) == (
-        "muon: 2 of 3 leaves are neither floating nor complex.\n"
+        "routing_table: 2 of 3 leaves are neither floating nor complex.\n"
         "  a/ids: int32[3, 4].\n"
         "  b/0: bool[].\n"
         "Keep them out of the optimizer with `optax.masked` or `optax.partition`; of an "

@@ -50,6 +50,8 @@ def in_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision 
         return None
     ndim = len(leaf.shape)
     is_unnamed = heads_name(leaf, evidence) is None
+    if not is_unnamed and len(shape) == 3:
+        return None  # `with_heads` has more evidence
     beside = [x for x in evidence.beside(leaf) if len(x.shape) == ndim]
     beside = [x for x in beside if (heads_name(x, evidence) is None) == is_unnamed]
     others = {s for other, s in map(evidence.layer_of, beside) if other == stack}

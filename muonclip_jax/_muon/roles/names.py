@@ -75,21 +75,21 @@ ADAMW_ROLES = (
         "learned token",
         "leaf",
         r"(\w+_)?(cls|null|tokens?)|null_(k?v|cond\w*)|latents?|queries|slots|(soft_)?prompts?|prefix"
-        r"|anchors|mem(ory)?_[kv]|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
+        r"|anchors|mem(ory)?_[kv]|(\w+_)?memory|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
         "big_vision, Perceiver IO, DETR",
     ),
     Role("attention vector", "leaf", r"att(n|ention)?_(l|r|left|right|src|dst|vec(tor)?)", "GAT"),
     Role(
         "output head",
         "any",
-        r"lm_head|un_?emb(ed(d(ing|er))?)?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
+        r"lm_heads?|un_?emb(ed(d(ing|er))?)?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
         r"|vocab_(proj\w*|head)|output_logits|projection_shard",
         "HF, MaxText, lucidrains, mesh-transformer-jax",
     ),
     Role(
         "output head",
         "top",
-        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|score|pred(iction)?|w_out|proj_out"
+        r"(?!(multi|per)_head)(\w+_)?heads?|classifier|output|score|pred(iction)?|w_out|proj_out"
         r"|(output|out|final|last|prediction)_layer",
         "big_vision, HF, LLaMA, scenic, Dreamer, ProteinMPNN, LTX-Video, Wan",
     ),
@@ -108,7 +108,7 @@ ADAMW_ROLES = (
     Role(
         "time-mixing vector",
         "leaf",
-        r"time_(decay|first|faaaa|mix_[a-z]+|maa_[kvrgx])|[rk]_k|k_a|bonus",
+        r"decay|mu|time_(decay|first|faaaa|mix_[a-z]+|maa_[kvrgx])|[rk]_k|k_a|bonus",
         "RWKV",
     ),
     Role(
@@ -128,7 +128,7 @@ ADAMW_ROLES = (
         "scale",
         "leaf",
         r"(\w+_)?(scales?|scalars?|gains?|gamma|offset|temperature|lambdas?|sigma)(_[a-z]+)?"
-        r"|skip_weights?|g|scale_shift_\w+",
+        r"|skip_weights?|g|scale_shift_\w+|coefficients|freq(s|uenc(y|ies))",
         "all; noisy networks",
     ),
 )
@@ -141,6 +141,8 @@ STATE_SPACE_MATRICES = r"[abcpw](_re|_im|_real|_imag)?|lambda(_re|_im|_real|_ima
 ADAMW_NAMES = {"D": "state-space parameter"}
 
 # Names of a parameter inside a module that has the name of the layer.
+# Attributes of containers around an array: Haliax, Penzai, NNX, Equinox modules of users.
+BOXES = ("array", "data_array", "raw_value", "_value", "data", "unboxed", "param")
 MATRIX_NAMES = r"(kernel|w|weights?)(_mu)?|(\w+_)?lora_[ab]"
 PARAMETER_NAMES = rf"{MATRIX_NAMES}|embeddings?|scale|bias|b|offset|gamma|alpha"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
@@ -188,7 +190,7 @@ BESIDE_GATE = (
     r"|w[123qkvo]|fc[12]|linear\w*"
 )
 MIXTURES = r"\w*moe\w*|sparse_?mlp\w*|routed_?experts?"
-HEAD = r"(\w+_)?head|classifier|predictions"
+HEAD = r"(\w+_)?heads?|classifier|predictions"
 # Norms inside latent attention, whose width is a low rank.
 LOW_RANK_NORM = r"\w*(q|kv)_(a_)?(layer_?|rms_?)?norm|\w*(q|kv)_(a_)?ln|compressed_\w*norm"
 # Names that show nothing about a dense layer, so that the last of a network may be its head.
@@ -259,7 +261,7 @@ def core(path: tuple[str, ...]) -> tuple[str, ...]:
         path = path[:-2]
     while (
         len(path) > 1
-        and (path[-1].isdigit() or path[-1] in ("array", "data_array", "raw_value"))
+        and (path[-1].isdigit() or path[-1] in BOXES)
         and matches(PARAMETER_NAMES, path[-2])
     ):
         path = path[:-1]

@@ -22,8 +22,8 @@ _ADAMW_RULES = (
 )
 _MUON_RULES = (
     attention.by_layout,
-    attention.in_pair,
     orientation.by_bias,
+    attention.in_pair,
     attention.with_heads,
     convolutions.convolution,
     orientation.gated_pair,
@@ -138,7 +138,8 @@ def _may_be_a_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> boo
     if _is_outside_blocks(leaf):
         return is_like or (n_out == vocabulary and width < vocabulary)
     # A head inside of a numbered layer, as in multi-token prediction.
-    return is_like and leaf.has(names.HEAD)
+    is_last = names.matches(rf"{names.GENERIC}|readout", leaf.name)
+    return is_like and (leaf.has(names.HEAD) or is_last)
 
 
 def _is_outside_blocks(leaf: Leaf) -> bool:
