@@ -7,6 +7,7 @@
     python -m benchmarks.max_logit_cost           # what the max logits cost beside attention
     python -m benchmarks.newton_schulz_accuracy   # every preset, method and dtype against float64
     python -m benchmarks.batched_vs_loop          # a batched Newton–Schulz call against a loop
+    python -m benchmarks.mirrored_products        # symmetric products by blocks against plain ones
     python -m benchmarks.evidence                 # small trainings that test the papers' claims
 
 Each writes `results/NAME.json` with its command, versions and date. Shared parts: `compiled` reads

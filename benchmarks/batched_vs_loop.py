@@ -16,35 +16,28 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.compiled import compiled_cost
-from muonclip_jax import ns_coefficients
-from muonclip_jax._orthogonalize import newton_schulz as _newton_schulz
+from benchmarks.workloads import BATCHES
+from muonclip_jax._orthogonalize import newton_schulz
 
-BATCHES = ((4, 128, 128), (4, 384, 128), (48, 256, 256), (24, 768, 768), (12, 768, 3072))
 REPEATS = 9
 
 
-def compiled(x: jax.Array, at_once: int) -> Any:
+def compiled(x: jax.Array, batch_size: int) -> Any:
     """Compiles Newton–Schulz that works on so many matrices at once."""
+    orthogonalize = newton_schulz.orthogonalizer("jordan", None, "standard", "auto", "frobenius")
+    n, m = sorted(x.shape[-2:])
+    choice = orthogonalize.choose(n, m, x.dtype)._replace(batch_size=batch_size)
 
-    def orthogonalize(x: jax.Array) -> jax.Array:
-        return _newton_schulz._iterate(
-            x,
-            _newton_schulz.Traced(jnp.float32(1e-8)),
-            rows=ns_coefficients("jordan"),
-            method="standard",
-            compute_dtype=jnp.dtype(jnp.float32),
-            preconditioning="frobenius",
-            blocks=_newton_schulz.block_count(x.shape[-2]),
-            at_once=at_once,
-        )
+    def in_batches(x: jax.Array) -> jax.Array:
+        return newton_schulz._in_batches(x, orthogonalize, jnp.float32(1e-8), choice=choice)
 
-    return jax.jit(orthogonalize).lower(x).compile()
+    return jax.jit(in_batches).lower(x).compile()
 
 
 def measure(shape: tuple[int, int, int]) -> dict[str, Any]:
     """Times both programs, interleaved, and reads their temporary memory."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    programs = [compiled(x, at_once) for at_once in (shape[0], 1)]
+    programs = [compiled(x, batch_size) for batch_size in (shape[0], 1)]
     times: list[list[float]] = [[], []]
     for program in programs:
         program(x).block_until_ready()
@@ -65,7 +58,9 @@ def measure(shape: tuple[int, int, int]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures every batch and writes the results."""
-    options = report.parser("batched_vs_loop", __doc__ or "").parse_args(arguments)
+    options = report.parser("batched_vs_loop", "A batched call against a loop.").parse_args(
+        arguments
+    )
     results = report.provenance("batched_vs_loop")
     results["batches"] = [measure(shape) for shape in BATCHES]
     report.write_json(options.out / "batched_vs_loop.json", results)

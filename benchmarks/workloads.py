@@ -79,6 +79,9 @@ WORKLOADS = {
     ),
 }
 
+# Batches of matrices, n x m with n <= m.
+BATCHES = ((4, 128, 128), (4, 128, 384), (48, 256, 256), (24, 768, 768), (12, 768, 3072))
+
 
 def gaussian(params: Params) -> dict[str, dict[str, np.ndarray]]:
     """Draws a gradient for each leaf."""

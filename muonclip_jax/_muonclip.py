@@ -176,13 +176,13 @@ def muonclip(
     """
     _check(locals())
     update = MuonSettings(  # lines 4 and 5
-        plain_nesterov if nesterov else momentum,
-        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
-        eps,
-        beta,
-        mu_dtype,
-        adaptive,
-        shardings_by_path("muonclip", shardings),
+        direction=plain_nesterov if nesterov else momentum,
+        orthogonalize=newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps=eps,
+        beta=beta,
+        mu_dtype=mu_dtype,
+        adaptive=adaptive,
+        shardings=shardings_by_path("muonclip", shardings),
     )
     roles = RoleSettings(
         muon_weight_dimension_numbers,

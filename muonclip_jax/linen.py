@@ -1,4 +1,4 @@
-"""Attention statistics from `flax.linen` modules."""
+"""Max logits of `flax.linen` modules."""
 
 import functools
 from collections.abc import Callable
@@ -27,24 +27,24 @@ def sow_max_logits(
     collection: str = "intermediates",
     before_soft_cap: bool = False,
 ) -> bool:
-    """Stores the largest attention logits of a module where `qk_clip` looks for them.
+    """Stores the max logits of an attention module for `qk_clip`.
 
-    Call it in the attention module, the one whose children are the query and key modules. No
-    gradient flows back. `nn.scan` and `nn.vmap` around it need `"intermediates"` in their
-    `variable_axes`, or nothing is stored.
+    Call it in the attention module, the parent of the query and key modules. It has no gradient.
+    `nn.scan` and `nn.vmap` around it need `"intermediates"` in their `variable_axes`; without it,
+    Flax stores nothing.
 
     Args:
       module: The attention module.
       max_logits: One number per example and head, from `max_attention_logit`.
       name: Leaf name; `stat` of the layout.
-      collection: Where to store it. `init` does not keep `intermediates`; any other it does.
-      before_soft_cap: Whether a module with a soft cap sows what comes before the cap.
+      collection: Collection to store them in. `init` drops `intermediates` and keeps any other.
+      before_soft_cap: Whether `max_logits` of a module with a soft cap are taken before the cap.
 
     Returns:
-      Whether it was stored. Not where the collection is not mutable.
+      Whether they were stored: False if the collection is not mutable.
 
     Raises:
-      ValueError: if the module has a soft cap, and nothing says that the logits are those before.
+      ValueError: if the module has a soft cap and `before_soft_cap` is not set.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -66,7 +66,7 @@ def sow_max_logits(
       Kimi K2, arXiv 2507.20534, section 2.1, definition of S_max.
     """
     if not before_soft_cap:
-        check_sown_before_soft_cap(module, _where(module))
+        check_sown_before_soft_cap(module, _name(module))
     return module.sow(collection, name, jax.lax.stop_gradient(max_logits))
 
 
@@ -93,44 +93,44 @@ def attention_fn(
     max_logit: MaxLogit = "exact",
     implementation: str | None = None,
 ) -> Float[Array, "*batch t heads value_width"]:
-    """Computes attention as Flax does, and sows the largest logit of each head.
+    """Computes attention as Flax does, and sows the max logit of each head.
 
     For `nn.MultiHeadDotProductAttention(attention_fn=attention_fn)`, **called with**
-    `sow_weights=True`: only then does Flax hand its module over, and without it nothing is sown.
-    The output is that of `nn.dot_product_attention`, bit for bit, and `attention_weights` are not
-    sown. Where `intermediates` is not mutable, as in evaluation, the statistic costs nothing.
+    `sow_weights=True`: only then does Flax pass its module, and without it nothing is sown. The
+    output is equal to `nn.dot_product_attention`, bit for bit, and `attention_weights` are not
+    sown. If `intermediates` is not mutable, as in evaluation, no max logit is computed.
 
     Args:
       query: Queries, after any rotation.
       key: Keys. Fewer heads than queries are shared: head h uses key head `h * key_heads // heads`.
       value: Values, one head for each of the keys.
-      bias: Added to the logits; broadcasts to `[*batch, heads, t, s]`. Counts.
+      bias: Added to the logits; broadcasts to `[*batch, heads, t, s]`. Part of the logits.
       mask: True, or not 0, where a pair may attend; broadcasts like `bias`. Masked pairs do not
         count.
       broadcast_dropout: As in Flax.
-      dropout_rng: As in Flax. Dropout does not touch the statistic.
+      dropout_rng: As in Flax. Dropout does not change the max logits.
       dropout_rate: As in Flax.
       deterministic: As in Flax.
       dtype: As in Flax.
-      precision: As in Flax; the statistic is always exact.
+      precision: As in Flax; max logits are always exact.
       module: The attention module; None sows nothing.
       force_fp32_for_softmax: As in Flax.
       einsum_dot_general: As in Flax.
       qk_attn_weights_einsum: As in Flax.
       attn_weights_value_einsum: As in Flax.
-      is_causal: Whether query i sees only keys j <= i. Kernels do this with less work than for a
-        mask. Set this and what follows with `functools.partial`.
+      is_causal: Whether query i sees only keys j <= i. Kernels need less work for it than for a
+        mask. Set this and the next arguments with `functools.partial`.
       block_size: Of `max_attention_logit`.
-      max_logit: As in `dot_product_attention`. All but `"exact"` takes the output from there too,
-        and cannot do dropout. An upper bound is sown as `max_logits_bound`.
-      implementation: As in `jax.nn.dot_product_attention`; not None takes the output from there.
+      max_logit: As in `dot_product_attention`. All but `"exact"` compute the output too, and do
+        not support dropout. An upper bound is sown as `max_logits_bound`.
+      implementation: As in `jax.nn.dot_product_attention`, which computes the output unless None.
 
     Returns:
       The attention output.
 
     Raises:
-      ValueError: if the module has a soft cap, or asks for what `max_logit` or `implementation`
-        cannot do.
+      ValueError: if the module has a soft cap, or for arguments that `max_logit` or
+        `implementation` does not support.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -147,7 +147,7 @@ def attention_fn(
     """
     sow = None
     if module is not None:
-        check_no_soft_cap(module, _where(module))
+        check_no_soft_cap(module, _name(module))
         if module.is_mutable_collection("intermediates"):
             sow = functools.partial(sow_max_logits, module)
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
@@ -199,13 +199,13 @@ def _causal_mask(
     query: Float[Array, "*batch t heads width"],
     key: Float[Array, "*batch s key_heads width"],
 ) -> Bool[Array, "..."]:
-    """Adds causality to a mask, as Flax's function takes it in no other way."""
+    """Adds causality to a mask: Flax's function has no argument for it."""
     causal = jnp.tri(query.shape[-3], key.shape[-3], dtype=bool)
     if mask is None:
         return jnp.expand_dims(causal, range(query.ndim - 2))
     return jnp.expand_dims(causal, range(mask.ndim - 2)) & (mask != 0)
 
 
-def _where(module: nn.Module) -> str:
-    """Names a module by class and path."""
+def _name(module: nn.Module) -> str:
+    """Returns class and path of a module."""
     return f"{type(module).__name__} at {'/'.join(module.path) or '(root)'!r}"

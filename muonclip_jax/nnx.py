@@ -1,4 +1,4 @@
-"""Attention statistics from `flax.nnx` modules. Flax 0.12.6 or later is needed."""
+"""Max logits of `flax.nnx` modules. Flax 0.12.6 or later is needed."""
 
 import functools
 from collections.abc import Callable
@@ -20,20 +20,20 @@ from muonclip_jax._attention.shared_keys import with_query_heads
 
 
 class MaxLogits(nnx.Intermediate):
-    """The largest attention logits of one module: a tuple, with one entry for each of its calls.
+    """The max logits of one module: a tuple with one entry for each of its calls.
 
-    `nnx.capture(model, MaxLogits)` collects them, at the path of each module. `qk_clip` takes them
-    with `nnx.state(model, nnx.Param)`, and what it returns goes back with `nnx.update`. To capture
-    `nnx.Intermediate` as well, of which this is a kind, name this first.
+    `nnx.capture(model, MaxLogits)` collects them, at the path of each module. Pass them to
+    `qk_clip` with `nnx.state(model, nnx.Param)`, and the parameters that it returns to
+    `nnx.update`. This is a subclass of `nnx.Intermediate`: to capture both, name this first.
 
     Inside of `nnx.value_and_grad`, capture in the function that is differentiated and return the
-    statistics with `has_aux=True`. Around and inside of `nnx.jit` and `nnx.remat` is the same.
+    max logits with `has_aux=True`. `nnx.jit` and `nnx.remat` work inside and outside of a capture.
 
-    Layers that `nnx.scan` or `nnx.vmap` stacks on axis 0 give stacked statistics. Where the axes go
-    by type, this type needs the one of the layers: `nnx.StateAxes({(nnx.Param, MaxLogits): 0, ...:
-    nnx.Carry})`. With `nnx.vmap` over the batch alone it needs the one of the batch. `jax.lax.scan`
-    drops what is sown inside: capture in its body, return the statistics with its outputs, and put
-    them at the path of the layers, `{"layers": stats}`.
+    Layers that `nnx.scan` or `nnx.vmap` stacks on axis 0 have stacked max logits. If axes are set
+    by type, give this type the axis of the layers: `nnx.StateAxes({(nnx.Param, MaxLogits): 0, ...:
+    nnx.Carry})`. With `nnx.vmap` over the batch alone, give it the axis of the batch.
+    `jax.lax.scan` drops everything that is sown inside: capture in its body, return the max logits
+    with its outputs, and put them at the path of the layers, `{"layers": stats}`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,23 +69,23 @@ def sow_max_logits(
     name: str = "max_logits",
     before_soft_cap: bool = False,
 ) -> bool:
-    """Hands the largest attention logits of a module to the `nnx.capture` around it.
+    """Passes the max logits of an attention module to the `nnx.capture` around it.
 
-    Call it in the attention module, the one whose attributes are the query and key modules. No
-    gradient flows back. Without a capture of `MaxLogits` it does nothing, and stores nothing.
+    Call it in the attention module, the parent of the query and key modules. It has no gradient.
+    Without a capture of `MaxLogits` it stores nothing.
 
     Args:
       module: The attention module.
       max_logits: One number per example and head, from `max_attention_logit`.
       name: Leaf name; `stat` of the layout.
-      before_soft_cap: Whether a module with a soft cap sows what comes before the cap.
+      before_soft_cap: Whether `max_logits` of a module with a soft cap are taken before the cap.
 
     Returns:
-      Whether it was captured.
+      Whether they were captured.
 
     Raises:
       ImportError: if Flax is older than 0.12.6, which has no `nnx.capture`.
-      ValueError: if the module has a soft cap, and nothing says that the logits are those before.
+      ValueError: if the module has a soft cap and `before_soft_cap` is not set.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -136,42 +136,42 @@ def attention_fn(
     implementation: str | None = None,
     **others: Any,
 ) -> Float[Array, "*batch t heads value_width"]:
-    """Computes attention as Flax does, and sows the largest logit of each head.
+    """Computes attention as Flax does, and sows the max logit of each head.
 
     For `nnx.MultiHeadAttention(attention_fn=attention_fn)`, **called with** `sow_weights=True`:
-    only then does Flax hand its module over, and without it nothing is sown. The output is that of
+    only then does Flax pass its module, and without it nothing is sown. The output is equal to
     `nnx.dot_product_attention`, bit for bit, and `attention_weights` are not sown. Without a
-    capture of `MaxLogits`, as in evaluation, the statistic costs nothing.
+    capture of `MaxLogits`, as in evaluation, no max logit is computed.
 
     Args:
       query: Queries, after any rotation.
       key: Keys. Fewer heads than queries are shared: head h uses key head `h * key_heads // heads`.
       value: Values, one head for each of the keys.
-      bias: Added to the logits; broadcasts to `[*batch, heads, t, s]`. Counts.
+      bias: Added to the logits; broadcasts to `[*batch, heads, t, s]`. Part of the logits.
       mask: True, or not 0, where a pair may attend; broadcasts like `bias`. Masked pairs do not
         count.
       broadcast_dropout: As in Flax.
-      dropout_rng: As in Flax. Dropout does not touch the statistic.
+      dropout_rng: As in Flax. Dropout does not change the max logits.
       dropout_rate: As in Flax.
       deterministic: As in Flax.
       dtype: As in Flax.
-      precision: As in Flax; the statistic is always exact.
+      precision: As in Flax; max logits are always exact.
       module: The attention module; None sows nothing.
       promote_dtype: As in Flax.
       is_causal: As in Flax. Masked pairs do not count.
       block_size: Of `max_attention_logit`. Set this and the next two with `functools.partial`.
-      max_logit: As in `dot_product_attention`. All but `"exact"` takes the output from there too,
-        and cannot do dropout. An upper bound is sown as `max_logits_bound`.
-      implementation: As in `jax.nn.dot_product_attention`; not None takes the output from there.
-      others: What later versions of Flax hand over, passed on to Flax's function.
+      max_logit: As in `dot_product_attention`. All but `"exact"` compute the output too, and do
+        not support dropout. An upper bound is sown as `max_logits_bound`.
+      implementation: As in `jax.nn.dot_product_attention`, which computes the output unless None.
+      others: Arguments of later versions of Flax, passed on to Flax's function.
 
     Returns:
       The attention output.
 
     Raises:
       ImportError: if a module is passed and Flax is older than 0.12.6.
-      ValueError: if the module has a soft cap, or asks for what `max_logit` or `implementation`
-        cannot do.
+      ValueError: if the module has a soft cap, or for arguments that `max_logit` or
+        `implementation` does not support.
 
     Example:
       >>> import jax.numpy as jnp
@@ -243,6 +243,6 @@ def _check_flax(caller: str) -> None:
 
 
 def _is_captured(module: nnx.Module) -> bool:
-    """Tells whether a capture of `MaxLogits` is around; `Module.sow` alone would warn and store."""
-    # Where `nnx.capture` puts what it collects, and `Module.sow` looks for it.
+    """Returns whether `MaxLogits` is captured; without it `Module.sow` would warn and store."""
+    # `nnx.capture` collects in this attribute, and `Module.sow` reads it.
     return any(type(variable) is MaxLogits for variable in getattr(module, "__captures__", ()))

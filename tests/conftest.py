@@ -1,34 +1,18 @@
 """Eight CPU devices, no network, strict ranks: the conditions under which every test runs."""
 
 import gc
-import os
 import pathlib
 import socket
 
-from tests.support.by_day import mark_combinations
-from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE, installed
-
-# The references are small: threads of NumPy's BLAS only wait for those of XLA.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-# In the environment, so that programs that tests start have them too: XLA compiles quickly rather
-# than well, and each program once for all runs of the suite.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
-)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
-# Tests expect an empty stderr. jaxlib before 0.10.2 writes a line there whenever it loads a program
-# that it compiled on the same machine before.
-if installed("jaxlib") < (0, 10, 2):
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+from tests.support import environment  # isort: skip  # noqa: F401  (before JAX)
 
 import hypothesis
 import jax
 import jaxtyping
 import pytest
+
+from tests.support.by_day import mark_combinations
+from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

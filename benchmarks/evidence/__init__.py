@@ -2,6 +2,7 @@
 
     python -m benchmarks.evidence --help               # lists the experiments
     python -m benchmarks.evidence exploding-logits     # runs one of them; or all
+    python -m benchmarks.evidence page                 # generates docs/evidence.md
 
 `training.py` has one training, whose record is stored and used again. Each experiment is a module:
 its trainings, the figures computed from their records, the condition under which a claim counts as

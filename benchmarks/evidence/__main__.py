@@ -1,4 +1,4 @@
-"""Runs experiments; writes results/NAME.json, results/NAME.png and docs/evidence.md."""
+"""Runs experiments. Writes results/NAME.json, results/NAME.png and docs/evidence.md."""
 
 import argparse
 import io
@@ -42,30 +42,38 @@ def conclude(name: str, runner: Runner) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the named experiments one after the other."""
+    """Runs the named experiments one after the other, and generates the page."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence",
-        description="Small trainings that test published claims.",
+        prog="python -m benchmarks.evidence", description="Small trainings that test claims."
     )
-    parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME")
+    choices = [*EXPERIMENTS, "all", "page"]
+    parser.add_argument("names", nargs="+", choices=choices, metavar="NAME")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.epilog = f"names: {', '.join(EXPERIMENTS)}, or all; finished trainings: {MEMORY.name}"
+    parser.epilog = (
+        f"names: {', '.join(EXPERIMENTS)}; all; page, which only generates {PAGE.name}. Finished"
+        f" trainings are kept in {MEMORY.name}."
+    )
     options = parser.parse_args(arguments)
     runner = Runner(MEMORY, options.workers)
     for name in EXPERIMENTS if "all" in options.names else options.names:
-        result = conclude(name, runner)
-        report.write_json(options.out / f"{name}.json", result, per_line="runs", indent=1)
-        image = io.BytesIO()
-        EXPERIMENTS[name].draw(result).savefig(image, format="png")
-        report.write(options.out / f"{name}.png", image.getvalue())
-        print(f"{name}: {result['verdict']}")
-    results = {name: options.out / f"{name}.json" for name in EXPERIMENTS}
-    if all(path.exists() for path in results.values()):
-        read = {name: json.loads(path.read_text()) for name, path in results.items()}
-        report.write(
-            PAGE if options.out == RESULTS else options.out / PAGE.name, page(read).encode()
-        )
+        if name != "page":
+            run(name, runner, options.out)
+    paths = {name: options.out / f"{name}.json" for name in EXPERIMENTS}
+    if all(path.exists() for path in paths.values()):
+        results = {name: json.loads(path.read_text()) for name, path in paths.items()}
+        generated = PAGE if options.out == RESULTS else options.out / PAGE.name
+        report.write(generated, page(results).encode())
+
+
+def run(name: str, runner: Runner, out: pathlib.Path) -> None:
+    """Runs an experiment, and writes its result and its plot."""
+    result = conclude(name, runner)
+    report.write_json(out / f"{name}.json", result, per_line="runs", indent=1)
+    image = io.BytesIO()
+    EXPERIMENTS[name].draw(result).savefig(image, format="png")
+    report.write(out / f"{name}.png", image.getvalue())
+    print(f"{name}: {result['verdict']}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from benchmarks.report import markdown
 from examples.language_model import data
 from examples.language_model.models import gqa
 from examples.language_model.training.step import make_loss
-from muonclip_jax._orthogonalize.newton_schulz import _SMALLEST_IN_BLOCKS
+from muonclip_jax._orthogonalize.choices import _SMALLEST_MIRRORED
 
 TITLE = "Compared with optax, and with AdamW"
 CLAIM = "At equal settings the loss curve equals optax.contrib.muon, and the step is faster."
@@ -163,7 +163,7 @@ With their common defaults the training losses differ by at most
 {ours["largest_early_difference"]:.3%} in the first {early} steps and by
 {ours["largest_difference"]:.3%} in all {OURS.steps}, and the validation losses by
 {mean_sd(ours["loss_minus_optax"], 4)}: it is the same optimizer. Our update is faster where
-symmetric products are computed by blocks, from a side of {_SMALLEST_IN_BLOCKS["cpu"]}: {widest:.2f}
+symmetric products are mirrored, from a side of {_SMALLEST_MIRRORED["cpu"]}: {widest:.2f}
 of the time of optax's at {ENDS[1].split(",")[0]}, and less on the matrices of
 [GPT-2 and larger models](../README.md#beside-the-others). At smaller widths the ratio is
 {min(times.values()):.2f} to {max(times.values()):.2f}, not always below 1. The share of Muon in a

@@ -46,7 +46,8 @@ python -m benchmarks.evidence all    # hours; an interrupted run continues
 ```
 
 The records are in [benchmarks/evidence/results](../benchmarks/evidence/results). This page is
-generated from them, and `tests/benchmarks/test_evidence.py` recomputes every figure and verdict.
+generated from them (`python -m benchmarks.evidence page`). `tests/benchmarks/test_evidence.py`
+recomputes every figure and verdict.
 Versions: {{versions}}.
 """
 

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What tpu_vm.sh and xpk.sh share: the command line, and commands that are shown before they run.
+# Shared by tpu_vm.sh and xpk.sh: the command line, and printing of commands before they run.
 # They set `usage` and `root` before they source it.
 
-refuse() {
+fail() {
   echo "$(basename "$0"): $1" >&2
   exit 2
 }
 
-# Reads the command line into `command` and `dry_run`, and refuses where a setting is missing.
+# Parses the command line into `command` and `dry_run`; exits with an error if a setting is missing.
 parse() { # commands, settings, command line
   local commands=$1 settings=$2 name
   shift 2
@@ -23,14 +23,14 @@ parse() { # commands, settings, command line
     exit
   fi
   if [[ $# -ne 1 || $command == *' '* || " $commands " != *" $command "* ]]; then
-    refuse "got '$*', expected one of: $commands; --help says what they do"
+    fail "got '$*', expected one of: $commands; --help describes them"
   fi
   for name in $settings; do
-    [[ ${!name} ]] || refuse "$name is not set; --help lists the settings"
+    [[ ${!name} ]] || fail "$name is not set; --help lists the settings"
   done
 }
 
-# Prints a command as one can type it.
+# Prints a command in a form that can be pasted into a shell.
 show() {
   local word option line=
   for word in "$@"; do

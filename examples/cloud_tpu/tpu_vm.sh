@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM, or on all hosts of a pod slice, and goes on after preemptions.
+# Trains on a Cloud TPU VM, or on all hosts of a pod slice, and resumes after preemptions.
 set -euo pipefail
 
 # Each may be given in the environment.
@@ -10,7 +10,7 @@ ACCELERATOR=${ACCELERATOR:-}             # v5litepod-16 and v6e-16 count chips, 
 SHARE=${SHARE:-}                         # NFS share that outlives the TPU, as HOST:/NAME of a Filestore instance
 CAPACITY=${CAPACITY---spot}              # --spot, --reserved, or empty for on demand
 RUNTIME=${RUNTIME:-}                     # image of the hosts; empty: the one for the generation
-PYTHON_VERSION=${PYTHON_VERSION:-3.13.7} # one patch release: --data is its standard library unless FLAGS say otherwise
+PYTHON_VERSION=${PYTHON_VERSION:-3.13.7} # one patch release: without --data in FLAGS, the text is its standard library
 POLL=${POLL:-60}                         # seconds between two looks at the state
 FLAGS=${FLAGS:---preset medium --dtype bfloat16 --seq-len 2048 --batch-size 64} # of examples.language_model, on every host
 
@@ -27,7 +27,7 @@ usage="usage: tpu_vm.sh [--dry-run] COMMAND
   keep     all of this until the run has ended: create, install, start, and again after a preemption
 --dry-run prints the commands and runs none.
 Settings, in the environment: PROJECT ZONE NAME ACCELERATOR SHARE
-  and, with defaults: CAPACITY RUNTIME PYTHON_VERSION POLL FLAGS; tpu_vm.sh says what they mean."
+  and, with defaults: CAPACITY RUNTIME PYTHON_VERSION POLL FLAGS; their comments in tpu_vm.sh describe them."
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -63,7 +63,7 @@ create() {
   local now
   until now=$(state) && [[ $now == ACTIVE ]]; do
     case $now in
-      FAILED | SUSPENDED) refuse "$NAME is $now; delete it, and create it again" ;;
+      FAILED | SUSPENDED) fail "$NAME is $now; delete it, and create it again" ;;
     esac
     echo "$NAME is ${now:-not known yet}"
     sleep "$POLL"
@@ -111,7 +111,7 @@ keep() {
           echo "the run has ended: $MOUNT_POINT/$NAME on $SHARE"
           return
         fi
-        # A host that is new has nothing; one that has it trains, or says in its logs why not.
+        # A new host has no installation; an installed one trains, or its logs show the error.
         is_there installed || { install && start; } || echo "failed; trying again in $POLL s"
         ;;
     esac
@@ -127,7 +127,7 @@ if [[ -z $RUNTIME ]]; then
     v5p-*) RUNTIME=v2-alpha-tpuv5 ;;
     v5litepod-*) RUNTIME=v2-alpha-tpuv5-lite ;;
     v4-*) RUNTIME=tpu-ubuntu2204-base ;;
-    *) refuse "no image is known for ACCELERATOR=$ACCELERATOR; set RUNTIME, or use xpk.sh" ;;
+    *) fail "no image is known for ACCELERATOR=$ACCELERATOR; set RUNTIME, or use xpk.sh" ;;
   esac
 fi
 "$command"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains on one host of a slice; the exit code shows whether to start it again:
 #
-#   0   the run has reached its last step
-#   2   bad input, or a resume that is refused: starting it again would end the same way
-#   42  stopped and saved before the last step: start it again (xpk's own code for that)
-#   1, and those of signals: failed while running; start it again
+#   0   the run is complete
+#   2   bad input, or other settings on resume: a restart would end the same way
+#   42  stopped and saved before the last step: restart (the exit code that xpk uses for this)
+#   1, and the codes of signals: the run failed; restart
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3} # the interpreter that has muonclip-jax[tpu,examples]
@@ -28,7 +28,7 @@ if [[ $stopped ]]; then # the signal ended the first wait, not the program
   code=0
   wait "$program" || code=$?
 fi
-# summary.json is what a run writes last. Who drains a machine takes exit code 0 for "has ended".
+# A run writes summary.json last. When a machine is drained, exit code 0 would mean "complete".
 if [[ $code -eq 0 && ! -e $run/summary.json ]]; then
   code=42
 fi

@@ -11,7 +11,7 @@ TPU_TYPE=${TPU_TYPE:-}              # v5litepod-16 and v6e-16 count chips, v5p-1
 CAPACITY=${CAPACITY:---spot}        # --spot, --on-demand, --flex or --reservation=NAME
 STORAGE=${STORAGE:-runs}            # xpk's name of the Filestore instance that keeps the runs
 STORAGE_SIZE=${STORAGE_SIZE:-1024}  # of it, in GB; the smallest there is
-IMAGE=${IMAGE:-python:3.13.7}       # of the container; one patch release: --data is its standard library unless FLAGS say otherwise
+IMAGE=${IMAGE:-python:3.13.7}       # of the container; one patch release: without --data in FLAGS, the text is its standard library
 RESTARTS=${RESTARTS:-100}           # after preemptions and failures, at most
 GRACE=${GRACE:-120}                 # seconds to save in, from the signal to the end of the container
 FLAGS=${FLAGS:---preset medium --dtype bfloat16 --seq-len 2048 --batch-size 64} # of examples.language_model, on every host
@@ -26,7 +26,7 @@ usage="usage: xpk.sh [--dry-run] COMMAND
   delete-cluster  give the slice back, and delete the runs
 --dry-run prints the commands and runs none.
 Settings, in the environment: PROJECT ZONE CLUSTER NAME TPU_TYPE
-  and, with defaults: CAPACITY STORAGE STORAGE_SIZE IMAGE RESTARTS GRACE FLAGS; xpk.sh says what they mean."
+  and, with defaults: CAPACITY STORAGE STORAGE_SIZE IMAGE RESTARTS GRACE FLAGS; their comments in xpk.sh describe them."
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -49,8 +49,8 @@ start() {
   run git -C "$root" archive --output="$sources/sources.tar" HEAD
   run tar -xf "$sources/sources.tar" -C "$sources"
   run rm "$sources/sources.tar"
-  # exec: xpk sends its signal to this command, and only so does it reach train.sh.
-  # Restarts: xpk knows 42 and those of signals; 1 is a failure while running, 2 is bad input.
+  # exec: xpk sends its signal to this command, which must be train.sh.
+  # xpk itself restarts after 42 and after signals; 1 is a failed run, 2 is bad input.
   xpk_ workload create --workload="$NAME" --tpu-type="$TPU_TYPE" --num-slices=1 \
     --base-docker-image="$IMAGE" --script-dir="$sources" \
     --max-restarts="$RESTARTS" --restart-on-exit-codes=1 --termination-grace-period-seconds="$GRACE" \

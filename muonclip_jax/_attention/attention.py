@@ -1,4 +1,4 @@
-"""Attention that also gives the largest logit of each head.
+"""Attention with the max logit of each head.
 
 out   = softmax(scale * q . k + bias) v         as `jax.nn.dot_product_attention`
 max_h = max over i, j that may attend of  scale * q_i . k_j + bias_ij        (Kimi K2, section 2.1)
@@ -26,14 +26,14 @@ from muonclip_jax._common.settings import check_choice
 from muonclip_jax._common.types import Scalar
 
 Lengths: TypeAlias = Integer[Array, " batch"]
-# What a function given as `max_logit` is, and what each of our own returns: output, residual
-# (None where nobody asked for it), statistic.
+# A function passed as `max_logit`, and the result of each method: output, residual (or None), max
+# logits.
 Plugin: TypeAlias = Callable[..., tuple[Array, Array]]
 Result: TypeAlias = tuple[Array, Array | None, Array]
 
 # Added to a log-sum-exp, relative to it. The residual of jax.nn has the dtype of the keys; in
-# bfloat16 it is rounded, down by up to 2^-8. In float32 sums of another order differ: rows were
-# below the maximum by up to 2^-20.8 (`test_attention.py`).
+# bfloat16 it is rounded, down by up to 2^-8. In float32 the order of a sum matters: rows were below
+# the maximum by up to 2^-20.8 (`test_attention.py`).
 _ROUNDING = {"bfloat16": 2.0**-7, "float32": 2.0**-18}
 
 
@@ -66,56 +66,56 @@ def dot_product_attention(
     return_residual: bool = False,
     max_logit: str | Plugin = "exact",
 ) -> tuple[Any, Float[Array, "*batch heads"]]:
-    """Computes attention as `jax.nn` does, and the largest logit of each head.
+    """Computes attention as `jax.nn` does, and the max logit of each head.
 
-    The arguments are those of `jax.nn.dot_product_attention`, in its order, and mean the same;
-    `max_logit` is ours. The output and its gradients are those of `jax.nn`; the statistic has no
-    gradient. It is the largest number that the softmax is given: after scale and bias, of pairs
-    that may attend. Soft caps are not part of this function: the statistic belongs before them.
+    All arguments but `max_logit` are arguments of `jax.nn.dot_product_attention`, in its order and
+    with its meaning. The output and its gradients are equal to `jax.nn`; the max logits have no
+    gradient. A max logit is the largest input of the softmax: after scale and bias, over pairs that
+    may attend. This function has no soft cap: max logits are taken before a soft cap.
 
     Args:
       query: Queries, `[batch, t, heads, width]` or without the batch. Head h uses key head
         `h // (heads // key_heads)`.
-      key: Keys, of as many axes, width and dtype.
-      value: Values, one for each key. Unlike in `jax.nn` their width may be another, as in MLA:
-        the narrower ones are padded with zeros, and the output is cut.
+      key: Keys, with the number of axes, the width and the dtype of `query`.
+      value: Values, one for each key. Unlike in `jax.nn` their width may differ, as in MLA: the
+        narrower arrays are padded with zeros, and the output is sliced.
       bias: Added after the scale; up to four axes, each full or 1: `[batch, heads, t, s]`.
       mask: True where a pair may attend; axes like `bias`.
       scale: Factor on `q . k`: a number or an array, see `max_attention_logit`. None is
         `width ** -0.5`, the width of the queries.
       is_causal: Whether query i sees only keys j <= i.
-      query_seq_lengths: How many queries of each row are no padding, int32 `[batch]`.
+      query_seq_lengths: Number of queries of each row without padding, int32 `[batch]`.
       key_value_seq_lengths: The same for keys and values.
       local_window_size: `(left, right)`: query i sees only keys i - left <= j <= i + right. One
-        number is both. None is no limit.
+        number stands for both. None is no limit.
       implementation: As in `jax.nn`: None, `"xla"` or `"cudnn"`.
       return_residual: Whether the output is a pair, with the log-sum-exp of each query.
-      max_logit: Where the statistic comes from.
+      max_logit: Source of the max logits.
         `"exact"`: one more q . k, by `max_attention_logit`. The output keeps every bit.
-        `"lse_bound"`: an upper bound, from the log-sum-exp that `jax.nn` gives, rounded up. Too
+        `"lse_bound"`: an upper bound, from the log-sum-exp of `jax.nn`, rounded up. It is too
         large by at most the log of the number of keys that a query sees; sow it under the name
         `max_logits_bound`. No further product, but XLA computes the exponentials twice, and the
-        last bits of the output may differ. A bound on the logits as `jax.nn` computed them, in the
+        last bits of the output may differ. It bounds the logits as `jax.nn` computes them, in the
         default precision. Not in float16.
         `"tokamax"`: row maxima from the splash attention kernel of tokamax, which then computes
         the output as well. For TPUs; on several, inside `jax.shard_map(..., check_vma=False)`.
         Without `bias`, `mask` and `implementation`, and for lengths t and s that are multiples of
         128. Queries are scaled in their own dtype, which rounds bfloat16 unless the scale is a
-        power of two. A query that sees no key gives zero.
+        power of two. The output of a query that sees no key is zero.
         A function: called as `f(query, key, value, bias, mask, scale=, is_causal=,
-        query_seq_lengths=, key_value_seq_lengths=, local_window_size=)`, arrays with four axes and
-        the scale a number, it returns the output and a statistic `[batch, heads]`. That must be the
-        signed maximum after scale and bias, without masked pairs, before any soft cap, in natural
-        units (kernels may give it in base 2), and never a constant estimate.
+        query_seq_lengths=, key_value_seq_lengths=, local_window_size=)` with arrays of four axes,
+        it returns the output and max logits `[batch, heads]`: the signed maximum after scale and
+        bias, without masked pairs, before any soft cap, in natural units (some kernels use base 2),
+        and never a constant estimate.
 
     Returns:
-      `(out, max_logits)`: output, or output and residual; and float32 `[batch, heads]`, -inf where
-      all is masked. Without a batch in `query` there is none in either.
+      `(out, max_logits)`: output, or output and residual; and float32 `[batch, heads]`, -inf for a
+      fully masked head. Without a batch in `query`, both have no batch.
 
     Raises:
       ValueError: if shapes do not fit together, or `max_logit` is unknown or cannot do this.
       TypeError: if `mask` is not boolean.
-      ImportError: if tokamax, or the part of it that is used, is not there.
+      ImportError: if tokamax, or its splash attention kernel, is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -153,7 +153,7 @@ def dot_product_attention(
 
 
 def _method(max_logit: Any) -> Callable[[_Call], Result]:
-    """Gives what computes output and statistic."""
+    """Returns the function that computes output and max logits."""
     if callable(max_logit):
         plugin: Any = max_logit
         return functools.partial(_plugged, plugin)
@@ -169,7 +169,7 @@ def _exact(call: _Call) -> Result:
 
 
 def _lse_bound(call: _Call) -> Result:
-    """Bounds the maximum by the log-sum-exp, which `jax.nn` gives in the dtype of the keys."""
+    """Bounds the maximum by the log-sum-exp of `jax.nn`, which has the dtype of the keys."""
     if call.key.dtype == jnp.float16:
         raise ValueError(
             'dot_product_attention: max_logit="lse_bound" does not work in float16, in which the '
@@ -200,22 +200,22 @@ def _plugged(function: Plugin, call: _Call) -> Result:
     if call.implementation is not None or call.return_residual:
         raise ValueError(
             "dot_product_attention: implementation and return_residual do not reach a function "
-            "given as max_logit. Leave them out, and bind its options with functools.partial."
+            "passed as max_logit. Leave them out, and bind its options with functools.partial."
         )
     result = function(call.query, call.key, call.value, call.bias, call.mask, **call.options)
     expected = ((*call.query.shape[:-1], call.value.shape[-1]), call.query.shape[:3:2])
     got = tuple(map(np.shape, result)) if isinstance(result, tuple) else type(result).__name__
     if got != expected:
         raise ValueError(
-            f"dot_product_attention: the function given as max_logit returned {got}, expected a "
-            f"tuple of the output {expected[0]} and the statistic {expected[1]}."
+            f"dot_product_attention: the function passed as max_logit returned {got}, expected a "
+            f"tuple of the output {expected[0]} and the max logits {expected[1]}."
         )
     out, max_logits = result
     return out, None, max_logits
 
 
 def _jax_nn(call: _Call, return_residual: bool) -> tuple[Array, Any]:
-    """Computes attention and, if wanted, log-sum-exp; `jax.nn` knows one width only."""
+    """Computes attention and, if wanted, log-sum-exp; `jax.nn` supports one width only."""
     own, theirs = call.query.shape[-1], call.value.shape[-1]
     q, k, v = (_widened(x, max(own, theirs)) for x in (call.query, call.key, call.value))
     scale = call.options["scale"]
@@ -243,7 +243,7 @@ def _widened(x: Float[Array, "b s k h"], width: int) -> Float[Array, "b s k {wid
 
 
 def _with_four_axes(x: Any, least: int = 0) -> Array:
-    """Puts axes of size 1 in front, as `jax.nn` does; less than `least` axes are an error later."""
+    """Adds leading axes of size 1, as `jax.nn` does; fewer than `least` axes raise later."""
     x = jnp.asarray(x)
     return x.reshape((1,) * (4 - x.ndim) + x.shape) if least <= x.ndim < 4 else x
 

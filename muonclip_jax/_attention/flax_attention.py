@@ -1,4 +1,4 @@
-"""What the attention functions for `flax.linen` and for `flax.nnx` share."""
+"""Common parts of the attention functions for `flax.linen` and for `flax.nnx`."""
 
 import functools
 import numbers
@@ -15,10 +15,10 @@ from muonclip_jax._attention.max_logit import max_attention_logit
 # Suffix of the name of max logits that are an upper bound and not exact.
 BOUND = "_bound"
 
-# Where the statistic comes from: a name, or a function; see `dot_product_attention`.
+# Source of the max logits: a name, or a function; see `dot_product_attention`.
 MaxLogit: TypeAlias = str | Callable[..., Any]
 
-# Attributes of an attention module that hold its soft cap, and whose name for it that is.
+# Attributes of an attention module that hold its soft cap, with a code that uses the name.
 SOFT_CAPS = (
     "attn_logits_soft_cap",  # Flax, examples/gemma/modules.py; MaxText, layers/attentions.py
     "attn_logit_softcapping",  # Hugging Face Transformers, models/gemma2/modeling_gemma2.py
@@ -44,7 +44,7 @@ def attend_and_sow(
     implementation: str | None,
     **only_flax: Any,
 ) -> Float[Array, "*batch t heads value_width"]:
-    """Computes attention, and sows the largest logit of each head.
+    """Computes attention, and sows the max logit of each head.
 
     Args:
       query: Queries, in the dtype of the computation.
@@ -52,19 +52,19 @@ def attend_and_sow(
       value: Values.
       bias: Added to the logits; axes in front may be missing.
       mask: Not 0 where a pair may attend; likewise.
-      flax_attention: Gives the output of Flax's own function.
-      sow: Stores a statistic. None where it would not be kept.
+      flax_attention: Returns the output of Flax's own function.
+      sow: Stores max logits. None if they would not be kept.
       is_causal: Whether query i sees only keys j <= i.
       block_size: Of `max_attention_logit`.
       max_logit: Of `dot_product_attention`.
       implementation: Of `dot_product_attention`.
-      only_flax: What only Flax's own function can do, by name of its argument. None is unset.
+      only_flax: Arguments that only Flax's own function supports, by name. None is unset.
 
     Returns:
       The attention output.
 
     Raises:
-      ValueError: if something is set that only Flax can do, where the output is not Flax's.
+      ValueError: if one of `only_flax` is set and another function computes the output.
     """
     if max_logit == "exact" and implementation is None:
         if sow is not None:
@@ -74,48 +74,48 @@ def attend_and_sow(
     batch = query.shape[:-3]
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     bias, mask = _bias_and_mask(bias, mask, batch)
-    form = {"is_causal": is_causal, "implementation": implementation, "max_logit": max_logit}
+    options = {"is_causal": is_causal, "implementation": implementation, "max_logit": max_logit}
     if sow is None:
-        out = _output(q, k, v, bias, mask, **form)
+        out = _output(q, k, v, bias, mask, **options)
     else:
-        out, largest = dot_product_attention(q, k, v, bias, mask, **form)
+        out, largest = dot_product_attention(q, k, v, bias, mask, **options)
         sow(largest, name=f"max_logits{BOUND}" if max_logit == "lse_bound" else "max_logits")
     return out.reshape(*batch, *out.shape[-3:])
 
 
 @functools.partial(jax.jit, static_argnames=("is_causal", "implementation", "max_logit"))
 def _output(
-    query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None, **form: Any
+    query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None, **options: Any
 ) -> Float[Array, "batch t heads value_width"]:
-    """Computes attention alone: compiled, so that a statistic that nobody keeps drops out."""
-    return dot_product_attention(query, key, value, bias, mask, **form)[0]
+    """Computes attention alone, under jit, so that XLA removes max logits that are not kept."""
+    return dot_product_attention(query, key, value, bias, mask, **options)[0]
 
 
-def check_sown_before_soft_cap(module: Any, where: str) -> None:
-    """Raises for a module with a soft cap: what it sows may come after the cap."""
+def check_sown_before_soft_cap(module: Any, name: str) -> None:
+    """Raises for a module with a soft cap: its max logits may be computed after the cap."""
     if found := _soft_cap(module):
         raise ValueError(
-            f"sow_max_logits: {where} has {found}. After a soft cap no logit is above the cap, and "
-            "the clip would never act. Sow the logits before the cap, such as "
-            "max_attention_logit(query, key), and say so: before_soft_cap=True."
+            f"sow_max_logits: {name} has {found}. After a soft cap no logit is above the cap, and "
+            "the clip would never act. Sow the max logits before the cap, such as "
+            "max_attention_logit(query, key), and pass before_soft_cap=True."
         )
 
 
-def check_no_soft_cap(module: Any, where: str) -> None:
+def check_no_soft_cap(module: Any, name: str) -> None:
     """Raises for a module with a soft cap, which `attention_fn` does not apply."""
     if found := _soft_cap(module):
         raise ValueError(
-            f"attention_fn: {where} has {found}, and attention_fn applies no soft cap. Leave the "
+            f"attention_fn: {name} has {found}, and attention_fn applies no soft cap. Leave the "
             "cap out, or compute the attention in the module and sow the logits before the cap: "
             "sow_max_logits(..., before_soft_cap=True)."
         )
 
 
 def _soft_cap(module: Any) -> str:
-    """Shows the soft cap of a module; empty if there is none."""
+    """Returns the soft cap of a module as text; empty if there is none."""
     for name in SOFT_CAPS:
         cap = getattr(module, name, None)
-        # Numbers that are not positive switch it off, where these names come from.
+        # In the codes with these names, a number that is not positive switches the cap off.
         if not (cap is None or (isinstance(cap, numbers.Real) and cap <= 0)):
             return f"{name}={cap!r}"
     return ""
@@ -124,20 +124,20 @@ def _soft_cap(module: Any) -> str:
 def _check_unset(
     only_flax: dict[str, Any], max_logit: MaxLogit, implementation: str | None
 ) -> None:
-    """Raises for what only Flax's own attention can do."""
+    """Raises for arguments that only Flax's own attention supports."""
     found = ", ".join(f"{name}={x!r}" for name, x in only_flax.items() if x is not None)
     if found:
         raise ValueError(
-            f"attention_fn: max_logit={max_logit!r} with implementation={implementation!r} cannot "
-            f"do {found}. Leave that out, or use max_logit='exact' with implementation=None, which "
-            "is Flax's own attention."
+            f"attention_fn: max_logit={max_logit!r} with implementation={implementation!r} does "
+            f"not support {found}. Leave that out, or use max_logit='exact' with "
+            "implementation=None, which is Flax's own attention."
         )
 
 
 def _exact(
     query: Array, key: Array, bias: Array | None, mask: Array | None, **settings: Any
 ) -> Float[Array, "flat_batch heads"]:
-    """Finds the largest logits under Flax's conventions: any batch axes, masks of any dtype."""
+    """Computes max logits under Flax's conventions: any batch axes, masks of any dtype."""
     batch = query.shape[:-3]
     query, key = (x.reshape(-1, *x.shape[-3:]) for x in (query, key))
     bias, mask = _bias_and_mask(bias, mask, batch)
@@ -147,16 +147,16 @@ def _exact(
 def _bias_and_mask(
     bias: Float[Array, "..."] | None, mask: Shaped[Array, "..."] | None, batch: tuple[int, ...]
 ) -> tuple[Float[Array, "b n t s"] | None, Bool[Array, "bm nm tm sm"] | None]:
-    """Gives both four axes, and the mask the dtype bool."""
+    """Reshapes both to four axes, and casts the mask to bool."""
     return (
         None if bias is None else _flat_batch(bias, batch),
-        # `nn.make_causal_mask` gives float32 ones and zeros.
+        # `nn.make_causal_mask` returns float32 ones and zeros.
         None if mask is None else _flat_batch(mask, batch).astype(bool),
     )
 
 
 def _flat_batch(x: Array, batch: tuple[int, ...]) -> Shaped[Array, "flat_batch heads t s"]:
-    """Makes one batch axis of several; heads, t and s are left at 1 where they broadcast."""
+    """Flattens the batch axes; heads, t and s keep size 1 if they broadcast."""
     x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
     if any(size != 1 for size in x.shape[:-3]):
         x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))

@@ -28,7 +28,7 @@ from muonclip_jax._common.settings import COUNT, flag, is_real, shown
 from muonclip_jax._common.types import Scalar
 
 Lengths: TypeAlias = Integer[Array, " batch"]
-# One array for queries and keys alike, or one for each.
+# One array for queries and keys, or one for each.
 SegmentIds: TypeAlias = (
     Integer[Array, "batch length"] | tuple[Integer[Array, "batch t"], Integer[Array, "batch s"]]
 )
@@ -48,12 +48,12 @@ def max_attention_logit(
     local_window_size: Window | None = None,
     block_size: int = 512,
 ) -> Float[Array, "batch heads"]:
-    """Finds the largest attention logit of each head: scaled, biased, before softmax.
+    """Computes the max logit of each head: after scale and bias, before softmax.
 
-    Exact and in float32. Works through blocks of queries and keys, so that no temporary is larger
-    than one block of logits. Arguments mean what they mean in `jax.nn.dot_product_attention`.
-    Nothing flows back through it: the gradient is zero. Soft-capped attention passes query and key
-    as they are; the number wanted is the one before the cap.
+    The result is exact, in float32. Queries and keys are processed in blocks, so that no temporary
+    is larger than one block of logits. Arguments have the meaning of
+    `jax.nn.dot_product_attention`. The gradient is zero. Attention with a soft cap passes query and
+    key as they are: the max logit is the one before the cap.
 
     Args:
       query: Queries. Head h uses key head `h // (heads // key_heads)`.
@@ -65,15 +65,15 @@ def max_attention_logit(
       mask: True where a pair may attend; four axes, each full or 1. A masked pair does not count.
       is_causal: Whether query i sees only keys j <= i.
       segment_ids: A pair attends only if its ids are equal. `[batch, length]` for t == s, else one
-        array for the queries and one for the keys. No id is special: mask padding out.
-      query_seq_lengths: How many queries of each row of the batch are no padding, `[batch]`.
+        array for the queries and one for the keys. No id is special: mask the padding.
+      query_seq_lengths: Number of queries of each row of the batch without padding, `[batch]`.
       key_value_seq_lengths: The same for keys.
       local_window_size: `(left, right)`: query i sees only keys i - left <= j <= i + right. One
-        number is both. None is no limit.
+        number stands for both. None is no limit.
       block_size: Queries, and keys, of one block.
 
     Returns:
-      float32. A head whose pairs are all masked gives -inf. A NaN in an input gives NaN in its own
+      float32; -inf for a head whose pairs are all masked. A NaN in an input gives NaN in its own
       row of the batch and its own head.
 
     Raises:
@@ -95,10 +95,10 @@ def max_attention_logit(
     query, key, bias, mask = map(_array, (query, key, bias, mask))
     options = (lengths, local_window_size, ids, block_size, scale, is_causal)
     check_arguments("max_attention_logit", query, key, bias, mask, *options)
-    scale = scale_with_four_axes(scale)
-    if np.ndim(scale) and scale.shape[1] == key.shape[2]:
-        scale = with_query_heads(scale, query, axis=-3)
-    arrays = (query, with_query_heads(key, query), scale, bias)
+    factor = scale_with_four_axes(scale)
+    if np.ndim(factor) and factor.shape[1] == key.shape[2]:
+        factor = with_query_heads(factor, query, axis=-3)
+    arrays = (query, with_query_heads(key, query), factor, bias)
     return _blockwise(
         *jax.lax.stop_gradient(arrays),
         Rules(None, lengths, ids, mask),
@@ -107,8 +107,8 @@ def max_attention_logit(
     )
 
 
-# jit: outside of one, a scan over a function made anew is compiled at every call. inline: inside of
-# one, nothing changes.
+# jit: without it, the scan is compiled at every call outside of jit. inline: inside of jit, nothing
+# changes.
 @functools.partial(jax.jit, static_argnames=("within", "block_size"), inline=True)
 def _blockwise(
     query: Array,
@@ -150,7 +150,7 @@ def _blockwise(
 
 
 def scale_with_four_axes(scale: Any) -> Any:
-    """Puts axes of size 1 in front of a scale that has axes; a number is returned as it is."""
+    """Adds leading axes of size 1 to a scale with axes; a number stays a number."""
     if scale is None or np.ndim(scale) == 0:
         return scale
     return jnp.reshape(scale, (1,) * (4 - np.ndim(scale)) + np.shape(scale))
@@ -161,7 +161,7 @@ def _array(x: Any) -> Any:
 
 
 def _window(window: Any) -> Window | None:
-    """Gives a window in numbers that can be hashed."""
+    """Returns a window of hashable numbers."""
     return (int(window[0]), int(window[1])) if isinstance(window, tuple) else window
 
 
@@ -183,7 +183,7 @@ def _dot(
 
 
 def _query_and_key_ids(ids: SegmentIds | None) -> tuple[Array, Array] | None:
-    """Gives the ids of the queries and of the keys, where there are any."""
+    """Returns the ids of the queries and of the keys, if there are any."""
     return ids if ids is None or isinstance(ids, tuple) else (ids, ids)
 
 
@@ -209,9 +209,9 @@ def check_arguments(
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
     faults = []
     if (key.shape[0], key.shape[3]) != (b, h):
-        faults.append(f"key {key.shape} has another batch or width than query {query.shape}.")
+        faults.append(f"key {key.shape} and query {query.shape} differ in batch or width.")
     if k == 0 or n % k:
-        faults.append(f"query has {n} heads, no multiple of the {k} heads of key.")
+        faults.append(f"query has {n} heads, not a multiple of the {k} heads of key.")
     if 0 in (t, s):
         faults.append(f"there are {t} queries and {s} keys; a maximum needs one of each.")
     for name, x in (("bias", bias), ("mask", mask)):
@@ -219,7 +219,7 @@ def check_arguments(
             faults.append(f"{name} {x.shape} does not broadcast to [b, n, t, s] {(b, n, t, s)}.")
     for x, length in zip(ids or (), (t, s), strict=False):
         if x.shape != (b, length):
-            faults.append(f"segment_ids {x.shape} should be {(b, length)}; give a pair if t != s.")
+            faults.append(f"segment_ids {x.shape} should be {(b, length)}; pass a pair if t != s.")
     for name, x in zip(("query_seq_lengths", "key_value_seq_lengths"), lengths, strict=True):
         if x is not None and x.shape != (b,):
             faults.append(f"{name} {x.shape} should be {(b,)}, one number for each row.")
@@ -253,7 +253,7 @@ def _scale_fault(scale: Any, full: tuple[int, ...], key_heads: int) -> str:
 
 
 def _is_window(window: Any) -> bool:
-    """Tells whether the sides of a window are there, twice, and static."""
+    """Returns whether a window is static: one number, or two."""
     if window is None or isinstance(window, int):
         return True
     return (
@@ -264,5 +264,5 @@ def _is_window(window: Any) -> bool:
 
 
 def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
-    """Tells whether every axis is full or 1; a missing axis does not count as 1."""
+    """Returns whether every axis is full or 1; a missing axis does not count as 1."""
     return len(shape) == len(full) and all(a in (1, b) for a, b in zip(shape, full, strict=True))

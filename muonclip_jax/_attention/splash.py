@@ -1,6 +1,6 @@
-"""The splash attention kernel of tokamax, which gives the largest logit of each query.
+"""The splash attention kernel of tokamax, which returns the largest logit of each query.
 
-For TPUs. It is a private part of tokamax; `_kernel` is the only place that knows its names.
+For TPUs. It is a private part of tokamax; only `_kernel` uses its names.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Integer
 from muonclip_jax._attention.visible import Pair, Window, band
 from muonclip_jax._common.types import Scalar
 
-# The logit of a masked pair, in jax.nn and tokamax alike.
+# The logit of a masked pair, in jax.nn and in tokamax.
 # Source: jax 0.10 and 0.12, jax/_src/nn/functions.py, `_get_large_negative`.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 
@@ -47,27 +47,27 @@ def splash_attention(
       query: Queries.
       key: Keys.
       value: Values, of any width.
-      bias: Refused.
-      mask: Refused.
+      bias: Raises unless None.
+      mask: Raises unless None.
       scale: Factor on `q . k`.
       is_causal: Whether query i sees only keys j <= i.
-      query_seq_lengths: How many queries of each row are no padding.
+      query_seq_lengths: Number of queries of each row without padding.
       key_value_seq_lengths: The same for keys.
       local_window_size: As in `jax.nn.dot_product_attention`.
-      implementation: Refused.
+      implementation: Raises unless None.
 
     Returns:
       Output, log-sum-exp in the dtype of the keys, and largest logits.
 
     Raises:
-      ValueError: with everything that the kernel does not do.
-      ImportError: if tokamax is missing, or other than it was.
+      ValueError: with all arguments that the kernel does not support.
+      ImportError: if tokamax is missing, or has other names.
     """
     t, s = query.shape[1], key.shape[1]
     within = band(t, s, is_causal, local_window_size)
-    refused = {"bias": bias, "mask": mask, "implementation": implementation}
-    _check([name for name, x in refused.items() if x is not None], query, key, value, within)
-    # The kernel knows no scale. One rounding, and none if the scale is a power of two.
+    unsupported = {"bias": bias, "mask": mask, "implementation": implementation}
+    _check([name for name, x in unsupported.items() if x is not None], query, key, value, within)
+    # The kernel has no scale. One rounding, and none if the scale is a power of two.
     query = (query.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)).astype(query.dtype)
     segments = _segments(t, s, query_seq_lengths, key_value_seq_lengths)
     try:
@@ -81,7 +81,7 @@ def splash_attention(
     # The maximum of a kernel may drop a NaN; the sum of exponentials does not.
     row_max = jnp.where(jnp.isnan(lse) & (row_max < jnp.inf), jnp.nan, row_max)
     empty = row_max <= MASKED / 2
-    # A row without a key has no meaning, in jax.nn as here; zero, so that nothing flows back.
+    # The output of a row without a key is undefined, as in jax.nn. Zero has no gradient.
     out = jnp.where(jnp.swapaxes(empty, 1, 2)[..., None], 0, out)
     lse = jnp.swapaxes(jnp.where(empty, MASKED, lse), 1, 2).astype(key.dtype)
     return out, lse, jnp.max(jnp.where(empty, -jnp.inf, row_max), axis=-1)
@@ -102,9 +102,9 @@ def _kernel(
     computed = min(k_block, _LARGEST_COMPUTED)
     config = splash.SplashConfig(
         **{"block_q": q_block, "block_kv": k_block, "block_kv_compute": computed},
-        # The same backwards: what no query of a block sees is then skipped by both.
+        # The same backwards: then both passes skip the blocks of keys that no query sees.
         **{"block_q_dkv": q_block, "block_kv_dkv": k_block, "block_kv_dkv_compute": computed},
-        # Otherwise one gradient of the queries for every block of keys is kept.
+        # Otherwise one gradient of the queries is kept for every block of keys.
         dq_reduction_steps=3 if s > 3 * k_block else None,
         # Powers of 2 need queries times log2 e, which rounds bfloat16.
         use_base2_exp=False,
@@ -118,12 +118,12 @@ def _kernel(
     )
     ids = None if segments is None else splash.SegmentIds(*segments)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (query, key, value)]
-    out, statistics = jax.vmap(attend)(*heads_first, ids)
-    return jnp.swapaxes(out, 1, 2), statistics["logsumexp"], statistics["max_logits"]
+    out, residuals = jax.vmap(attend)(*heads_first, ids)
+    return jnp.swapaxes(out, 1, 2), residuals["logsumexp"], residuals["max_logits"]
 
 
 def _segments(t: int, s: int, *lengths: Array | None) -> tuple[Array, Array] | None:
-    """Puts the padding of queries and that of keys in segments of their own."""
+    """Assigns the padding of queries and the padding of keys to segments of their own."""
     if lengths == (None, None):
         return None
     batch = next(length.shape[0] for length in lengths if length is not None)
@@ -135,10 +135,10 @@ def _segments(t: int, s: int, *lengths: Array | None) -> tuple[Array, Array] | N
     return ids(t, lengths[0], 1), ids(s, lengths[1], 2)
 
 
-def _check(refused: list[str], query: Any, key: Any, value: Any, within: Pair | None) -> None:
-    """Raises one error with everything that the kernel does not do."""
+def _check(unsupported: list[str], query: Any, key: Any, value: Any, within: Pair | None) -> None:
+    """Raises one error with all arguments that the kernel does not support."""
     t, s = query.shape[1], key.shape[1]
-    faults = [f"{name} is given; leave it out." for name in refused]
+    faults = [f"{name} is set; leave it out." for name in unsupported]
     if t % _BLOCKS[-1] or s % _BLOCKS[-1]:
         faults.append(f"there are {t} queries and {s} keys; pad to multiples of {_BLOCKS[-1]}.")
     if not query.dtype == key.dtype == value.dtype:
@@ -149,5 +149,5 @@ def _check(refused: list[str], query: Any, key: Any, value: Any, within: Pair | 
     if lo > hi or hi < 0 or t - 1 + lo > s - 1:
         faults.append("local_window_size leaves a query without a key.")
     if faults:
-        head = 'dot_product_attention: max_logit="tokamax" cannot do this.'
+        head = 'dot_product_attention: max_logit="tokamax" does not support this.'
         raise ValueError("\n  ".join([head, *faults]) + '\nOr use max_logit="exact".')

@@ -1,7 +1,7 @@
-"""Which queries may attend to which keys, one block of both at a time.
+"""Marks the pairs of queries and keys that may attend, one block of both at a time.
 
 Query i sees key j if  lo <= j - i <= hi,  i and j are within their lengths,  their ids are equal,
-and the mask says so: the rules of `jax.nn.dot_product_attention`, and segments.
+and the mask is True: the rules of `jax.nn.dot_product_attention`, and segments.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer, Shaped
 
-# Where a block starts: a number for the first, traced inside a scan.
+# Start of a block: a number for the first, traced inside a scan.
 Start: TypeAlias = int | Integer[Array, ""]
 Pair: TypeAlias = tuple[int, int]
 # Both sides of a window, or one number for each of them.
@@ -22,7 +22,7 @@ class Block(NamedTuple):
 
     Attributes:
       start: Position of the first.
-      size: How many.
+      size: Number of positions.
     """
 
     start: Start
@@ -35,11 +35,11 @@ class Block(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What decides whether a pair may attend; None restricts nothing.
+    """The rules that hide pairs; None hides nothing.
 
     Attributes:
       band: Least and largest j - i.
-      lengths: How many queries, and how many keys, are no padding, `[batch]` each.
+      lengths: Numbers of queries and of keys without padding, `[batch]` each.
       ids: Segments of the queries and of the keys, `[batch, t]` and `[batch, s]`.
       mask: True where a pair may attend; four axes, each full or 1.
     """
@@ -51,7 +51,7 @@ class Rules(NamedTuple):
 
 
 def band(t: int, s: int, is_causal: bool, window: Window | None) -> Pair | None:
-    """Gives the least and the largest j - i that causality and the window let pass.
+    """Returns the least and the largest j - i that causality and the window allow.
 
     Args:
       t: Number of queries.
@@ -60,7 +60,7 @@ def band(t: int, s: int, is_causal: bool, window: Window | None) -> Pair | None:
       window: `(left, right)`, for i - left <= j <= i + right; None for all.
 
     Returns:
-      `(lo, hi)`, or None if every pair passes. None does if lo > hi.
+      `(lo, hi)`, or None if every pair passes. No pair passes if lo > hi.
 
     Example:
       >>> band(8, 8, is_causal=True, window=3)
@@ -76,7 +76,7 @@ def band(t: int, s: int, is_causal: bool, window: Window | None) -> Pair | None:
 
 
 def block_pairs(t: int, s: int, size: int, key_size: int, within: Pair | None) -> list[Pair]:
-    """Lists where the blocks of each pair start, less the pairs that are outside of the band.
+    """Lists the starts of all pairs of blocks that touch the band.
 
     Args:
       t: Number of queries.
@@ -92,7 +92,7 @@ def block_pairs(t: int, s: int, size: int, key_size: int, within: Pair | None) -
       >>> block_pairs(4, 4, 2, 2, within=(-3, 0))
       [(0, 0), (2, 0), (2, 2)]
     """
-    # The last block is moved back to end at the end: what is seen twice does not change a maximum.
+    # The last block is moved back to end at the end: a maximum may see a pair twice.
     starts = [min(i, t - size) for i in range(0, t, size)]
     key_starts = [min(j, s - key_size) for j in range(0, s, key_size)]
     lo, hi = within or (1 - t, s - 1)
@@ -110,14 +110,14 @@ def visible(
     """Marks the pairs of one block of queries and one of keys that may attend.
 
     Args:
-      rules: What decides.
+      rules: The rules that hide pairs.
       own: The queries.
       other: The keys.
       key_heads: Number of heads of the keys.
 
     Returns:
-      `[batch, key_heads, group, queries, keys]`, axes of size 1 where it is the same for all;
-      True if there is no rule.
+      `[batch, key_heads, group, queries, keys]`, axes of size 1 if it is the same for all;
+      True without a rule.
     """
     marks = True
     if rules.band is not None:
@@ -156,15 +156,15 @@ def cut(x: Array, blocks: dict[int, Block]) -> Array:
 
     if x.dtype != jnp.bfloat16:
         return sliced(x, starts)
-    # XLA for CPU (jaxlib 0.10) widens bfloat16 to slice it, and takes the widening, of all of x,
-    # out of the loop. The barrier keeps it in, at one block; on TPU it would copy x in every step.
+    # XLA for CPU (jaxlib 0.10) casts bfloat16 to float32 to slice it, and moves the cast, of all of
+    # x, out of the loop. The barrier keeps it in, for one block; on TPU it would copy x every step.
     return jax.lax.platform_dependent(x, starts, cpu=sliced_alone, default=sliced)
 
 
 def tile(
     x: Shaped[Array, "#b #n #t #s"], own: Block, other: Block, key_heads: int
 ) -> Shaped[Array, "#b #k #g #bt #bs"]:
-    """Cuts the block of a bias or mask, its heads in groups, its axes of size 1 left alone."""
+    """Cuts the block of a bias or mask, and splits its heads into groups; axes of size 1 stay."""
     batch, heads = x.shape[:2]
     x = cut(x, {2: own, 3: other})
     groups = (1, 1) if heads == 1 else (key_heads, heads // key_heads)
@@ -172,6 +172,6 @@ def tile(
 
 
 def _same_segment(ids: tuple[Array, Array], own: Block, other: Block) -> Bool[Array, "b 1 1 bt bs"]:
-    """Marks the pairs that lie in one segment."""
+    """Marks the pairs within one segment."""
     mine, theirs = cut(ids[0], {1: own}), cut(ids[1], {1: other})
     return (mine[:, :, None] == theirs[:, None, :])[:, None, None]

@@ -97,18 +97,18 @@ def _split(key: Any) -> tuple[str, ...]:
     """Splits a dict key that holds a whole path."""
     name = getattr(key, "key", None) if isinstance(key, jax.tree_util.DictKey) else None
     if isinstance(name, tuple) and name and all(isinstance(part, str | int) for part in name):
-        return tuple(map(str, name))
-    if not isinstance(name, str):
-        return (_string(key),)
-    if "/" in name:
-        parts = [_split_dots(part) for part in name.split("/") if part not in ("", "~")]
-        return sum(parts, ()) or (name,)
-    return _split_dots(name)
+        return sum((_split_name(str(part)) for part in name), ())
+    return _split_name(name) if isinstance(name, str) else (_string(key),)
+
+
+def _split_name(name: str) -> tuple[str, ...]:
+    parts = [_split_dots(part) for part in name.split("/") if part not in ("", "~")]
+    return sum(parts, ()) or (name,)
 
 
 def _split_dots(name: str) -> tuple[str, ...]:
     """Splits `layers.0.weight`, and nothing that has other characters or begins with a number."""
-    first, *others = name.split(".")
+    first, *others = (part for part in name.split(".") if part != "~" or name == "~")
     if others and first.isidentifier() and all(p.isidentifier() or p.isdigit() for p in others):
         return (first, *others)
     return (name,)

@@ -1,8 +1,8 @@
-"""Moves an array to the sharding of another, where the types of JAX hold shardings: Explicit axes.
+"""Moves an array to the sharding of another one on an Explicit mesh.
 
 JAX combines two arrays on an Explicit mesh only if their shardings agree, or if one of them is
-unsharded, and then the result is sharded as the other. These functions make shardings agree. They
-do nothing for arrays on one device, and `placed_like` nothing on Auto axes, where XLA decides.
+unsharded; then the result is sharded as the other. These functions make shardings agree. They do
+nothing for arrays on one device, and `placed_like` does nothing on Auto axes, where XLA decides.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def unsharded(x: jax.Array) -> jax.Array:
     """Copies an array to every device of its mesh.
 
-    Use it for small arrays only. Manual axes, those of a `jax.shard_map` around the call, stay.
+    Use it for small arrays only. Manual axes, of a `jax.shard_map` around the call, stay.
 
     Args:
       x: Array of any shape and dtype.
@@ -105,7 +105,7 @@ def where_moments_are(tx: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def _restricted(sharding: Any, shape: tuple[int, ...], full: tuple[int, ...]) -> NamedSharding:
-    """Keeps of a sharding what concerns the axes that are not broadcast."""
+    """Drops the entries of a sharding for axes that are broadcast."""
     entries = [*sharding.spec, *[None] * (len(full) - len(sharding.spec))]
     kept = (e if n == m else None for e, n, m in zip(entries, shape, full, strict=True))
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))

@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-# A tree of arrays: nested dicts, lists, tuples, named tuples, Flax or NNX containers.
+# A pytree of arrays: nested dicts, lists, tuples, named tuples, Flax or NNX containers.
 ArrayTree: TypeAlias = Any
 # A number, or a 0-d array that may be traced.
 Scalar: TypeAlias = float | int | jax.Array

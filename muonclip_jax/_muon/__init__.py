@@ -1,4 +1,6 @@
 """Muon as optax transforms.
 
-`scale_by_muon`, the roles of parameters, `muon` with AdamW for the rest, and the printed plan.
+`muon` is the public optimizer, `scale_by_muon` its update of matrices, `adamw` the rest. `routing`
+is the table of which parameter gets which, decided in `roles` and by `overrides`. `show_plan` is
+the printed plan of a mesh, `injection` makes `optax.inject_hyperparams` work.
 """

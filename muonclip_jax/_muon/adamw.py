@@ -1,8 +1,8 @@
-"""AdamW for the parameters that are not orthogonalized, whatever their dtype.
+"""AdamW for the parameters that are not orthogonalized, in any dtype.
 
 `optax.adamw` keeps its second moment V in the dtype of the parameters. In float16 and bfloat16 that
 loses updates: in float16, ε = 1e-8 is 0 and a leaf without a gradient gives 0 / 0; in bfloat16,
-0.999 V + 0.001 G² rounds to V for every G. Source: optax, `scale_by_adam`, whose state this is.
+0.999 V + 0.001 G² rounds to V for every G. Source: optax, `scale_by_adam`, with the same state.
 """
 
 from typing import Any

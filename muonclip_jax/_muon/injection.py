@@ -1,9 +1,9 @@
-"""A signature with which `optax.inject_hyperparams` serves a factory without `static_args`.
+"""A signature that makes `optax.inject_hyperparams` work without `static_args`.
 
-It calls every function among the arguments with the step, as a schedule: a mask, dimension numbers
-given as a function, `jnp.bfloat16`. And it casts every number to the dtype of the parameters: in
-bfloat16, 0.999 is 1. It reads the arguments through `inspect.signature(factory).bind`, and the
-signature of ours returns them so that neither happens.
+`optax.inject_hyperparams` takes every function among the arguments for a schedule and calls it with
+the step: a mask, dimension numbers given as a function, `jnp.bfloat16`. It also casts every number
+to the dtype of the parameters: in bfloat16, 0.999 is 1. It reads the arguments with
+`inspect.signature(factory).bind`. Our signature returns them in a form that avoids both.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class _Held:
-    """A function or class that is no schedule; not callable, so that nobody takes it for one."""
+    """A function or class that is no schedule. It is not callable, as optax calls schedules."""
 
     value: Any
 
 
 class _Signature(inspect.Signature):
-    """A signature whose `bind` returns arguments that `optax.inject_hyperparams` leaves alone."""
+    """A signature whose `bind` returns arguments that `optax.inject_hyperparams` keeps."""
 
     __slots__ = ("_check", "_numbers")
 
@@ -54,8 +54,8 @@ def injectable(
 
     Args:
       numbers: Names of the arguments that are numbers, for which a function is a schedule.
-      check: Raises for wrong arguments; called before the first step, with all that are no
-        schedules.
+      check: Raises for wrong arguments; called before the first step, with all arguments that are
+        no schedules.
 
     Returns:
       A decorator.

@@ -149,13 +149,13 @@ def muon(
     """
     _check(locals())
     update = MuonSettings(
-        bias_corrected_nesterov if nesterov else bias_corrected,
-        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
-        eps,
-        beta,
-        mu_dtype,
-        adaptive,
-        shardings_by_path("muon", shardings),
+        direction=bias_corrected_nesterov if nesterov else bias_corrected,
+        orthogonalize=newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps=eps,
+        beta=beta,
+        mu_dtype=mu_dtype,
+        adaptive=adaptive,
+        shardings=shardings_by_path("muon", shardings),
     )
     roles = RoleSettings(
         muon_weight_dimension_numbers, overrides, outputs_first, consistent_rms is None

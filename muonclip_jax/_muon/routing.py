@@ -19,6 +19,7 @@ from muonclip_jax._muon.overrides import ROLE_RULES, matched
 from muonclip_jax._muon.roles.decision import DEFAULTS, Decision, Overrides, RoleSettings
 from muonclip_jax._muon.roles.rules import decide
 from muonclip_jax._orthogonalize.matrix_axes import (
+    LAST_TWO_AXES,
     DimensionNumbersOrFn,
     axes_of,
     per_leaf,
@@ -62,8 +63,8 @@ class RoutingTable:
 
     Attributes:
       rows: One `Route` for each parameter, in the order of `jax.tree.leaves`.
-      warnings: One text for each group of rows that rest on a weak guess: path, shape, decision,
-        the reason to doubt it, and the override that changes it.
+      warnings: One text for each group of rows that names and shapes do not decide: path, shape,
+        decision, the reason to doubt it, and the override that changes it.
     """
 
     rows: tuple[Route, ...]
@@ -117,7 +118,7 @@ class Routing(NamedTuple):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One text for each group of equal layers that rests on a weak guess."""
+        """One text for each group of equal layers that names and shapes do not decide."""
         doubtful = [index for index, d in enumerate(self.decisions) if d.doubt]
         cells = [(self.shapes[i], self.decisions[i]) for i in doubtful]
         folded = fold([self.paths[i] for i in doubtful], cells)
@@ -136,14 +137,17 @@ class Routing(NamedTuple):
             alternative, fix = "AdamW", "None"
         patterns = self._patterns(path, rows)
         also = f" ({len(rows)} parameters)" if len(rows) > 1 else ""
-        change, keep = (
-            "{" + ", ".join(f'"{pattern}": {value}' for pattern in patterns) + "}"
-            for value in (fix, kept)
+        fixes = [f"For {alternative}", fix], [f"To keep {what.split()[0]}", kept]
+        if decision.numbers == LAST_TWO_AXES and len(shape) > 2:
+            n_in, n_out = shape[-3], shape[-2] * shape[-1]
+            one = MuonDimensionNumbers(-3, (-2, -1))
+            fixes = *fixes, [f"To join the last two axes, {n_in} x {n_out}", _shown(one)]
+        shown = (
+            f"{when}: overrides={{" + ", ".join(f'"{p}": {value}' for p in patterns) + "}."
+            for when, value in fixes
         )
-        return (
-            f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}. "
-            f"For {alternative}: overrides={change}. To keep {what.split()[0]}: overrides={keep}."
-        )
+        text = f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}."
+        return " ".join([text, *shown])
 
     def _patterns(self, path: Sequence[str], rows: Sequence[int]) -> list[str]:
         """Returns one pattern that matches these parameters alone, or else the path of each."""

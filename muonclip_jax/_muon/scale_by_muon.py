@@ -154,13 +154,13 @@ def scale_by_muon(
     """
     _check_muon(locals())
     settings = MuonSettings(
-        bias_corrected_nesterov if nesterov else bias_corrected,
-        newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
-        eps,
-        beta,
-        mu_dtype,
-        adaptive,
-        shardings_by_path("scale_by_muon", shardings),
+        direction=bias_corrected_nesterov if nesterov else bias_corrected,
+        orthogonalize=newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
+        eps=eps,
+        beta=beta,
+        mu_dtype=mu_dtype,
+        adaptive=adaptive,
+        shardings=shardings_by_path("scale_by_muon", shardings),
     )
     return scale_by_direction(settings, weight_dimension_numbers)
 

@@ -16,7 +16,7 @@ from muonclip_jax._orthogonalize.symmetric import MIRRORED_SHARE, is_narrow
 _COMPUTE_DTYPES = {"cpu": jnp.float32, "tpu": jnp.bfloat16, "gpu": jnp.bfloat16}
 
 # The short side from which symmetric products are mirrored, three quarters of their FLOPs, on the
-# platforms where that has been measured to be faster: benchmarks/results/blocks.json.
+# platforms where that has been measured to be faster: benchmarks/results/mirrored_products.json.
 _SMALLEST_MIRRORED = {"cpu": 384}
 
 # The short side from which a TPU computes one matrix at a time. Its compiler estimates 2.44 million

@@ -79,8 +79,8 @@ class Symmetric:
 
     def without_shift(self) -> "Symmetric":
         """Adds the shift to the diagonal of R, rounded."""
-        identity = jnp.eye(self.matrix.shape[-1], dtype=self.matrix.dtype)
-        return dataclasses.replace(self, shift=0.0, matrix=self.matrix + self.shift * identity)
+        R = self.matrix
+        return dataclasses.replace(self, shift=0.0, matrix=R + self.shift * _identity(R))
 
     def without_mirror(self) -> "Symmetric":
         """Returns the same matrix, whose products are computed in full."""
@@ -163,7 +163,7 @@ def rounded(A: jax.Array, dtype: Any, products: Products, shift: Any = None) -> 
         return Symmetric(0.0, A.astype(dtype), products)
     n = A.shape[-1]
     r = jnp.trace(A, axis1=-2, axis2=-1)[..., None, None] / n if shift is None else shift
-    return Symmetric(r, (A - r * jnp.eye(n, dtype=A.dtype)).astype(dtype), products)
+    return Symmetric(r, (A - r * _identity(A)).astype(dtype), products)
 
 
 def multiply(A: jax.Array, B: jax.Array) -> jax.Array:
@@ -190,6 +190,11 @@ def own_rows(A: jax.Array, shards: ColumnShards | None) -> jax.Array:
 def is_narrow(dtype: Any) -> bool:
     """Whether a dtype has 16 bits."""
     return jnp.finfo(dtype).bits == 16
+
+
+def _identity(A: jax.Array) -> jax.Array:
+    """Returns an identity matrix of the shape of A, with batch axes of size 1."""
+    return jnp.eye(A.shape[-1], dtype=A.dtype)[(None,) * (A.ndim - 2)]
 
 
 def _wide(x: jax.Array) -> jax.Array:

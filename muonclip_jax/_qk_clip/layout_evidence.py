@@ -100,7 +100,7 @@ def gate_in_query_heads(
     fits = any(heads * head_dim in shape or {heads, head_dim} <= {*shape} for shape in outs)
     if key.shape in values and outs and not fits:
         return (
-            f"{query} gives {heads} heads of {head_dim} columns, but the output projection "
+            f"{query} has {heads} heads of {head_dim} columns, but the output projection "
             f"{outs[0]} has no side of {heads * head_dim}; query heads that hold a gate too need "
             "query_dim=, and head_dim= is the width of a key head."
         )

@@ -115,7 +115,7 @@ def attention_module(
       found: The matching that it is part of.
       path: Path of the module.
       layout: The head layout that describes it.
-      max_logits: Its max logits; None takes those that were sown.
+      max_logits: Its max logits; None: all that were sown.
       is_bound: Whether its max logits are an upper bound.
 
     Returns:

@@ -19,7 +19,7 @@ _QUERY_KEY = r"qkv?|q|k|query|queries|keys?"
 _NORM_WORD = re.compile(f"({_QUERY_KEY})?(?:{_NORM})({_QUERY_KEY})?")
 # Norms of the latent vectors of MLA, between its down- and up-projection.
 _LATENT = {"a", "lora", "latent", "compressed", "compress", "down"}
-# Words of a norm that is before the projections, after the attention, or of something else.
+# Words of a norm before the projections, after the attention, or of something else.
 _ELSEWHERE = {"pre", "post", "in", "input", "inputs", "out", "output", "o", "v", "value", "values"}
 _ELSEWHERE |= {"kv", "context", "ctx", "cond", "mem", "memory", "sub", "inner", "final", "gate"}
 _ELSEWHERE |= {"mlp", "ffn", "ff", "x", "y", "hidden", "residual", "token", "tokens", "embed"}
@@ -36,7 +36,7 @@ def words(name: str) -> list[str]:
 
 
 def letters(name: str) -> set[str]:
-    """Returns which of queries (q), keys (k) and values (v) the name of a projection shows.
+    """Returns the letters of queries (q), keys (k) and values (v) in the name of a projection.
 
     Example:
       >>> sorted(letters("to_kv")), sorted(letters("query_proj")), letters("out")
@@ -57,16 +57,16 @@ def names_keys_and_values(name: str) -> bool:
 
 
 def is_out_projection(name: str) -> bool:
-    """Returns whether a name is that of the projection after attention, and of nothing else."""
+    """Returns whether a name is a name of the output projection, and of nothing else."""
     return all(word in _OUT or word.isdigit() for word in words(name))
 
 
 def normalizes(name: str) -> str | None:
-    """Returns what a child of an attention module normalizes, by its name.
+    """Returns whether a child of an attention module normalizes queries or keys, by its name.
 
     Returns:
-      The letters of queries and keys, such as `"q"` or `"qk"`; `""` if it is a norm whose name
-      leaves that open; None for a norm of something else, and for all other children.
+      The letters of queries and keys, such as `"q"` or `"qk"`; `""` for a norm with an ambiguous
+      name; None for a norm of something else, and for all other children.
 
     Example:
       >>> normalizes("q_layernorm"), normalizes("ln_k"), normalizes("RMSNorm_0")

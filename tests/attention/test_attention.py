@@ -1,4 +1,4 @@
-"""Attention with its largest logits: against float64, against `jax.nn`, on devices."""
+"""Attention with max logits: against float64, against `jax.nn`, on devices."""
 
 import functools
 from typing import Any
@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def results(max_logit, name):
-    """Output, statistic (none if `max_logit` is None: plain `jax.nn`) and gradients."""
+    """Output, max logits (none if `max_logit` is None: plain `jax.nn`) and gradients."""
     static = {n: x for n, x in OPTIONS[name].items() if not isinstance(x, jax.Array)}
     arrays = {n: x for n, x in OPTIONS[name].items() if isinstance(x, jax.Array)}
 
@@ -73,7 +73,7 @@ def visible_keys(query, key, scale=None, bias=None, **rules):
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_the_reference_hides_what_jax_nn_hides(rules):
+def test_reference_masks_as_jax_nn(rules):
     # Logits of zero and one-hot values: the output is positive at the keys that are seen.
     zero, one_hot = jnp.zeros((2, 11, 1, 11)), jnp.tile(jnp.eye(11)[None, :, None], (2, 1, 1, 1))
     attend = functools.partial(jax.nn.dot_product_attention, **RULES[rules])
@@ -84,7 +84,7 @@ def test_the_reference_hides_what_jax_nn_hides(rules):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_exact_is_the_float64_maximum(name):
+def test_exact_equals_float64(name):
     close(results("exact", name)[1], reference.max_logits(*inputs()[:2], **OPTIONS[name]))
 
 
@@ -105,7 +105,7 @@ def test_lse_bound_keeps_output_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_lse_bound_is_above_by_the_log_of_the_visible_keys_at_most(name):
+def test_lse_bound_exceeds_by_at_most_the_log_of_keys(name):
     bound, qk = results("lse_bound", name)[1], inputs()[:2]
     exact, seen = (f(*qk, **OPTIONS[name]) for f in (reference.max_logits, visible_keys))
     assert np.all(bound >= exact)
@@ -130,7 +130,7 @@ def test_bound_is_never_below_the_maximum(dtype, seed, sharpness):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_log_sum_exp_as_it_comes_is_no_bound(dtype):
+def test_unrounded_log_sum_exp_is_no_bound(dtype):
     q, key = (10 * draw(seed, 2, 32, 4, 64, dtype=dtype) for seed in (0, 1))
     attend = functools.partial(jax.nn.dot_product_attention, return_residual=True)
     _, lse = jax.jit(attend)(q, key, key)
@@ -140,7 +140,7 @@ def test_log_sum_exp_as_it_comes_is_no_bound(dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_heads_that_see_nothing_have_a_bound_of_minus_infinity(dtype):
+def test_bound_of_masked_heads_is_minus_infinity(dtype):
     q, key, value = inputs(k=4, dtype=dtype)
     mask = jnp.ones((2, 4, 13, 13), bool).at[1, 2].set(False).at[0, 0, 1:].set(False)
     attend = functools.partial(dot_product_attention, mask=mask, max_logit="lse_bound")
@@ -150,7 +150,7 @@ def test_heads_that_see_nothing_have_a_bound_of_minus_infinity(dtype):
     np.testing.assert_array_equal(np.isneginf(bound), np.isneginf(exact))
 
 
-def test_lse_bound_refuses_float16():
+def test_lse_bound_rejects_float16():
     qkv = inputs(dtype=jnp.float16)
     with pytest.raises(ValueError, match="lse_bound") as error:
         dot_product_attention(*qkv, max_logit="lse_bound")
@@ -179,7 +179,7 @@ def test_lse_bound_costs_only_exponentials():
 
 
 @pytest.mark.parametrize("max_logit", [*METHODS, lambda q, *_, **__: (q, q.sum((1, 3)))])
-def test_the_statistic_has_no_gradient(max_logit):
+def test_max_logits_have_no_gradient(max_logit):
     attend = functools.partial(dot_product_attention, max_logit=max_logit)
     grads = jax.jit(jax.grad(lambda *qkv: attend(*qkv)[1].sum(), (0, 1, 2)))(*inputs())
     for grad in grads:
@@ -212,7 +212,7 @@ def test_one_example_without_a_batch(max_logit):
 
 
 @pytest.mark.parametrize("max_logit", METHODS)
-def test_residual_is_that_of_jax_nn(max_logit):
+def test_residual_equals_jax_nn(max_logit):
     qkv = inputs()
     attend = functools.partial(dot_product_attention, return_residual=True, max_logit=max_logit)
     actual, _ = jax.jit(attend)(*qkv)

@@ -1,4 +1,4 @@
-"""What attention with statistics passes on, and what it refuses."""
+"""Arguments that attention with max logits passes on, and arguments that raise."""
 
 import re
 import sys
@@ -56,23 +56,23 @@ def test_a_function_gets_four_axes_and_plain_options():
         (np.zeros((2, 13, 4, 8)), "ndarray"),
     ],
 )
-def test_what_a_function_returns_is_checked(returned, got, no_typecheck):
-    with pytest.raises(ValueError, match="given as max_logit returned") as error:
+def test_results_of_a_function_are_checked(returned, got, no_typecheck):
+    with pytest.raises(ValueError, match="passed as max_logit returned") as error:
         dot_product_attention(*inputs(), max_logit=lambda *_, **__: returned)
     assert str(error.value) == (
-        f"dot_product_attention: the function given as max_logit returned {got}, expected a tuple "
-        "of the output (2, 13, 4, 8) and the statistic (2, 4)."
+        f"dot_product_attention: the function passed as max_logit returned {got}, expected a tuple "
+        "of the output (2, 13, 4, 8) and the max logits (2, 4)."
     )
 
 
 @pytest.mark.parametrize("options", [{"implementation": "xla"}, {"return_residual": True}])
-def test_options_that_do_not_reach_a_function_are_refused(options):
+def test_options_that_do_not_reach_a_function_raise(options):
     function: Any = lambda *_, **__: None  # noqa: E731
-    with pytest.raises(ValueError, match="do not reach a function given as max_logit"):
+    with pytest.raises(ValueError, match="do not reach a function passed as max_logit"):
         dot_product_attention(*inputs(), max_logit=function, **options)
 
 
-def test_unknown_methods_are_refused():
+def test_unknown_methods_raise():
     with pytest.raises(ValueError, match="max_logit") as error:
         dot_product_attention(*inputs(), max_logit="estimate")
     assert str(error.value) == (
@@ -81,7 +81,7 @@ def test_unknown_methods_are_refused():
     )
 
 
-def test_absent_tokamax_is_an_error_that_says_what_to_install(monkeypatch):
+def test_missing_tokamax_raises_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     for name in [name for name in sys.modules if name.startswith("tokamax.")]:
         monkeypatch.delitem(sys.modules, name)
@@ -96,10 +96,10 @@ def test_absent_tokamax_is_an_error_that_says_what_to_install(monkeypatch):
     assert end == 'Install it with `pip install tokamax==0.0.17`, or use max_logit="exact".'
 
 
-def test_the_kernel_of_tokamax_names_all_that_it_does_not_do():
+def test_unsupported_arguments_of_tokamax_raise_together():
     q, key, value = inputs()
     q = q.astype(jnp.bfloat16)
-    with pytest.raises(ValueError, match="cannot do this") as error:
+    with pytest.raises(ValueError, match="does not support this") as error:
         dot_product_attention(
             q,
             key,
@@ -111,10 +111,10 @@ def test_the_kernel_of_tokamax_names_all_that_it_does_not_do():
             max_logit="tokamax",
         )
     assert str(error.value) == (
-        'dot_product_attention: max_logit="tokamax" cannot do this.\n'
-        "  bias is given; leave it out.\n"
-        "  mask is given; leave it out.\n"
-        "  implementation is given; leave it out.\n"
+        'dot_product_attention: max_logit="tokamax" does not support this.\n'
+        "  bias is set; leave it out.\n"
+        "  mask is set; leave it out.\n"
+        "  implementation is set; leave it out.\n"
         "  there are 13 queries and 13 keys; pad to multiples of 128.\n"
         "  query, key and value have dtypes bfloat16, float32, float32; cast them to one.\n"
         "  local_window_size leaves a query without a key.\n"
@@ -124,7 +124,7 @@ def test_the_kernel_of_tokamax_names_all_that_it_does_not_do():
 
 FAULTS = {
     "query (13, 4) and key (2, 13, 4, 8) need four axes": {"query": (13, 4)},
-    "query has 4 heads, no multiple of the 3 heads of key.": {"key": (2, 13, 3, 8)},
+    "query has 4 heads, not a multiple of the 3 heads of key.": {"key": (2, 13, 3, 8)},
     "bias (1, 3, 13, 13) does not broadcast": {"bias": (3, 13, 13)},
     "mask (1, 1, 13, 5) does not broadcast": {"mask": (13, 5)},
     "value (2, 12, 4, 8) and key (2, 13, 4, 8) differ before the last axis": {
@@ -134,7 +134,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("message", FAULTS)
-def test_shapes_that_do_not_fit_are_named(message, no_typecheck):
+def test_wrong_shapes_raise(message, no_typecheck):
     shapes = {"query": (2, 13, 4, 8), "key": (2, 13, 4, 8), "value": (2, 13, 4, 8)}
     arguments: dict[str, Any] = {
         name: jnp.ones(shape, bool if name == "mask" else jnp.float32)
@@ -145,12 +145,12 @@ def test_shapes_that_do_not_fit_are_named(message, no_typecheck):
     assert message in str(error.value)
 
 
-def test_mask_of_numbers_is_refused_with_both_cures(no_typecheck):
+def test_mask_of_numbers_raises_with_both_fixes(no_typecheck):
     with pytest.raises(TypeError, match=r"^dot_product_attention: .*pass it as bias"):
         dot_product_attention(*inputs(), mask=jnp.zeros((13, 13)))
 
 
-def test_other_errors_are_those_of_jax_nn():
+def test_other_errors_come_from_jax_nn():
     q, key, value = inputs()
     with pytest.raises(ValueError, match="query dtype should be float32"):
         dot_product_attention(q.astype(jnp.bfloat16), key, value)

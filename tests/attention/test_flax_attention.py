@@ -1,4 +1,4 @@
-"""What holds for Linen and NNX alike: forms of attention, soft caps, and equal results."""
+"""Common behavior of Linen and NNX: methods of attention, soft caps, and equal results."""
 
 import contextlib
 
@@ -30,14 +30,14 @@ MASKS = {"no mask": None, "a mask": jnp.tri(7)}
 
 
 def kernel(query, key, value, bias, mask, *, scale, is_causal, **others):
-    """A function of the user's own, for output and statistic."""
+    """A function of the user, for output and max logits."""
     assert set(others.values()) == {None}
     pairs = {"bias": bias, "mask": mask, "scale": scale, "is_causal": is_causal}
     out = jax.nn.dot_product_attention(query, key, value, **pairs)
     return out, mc.max_attention_logit(query, key, **pairs)
 
 
-# What is not Flax's own attention, and under what name the statistic of it is sown.
+# Other sources of the output, with the name under which their max logits are sown.
 FORMS = {
     "lse_bound": ({"max_logit": "lse_bound"}, "max_logits_bound"),
     "xla": ({"implementation": "xla"}, "max_logits"),
@@ -48,7 +48,7 @@ FORMS = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mask", MASKS)
-def test_other_forms_give_the_output_of_flax_and_sow_by_name(call, form, mask):
+def test_other_methods_equal_flax_and_sow_by_name(call, form, mask):
     options, name = FORMS[form]
     x = draw(1, 2, 3, 7, 8)  # two axes of batch
     out, stats = CALLS[call](x, MASKS[mask], options=options)
@@ -56,13 +56,13 @@ def test_other_forms_give_the_output_of_flax_and_sow_by_name(call, form, mask):
     # Another order of the same sums; measured 2e-7.
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
     assert list(stats) == [name]
-    statistic, exact = stats[name][0], exact["max_logits"][0]
-    assert statistic.shape == (6, 2)
+    max_logits, exact = stats[name][0], exact["max_logits"][0]
+    assert max_logits.shape == (6, 2)
     if name == "max_logits":
-        np.testing.assert_allclose(statistic, exact, rtol=2e-6)
+        np.testing.assert_allclose(max_logits, exact, rtol=2e-6)
     else:
-        assert np.all(statistic >= exact)
-        assert np.all(statistic <= exact + np.log(7) + 1e-5)
+        assert np.all(max_logits >= exact)
+        assert np.all(max_logits <= exact + np.log(7) + 1e-5)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -111,7 +111,7 @@ def products(function, *args):
     ("options", "extra"),
     [({}, 1), ({"implementation": "xla"}, 1), ({"max_logit": "lse_bound"}, 0)],
 )
-def test_evaluation_does_not_pay_for_the_statistic(flavor, options, extra):
+def test_evaluation_computes_no_max_logits(flavor, options, extra):
     if flavor == "nnx":
         skip_without_capture()
     q = draw(1, 3, 7, 2, 8)
@@ -141,7 +141,7 @@ HOOKS = {
 )
 @pytest.mark.parametrize("form", ["max_logit='lse_bound'", "implementation='xla'"])
 @pytest.mark.usefixtures("no_typecheck")
-def test_what_only_flax_can_do_is_refused_and_not_dropped(flavor, settings, shown, form):
+def test_arguments_that_only_flax_supports_raise(flavor, settings, shown, form):
     bound = form == "max_logit='lse_bound'"
     q = draw(1, 3, 7, 2, 8)
     with pytest.raises(ValueError, match="attention_fn") as error:
@@ -155,13 +155,13 @@ def test_what_only_flax_can_do_is_refused_and_not_dropped(flavor, settings, show
         )
     used = f"{form} with implementation=None" if bound else f"max_logit='exact' with {form}"
     assert str(error.value) == (
-        f"attention_fn: {used} cannot do {shown}. Leave that out, or use max_logit='exact' with "
-        "implementation=None, which is Flax's own attention."
+        f"attention_fn: {used} does not support {shown}. Leave that out, or use "
+        "max_logit='exact' with implementation=None, which is Flax's own attention."
     )
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_dropout_that_is_off_is_no_obstacle(call):
+def test_disabled_dropout_is_accepted(call):
     settings = {"dropout_rate": 0.5, "deterministic": True}
     out, _ = CALLS[call](X, options={"max_logit": "lse_bound"}, **settings)
     expected, _ = CALLS[call](X, **settings)
@@ -169,7 +169,7 @@ def test_dropout_that_is_off_is_no_obstacle(call):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_argument_that_flax_does_not_know_reaches_flax():
+def test_unknown_arguments_reach_flax():
     q = draw(1, 3, 7, 2, 8)
     with pytest.raises(TypeError, match="unexpected keyword argument 'newer'"):
         mc.nnx.attention_fn(q, q, q, newer=1)
@@ -200,7 +200,7 @@ ONES = jnp.ones((3, 2))
 
 
 @pytest.mark.parametrize("flavor", SOW)
-def test_nothing_flows_back_through_what_is_sown(flavor):
+def test_sown_max_logits_have_no_gradient(flavor):
     gradient = jax.grad(lambda x: jnp.sum(SOW[flavor](x, "no_cap", None)))(ONES)
     np.testing.assert_array_equal(gradient, 0)
 
@@ -218,16 +218,16 @@ def test_nothing_flows_back_through_what_is_sown(flavor):
     ],
 )
 @pytest.mark.parametrize("cap", [None, 0, 0.0, -1, False, 50, 50.0, np.float32(50.0), jnp.ones(2)])
-def test_what_may_come_after_a_soft_cap_is_refused_unless_told_otherwise(flavor, name, cap):
+def test_sow_rejects_modules_with_soft_cap(flavor, name, cap):
     off = cap is None or (np.ndim(cap) == 0 and cap <= 0)
-    refused = pytest.raises(ValueError, match=f"Attention.* has {name}=")
-    with contextlib.nullcontext() if off else refused:
+    raises = pytest.raises(ValueError, match=f"Attention.* has {name}=")
+    with contextlib.nullcontext() if off else raises:
         SOW[flavor](ONES, name, cap)
     SOW[flavor](ONES, name, cap, before_soft_cap=True)
 
 
 @needs_capture
-def test_messages_on_soft_caps_say_what_where_and_the_cure():
+def test_soft_cap_errors_have_path_and_fix():
     class Attention(nn.MultiHeadDotProductAttention):
         attn_logits_soft_cap: float = 50.0
 
@@ -251,8 +251,8 @@ def test_messages_on_soft_caps_say_what_where_and_the_cure():
         sow_in_linen(ONES, "logit_cap", 30.0)
     assert str(error.value) == (
         "sow_max_logits: Attention at '(root)' has logit_cap=30.0. After a soft cap no logit is "
-        "above the cap, and the clip would never act. Sow the logits before the cap, such as "
-        "max_attention_logit(query, key), and say so: before_soft_cap=True."
+        "above the cap, and the clip would never act. Sow the max logits before the cap, such as "
+        "max_attention_logit(query, key), and pass before_soft_cap=True."
     )
 
 
@@ -290,7 +290,7 @@ def plain_model(params, x):
     return x, stats
 
 
-def test_linen_nnx_and_plain_functions_clip_to_the_same_bits():
+def test_linen_nnx_and_functions_clip_equally_bit_for_bit():
     params = LinenModel().init(jax.random.key(0), X)["params"]
     # Larger by layer, so that one layer is clipped and the other is not.
     params["layer_1"] = jax.tree.map(lambda x: 4 * x, params["layer_1"])
@@ -313,7 +313,7 @@ def test_linen_nnx_and_plain_functions_clip_to_the_same_bits():
 
 @pytest.mark.parametrize("options", [{}, {"max_logit": "lse_bound"}, {"implementation": "xla"}])
 @pytest.mark.parametrize("masked", [False, True])
-def test_causal_option_of_linen_is_a_causal_mask(options, masked):
+def test_is_causal_of_linen_equals_a_causal_mask(options, masked):
     padding = jnp.arange(X.shape[1])[None, None, None] < 5 if masked else None
     causal = nn.make_causal_mask(X[..., 0])
     both = nn.combine_masks(causal, padding)

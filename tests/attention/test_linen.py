@@ -1,4 +1,4 @@
-"""Statistics out of `flax.linen` modules, and the whole way from a forward pass to the clip."""
+"""Max logits of `flax.linen` modules, from a forward pass to the clip."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_output_and_gradients_are_those_of_flax_bit_for_bit(mask):
+def test_output_and_gradients_equal_flax_bit_for_bit(mask):
     mask = MASKS[mask]()
     ours, theirs = linen_attention(), nn.MultiHeadDotProductAttention(num_heads=2)
     variables = ours.init(jax.random.key(0), X)
@@ -45,7 +45,7 @@ def test_output_and_gradients_are_those_of_flax_bit_for_bit(mask):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("block_size", [512, 3])
-def test_statistic_equals_float64(mask, block_size):
+def test_max_logits_equal_float64(mask, block_size):
     mask = MASKS[mask]()
     module = linen_attention()
     if block_size != 512:
@@ -55,11 +55,11 @@ def test_statistic_equals_float64(mask, block_size):
     _, stats = apply(module, variables, X, mask=mask)
     visible = None if mask is None else np.asarray(mask, bool)
     expected = recomputed(variables["params"], X, mask=visible)
-    (statistic,) = stats["max_logits"]
-    np.testing.assert_allclose(statistic, expected, rtol=2e-6)
+    (max_logits,) = stats["max_logits"]
+    np.testing.assert_allclose(max_logits, expected, rtol=2e-6)
 
 
-def test_dropout_is_that_of_flax_and_leaves_the_statistic_alone():
+def test_dropout_equals_flax_and_keeps_max_logits():
     settings = {"dropout_rate": 0.5, "deterministic": False}
     ours, theirs = (
         linen_attention(**settings),
@@ -73,16 +73,16 @@ def test_dropout_is_that_of_flax_and_leaves_the_statistic_alone():
     np.testing.assert_allclose(stats["max_logits"][0], expected, rtol=2e-6)
 
 
-def test_narrow_computation_gives_a_float32_statistic():
+def test_bfloat16_computation_gives_float32_max_logits():
     module = linen_attention(dtype=jnp.bfloat16)
     variables = module.init(jax.random.key(0), X)
     out, stats = apply(module, variables, X)
     theirs = nn.MultiHeadDotProductAttention(num_heads=2, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(out, theirs.apply(variables, X))
-    (statistic,) = stats["max_logits"]
-    assert statistic.dtype == jnp.float32
+    (max_logits,) = stats["max_logits"]
+    assert max_logits.dtype == jnp.float32
     # 8 bits in queries and keys; measured 6e-3.
-    np.testing.assert_allclose(statistic, recomputed(variables["params"], X), rtol=2e-2)
+    np.testing.assert_allclose(max_logits, recomputed(variables["params"], X), rtol=2e-2)
 
 
 def test_several_batch_axes_become_one():
@@ -102,7 +102,7 @@ def test_several_batch_axes_become_one():
     np.testing.assert_allclose(stats["max_logits"][0], expected, rtol=2e-6)
 
 
-def test_shared_keys_give_the_output_of_jax_nn():
+def test_shared_keys_equal_jax_nn():
     query, key, value = draw(1, 3, 7, 4, 8), draw(2, 3, 7, 2, 8), draw(3, 3, 7, 2, 8)
     bias = draw(4, 1, 4, 7, 7)
     out = mc.linen.attention_fn(query, key, value, bias=bias)
@@ -110,7 +110,7 @@ def test_shared_keys_give_the_output_of_jax_nn():
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bias_counts():
+def test_bias_is_part_of_the_max_logits():
     class Biased(nn.Module):
         @nn.compact
         def __call__(self, q, bias):
@@ -122,7 +122,7 @@ def test_bias_counts():
     np.testing.assert_allclose(stats["max_logits"][0], expected, rtol=2e-6)
 
 
-def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
+def test_clip_raises_without_sow_weights():
     module = linen_attention()
     variables = module.init(jax.random.key(0), X)
     _, state = module.apply(variables, X, mutable=["intermediates"])
@@ -132,12 +132,12 @@ def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
         mc.qk_clip(variables["params"], state)
 
 
-def test_init_stores_no_statistic():
+def test_init_stores_no_max_logits():
     variables = linen_attention().init(jax.random.key(0), X, sow_weights=True)
     assert list(variables) == ["params"]
 
 
-def test_evaluation_does_not_pay_for_the_statistic():
+def test_evaluation_computes_no_max_logits():
     module = linen_attention()
     variables = module.init(jax.random.key(0), X)
 
@@ -152,7 +152,7 @@ def test_evaluation_does_not_pay_for_the_statistic():
 
 @pytest.mark.parametrize("name", ["max_logits", "s_max"])
 @pytest.mark.parametrize("collection", ["intermediates", "stats"])
-def test_sown_under_the_name_and_in_the_collection_that_are_asked_for(name, collection):
+def test_sow_uses_the_given_name_and_collection(name, collection):
     class Sower(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -165,7 +165,7 @@ def test_sown_under_the_name_and_in_the_collection_that_are_asked_for(name, coll
     assert not Sower().apply({}, jnp.ones((3, 2)))
 
 
-def test_qk_norm_of_flax_is_refused():
+def test_qk_norm_of_flax_raises():
     module = linen_attention(normalize_qk=True)
     variables = module.init(jax.random.key(0), X)
     _, stats = apply(module, variables, X)
@@ -173,7 +173,7 @@ def test_qk_norm_of_flax_is_refused():
         mc.qk_clip(variables["params"], stats)
 
 
-def test_clip_holds_the_logits_that_adamw_drives_up():
+def test_clip_bounds_the_logits_under_adamw():
     """The loss rewards queries and keys that agree."""
     tau = 4.0
     module = linen_attention(qkv_features=16)

@@ -1,4 +1,4 @@
-"""Statistics through Linen's lifted transforms, boxes and sharding, and back to the weights."""
+"""Max logits under Linen's lifted transforms, boxes and sharding, and the clip by them."""
 
 import chex
 import flax.linen as nn
@@ -39,7 +39,7 @@ def layers_of(params, axis=0, length=3):
 
 
 def looped(layers, x):
-    """Runs blocks one after the other; gives the largest logits of each."""
+    """Runs blocks one after the other; returns the max logits of each."""
     maxima = []
     for layer in layers:
         (x, _), sown = run(Block(), {"params": layer}, x)
@@ -84,7 +84,7 @@ def test_scan_of_a_scan_keeps_two_stack_axes():
     np.testing.assert_allclose(info.max_logits["attn"], expected, rtol=1e-5)
 
 
-def test_weights_that_a_scan_shares_are_clipped_by_the_largest_of_its_steps():
+def test_shared_weights_of_a_scan_use_the_maximum_of_its_steps():
     model = nn.scan(
         Block,
         variable_broadcast="params",
@@ -134,7 +134,7 @@ def test_vmap_over_the_batch_alone_counts_the_whole_batch():
 
 
 @pytest.mark.parametrize("lifted", [scanned(Block), mapped(params=0)])
-def test_lifting_that_drops_the_statistics_is_an_error_and_not_a_silent_skip(lifted):
+def test_transforms_that_drop_max_logits_raise(lifted):
     x = draw(6, 3, 2, 7, 8)
     variables = lifted().init(jax.random.key(0), x)
     _, state = lifted().apply(variables, x, mutable=["intermediates"])
@@ -200,7 +200,7 @@ class BoxedBlock(nn.Module):
 
 
 @pytest.mark.parametrize("model", [BoxedBlock(), scanned(BoxedBlock, intermediates=0)()])
-def test_boxes_and_their_names_stay_and_the_numbers_are_those_without_boxes(model):
+def test_boxes_stay_and_do_not_change_numbers(model):
     boxed = model.init(jax.random.key(0), X)["params"]
     _, stats = run(model, {"params": boxed}, X)
     new, info = mc.qk_clip(boxed, stats, threshold=1.0)
@@ -213,7 +213,7 @@ def test_boxes_and_their_names_stay_and_the_numbers_are_those_without_boxes(mode
     chex.assert_trees_all_equal(nn.unbox(new), plain)
 
 
-def test_frozen_dicts_come_out_frozen():
+def test_frozen_dicts_stay_frozen():
     variables = Block().init(jax.random.key(0), X)
     _, stats = run(Block(), variables, X)
     expected, _ = mc.qk_clip(variables["params"], stats, threshold=0.1)

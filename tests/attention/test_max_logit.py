@@ -1,4 +1,4 @@
-"""The largest attention logit: against float64, against `jax.nn`, under transforms."""
+"""The max logit of each head: against float64, against `jax.nn`, under transforms."""
 
 import functools
 from typing import Any
@@ -16,13 +16,13 @@ from tests.support.logit_cases import RULES, boolean, close, lengths, queries_an
 
 def largest(query, key, block_size=512, is_causal=False, local_window_size=None, **arrays):
     """Compiled as a whole, which is faster to test than one operation at a time."""
-    statistic = functools.partial(
+    max_logits_of = functools.partial(
         mc.max_attention_logit,
         block_size=block_size,
         is_causal=is_causal,
         local_window_size=local_window_size,
     )
-    return jax.jit(statistic)(query, key, **arrays)
+    return jax.jit(max_logits_of)(query, key, **arrays)
 
 
 BLOCKS = [512, 5]
@@ -145,13 +145,13 @@ def test_nan_stays_in_its_row_and_head(block_size):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_inputs_are_accumulated_in_float32(dtype):
+def test_bfloat16_and_float16_inputs_accumulate_in_float32(dtype):
     q, key = queries_and_keys(h=64, dtype=dtype)
     # Measured 2e-7: the products of narrow numbers are exact in float32, only sums round.
     close(mc.max_attention_logit(100 * q, key), reference.max_logits(100 * q, key))
 
 
-def test_float64_inputs_are_accumulated_in_float64():
+def test_float64_inputs_accumulate_in_float64():
     with jax.enable_x64(True):
         q, key = queries_and_keys(dtype=np.float64)
         close(mc.max_attention_logit(q, key), reference.max_logits(q, key), rtol=1e-7)
@@ -163,7 +163,7 @@ def test_queries_and_keys_may_differ_in_dtype(strict_promotion):
     close(mc.max_attention_logit(q, key, block_size=4), reference.max_logits(q, key))
 
 
-def test_same_logits_as_jax_nn():
+def test_logits_equal_jax_nn():
     q, key = queries_and_keys(b=1, k=2, n=4)
     bias, mask = (
         draw(2, 1, 4, 1, 13),
@@ -177,7 +177,7 @@ def test_same_logits_as_jax_nn():
     np.testing.assert_allclose(actual, residual.max(1), rtol=1e-5)
 
 
-def test_gradient_is_zero_and_nothing_of_it_is_kept():
+def test_gradient_is_zero_without_residuals():
     q, key = queries_and_keys()
 
     def loss(q, key, bias):
@@ -211,20 +211,18 @@ def test_one_block_is_one_product_without_a_loop():
         ({"local_window_size": (3, 8), "is_causal": True}, 9),
     ],
 )
-def test_blocks_that_are_masked_whole_are_skipped(rules, pairs):
-    statistic = functools.partial(mc.max_attention_logit, block_size=2, **rules)
-    jaxpr = jax.make_jaxpr(statistic)(*queries_and_keys(t=8, s=8))
+def test_fully_masked_blocks_are_skipped(rules, pairs):
+    max_logits_of = functools.partial(mc.max_attention_logit, block_size=2, **rules)
+    jaxpr = jax.make_jaxpr(max_logits_of)(*queries_and_keys(t=8, s=8))
     trips = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
     assert trips == [pairs - 1]  # one comes before the loop
 
 
 FAULTS = {
     "query (2, 13, 4) and key (2, 13, 4, 8) need four axes": {"query": (2, 13, 4)},
-    "key (3, 13, 4, 8) has another batch or width than query (2, 13, 4, 8).": {
-        "key": (3, 13, 4, 8)
-    },
-    "key (2, 13, 4, 7) has another batch or width": {"key": (2, 13, 4, 7)},
-    "query has 4 heads, no multiple of the 3 heads of key.": {"key": (2, 13, 3, 8)},
+    "key (3, 13, 4, 8) and query (2, 13, 4, 8) differ in batch or width.": {"key": (3, 13, 4, 8)},
+    "key (2, 13, 4, 7) and query (2, 13, 4, 8) differ in batch or width": {"key": (2, 13, 4, 7)},
+    "query has 4 heads, not a multiple of the 3 heads of key.": {"key": (2, 13, 3, 8)},
     "there are 13 queries and 0 keys": {"key": (2, 0, 4, 8)},
     "bias (4, 13, 13) does not broadcast to [b, n, t, s] (2, 4, 13, 13).": {"bias": (4, 13, 13)},
     "mask (2, 4, 13, 5) does not broadcast": {"mask": (2, 4, 13, 5)},
@@ -241,7 +239,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("message", FAULTS)
-def test_shapes_that_do_not_fit_are_named(message, no_typecheck):
+def test_wrong_shapes_raise(message, no_typecheck):
     settings = {"query": (2, 13, 4, 8), "key": (2, 13, 4, 8), **FAULTS[message]}
     kinds = {"mask": bool, "segment_ids": jnp.int32}
     arguments: dict[str, Any] = {
@@ -255,20 +253,20 @@ def test_shapes_that_do_not_fit_are_named(message, no_typecheck):
     assert message in str(error.value)
 
 
-def test_all_faults_come_at_once(no_typecheck):
+def test_all_faults_come_in_one_error(no_typecheck):
     with pytest.raises(ValueError, match="do not fit") as error:
         mc.max_attention_logit(
             jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 3, 8)), bias=jnp.ones(3), block_size=-1
         )
     assert str(error.value) == (
         "max_attention_logit: the arguments do not fit.\n"
-        "  query has 4 heads, no multiple of the 3 heads of key.\n"
+        "  query has 4 heads, not a multiple of the 3 heads of key.\n"
         "  bias (3,) does not broadcast to [b, n, t, s] (2, 4, 5, 5).\n"
         "  block_size must be an integer of at least 1, got -1."
     )
 
 
-def test_mask_of_numbers_is_refused_with_both_cures(no_typecheck):
+def test_mask_of_numbers_raises_with_both_fixes(no_typecheck):
     q, key = queries_and_keys()
     with pytest.raises(TypeError, match=r"mask\.astype\(bool\).*pass it as bias"):
         mc.max_attention_logit(q, key, mask=jnp.zeros((1, 1, 13, 13)))

@@ -1,4 +1,4 @@
-"""The largest attention logit of long sequences, and of inputs on several devices."""
+"""Max logits of long sequences, and of inputs on several devices."""
 
 import functools
 
@@ -37,23 +37,23 @@ def temporaries(function, inputs):
     ],
 )
 def test_long_sequences_need_no_square_memory(dtype, full, rules):
-    def statistic(q, k, bias, mask):
+    def max_logits_of(q, k, bias, mask):
         return mc.max_attention_logit(q, k, bias=bias, mask=mask, **rules)
 
     # Measured 8 MiB.
-    assert temporaries(statistic, long_inputs(dtype, full)) < 32 * 2**20
+    assert temporaries(max_logits_of, long_inputs(dtype, full)) < 32 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_beside_a_differentiated_attention_it_needs_no_square_memory_either(dtype):
-    def loss(q, k, bias, mask, with_statistic):
+    def loss(q, k, bias, mask, with_max_logits):
         out = jax.nn.dot_product_attention(q, k, k, bias, mask)
-        statistic = mc.max_attention_logit(q, k, bias=bias, mask=mask) if with_statistic else 0
-        return jnp.sum(out.astype(jnp.float32)), statistic
+        max_logits_of = mc.max_attention_logit(q, k, bias=bias, mask=mask) if with_max_logits else 0
+        return jnp.sum(out.astype(jnp.float32)), max_logits_of
 
     used = [
         temporaries(
-            jax.grad(functools.partial(loss, with_statistic=on), (0, 1), has_aux=True),
+            jax.grad(functools.partial(loss, with_max_logits=on), (0, 1), has_aux=True),
             long_inputs(dtype, full=True),
         )
         for on in (False, True)
@@ -67,8 +67,8 @@ def test_works_inside_shard_map(block_size):
     mesh = mesh_of_eight()
 
     def local_maximum(arrays):
-        statistic = functools.partial(mc.max_attention_logit, local_window_size=6)
-        return jax.lax.pmax(statistic(**arrays, block_size=block_size).max(0), "data")
+        max_logits_of = functools.partial(mc.max_attention_logit, local_window_size=6)
+        return jax.lax.pmax(max_logits_of(**arrays, block_size=block_size).max(0), "data")
 
     specs = {name: SPECS[name] for name in sharded_inputs()}
     sharded = jax.shard_map(local_maximum, mesh=mesh, in_specs=(specs,), out_specs=P("model"))
@@ -88,9 +88,9 @@ def test_sharded_batch_and_heads_need_no_communication(kind, block_size):
         arrays = {
             name: jax.device_put(x, NamedSharding(mesh, SPECS[name])) for name, x in arrays.items()
         }
-        statistic = functools.partial(
+        max_logits_of = functools.partial(
             mc.max_attention_logit, local_window_size=6, block_size=block_size
         )
-        compiled = jax.jit(statistic).lower(**arrays).compile()
+        compiled = jax.jit(max_logits_of).lower(**arrays).compile()
         close(compiled(**arrays), expected)
     assert collectives(compiled) == []

@@ -1,4 +1,4 @@
-"""Statistics out of `flax.nnx` modules, and the whole way from a forward pass to the clip."""
+"""Max logits of `flax.nnx` modules, from a forward pass to the clip."""
 
 import functools
 from typing import Any
@@ -22,7 +22,7 @@ sown = functools.partial(capture, sow_weights=True)
 
 
 @pytest.mark.parametrize("caller", ["sow_max_logits", "attention_fn"])
-def test_older_flax_is_an_error_when_it_is_used_and_not_at_import(monkeypatch, caller):
+def test_older_flax_raises_on_use_and_not_at_import(monkeypatch, caller):
     monkeypatch.delattr(nnx, "capture", raising=False)
     module = nnx_attention()
     module(X)  # without max logits nothing is missing
@@ -84,7 +84,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_output_and_gradients_are_those_of_flax_bit_for_bit(mask):
+def test_output_and_gradients_equal_flax_bit_for_bit(mask):
     def loss(module, **settings):
         out = module(X, mask=MASKS[mask], **settings)
         return jnp.sum(out**2), out
@@ -102,16 +102,16 @@ def test_output_and_gradients_are_those_of_flax_bit_for_bit(mask):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("block_size", [512, 3])
-def test_statistic_equals_float64(mask, block_size):
+def test_max_logits_equal_float64(mask, block_size):
     attention_fn = functools.partial(mc.nnx.attention_fn, block_size=block_size)
     module = nnx_attention(attention_fn=attention_fn)
     _, stats = sown(module, X, mask=MASKS[mask])
     visible = None if MASKS[mask] is None else np.asarray(MASKS[mask], bool)
-    (statistic,) = stats["max_logits"].get_value()
-    np.testing.assert_allclose(statistic, recomputed(weights(module), X, mask=visible), rtol=2e-6)
+    (max_logits,) = stats["max_logits"].get_value()
+    np.testing.assert_allclose(max_logits, recomputed(weights(module), X, mask=visible), rtol=2e-6)
 
 
-def test_causality_by_argument_is_that_of_flax_and_counts():
+def test_is_causal_equals_flax():
     q, k, v = draw(1, 3, 7, 2, 8), draw(2, 3, 5, 2, 8), draw(3, 3, 5, 2, 8)
     k = k.at[:, -1].multiply(9)  # the last key, which few queries see
     out, stats = capture(Direct(), q, k, v, is_causal=True)
@@ -121,7 +121,7 @@ def test_causality_by_argument_is_that_of_flax_and_counts():
     np.testing.assert_allclose(stats["max_logits"][0], expected, rtol=2e-6)
 
 
-def test_dropout_is_that_of_flax_and_leaves_the_statistic_alone():
+def test_dropout_equals_flax_and_keeps_max_logits():
     settings = {"dropout_rate": 0.5, "deterministic": False}
     module = nnx_attention(nnx.Rngs(0, dropout=1), **settings)
     out, stats = sown(module, X)
@@ -129,17 +129,17 @@ def test_dropout_is_that_of_flax_and_leaves_the_statistic_alone():
     np.testing.assert_allclose(stats["max_logits"][0], recomputed(weights(module), X), rtol=2e-6)
 
 
-def test_narrow_computation_gives_a_float32_statistic():
+def test_bfloat16_computation_gives_float32_max_logits():
     module = nnx_attention(dtype=jnp.bfloat16)
     out, stats = sown(module, X)
     np.testing.assert_array_equal(out, flax_attention(dtype=jnp.bfloat16)(X))
-    (statistic,) = stats["max_logits"].get_value()
-    assert statistic.dtype == jnp.float32
+    (max_logits,) = stats["max_logits"].get_value()
+    assert max_logits.dtype == jnp.float32
     # 8 bits in queries and keys; measured 6e-3.
-    np.testing.assert_allclose(statistic, recomputed(weights(module), X), rtol=2e-2)
+    np.testing.assert_allclose(max_logits, recomputed(weights(module), X), rtol=2e-2)
 
 
-def test_a_promotion_of_the_users_own_is_that_of_the_statistic_too():
+def test_max_logits_use_the_given_promotion():
     def to_bfloat16(arrays, *, dtype=None):
         del dtype
         return tuple(x.astype(jnp.bfloat16) for x in arrays)
@@ -162,7 +162,7 @@ def test_several_batch_axes_become_one():
     np.testing.assert_allclose(stats["max_logits"][0], expected, rtol=2e-6)
 
 
-def test_shared_keys_and_a_bias_count_as_in_flax():
+def test_shared_keys_and_bias_equal_flax():
     q, k, v = draw(1, 3, 7, 4, 8), draw(2, 3, 7, 2, 8), draw(3, 3, 7, 2, 8)
     bias = 10 * draw(4, 1, 4, 7, 7)
     out, stats = capture(Direct(), q, k, v, bias=bias)
@@ -171,7 +171,7 @@ def test_shared_keys_and_a_bias_count_as_in_flax():
     np.testing.assert_allclose(stats["max_logits"][0], expected, rtol=2e-6)
 
 
-def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
+def test_clip_raises_without_sow_weights():
     module = nnx_attention()
     _, stats = capture(module, X)
     with pytest.raises(ValueError, match=r"in NNX, when no `nnx[.]capture"):
@@ -180,7 +180,7 @@ def test_without_sow_weights_nothing_is_sown_and_the_clip_says_why():
 
 @needs_capture
 @pytest.mark.parametrize("types", [(), (nnx.Intermediate,)])
-def test_without_a_capture_of_this_type_nothing_is_stored_and_nobody_warned(types):
+def test_without_a_capture_nothing_is_stored(types):
     class Model(nnx.Module):
         def __init__(self):
             self.attn = nnx_attention()
@@ -199,7 +199,7 @@ def test_without_a_capture_of_this_type_nothing_is_stored_and_nobody_warned(type
 
 
 @needs_capture
-def test_captured_beside_intermediates_if_it_is_named_first():
+def test_capture_beside_intermediates():
     class Model(nnx.Module):
         def __call__(self, x):
             self.sow(nnx.Intermediate, "features", x)
@@ -211,7 +211,7 @@ def test_captured_beside_intermediates_if_it_is_named_first():
 
 
 @pytest.mark.parametrize("name", ["max_logits", "s_max"])
-def test_sown_under_the_name_that_is_asked_for(name):
+def test_sow_uses_the_given_name(name):
     class Sower(nnx.Module):
         def __call__(self, x):
             return mc.nnx.sow_max_logits(self, x, name=name)
@@ -221,7 +221,7 @@ def test_sown_under_the_name_that_is_asked_for(name):
     assert stats[name][0].shape == (3, 2)
 
 
-def test_qk_norm_of_flax_is_refused():
+def test_qk_norm_of_flax_raises():
     module = nnx_attention(normalize_qk=True)
     _, stats = sown(module, X)
     with pytest.raises(ValueError, match="'query_ln' normalizes queries or keys"):
@@ -229,7 +229,7 @@ def test_qk_norm_of_flax_is_refused():
 
 
 @pytest.mark.parametrize("pure", [False, True])
-def test_the_state_that_comes_out_is_the_one_that_update_takes(pure):
+def test_update_accepts_the_clipped_state(pure):
     module = nnx_attention()
     _, stats = sown(module, X)
     params = nnx.state(module, nnx.Param)
@@ -250,8 +250,8 @@ def test_the_state_that_comes_out_is_the_one_that_update_takes(pure):
     np.testing.assert_allclose(module.query.kernel[...], expected, rtol=1e-6)
 
 
-def test_a_leaf_that_is_called_value_is_not_taken_for_the_inside_of_a_variable():
-    """`value` is where a variable keeps its array, and what modules call their value projection."""
+def test_a_leaf_named_value_is_no_variable():
+    """`value` is the attribute of a variable and a name of value projections."""
 
     class Attention(nnx.Module):
         def __init__(self):
@@ -339,7 +339,7 @@ def with_model_and_optimizer(model):
 
 
 @pytest.mark.parametrize("recipe", [with_optax, with_optimizer, with_model_and_optimizer])
-def test_clip_holds_the_logits_that_adamw_drives_up(recipe):
+def test_clip_bounds_the_logits_under_adamw(recipe):
     def largest_of_20_steps(clip):
         step = recipe(nnx_attention(qkv_features=16))
         return max(float(step(jnp.asarray(clip))) for _ in range(20))

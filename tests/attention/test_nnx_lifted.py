@@ -1,4 +1,4 @@
-"""Statistics through NNX's transforms and containers, and back to the weights."""
+"""Max logits under NNX's transforms and in its containers, and the clip by them."""
 
 import chex
 import jax
@@ -69,7 +69,7 @@ def in_jit_of_gradient(model, x):
     "forward", [in_nnx_jit, around_nnx_jit, in_jax_jit, in_gradient, in_jit_of_gradient]
 )
 @pytest.mark.parametrize("call", [Block.__call__, nnx.remat(Block.__call__)])
-def test_statistics_come_out_of_transforms_as_without_them(forward, call):
+def test_transforms_keep_max_logits(forward, call):
     model = Layers(call)
     before = jax.tree.structure(nnx.state(model))
     expected_out, expected = capture(Layers(), X)
@@ -183,7 +183,7 @@ def test_scanned_layers_equal_a_loop_over_layers(forward, jit):
         chex.assert_trees_all_close(after, expected, rtol=1e-6)
 
 
-def test_scan_that_drops_the_statistics_is_an_error_and_not_a_silent_skip():
+def test_scan_that_drops_max_logits_raises():
     def drops(blocks, x):
         graphdef, state = nnx.split(blocks)
         return jax.lax.scan(lambda x, s: (nnx.merge(graphdef, s)(x), None), x, state)[0]
@@ -225,7 +225,7 @@ def test_vmap_over_the_batch_alone_counts_the_whole_batch(inside):
     np.testing.assert_allclose(info.max_logits["attn"], expected, rtol=1e-5)
 
 
-def test_modules_in_lists_and_dicts_are_told_apart_by_index_and_key():
+def test_modules_in_lists_and_dicts_keep_their_own_max_logits():
     class Nested(nnx.Module):
         def __init__(self):
             self.layers = nnx.List([nnx_attention(nnx.Rngs(i)) for i in range(11)])
@@ -248,11 +248,11 @@ def test_modules_in_lists_and_dicts_are_told_apart_by_index_and_key():
         np.testing.assert_allclose(info.max_logits[path], expected, rtol=1e-5)
 
 
-def test_a_module_called_twice_counts_twice_wherever_it_is_tied_in():
+def test_a_shared_module_counts_all_its_calls():
     class Tied(nnx.Module):
         def __init__(self):
             attn = nnx_attention()
-            # The path that counts is the first in order of names, for parameters and statistics.
+            # The path that counts is the first in order of names, for parameters and max logits.
             self.second, self.first = attn, nnx.List([attn])
 
         def __call__(self, x):
@@ -270,7 +270,7 @@ def test_a_module_called_twice_counts_twice_wherever_it_is_tied_in():
     assert model.second is model.first[0]
 
 
-def test_statistics_of_micro_batches_merge():
+def test_max_logits_of_micro_batches_merge():
     block = Block(nnx.Rngs(0))
     (_, a), (_, b) = capture(block, X), capture(block, 10 * X)
     _, info = mc.qk_clip(nnx.state(block, nnx.Param), mc.merge_max_logits(a, b))

@@ -1,4 +1,4 @@
-"""Statistics from tokamax's splash attention kernel, interpreted on CPU."""
+"""Max logits from tokamax's splash attention kernel, interpreted on CPU."""
 
 import functools
 from typing import Any
@@ -63,7 +63,7 @@ def attend(*args, **options):
 
 @functools.cache
 def results(case, function=attend):
-    """Output, statistic and gradients; the output is zero where a query sees no key."""
+    """Output, max logits and gradients; the output of a query without keys is zero."""
     t, s, options = CASES[case]
     rules = {name: x for name, x in options.items() if name != "scale"}
     sees = reference.visible((2, 4, t, s), **rules).any(-1).swapaxes(1, 2)[..., None]
@@ -79,7 +79,7 @@ def results(case, function=attend):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_row_maxima_are_the_float64_maximum(case):
+def test_row_maxima_equal_float64(case):
     t, s, options = CASES[case]
     expected = reference.max_logits(*inputs(t, s)[:2], **options)
     # Measured 5e-7.
@@ -87,7 +87,7 @@ def test_row_maxima_are_the_float64_maximum(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_are_those_of_jax_nn(case):
+def test_output_and_gradients_equal_jax_nn(case):
     (out, _, grads), (expected, _, expected_grads) = (
         results(case, function) for function in (attend, dot_product_attention)
     )
@@ -123,7 +123,7 @@ def test_one_kernel_forward_and_one_backward():
     assert kernels(jax.grad(lambda *qkv: attend(*qkv)[0].sum())) == 2
 
 
-def test_the_statistic_has_no_gradient():
+def test_max_logits_have_no_gradient():
     grads = jax.jit(jax.grad(lambda *qkv: attend(*qkv)[1].sum(), (0, 1, 2)))(*inputs(128, 128))
     for grad in grads:
         np.testing.assert_array_equal(grad, np.zeros(grad.shape))
@@ -175,7 +175,7 @@ def test_compiles_to_the_kernel_for_a_tpu(t, monkeypatch):
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == 2
 
 
-def test_a_moved_kernel_is_an_error_that_says_so(monkeypatch):
+def test_a_renamed_kernel_raises(monkeypatch):
     monkeypatch.delattr(kernel, "make_splash_mha_single_device")
     with pytest.raises(ImportError, match=r"of tokamax 0\.0\.17 .*has no attribute 'make_splash"):
         attend(*inputs(t=128, s=128))
@@ -184,6 +184,6 @@ def test_a_moved_kernel_is_an_error_that_says_so(monkeypatch):
 @pytest.mark.parametrize(
     ("t", "s", "window"), [(256, 128, (100, 0)), (128, 256, (5, -6)), (128, 256, (0, -1))]
 )
-def test_queries_without_a_key_are_refused(t, s, window):
+def test_queries_without_a_key_raise(t, s, window):
     with pytest.raises(ValueError, match="local_window_size leaves a query without a key"):
         attend(*inputs(t=t, s=s), local_window_size=window)

@@ -33,7 +33,7 @@ each_launcher = pytest.mark.parametrize("script", COMMANDS)
 
 
 def call(script, *arguments, **changes):
-    """Runs a script with all settings but those that `changes` sets to None."""
+    """Runs a script with all settings except those set to None by `changes`."""
     settings = {k: v for k, v in (SETTINGS | changes).items() if v is not None}
     return subprocess.run(
         ["bash", FOLDER / script, *arguments],
@@ -82,7 +82,7 @@ def test_help_names_every_command_and_setting(script):
 
 
 @each_launcher
-def test_every_setting_says_what_it_means(script):
+def test_every_setting_has_a_comment(script):
     for line in (FOLDER / script).read_text().splitlines():
         if re.match(r"[A-Z_]+=\$\{", line):
             assert re.search(r"\} +# \S|\} # \S", line), line
@@ -93,7 +93,7 @@ def test_every_setting_says_what_it_means(script):
     [("tpu_vm.sh", n) for n in ("PROJECT", "ZONE", "NAME", "ACCELERATOR", "SHARE")]
     + [("xpk.sh", n) for n in ("PROJECT", "ZONE", "CLUSTER", "NAME", "TPU_TYPE")],
 )
-def test_a_setting_that_is_missing_is_refused_in_one_line(script, name):
+def test_missing_setting_is_one_line(script, name):
     done = call(script, "start", **{name: None})
     said = f"{script}: {name} is not set; --help lists the settings\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
@@ -101,14 +101,14 @@ def test_a_setting_that_is_missing_is_refused_in_one_line(script, name):
 
 @each_launcher
 @pytest.mark.parametrize("arguments", [(), ("trian",), ("start", "stop"), ("start stop",)])
-def test_a_command_that_is_not_one_is_refused_in_one_line(script, arguments):
+def test_unknown_command_is_one_line(script, arguments):
     done = call(script, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"{script}: got '{' '.join(arguments)}', expected one of: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_generation_without_a_known_image_is_refused():
+def test_generation_without_a_known_image_is_an_error():
     done = call("tpu_vm.sh", "create", ACCELERATOR="tpu7x-16")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "set RUNTIME, or use xpk.sh" in done.stderr
@@ -234,7 +234,7 @@ def test_a_dry_run_runs_nothing(script, tmp_path):
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A gcloud that tells one state after the other, and notes what is asked of it."""
+    """A gcloud that returns one state after the other, and records its arguments."""
     script = tmp_path / "gcloud"
     script.write_text(
         f"""#!{sys.executable}
@@ -301,12 +301,12 @@ def test_keep_starts_over_on_a_new_tpu_after_a_preemption(cloud):
     assert steps == ["delete", "create", "copy", "install", "start"]
 
 
-# --- train.sh: what its exit code says ------------------------------------------------------------
+# --- Exit codes of train.sh -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def program(tmp_path):
-    """A stand-in for Python: it notes its arguments, waits if told so, and ends as told."""
+    """A stand-in for Python: it records its arguments, waits if asked, and exits as asked."""
     script = tmp_path / "python"
 
     def write(body):
@@ -331,7 +331,7 @@ ENDED = "touch $run/summary.json"
     ],
     ids=["ended", "stopped", "failed", "bad input", "killed"],
 )
-def test_the_exit_code_says_whether_to_start_again(program, tmp_path, body, code):
+def test_exit_code_decides_on_a_restart(program, tmp_path, body, code):
     done = call("train.sh", str(tmp_path / "run"), "--steps", "3", **program(body))
     assert done.returncode == code
 

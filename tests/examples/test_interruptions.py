@@ -18,6 +18,7 @@ from examples.language_model.config import BadInput, Config
 from examples.language_model.run_folder import digests, files, opening
 from examples.language_model.training import loop
 from tests.support import program_command, tiny_run
+from tests.support.by_day import by_day
 from tests.support.interruption_cases import (
     Killed,
     after,
@@ -31,19 +32,12 @@ from tests.support.interruption_cases import (
     unlimited_files,
     wait_for,
 )
-from tests.support.tiny_run import CONFIG, CORPUS, TEXT, TINY, compiled_once, trainer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    for _ in compiled_once(folder):
-        yield folder
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT, TINY, trainer
 
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Drawing takes as long as all the rest of a run; `test_run_folder` checks the plots."""
+    """The plots take half the time of a run; `test_run_folder` checks them."""
     monkeypatch.setattr("examples.language_model.run_folder.plots.draw", lambda *_: None)
 
 
@@ -66,6 +60,7 @@ def cut(whole, tmp_path):
 # Kills and signals, in this process
 
 
+@pytest.mark.nightly
 def test_stopped_run_resumes_bit_for_bit(whole, tmp_path):
     stopped = trainer(tmp_path, should_stop=after(9, lambda: True))
     assert stopped.train() == 9
@@ -85,6 +80,7 @@ def test_killed_run_resumes_bit_for_bit(whole, tmp_path, torn):
     assert_equal_runs(tmp_path, whole)
 
 
+@pytest.mark.nightly
 def test_run_killed_before_its_first_checkpoint_starts_again(whole, tmp_path, capsys):
     with pytest.raises(Killed):
         trainer(tmp_path, should_stop=after(3, kill)).train()
@@ -98,6 +94,7 @@ def test_run_killed_before_its_summary_gets_it(whole, cut):
     assert_equal_runs(cut, whole)
 
 
+@pytest.mark.nightly
 def test_accumulate(tmp_path):
     """Micro-batches are inside one step: no cut falls between them."""
     trainer(tmp_path / "whole", accumulate=2, steps=10).train()
@@ -168,6 +165,7 @@ def test_disk_full(whole, program, tmp_path, monkeypatch, capfd):
     assert_equal_runs(tmp_path / "run", whole)
 
 
+@pytest.mark.nightly
 def test_disk_full_of_metrics(program, tmp_path, monkeypatch, capfd):
     def fill(step):
         if step == 3:
@@ -331,6 +329,7 @@ def test_settings_that_differ_from_the_run_raise(whole):
         opening.open_run(config, CORPUS)
 
 
+@pytest.mark.nightly
 def test_threshold_may_change_and_is_kept(tmp_path):
     trainer(tmp_path, threshold=1e30, should_stop=after(9, lambda: True)).train()
     for typed, steps in ({"threshold": 2.0}, 12), ({}, 20):
@@ -381,44 +380,46 @@ STEPS = 120  # all with one schedule, and so one compiled program
 
 
 @pytest.fixture(scope="module")
-def long(tmp_path_factory, cache):
+def long(tmp_path_factory):
     """A run of `STEPS` in a process of its own, without a pause."""
     folder = tmp_path_factory.mktemp("long")
-    ended(start(folder, cache, "--steps", str(STEPS), "--out", "whole"))
+    ended(start(folder, "--steps", str(STEPS), "--out", "whole"))
     return folder / "whole"
 
 
-def kill_and_resume(folder, cache, kills, steps, whole, model="gqa"):
-    """Kills a run at random moments, and compares its end with that of one that was let alone."""
+def kill_and_resume(folder, kills, steps, whole, model="gqa"):
+    """Kills a run at random times, and compares it with an uninterrupted run."""
     flags = ["--steps", str(steps), "--model", model]
     flags += ["--checkpoint-every", "2"]  # most of the time one is being written
     draw = random.Random(0)
     for n in range(kills):
-        process = start(folder, cache, *flags, "--out", "run", "--resume")
+        process = start(folder, *flags, "--out", "run", "--resume")
         lines = 0 if n == 0 else draw.randrange(1, steps // kills)
         assert kill_after(process, folder / "run/metrics.jsonl", lines, 0.05 * draw.random())
         process.communicate()
-    ended(start(folder, cache, *flags, "--out", "run", "--resume"))
+    ended(start(folder, *flags, "--out", "run", "--resume"))
     assert_equal_runs(folder / "run", whole, steps=steps, model=model)
     logged = [step for step, _ in tiny_run.scalars(folder / "run")["loss"]]
     assert logged == list(range(1, steps + 1))
 
 
-def test_kill_nine(tmp_path, cache, long):
-    kill_and_resume(tmp_path, cache, 3, STEPS, long)
+@pytest.mark.parametrize("kills", by_day([1, 3], 1))
+def test_kill_nine(tmp_path, long, kills):
+    kill_and_resume(tmp_path, kills, STEPS, long)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
-def test_kill_nine_at_twenty_moments(tmp_path, cache, model):
-    ended(start(tmp_path, cache, "--steps", "240", "--model", model, "--out", "whole"))
-    kill_and_resume(tmp_path, cache, 20, 240, tmp_path / "whole", model)
+def test_kill_nine_at_twenty_moments(tmp_path, model):
+    ended(start(tmp_path, "--steps", "240", "--model", model, "--out", "whole"))
+    kill_and_resume(tmp_path, 20, 240, tmp_path / "whole", model)
 
 
-def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache, long):
+@pytest.mark.nightly
+def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, long):
     """The flags of the run, such as --steps and --preset, are not in the command."""
     flags = ["--steps", str(STEPS), "--checkpoint-every", "5"]  # each waits for the one before
-    process = start(tmp_path, cache, *flags, "--out", "run")
+    process = start(tmp_path, *flags, "--out", "run")
     wait_for(tmp_path / "run" / "checkpoints" / "5")
     process.send_signal(signal.SIGTERM)
     _, last = ended(process).splitlines()
@@ -428,7 +429,7 @@ def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, cache, 
     stopped, command = last.split("; to resume: ")
     assert stopped == f"stopped after step {steps[-1]}"
     resume = subprocess.run(
-        command, shell=True, cwd=tmp_path, env=environment(cache), capture_output=True, text=True
+        command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
     assert resume.returncode == 0, resume.stderr
     assert_equal_runs(tmp_path / "run", long, steps=STEPS)

@@ -1,4 +1,4 @@
-"""The example that trains MLA in NNX shows what it says."""
+"""The page that trains MLA in Flax NNX: it learns its task, and the clip limits its logits."""
 
 import math
 
@@ -19,13 +19,15 @@ def runs():
     return mla_in_nnx.train(math.inf, STEPS), mla_in_nnx.train(mla_in_nnx.THRESHOLD, STEPS)
 
 
+@pytest.mark.nightly
 def test_both_runs_learn_the_task(runs):
     for run in runs:
         assert run[0]["loss"] > 3.4  # a uniform guess is log 32
         assert run[-1]["loss"] < 0.1  # measured 0.001 and 0.019
 
 
-def test_the_clip_holds_what_muon_lets_grow(runs):
+@pytest.mark.nightly
+def test_clip_limits_logits_that_grow_with_muon(runs):
     plain, clipped = ([m["qk_clip/max_logit"] for m in run] for run in runs)
     assert max(clipped) < 1.2 * mla_in_nnx.THRESHOLD  # measured 1.07
     assert plain[-1] > 3 * mla_in_nnx.THRESHOLD  # measured 4.2
@@ -33,7 +35,7 @@ def test_the_clip_holds_what_muon_lets_grow(runs):
     assert sum(m["qk_clip/clipped_heads"] for m in runs[1]) > 50
 
 
-def test_every_attention_kernel_goes_to_muon_as_the_matrix_it_is():
+def test_every_attention_kernel_is_one_matrix_of_muon():
     params = nnx.state(mla_in_nnx.Model(nnx.Rngs(0)), nnx.Param)
     rows = {row.path: row for row in mc.routing_table(params).rows}
     q_b, embed = rows["blocks/0/attn/q_b/kernel"], rows["embed/embedding"]

@@ -15,15 +15,7 @@ from examples.language_model.config import BadInput, Config
 from examples.language_model.run_folder import files, journal, progress
 from examples.language_model.training import evaluation
 from tests.support.program_command import COMMAND, MODULE, ROOT, environment
-from tests.support.tiny_run import TEXT, compiled_once, program as run_program, trainer
-
-# Compiles in half the time; speed and the last bits do not matter where this is used.
-FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    yield from compiled_once(tmp_path_factory.mktemp("cache"))
+from tests.support.tiny_run import TEXT, program as run_program, trainer
 
 
 @pytest.fixture
@@ -52,6 +44,7 @@ def test_quiet_program_prints_the_loss_alone(program, tmp_path, capfd):
     assert captured.err == ""
 
 
+@pytest.mark.nightly
 def test_quiet_program_still_prints_errors(program, capfd):
     assert program("--quiet", "--learning-rate", "1e30") == 1
     captured = capfd.readouterr()
@@ -59,6 +52,7 @@ def test_quiet_program_still_prints_errors(program, capfd):
     assert captured.err.startswith("language_model: runs/gqa-muonclip: loss is nan at step ")
 
 
+@pytest.mark.nightly
 def test_taken_default_folder_is_followed_by_the_next(program, tmp_path):
     for _ in range(3):
         assert program() == 0
@@ -80,6 +74,7 @@ def test_resume_uses_the_last_default_folder(program, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("runs/gqa-muonclip-2: the run is already complete")
 
 
+@pytest.mark.nightly
 def test_resume_of_a_finished_run_changes_nothing(program, tmp_path):
     program("--out", "run")
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -87,6 +82,7 @@ def test_resume_of_a_finished_run_changes_nothing(program, tmp_path):
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.nightly
 def test_existing_folder_without_a_run_is_used(program, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("kept")
@@ -103,6 +99,7 @@ def test_diverged_program_exits_1_with_one_line(program, capsys):
     assert not pathlib.Path("runs/gqa-muonclip/summary.json").exists()
 
 
+@pytest.mark.nightly
 def test_number_of_files_that_are_not_text_is_printed(program, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "good").write_bytes(TEXT)
@@ -196,7 +193,7 @@ def start(folder, *arguments):
     return subprocess.Popen(
         [*COMMAND, *flags, *arguments],
         cwd=folder,
-        env=environment(**FAST),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,14 +9,9 @@ import pytest
 from examples.language_model.config import BadInput
 from examples.language_model.run_folder import files, journal, opening, plots, progress
 from examples.language_model.run_folder.plots import PLOTS
-from tests.support.tiny_run import CONFIG, CORPUS, TINY, compiled_once, scalars, trainer
+from tests.support.tiny_run import CONFIG, CORPUS, TINY, scalars, trainer
 
 LOW_THRESHOLD = 2.0  # of the largest attention logit
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    yield from compiled_once(tmp_path_factory.mktemp("cache"))
 
 
 def completed(tmp_path_factory, **changes):
@@ -150,9 +145,10 @@ def test_muonclip_limits_logits_that_grow_with_muon(clipped_run, muon_run):
         np.mean([line["max_logit"] for line in files.read_metrics(run)[10:]])
         for run in (clipped_run, muon_run)
     )
-    assert held < 1.2 * LOW_THRESHOLD < free  # measured HELD against FREE
+    assert held < 1.2 * LOW_THRESHOLD < free
 
 
+@pytest.mark.nightly
 def test_adamw_records_but_does_not_clip(tmp_path):
     trainer(tmp_path, optimizer="adamw", steps=3, threshold=1e-3).train()
     lines = files.read_metrics(tmp_path)
@@ -191,6 +187,7 @@ def test_resumed_run_has_each_step_once_in_the_events(tmp_path):
     np.testing.assert_array_equal(losses, np.array([line["loss"] for line in lines], np.float32))
 
 
+@pytest.mark.nightly
 def test_events_before_a_checkpoint_survive_a_kill(tmp_path):
     """Nothing is closed here, as nothing is at a kill."""
     log = journal.Journal(CONFIG, tmp_path, 0, progress.Speed())

@@ -13,6 +13,7 @@ import pytest
 
 from examples.language_model import data
 from examples.language_model.training import loop, optimizer, step
+from tests.support.by_day import by_day
 from tests.support.tiny_run import CONFIG, CORPUS, TINY, drawn
 
 
@@ -45,7 +46,7 @@ def micro_batches(params, count):
     return jax.jit(functools.partial(step.accumulate, loss_fn))(params, text)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", by_day([2, 4], 2))
 def test_micro_batches_equal_one_batch(random_params, count):
     (loss, sown, grads), one = micro_batches(random_params, count), micro_batches(random_params, 1)
     chex.assert_trees_all_close(loss, one[0], rtol=1e-5)

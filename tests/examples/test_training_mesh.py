@@ -25,15 +25,10 @@ from examples.language_model.run_folder import files
 from examples.language_model.training import loop, mesh
 from examples.language_model.training.step import make_loss
 from tests.support.program_command import COMMAND, environment
-from tests.support.tiny_run import CONFIG, CORPUS, TEXT, compiled_once, drawn, trainer
+from tests.support.tiny_run import CONFIG, CORPUS, TEXT, drawn, trainer
 
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
 EXPERT = {"fsdp": 2, "tensor": 2, "expert": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    yield from compiled_once(tmp_path_factory.mktemp("cache"))
 
 
 # The flag
@@ -356,6 +351,7 @@ def seen(made):
         return jax.device_get(jax.jit(make_loss(made.model))(params, text, balance))
 
 
+@pytest.mark.nightly
 def test_experts_see_the_same_tokens_on_every_mesh():
     chex.assert_trees_all_close(
         seen(on(EXPERT, model="moe")), seen(on(None, 1, model="moe")), rtol=1e-5
@@ -383,6 +379,7 @@ def stopping_after(calls):
     return lambda: next(count) >= calls
 
 
+@pytest.mark.nightly
 def test_run_resumes_on_another_mesh(tmp_path):
     for devices in (8, 4, 1):
         part = trainer(

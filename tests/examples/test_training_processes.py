@@ -17,7 +17,7 @@ from examples.language_model.run_folder import files
 from tests.support.processes import free_port
 from tests.support.program_command import environment as with_program
 from tests.support.strict import STRICT
-from tests.support.tiny_run import TEXT, compiled_once, trainer
+from tests.support.tiny_run import TEXT, trainer
 
 WORKER = pathlib.Path(__file__).parents[1] / "support" / "training_worker.py"
 LIMIT = 400  # seconds; 15 s on two idle cores, and three heartbeats of 10 s where a peer is dead
@@ -26,19 +26,8 @@ PAIR = "--mesh data=2 --accumulate 2 --checkpoint-every 3".split()
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Compiles quickly, and the same program once for all runs."""
-    return with_program(
-        JAX_PLATFORMS="cpu",
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("cache")),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        XLA_FLAGS="--xla_backend_optimization_level=0",
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    yield from compiled_once(tmp_path_factory.mktemp("cache"))
+def environment():
+    return with_program(JAX_PLATFORMS="cpu")
 
 
 class Ended:
@@ -140,6 +129,7 @@ def test_sigterm_one_of_two(tmp_path, environment, name):
     assert [line["step"] for line in files.read_metrics(tmp_path / "run")][-1] == step < 6
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.nightly)])
 def test_dead_peer(tmp_path, environment, rank):
     ended = together(tmp_path, environment, "--optimizer", "adamw", fault=("kill", rank, 2))
@@ -148,6 +138,7 @@ def test_dead_peer(tmp_path, environment, rank):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.nightly)])
 def test_error_on_one(tmp_path, environment, rank):
     ended = together(tmp_path, environment, "--optimizer", "adamw", fault=("error", rank, 2))
@@ -182,6 +173,7 @@ def _size(path):
     return path.stat().st_size
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "seen", ["by both", pytest.param("by process 1 alone", marks=pytest.mark.nightly)]
 )
@@ -203,6 +195,7 @@ def test_damaged_checkpoint(pair, tmp_path, environment, seen):
     assert (run / "metrics.jsonl").read_bytes() == (pair[0] / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.nightly
 def test_no_intact_checkpoint_fails_on_all(pair, tmp_path, environment):
     run = shutil.copytree(pair[0], tmp_path / "run")
     (run / "summary.json").unlink()
@@ -215,6 +208,7 @@ def test_no_intact_checkpoint_fails_on_all(pair, tmp_path, environment):
     assert (run / "checkpoints" / "6").exists()
 
 
+@pytest.mark.nightly
 def test_different_flags_fail_on_all(tmp_path, environment):
     ended = together(tmp_path, environment, own=((), ("--seed", "1")))
     assert ended.codes == [2, 2]

@@ -143,7 +143,7 @@ def test_narrow_dtypes(dtype, scale):
 
 
 def test_optimizer_state_recovers_from_one_bad_matrix_only_with_a_guard():
-    """The documents say that NaN is not hidden by default; this is what that means."""
+    """NaN is not hidden by default, as the documentation describes."""
     params = _params()
     tx = mc.muon(0.1)
     bad = {**params, "a": params["a"].at[0, 0].set(np.nan)}

@@ -148,7 +148,7 @@ def test_all_leaves_follow_the_recipe(name):
 
 
 @pytest.mark.parametrize("adam_weight_decay", [None, 0.0, 0.3])
-def test_muonclip_decays_both_sides_unless_told_otherwise(adam_weight_decay):
+def test_muonclip_decays_all_parameters_by_default(adam_weight_decay):
     tree = _tree()
     g = _tree_gradients(tree)
     ours = train(mc.muonclip(0.1, threshold=None, adam_weight_decay=adam_weight_decay), tree, g)
@@ -158,7 +158,7 @@ def test_muonclip_decays_both_sides_unless_told_otherwise(adam_weight_decay):
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"consistent_rms": 0.2}])
-def test_equals_optax_on_a_tree_of_two_axes(settings):
+def test_equals_optax_on_matrices_and_vectors(settings):
     if not settings.keys() <= inspect.signature(contrib.muon).parameters.keys():
         pytest.skip(f"optax {optax.__version__} has no consistent_rms")
     tree = {"up": _tree()["up"], "down": {"kernel": np.ones((16, 8), np.float32)}}
@@ -231,7 +231,7 @@ STATS = {"attn": {"max_logits": (jnp.array([[400.0, 50.0], [3.0, -7.0]]),)}}
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("alpha", [0.5, 0.3, 1.0])
-def test_muonclip_lands_where_muon_and_qk_clip_land(dtype, alpha):
+def test_muonclip_equals_muon_then_qk_clip(dtype, alpha):
     params = _attention(dtype)
     grads = jax.tree.map(jnp.sin, params)
     whole, parts = mc.muonclip(0.1, alpha=alpha), mc.muonclip(0.1, threshold=None)
@@ -257,7 +257,7 @@ def test_muonclip_lands_where_muon_and_qk_clip_land(dtype, alpha):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("factor", [0.99, 0.55])
-def test_16_bit_weights_land_exactly_on_the_clip_of_an_ordinary_step(dtype, factor):
+def test_16_bit_weights_reach_their_clipped_value_exactly(dtype, factor):
     """Sterbenz: a number within a factor of two of another is the other plus their difference."""
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(500, 2, 40)), dtype)
     params = {"attn": {"query": {"kernel": kernel}, "key": {"kernel": kernel}}}
@@ -270,7 +270,7 @@ def test_16_bit_weights_land_exactly_on_the_clip_of_an_ordinary_step(dtype, fact
     assert np.any(expected["attn"]["query"]["kernel"] != kernel)
 
 
-def test_muonclip_leaves_calm_heads_and_other_leaves_bit_identical():
+def test_unclipped_parameters_get_the_update_of_muon():
     params = _attention()
     grads = jax.tree.map(jnp.sin, params)
     whole, parts = mc.muonclip(0.1), mc.muonclip(0.1, threshold=None)
@@ -286,7 +286,7 @@ def test_muonclip_leaves_calm_heads_and_other_leaves_bit_identical():
             assert np.all(a[..., 0, :] != b[..., 0, :])
 
 
-def test_the_checkpoint_fits_with_and_without_the_clip():
+def test_checkpoints_fit_with_and_without_the_clip():
     params = _attention()
     chex.assert_trees_all_equal_structs(
         mc.muonclip(0.1).init(params), mc.muonclip(0.1, threshold=None).init(params)
@@ -337,7 +337,7 @@ def test_a_scheduled_threshold_is_not_in_the_checkpoint():
     )
 
 
-def test_a_function_of_the_parameters_sees_all_of_them():
+def test_a_function_gets_all_parameters():
     """Here `up` is two matrices because of a leaf of AdamW, which a partition hides."""
 
     def numbers(params):

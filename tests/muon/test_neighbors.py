@@ -1,4 +1,4 @@
-"""What the README says of optax, measured; where a newer optax differs, the README must follow."""
+"""The behavior of optax that the README describes; the README must follow a newer optax."""
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,14 @@ def _update(muon, g):
     return np.asarray(tx.update({"w": g}, tx.init({"w": g}), {"w": g})[0]["w"])
 
 
-def test_a_large_gradient_moves_nothing_in_optax_and_as_ever_here():
+def test_a_large_gradient_stops_optax_and_not_muon():
     assert not np.any(_update(contrib.muon, G * 1e19))
     np.testing.assert_allclose(
         _update(mc.muon, G * 1e19), _update(mc.muon, G), rtol=1e-4, atol=1e-5
     )
 
 
-def test_one_nan_loses_the_matrix_in_both():
+def test_one_nan_spoils_its_matrix_in_both():
     for muon in (contrib.muon, mc.muon):
         assert np.all(np.isnan(_update(muon, G.at[0, 0].set(jnp.nan))))
 
@@ -37,14 +37,14 @@ def _muon_leaves(muon, params):
     return {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(mu)}
 
 
-def test_embeddings_and_stacked_layers_go_the_other_way():
+def test_optax_assigns_embeddings_and_stacked_layers_by_rank():
     params = {"embed": {"embedding": jnp.ones((9, 4))}, "up": {"kernel": jnp.ones((2, 4, 8))}}
     assert _muon_leaves(contrib.muon, params) == {"['embed']['embedding']"}
     assert _muon_leaves(mc.muon, params) == {"['up']['kernel']"}
 
 
 @pytest.mark.parametrize("tree", [{"w": G}, [G]])
-def test_defaults_of_scale_by_muon_fail_on_trees_in_optax(tree):
+def test_scale_by_muon_of_optax_fails_on_pytrees(tree):
     with pytest.raises(ValueError, match=r"structure|Expected"):
         contrib.scale_by_muon().update(tree, contrib.scale_by_muon().init(tree))
     mc.scale_by_muon().update(tree, mc.scale_by_muon().init(tree))

@@ -51,7 +51,7 @@ def optimizers(tree, **arguments):
 
 @pytest.mark.parametrize("make", CALLABLE)
 @pytest.mark.parametrize("transform", [mc.muon, lambda lr: mc.muonclip(lr, threshold=None)])
-def test_a_callable_pytree_steps_as_its_leaves_do(make, transform):
+def test_a_callable_pytree_gets_the_updates_of_its_leaves(make, transform):
     params = make()
     tx = transform(0.1)
     got, state = tx.update(params, tx.init(params), params)
@@ -82,7 +82,7 @@ def test_masks_and_numbers_may_be_callable_pytrees(make):
     assert len(mc.sharding_plan(params, numbers).groups) <= 1
 
 
-def test_functions_are_told_apart_from_callable_pytrees():
+def test_functions_differ_from_callable_pytrees():
     def method():
         return nnx_model().__call__
 
@@ -122,7 +122,7 @@ def haiku(paths):
     ],
     ids="slashes dots tuples haiku".split(),
 )
-def test_keys_that_are_paths_give_the_routes_of_the_nested_tree(container):
+def test_keys_that_are_paths_have_the_roles_of_nested_keys(container):
     nested = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32), NESTED, is_leaf=lambda x: type(x) is tuple
     )
@@ -131,21 +131,8 @@ def test_keys_that_are_paths_give_the_routes_of_the_nested_tree(container):
     assert got == expected
 
 
-def test_keys_are_split_only_where_they_are_paths():
-    tree = {"v1.5": 1.0, "0.5": 2.0, "a..b": 3.0, "x.0.w": 4.0, "/": 5.0, "~": 6.0}
-    assert leaf_paths(tree) == [
-        ("/",),
-        ("0.5",),
-        ("a..b",),
-        ("v1", "5"),
-        ("x", "0", "w"),
-        ("~",),
-    ]
-
-
-def test_paths_that_collide_stay_apart():
+def test_parameters_with_colliding_paths_have_their_own_roles():
     tree = {"a": {"b": {"kernel": W}}, "a/b": {"kernel": W}, "c/d": W}
-    assert leaf_paths(tree) == [("a", "b", "kernel"), ("a/b", "kernel"), ("c", "d")]
     rows = mc.routing_table(tree, overrides={"c/d": None}).rows
     assert [row.optimizer for row in rows] == ["muon", "muon", "adamw"]
 
@@ -193,7 +180,7 @@ def update_of(tx, params) -> Any:
 
 
 @pytest.mark.parametrize("name", ["query", "out"])
-def test_what_a_mask_hides_does_not_change_the_rest(name):
+def test_hidden_parameters_do_not_change_the_others(name):
     grads = jax.tree.map(
         lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), HEADS
     )
@@ -238,7 +225,7 @@ def test_a_state_of_another_assignment_names_the_parameters():
         assert "down/kernel" not in str(error.value)
 
 
-def test_routes_of_equal_shapes_are_found_once():
+def test_roles_of_equal_shapes_are_computed_once():
     calls = []
 
     def numbers(params):

@@ -100,7 +100,7 @@ NAMES = [
 
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("leaf", ["kernel", "w", ""])
-def test_attention_kernels_under_the_names_that_people_use(names, leaf):
+def test_attention_kernels_under_common_names(names, leaf):
     renamed = dict(zip(names.split(), HEADS.values(), strict=True))
     tree = {name: {leaf: shape} if leaf else shape for name, shape in renamed.items()}
     found = results({"attn": tree})
@@ -182,7 +182,7 @@ def test_three_axes_without_evidence_are_doubted():
     assert "fits neither heads" in warnings_of({"attn": tree})[0]
 
 
-def test_the_head_layout_of_muonclip_decides_what_shapes_leave_open():
+def test_the_head_layout_of_muonclip_decides_ambiguous_shapes():
     kernels = {"attn": {"query": {"kernel": (12, 64, 64)}, "key": {"kernel": (12, 64, 64)}}}
     params = jax.tree.map(lambda s: jnp.ones(s.shape), shapes_of(kernels))
     flat = mc.MultiHeadLayout(kernel="inputs (heads head_dim)", head_dim=16)
@@ -211,7 +211,7 @@ def test_a_bias_shows_which_axes_are_outputs():
     assert kernel((3, 8, 4, 6), (3, 4, 6)) == (3, 8, 24)
 
 
-def test_others_of_the_same_name_follow_what_biases_show():
+def test_biases_decide_the_storage_of_equal_names():
     tree = {"a": {"weight": (32, 8), "bias": (32,)}, "b": {"weight": (16, 8)}}
     assert results(tree)["b/weight"] == (1, 8, 16)
     tree["a"]["weight"] = (8, 32)
@@ -506,3 +506,51 @@ def test_a_stack_of_one_is_no_table(path):
     assert matrix.numbers is not None
     (table,) = decide([("added",)], [(1, 48, 64)])
     assert table.numbers is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [("lm_heads", "kernel"), ("mtp_heads", "kernel"), ("medusa_heads", "0", "out", "kernel")],
+)
+def test_several_heads_are_heads(path):
+    shape = (512, 32000) if "0" in path else (4, 512, 32000)
+    table, head = decide([("embed", "kernel"), path], [(32000, 512), shape])
+    assert (table.numbers, head.numbers, head.doubt) == (None, None, "")
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 64), (64, 1, 5)])
+def test_flat_depthwise_convolutions_with_a_bias_need_no_name(shape):
+    bias = (64,) if shape[2] == 64 else (64, 1)
+    tree = {"mix": {"weight": shape, "bias": bias}}
+    assert results(tree)["mix/weight"] == "adamw"
+
+
+def test_the_rank_of_an_adapter_shows_how_it_is_stored():
+    assert results({"up": {"lora_A": (8, 512), "lora_B": (1024, 8)}}) == {
+        "up/lora_A": (1, 512, 8),
+        "up/lora_B": (1, 8, 1024),
+    }
+    assert results({"up": {"lora_a": (512, 8), "lora_b": (8, 1024)}}) == {
+        "up/lora_a": (1, 512, 8),
+        "up/lora_b": (1, 8, 1024),
+    }
+
+
+@pytest.mark.parametrize("box", ["data_array", "_value", "data", "unboxed", "param"])
+def test_boxes_below_a_parameter_do_not_hide_its_name(box):
+    tree = {"query": {"kernel": {box: (64, 4, 16)}}, "norm": {"scale": {box: (12, 64)}}}
+    assert results(tree) == {
+        f"query/kernel/{box}": (1, 64, 64),
+        f"norm/scale/{box}": "adamw",
+    }
+
+
+def test_vmapped_layers_with_one_output_are_stacked():
+    tree = {"Dense_0": {"kernel": (10, 24, 256), "bias": (10, 256)}}
+    tree["Dense_1"] = {"kernel": (10, 256, 1), "bias": (10, 1)}
+    assert results({"critic": tree}) == {
+        "critic/Dense_0/bias": "adamw",
+        "critic/Dense_0/kernel": (10, 24, 256),
+        "critic/Dense_1/bias": "adamw",
+        "critic/Dense_1/kernel": "adamw",
+    }

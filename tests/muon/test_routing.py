@@ -123,13 +123,13 @@ def _matrices(tree, path):
     return rows[path].num_matrices, rows[path].n_in, rows[path].n_out
 
 
-def test_attention_kernels_become_the_matrices_they_are():
+def test_attention_kernels_are_one_matrix_each():
     tree = {"attn": {"query": {"kernel": (32, 4, 8)}, "out": {"kernel": (4, 8, 32)}}}
     assert _matrices(tree, "attn/query/kernel") == (1, 32, 32)
     assert _matrices(tree, "attn/out/kernel") == (1, 32, 32)
 
 
-def test_scan_stacked_flat_attention_kernels_are_told_from_three_axis_ones():
+def test_stacked_flat_attention_kernels_stay_stacks():
     tree = {"attn": {"query": {"kernel": (6, 32, 64)}, "out": {"kernel": (6, 64, 32)}}}
     assert _matrices(tree, "attn/query/kernel") == (6, 32, 64)
     assert _matrices(tree, "attn/out/kernel") == (6, 64, 32)
@@ -151,7 +151,7 @@ def test_dimension_numbers_override_the_rules():
     assert {row.reason for row in table.rows} == {"given"}
 
 
-def test_integer_leaves_are_refused_with_their_paths():
+def test_integer_leaves_raise_with_their_paths():
     tree = {
         "a": {"ids": jax.ShapeDtypeStruct((3, 4), jnp.int32)},
         "b": [jax.ShapeDtypeStruct((), jnp.bool_)],
@@ -160,7 +160,7 @@ def test_integer_leaves_are_refused_with_their_paths():
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole text follows
         mc.routing_table(tree)
     assert str(error.value) == (
-        "muon: 2 of 3 leaves are neither floating nor complex.\n"
+        "routing_table: 2 of 3 leaves are neither floating nor complex.\n"
         "  a/ids: int32[3, 4].\n"
         "  b/0: bool[].\n"
         "Keep them out of the optimizer with `optax.masked` or `optax.partition`; of an "

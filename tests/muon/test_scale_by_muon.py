@@ -61,7 +61,7 @@ def test_a_stack_is_trained_matrix_by_matrix(adaptive):
         ((6, 4), mc.MuonDimensionNumbers(1, 0), (1, 0), (4, 6)),
     ],
 )
-def test_dimension_numbers_name_rows_and_columns(shape, numbers, order, matrix):
+def test_dimension_numbers_name_inputs_and_outputs(shape, numbers, order, matrix):
     g = gradients(shape)
     w = np.zeros(shape, np.float32)
     tx = optax.chain(mc.scale_by_muon(weight_dimension_numbers=numbers), mc.scale_by_shape(numbers))
@@ -98,7 +98,7 @@ def test_equals_optax_where_the_settings_coincide(ns_coeffs, nesterov):
     assert_same_way(train(ours, w, g), train(theirs, w, g), w, 3e-4)
 
 
-def test_ns_steps_counts_for_one_row_and_is_not_used_for_tables():
+def test_ns_steps_applies_to_single_coefficients_only():
     g = gradients((5, 7), steps=1)
     w = np.zeros((5, 7), np.float32)
     jordan = (3.4445, -4.7750, 2.0315)

@@ -220,7 +220,7 @@ def test_a_split_leaf_equals_its_parts_as_leaves_in_direction_and_scale(name):
 
 
 @every_recipe
-def test_a_leaf_that_is_taken_for_something_else_is_told_from_its_parts(name):
+def test_other_dimension_numbers_give_another_update(name):
     """The mutant of the test above: a leaf that is not split, or not so, does not pass it."""
     recipe = RECIPES[name]
     got = _together(dataclasses.replace(recipe, numbers=recipe.whole, views=None))

@@ -126,7 +126,7 @@ def test_wrong_dimension_numbers_name_the_path(numbers):
         tx.init({"a": {"w": W}})
 
 
-def test_dimension_numbers_of_another_tree_are_refused():
+def test_dimension_numbers_of_another_pytree_raise():
     tx = mc.muon(0.1, muon_weight_dimension_numbers={"b": mc.MuonDimensionNumbers()})
     with pytest.raises(ValueError, match="not a prefix of the parameter pytree"):
         tx.init({"a": W})
@@ -138,11 +138,11 @@ def test_mismatch_names_its_path():
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole text follows
         tx.update({"a": W, "b": W.T, "d": W}, state)
     assert str(error.value) == (
-        "scale_by_muon: the gradients do not fit the state.\n"
+        "scale_by_muon: the gradients do not match the state.\n"
         "  b: got (6, 4), expected (4, 6).\n"
         "  c: got no leaf, expected (4, 6).\n"
         "  d: got (4, 6), expected no leaf.\n"
-        "Call init with the parameters that these are the gradients of."
+        "Call init with the parameters of these gradients."
     )
 
 

@@ -1,4 +1,4 @@
-"""Presets and rows: lengths, sources' numbers, refusals."""
+"""Presets and coefficients: lengths, published numbers, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
-from muonclip_jax._orthogonalize.coefficients import as_rows, evaluate
+from muonclip_jax._orthogonalize.coefficients import as_coefficients, evaluate
 from tests.support.iteration_cases import PRESETS
 
 LENGTHS = dict.fromkeys(PRESETS, 5) | {"polar_express_6": 6, "deepseek_v4": 10}
@@ -21,12 +21,12 @@ def test_preset_has_its_published_length_and_is_hashable(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_too_many_rows_are_cut_from_the_end(name):
+def test_fewer_steps_keep_the_first_coefficients(name):
     assert mc.ns_coefficients(name, 3) == mc.ns_coefficients(name)[:3]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_too_few_rows_repeat_the_last(name):
+def test_more_steps_repeat_the_last_coefficients(name):
     rows = mc.ns_coefficients(name)
     assert mc.ns_coefficients(name, len(rows) + 2) == (*rows, rows[-1], rows[-1])
 
@@ -36,7 +36,7 @@ def test_optax_names_are_the_same_presets():
     assert mc.ns_coefficients("dion") == mc.ns_coefficients("you")
 
 
-def test_polar_express_divides_every_row_by_its_safety_factor():
+def test_polar_express_divides_every_step_by_its_safety_factor():
     a, b, c = mc.ns_coefficients("polar_express")[4]
     np.testing.assert_allclose(a, 2.300652019954817 / 1.05, rtol=1e-15)
     np.testing.assert_allclose(b, -1.6689039845749493 / 1.05**3, rtol=1e-15)
@@ -44,13 +44,13 @@ def test_polar_express_divides_every_row_by_its_safety_factor():
 
 
 @pytest.mark.parametrize("given", [(2, -1.5, 0.5), [2.0, -1.5, 0.5], np.array([2.0, -1.5, 0.5])])
-def test_one_row_serves_every_step(given):
-    assert as_rows(given) == ((2.0, -1.5, 0.5),) * 5
-    assert as_rows(given, 2) == ((2.0, -1.5, 0.5),) * 2
+def test_single_coefficients_are_used_in_every_step(given):
+    assert as_coefficients(given) == ((2.0, -1.5, 0.5),) * 5
+    assert as_coefficients(given, 2) == ((2.0, -1.5, 0.5),) * 2
 
 
-def test_rows_may_be_an_array():
-    assert as_rows(jnp.array([[2.0, -1.5, 0.5]] * 3), 2) == ((2.0, -1.5, 0.5),) * 2
+def test_coefficients_may_be_an_array():
+    assert as_coefficients(jnp.array([[2.0, -1.5, 0.5]] * 3), 2) == ((2.0, -1.5, 0.5),) * 2
 
 
 def test_evaluate_composes_the_steps_in_order():
@@ -65,22 +65,24 @@ def test_unknown_preset_lists_the_known():
 
 @pytest.mark.usefixtures("no_typecheck")
 @pytest.mark.parametrize("steps", [0, -1, 2.5])
-def test_steps_below_one_are_refused(steps):
+def test_steps_below_one_raise(steps):
     with pytest.raises(ValueError, match=rf"must be at least 1, got {steps}"):
-        as_rows("jordan", steps)
+        as_coefficients("jordan", steps)
 
 
 @pytest.mark.parametrize(
     "bad", [(1.0, 2.0), ((1.0, 2.0, 3.0), (1.0, 2.0, float("nan"))), 3.0, [[[1.0, 2.0, 3.0]]]]
 )
-def test_malformed_rows_are_refused(bad):
-    with pytest.raises(ValueError, match=r"must be a preset's name \('jordan', .*, a row"):
-        as_rows(bad)
+def test_malformed_coefficients_raise(bad):
+    with pytest.raises(
+        ValueError, match=r"must be the name of a preset \('jordan', .*, \(a, b, c\)"
+    ):
+        as_coefficients(bad)
 
 
 @pytest.mark.usefixtures("no_typecheck")
-def test_traced_coefficients_and_steps_name_the_cure():
-    with pytest.raises(TypeError, match="must be known while tracing here; pass numbers"):
-        jax.jit(lambda c: as_rows((c, 1.0, 2.0))[0][0])(1.0)
-    with pytest.raises(TypeError, match="needs one row of coefficients"):
-        jax.jit(lambda n: as_rows("jordan", n)[0][0])(5)
+def test_errors_of_traced_coefficients_and_steps_name_the_fix():
+    with pytest.raises(TypeError, match=r"must be known while tracing here\. Pass numbers"):
+        jax.jit(lambda c: as_coefficients((c, 1.0, 2.0))[0][0])(1.0)
+    with pytest.raises(TypeError, match="needs a single"):
+        jax.jit(lambda n: as_coefficients("jordan", n)[0][0])(5)

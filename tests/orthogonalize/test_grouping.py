@@ -1,4 +1,4 @@
-"""Leaves of equal shape are orthogonalized together, and nobody can tell from the values."""
+"""Leaves of equal shape are orthogonalized together, with the same result."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._orthogonalize import batching as _grouping, newton_schulz as _newton_schulz
-from muonclip_jax._orthogonalize.batching import in_groups
-from muonclip_jax._sharding import exchange as _sharded
+from muonclip_jax._orthogonalize import batching, choices
+from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
+from muonclip_jax._orthogonalize.matrix_axes import LAST_TWO_AXES, axes_of
 from tests.support import reference
 
 
@@ -34,7 +34,8 @@ def _calls(matrices):
         seen.append(x.shape)
         return x
 
-    for x, y in zip(matrices, in_groups(orthogonalize, matrices), strict=True):
+    axes = [axes_of(LAST_TWO_AXES, x.ndim) for x in matrices]
+    for x, y in zip(matrices, orthogonalize_leaves(orthogonalize, matrices, axes), strict=True):
         np.testing.assert_array_equal(x, y)
     return seen
 
@@ -55,11 +56,11 @@ def test_a_leaf_that_is_alone_keeps_its_batch_axes():
 
 
 def test_nothing_to_orthogonalize():
-    assert in_groups(lambda x: x, []) == []
+    assert orthogonalize_leaves(lambda x: x, [], []) == []
 
 
 def test_a_group_holds_no_more_than_its_bytes(monkeypatch):
-    monkeypatch.setattr(_grouping, "MOST_BYTES", 3 * 4 * 6 * 4)  # three matrices of 4 x 6
+    monkeypatch.setattr(batching, "MAX_BATCH_BYTES", 3 * 4 * 6 * 4)  # three matrices of 4 x 6
     matrices = [jnp.ones((4, 6)), jnp.ones((6, 4)), jnp.ones((2, 4, 6)), jnp.ones((5, 4, 6))]
     assert _calls(matrices) == [(2, 4, 6), (2, 4, 6), (5, 4, 6)]
 
@@ -72,7 +73,7 @@ def test_grouped_equals_ungrouped(backend, adaptive, monkeypatch):
     state = tx.init(params)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     grouped = tx.update(params, state, params)[0]
-    monkeypatch.setattr(_sharded, "in_groups", lambda f, D: [f(d) for d in D])
+    monkeypatch.setattr(batching, "groups_of", lambda D: [[i] for i in range(len(D))])
     ungrouped = tx.update(params, state, params)[0]
     for g, u in zip(*map(jax.tree.leaves, (grouped, ungrouped)), strict=True):
         assert reference.relative_error(g, u) < 1e-5  # measured: 4e-7
@@ -80,7 +81,7 @@ def test_grouped_equals_ungrouped(backend, adaptive, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_broken_matrix_touches_no_other_of_its_group(backend, bad, monkeypatch):
+def test_a_broken_matrix_affects_no_other_of_its_group(backend, bad, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     params = _tree()
     tx = mc.scale_by_muon(ns_dtype=jnp.float32)
@@ -100,15 +101,15 @@ def test_a_broken_matrix_touches_no_other_of_its_group(backend, bad, monkeypatch
 
 
 @pytest.mark.parametrize("shape", [(7, 6, 9), (2, 5, 9, 6), (3, 6, 9)])
-def test_a_batch_in_pieces_equals_the_whole(shape, monkeypatch):
+def test_smaller_batches_equal_one_batch(shape, monkeypatch):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    whole = mc.newton_schulz(x, dtype=jnp.float32)
-    monkeypatch.setattr(_newton_schulz, "MOST_BYTES", 3 * 4 * 6 * 9)  # three matrices at once
-    pieces = jax.make_jaxpr(lambda x: mc.newton_schulz(x, dtype=jnp.float32))(x)
-    assert ("scan" in str(pieces)) == (x.size > 3 * 6 * 9)
+    one_batch = mc.newton_schulz(x, dtype=jnp.float32)
+    monkeypatch.setattr(choices, "MAX_BATCH_BYTES", 3 * 4 * 6 * 9)  # three matrices at once
+    smaller = jax.make_jaxpr(lambda x: mc.newton_schulz(x, dtype=jnp.float32))(x)
+    assert ("scan" in str(smaller)) == (x.size > 3 * 6 * 9)
     got = mc.newton_schulz(x, dtype=jnp.float32)
-    assert reference.relative_error(got, whole) < 1e-5  # measured: 2e-7
+    assert reference.relative_error(got, one_batch) < 1e-5  # measured: 2e-7
 
 
 def _dots_in_a_loop_body(layers):
@@ -122,7 +123,7 @@ def test_the_program_grows_with_shapes_and_not_with_layers():
     assert _dots_in_a_loop_body(2) == _dots_in_a_loop_body(6) > 0
 
 
-def test_leaves_laid_out_differently_on_an_explicit_mesh_stay_apart():
+def test_differently_sharded_leaves_on_an_explicit_mesh_stay_apart():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         stacks = [

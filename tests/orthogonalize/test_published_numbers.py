@@ -24,12 +24,10 @@ def test_output_range(name):
 def test_what_becomes_of_a_singular_value_just_above_one(name):
     for s, expected in zip((1.0, 1.01, 1.02, 1.05), ABOVE_ONE[name], strict=True):
         p = reference.polynomial(mc.ns_coefficients(name), s)
-        if expected is None:
-            assert p > 1e100
-        else:
-            np.testing.assert_allclose(p, expected, atol=6e-3)
+        np.testing.assert_allclose(p, expected, atol=6e-3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "n", "expected"),
     [

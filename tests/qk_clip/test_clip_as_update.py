@@ -1,4 +1,4 @@
-"""What may come after or around `muonclip`, whose clip is part of its update.
+"""Transforms after and around `muonclip`, whose clip is part of its update.
 
 The table in docs/qk_clip.md has these cases. One head, with logit 400 before the step and
 threshold 100; learning rate 0, so that only the clip moves weights.
@@ -97,9 +97,9 @@ def test_wrong_before_reduce_on_plateau():
 def test_wrong_in_multi_steps_which_passes_the_last_max_logits():
     tx = optax.MultiSteps(muonclip(), 2)
     params = attention()
-    calm = {"attn": {"max_logits": jnp.array([50.0])}}
+    below = {"attn": {"max_logits": jnp.array([50.0])}}
     _, state = tx.update(params, tx.init(params), params, max_logits=STATS)
-    updates, _ = tx.update(params, state, params, max_logits=calm)
+    updates, _ = tx.update(params, state, params, max_logits=below)
     assert logit(optax.apply_updates(params, updates)) == pytest.approx(400)
 
 

@@ -1,4 +1,4 @@
-"""Queries, keys and values in one kernel: what is scaled, what is left alone, where logits land."""
+"""Queries, keys and values in one kernel: scaled columns, unchanged columns, and new logits."""
 
 import dataclasses
 from typing import Any
@@ -117,7 +117,7 @@ RULES = ["query", "group", "exact"]
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form", FORMS)
-def test_no_head_is_above_the_threshold_afterwards(form, rule):
+def test_no_head_exceeds_the_threshold_after_a_clip(form, rule):
     form = FORMS[form]
     params = form.params()
     before = form.logits(params)
@@ -133,7 +133,7 @@ def test_no_head_is_above_the_threshold_afterwards(form, rule):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form", FORMS)
-def test_each_head_gets_its_factor_and_values_keep_their_bits(form, rule):
+def test_heads_get_their_factors_and_values_keep_their_bits(form, rule):
     form = FORMS[form]
     params, maxima = form.params(), [400.0, 10.0, 150.0, -3.0]
     new, _ = mc.qk_clip(
@@ -156,7 +156,7 @@ def test_each_head_gets_its_factor_and_values_keep_their_bits(form, rule):
 @pytest.mark.parametrize(
     "form", ["interleaved, flat, grouped", "sectioned, four axes, inputs third"]
 )
-def test_stacked_layers_equal_their_layers(form, axis, stat_axis):
+def test_stacked_layers_equal_single_layers(form, axis, stat_axis):
     form = FORMS[form]
     layers = [form.params(seed)["qkv"] for seed in (0, 20, 40)]
     maxima = [100 + 300 * draw(seed, 2, N) for seed in (1, 2, 3)]
@@ -190,7 +190,7 @@ def text_of(layout, columns, heads=N):
     return str(error.value).partition("\n  attn: ")[2]
 
 
-def test_a_number_of_columns_that_does_not_fit_is_refused():
+def test_columns_that_do_not_fit_raise():
     fused = mc.FusedQKVLayout(head_dim=H, num_kv_heads=2)
     assert text_of(fused, (36,)) == (
         "qkv/kernel (6, 36) has 12 heads of head_dim 3, not 8: 4 of queries and 2 x 2 others, by "
@@ -198,14 +198,14 @@ def test_a_number_of_columns_that_does_not_fit_is_refused():
     )
 
 
-def test_key_heads_that_do_not_divide_the_query_heads_are_refused():
+def test_key_heads_that_do_not_divide_query_heads_raise():
     fused = mc.FusedQKVLayout(head_dim=H, num_kv_heads=3)
     assert text_of(fused, (30,)) == (
         "qkv/kernel (6, 30): num_kv_heads=3 does not divide the 4 of max_logits."
     )
 
 
-def test_a_kernel_in_the_other_order_is_refused_where_it_shows():
+def test_the_other_order_of_heads_raises_if_sizes_show_it():
     fused = mc.FusedQKVLayout(head_dim=H, kernel="inputs 3 heads head_dim")
     assert text_of(fused, (N, 3, H)) == (
         "qkv/kernel (6, 4, 3, 3) does not divide into 'inputs 3 heads head_dim' with head_dim=3.\n"
@@ -215,7 +215,7 @@ def test_a_kernel_in_the_other_order_is_refused_where_it_shows():
     assert "does not divide into 'inputs heads 3 head_dim'" in text_of(interleaved, (3, N, H))
 
 
-def test_separate_projections_are_not_proposed_as_a_fused_one():
+def test_no_fused_layout_is_proposed_for_separate_projections():
     layout = mc.FusedQKVLayout(head_dim=H)
     stats = {"attn": {"max_logits": jnp.ones(N)}}
     kernel = {"kernel": np.ones((D, 36))}
@@ -241,6 +241,6 @@ def test_separate_projections_are_not_proposed_as_a_fused_one():
         ),
     ],
 )
-def test_impossible_layouts_are_refused(settings, message):
+def test_impossible_layouts_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         mc.FusedQKVLayout(**{"head_dim": H, **settings})

@@ -1,4 +1,4 @@
-"""Every pattern of kernel axes: each number gets the factor that a loop over heads gives it."""
+"""Every pattern of kernel axes: each weight gets its factor of a loop over heads."""
 
 import itertools
 
@@ -153,7 +153,7 @@ def multi_head(layout, key_heads, stack, rule, alpha, width=H, seed=0):
         for i, pattern in enumerate(QUERY)
     ],
 )
-def test_each_number_of_queries_and_keys_gets_its_factor(pattern, rule, stack, key_heads):
+def test_queries_and_keys_get_their_factors(pattern, rule, stack, key_heads):
     layout = mc.MultiHeadLayout(kernel=pattern, head_dim=H, stack_axis=-1 if stack else 0)
     before, after = multi_head(layout, key_heads, stack, rule, 0.3)
     check(layout, before, after, stack, rule, 0.3)
@@ -184,7 +184,7 @@ def test_gates_beside_queries_keep_their_bits(pattern):
         if "3" not in pattern or order == "sectioned"
     ],
 )
-def test_each_number_of_a_fused_kernel_gets_its_factor(pattern, order, rule, stack):
+def test_fused_kernels_get_their_factors(pattern, order, rule, stack):
     each = "3" in pattern
     key_heads = N if each else 2
     layout = mc.FusedQKVLayout(
@@ -228,7 +228,7 @@ def test_each_number_of_a_fused_kernel_gets_its_factor(pattern, order, rule, sta
     ("pattern", "stack", "rope_first"),
     [(pattern, STACKS[i % 3], i % 2 == 1) for i, pattern in enumerate(LATENT)],
 )
-def test_each_number_of_latent_attention_gets_its_factor(pattern, stack, rope_first):
+def test_latent_attention_gets_its_factors(pattern, stack, rope_first):
     nope, rope, value = 3, 2, 4
     layout = mc.MLALayout(
         nope_dim=nope, rope_dim=rope, value_dim=value, kernel=pattern, rope_first=rope_first

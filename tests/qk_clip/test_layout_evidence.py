@@ -28,8 +28,8 @@ def error_of(params, layout, *stat):
 
 def layouts_in(text):
     """Every layout that the last lines of an error propose."""
-    cures = "\n".join(line for line in text.splitlines()[1:] if not line.startswith("  "))
-    calls = re.findall(r"\w+Layout\((?:[^()']|'[^']*'|\((?:[^()']|'[^']*')*\))*\)", cures)
+    fixes = "\n".join(line for line in text.splitlines()[1:] if not line.startswith("  "))
+    calls = re.findall(r"\w+Layout\((?:[^()']|'[^']*'|\((?:[^()']|'[^']*')*\))*\)", fixes)
     return [eval(call, dict(vars(mc))) for call in calls]
 
 
@@ -122,7 +122,7 @@ def test_no_layout_is_proposed_where_none_fits(case):
     assert layouts_in(error_of(params, layout, *stat)) == []
 
 
-def test_the_proposed_layouts_of_two_kinds_of_modules_fit_together():
+def test_proposals_for_two_kinds_of_modules_fit_together():
     params = {
         "a": tree(query=(D, N, H), key=(D, K, H)),
         "b": tree(q_proj=(D, 12), k_proj=(D, 6)),
@@ -137,7 +137,7 @@ def test_the_proposed_layouts_of_two_kinds_of_modules_fit_together():
     assert info.clipped_heads == 3 * N
 
 
-def test_of_two_layouts_with_equal_names_the_one_that_fits_is_used():
+def test_the_layout_that_fits_is_used_among_equal_names():
     params = {"local": tree(q=(D, 12), k=(D, 6)), "global": tree(q=(D, 24), k=(D, 12))}
     stats = {name: {"max_logits": jnp.full(N, 400.0)} for name in params}
     named: dict[str, Any] = {"query": "q", "key": "k", "kernel": FLAT}
@@ -232,14 +232,14 @@ DECLARED = {
 
 
 @pytest.mark.parametrize("case", DECLARED)
-def test_what_the_user_declares_is_believed(case):
+def test_declared_layouts_are_accepted(case):
     params, fields = DECLARED[case]
     layout = mc.MultiHeadLayout(**{**NAMES, "kernel": FLAT, "head_dim": H, **fields})
     _, info = mc.qk_clip(params, {"max_logits": jnp.full(N, 400.0)}, layout)
     assert info.clipped_heads == N
 
 
-def test_equal_layers_are_folded_to_one_line():
+def test_equal_layers_share_a_line():
     layers = {f"layers_{i}": {"attn": tree(query=(D, N, H), key=(D, 3, H))} for i in range(40)}
     stats = {name: {"attn": {"max_logits": jnp.ones(N)}} for name in layers}
     with pytest.raises(ValueError, match="40 modules do not fit") as error:
@@ -266,7 +266,7 @@ def test_max_logits_of_a_parent_module_are_explained():
         assert "nearest" not in str(error.value)
 
 
-def test_all_that_was_sown_can_be_passed():
+def test_the_whole_output_of_apply_can_be_passed():
     params = {"params": {"attn": tree(query=(D, N, H), key=(D, K, H))}}
     sown = {"intermediates": {"attn": {"max_logits": (jnp.full((7, N), 400.0),)}}, "cache": {}}
     assert mc.qk_clip(params, sown)[1].clipped_heads == N
@@ -289,7 +289,7 @@ def attention_of(**shapes):
 GATED = {"q_proj": (32, 64), "k_proj": (32, 8), "v_proj": (32, 8), "o_proj": (32, 32)}
 
 
-def test_gates_in_flat_query_heads_raise_and_no_layout_that_scales_them_is_proposed():
+def test_gates_in_flat_query_heads_raise():
     params, stats = attention_of(**GATED), {"attn": {"max_logits": jnp.full(8, 400.0)}}
     with pytest.raises(ValueError, match="query_dim") as error:
         mc.qk_clip(params, stats)
@@ -311,7 +311,7 @@ def test_gates_in_flat_query_heads_raise_and_no_layout_that_scales_them_is_propo
         (GATED, "MultiHeadLayout"),
     ],
 )
-def test_without_a_proposal_the_error_names_the_kind_of_layout(shapes, kind):
+def test_error_names_the_kind_of_layout_without_a_proposal(shapes, kind):
     stats = {"attn": {"max_logits": jnp.full(8, 400.0)}}
     with pytest.raises(ValueError, match=f"pass an? {kind} with"):
         mc.qk_clip(attention_of(**shapes), stats)

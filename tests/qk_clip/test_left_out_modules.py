@@ -1,4 +1,4 @@
-"""Modules that a mask hides, or that the user names, are not clipped; nothing else is skipped."""
+"""Modules hidden by a mask or listed in `ignore=` are not clipped; no other module is skipped."""
 
 import jax
 import jax.numpy as jnp

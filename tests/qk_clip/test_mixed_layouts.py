@@ -62,7 +62,7 @@ def alone(name, tree, stat):
     return mc.qk_clip(tree, {"max_logits": stat}, LAYOUTS[name])[0]
 
 
-def test_every_module_is_clipped_as_if_it_were_alone():
+def test_mixed_layouts_clip_each_module_as_alone():
     params = {**modules(), **OTHERS}
     new, info = mc.qk_clip(params, STATS, ALL)
     for name, module in modules().items():
@@ -101,7 +101,7 @@ def test_boxes_keep_their_names_under_every_layout():
 
 @pytest.mark.filterwarnings("ignore:muonclip. check the optimizer of these parameters:UserWarning")
 @pytest.mark.parametrize("dtype", by_day([jnp.float32, jnp.bfloat16], jnp.bfloat16))
-def test_muonclip_leads_to_the_weights_that_qk_clip_gives(dtype):
+def test_muonclip_equals_muon_then_qk_clip(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), {**modules(), **OTHERS})
     grads = jax.tree.map(jnp.ones_like, params)
     settings: dict = {"layout": ALL, "weight_decay": 0.0}
@@ -118,7 +118,7 @@ def test_muonclip_leads_to_the_weights_that_qk_clip_gives(dtype):
     chex.assert_trees_all_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_all_layouts_are_named_where_nothing_fits():
+def test_error_lists_all_layouts_if_none_fits():
     with pytest.raises(ValueError, match="nothing to clip") as error:
         mc.qk_clip(OTHERS, {}, ALL)
     assert str(error.value).startswith("qk_clip: 1 module does not fit the layouts Multi")
@@ -129,7 +129,7 @@ def test_all_layouts_are_named_where_nothing_fits():
 # Upper bounds.
 
 
-def test_a_bound_clips_like_a_maximum_and_is_counted():
+def test_a_bound_clips_and_is_counted():
     module = modules()["three axes"]
     exact, _ = mc.qk_clip(module, {"max_logits": STATS["flat"]["max_logits"]})
     bound, info = mc.qk_clip(module, {"max_logits_bound": (STATS["flat"]["max_logits"],)})
@@ -137,7 +137,7 @@ def test_a_bound_clips_like_a_maximum_and_is_counted():
     assert info.bound_modules == 1
 
 
-def test_a_bound_beside_a_maximum_counts_with_it():
+def test_a_bound_and_a_maximum_combine():
     params = {"a": modules()["three axes"], "b": modules()["three axes"]}
     stats = {
         "a": {
@@ -151,7 +151,7 @@ def test_a_bound_beside_a_maximum_counts_with_it():
     assert info.bound_modules == 1
 
 
-def test_a_bound_follows_the_name_of_the_statistic():
+def test_a_bound_has_the_suffix_of_its_stat():
     module = modules()["three axes"]
     layout = mc.MultiHeadLayout(stat="s_max")
     _, info = mc.qk_clip(module, {"s_max_bound": jnp.full(N, 400.0)}, layout)

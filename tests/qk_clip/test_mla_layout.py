@@ -1,4 +1,4 @@
-"""Multi-head latent attention: what is scaled, what is left alone, and where the logits land."""
+"""Multi-head latent attention: scaled columns, unchanged weights, and new logits."""
 
 import dataclasses
 from typing import Any
@@ -83,11 +83,11 @@ FORMS = {
     "heads first": Form(bias=True, layout=dataclasses.replace(BASE, kernel=HEADS_FIRST)),
     "keys alone": Form(layout=dataclasses.replace(BASE, value_dim=0, key_value="k_b")),
     "no rotary part": Form(layout=dataclasses.replace(BASE, rope_dim=0)),
-    "as many heads as columns": Form(heads=NOPE + ROPE, bias=True),
+    "heads equal to columns": Form(heads=NOPE + ROPE, bias=True),
 }
 
 
-def half_calm(s):
+def middle_threshold(s):
     """A threshold that half of the heads are above."""
     s = np.sort(s.max(0))
     return float(s[len(s) // 2 - 1 : len(s) // 2 + 1].mean())
@@ -95,11 +95,11 @@ def half_calm(s):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_head_lands_on_the_threshold_or_stays_where_it_was(form, alpha):
+def test_heads_reach_the_threshold_or_keep_their_logits(form, alpha):
     form = FORMS[form]
     params = form.params()
     before = form.logits(params)
-    tau = half_calm(before)
+    tau = middle_threshold(before)
     stats = {"max_logits": jnp.asarray(before, jnp.float32)}
     new, info = mc.qk_clip(params, stats, form.layout, threshold=tau, alpha=alpha)
     after = form.logits(new).max(0)
@@ -109,11 +109,11 @@ def test_every_head_lands_on_the_threshold_or_stays_where_it_was(form, alpha):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_values_rotary_key_latents_and_calm_heads_keep_their_bits(form):
+def test_values_rotary_key_latents_and_unclipped_heads_keep_their_bits(form):
     form = FORMS[form]
     params, layout = form.params(), form.layout
-    calm = np.arange(form.heads) % 2 == 0
-    stats = {"max_logits": jnp.where(calm, -3.0, 400.0)}
+    below = np.arange(form.heads) % 2 == 0
+    stats = {"max_logits": jnp.where(below, -3.0, 400.0)}
     new, _ = mc.qk_clip(params, stats, layout)
     for name in params.keys() - {layout.query, layout.key_value}:
         assert all(new[name][leaf] is params[name][leaf] for leaf in params[name])
@@ -127,7 +127,7 @@ def test_values_rotary_key_latents_and_calm_heads_keep_their_bits(form):
             else:
                 views = [np.moveaxis(np.asarray(t[name][leaf]), axis, -2) for t in (params, new)]
             old, scaled = views
-            assert same_bits(old[..., calm, :], scaled[..., calm, :])
+            assert same_bits(old[..., below, :], scaled[..., below, :])
             if name == layout.key_value:
                 assert same_bits(old[..., layout.nope_dim :], scaled[..., layout.nope_dim :])
 
@@ -150,7 +150,7 @@ def test_factors_are_those_of_the_paper(alpha, rope_first):
 
 
 @pytest.mark.parametrize("shared_key", ["query", "group", "exact"])
-def test_rules_for_shared_keys_have_no_say(shared_key):
+def test_rules_for_shared_keys_have_no_effect(shared_key):
     params, stats = Form().params(), {"max_logits": jnp.asarray([400.0, 10, 200, 30])}
     expected, _ = mc.qk_clip(params, stats, BASE)
     actual, _ = mc.qk_clip(params, stats, BASE, shared_key=shared_key)
@@ -160,7 +160,7 @@ def test_rules_for_shared_keys_have_no_say(shared_key):
 @pytest.mark.parametrize("stat_axis", [0, -1])
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("form", ["biases", "flat, biases", "direct query, flat, biases"])
-def test_stacked_layers_equal_their_layers(form, axis, stat_axis):
+def test_stacked_layers_equal_single_layers(form, axis, stat_axis):
     form = FORMS[form]
     layers = [form.params(seed) for seed in (0, 20, 40)]
     maxima = [100 + 300 * draw(seed, 2, N) for seed in (1, 2, 3)]
@@ -174,7 +174,7 @@ def test_stacked_layers_equal_their_layers(form, axis, stat_axis):
                 assert same_bits(jnp.take(new[name][leaf], i, axis=axis), alone[name][leaf])
 
 
-def test_adapters_land_too():
+def test_adapters_reach_the_threshold():
     params = Form(low_rank=False).params()
     layout = dataclasses.replace(BASE, query="q_b")
     a, b = draw(1, D, 2), draw(2, 2, N, NOPE + ROPE)
@@ -241,7 +241,7 @@ def kernels_named(query, key_value):
         ),
     ],
 )
-def test_wrong_widths_and_heads_are_refused(layout, query, key_value, fault):
+def test_wrong_widths_and_heads_raise(layout, query, key_value, fault):
     text = text_of(
         {"attn": kernels(query, key_value)}, {"attn": {"max_logits": jnp.ones(4)}}, layout
     )
@@ -249,7 +249,7 @@ def test_wrong_widths_and_heads_are_refused(layout, query, key_value, fault):
     assert str(layout).startswith(f"MLALayout({NAMES}")
 
 
-def test_a_direct_query_is_named_instead_of_half_clipped():
+def test_a_direct_query_raises_with_a_proposal():
     form = FORMS["direct query"]
     text = text_of({"attn": form.params()}, {"attn": {"max_logits": jnp.ones(N)}})
     assert "attn: no module 'q_b'; there are" in text
@@ -267,14 +267,14 @@ def test_a_direct_query_is_named_instead_of_half_clipped():
         ("q_norm q_up_proj kv_norm kv_up_proj", "q_up_proj", "kv_up_proj"),
     ],
 )
-def test_the_names_of_other_libraries_are_proposed(names, query, key_value):
+def test_names_of_other_libraries_are_proposed(names, query, key_value):
     params = {name: {"kernel": np.ones((2, 2))} for name in names.split()}
     params |= kernels_named(query, key_value)
     text = text_of({"attn": params}, {"attn": {"max_logits": jnp.ones(N)}})
     assert f"Pass layout=MLALayout(query={query!r}, key_value={key_value!r}," in text
 
 
-def test_norms_of_the_latent_vectors_are_no_reason_to_refuse():
+def test_norms_of_latent_vectors_do_not_raise():
     params = {**kernels((5, 4, 5), (5, 4, 7)), "q_norm": {"scale": np.ones(5)}}
     mc.qk_clip(params, {"max_logits": jnp.ones(4)}, BASE)
     strict = dataclasses.replace(BASE, qk_norm=("q_norm",))
@@ -296,7 +296,7 @@ def test_norms_of_the_latent_vectors_are_no_reason_to_refuse():
         ),
     ],
 )
-def test_impossible_layouts_are_refused(settings, message):
+def test_impossible_layouts_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, **settings)
 

@@ -1,4 +1,4 @@
-"""Defects of other implementations, each in the situation where it shows, and what we do there.
+"""Defects of other implementations, each in its situation, and the behavior of this library.
 
 Where the defect is a formula the test has it too, so that it fails if the situation does not tell
 right from wrong. File names: MaxText is AI-Hypercomputer/maxtext, read at commit 03bf39d.
@@ -27,7 +27,7 @@ def peer_gamma(s):
     return jnp.minimum(1, TAU / jnp.asarray(s, jnp.float32))
 
 
-def statistic(*maxima):
+def max_logits_of(*maxima):
     return {"max_logits": jnp.asarray(maxima, jnp.float32)}
 
 
@@ -70,7 +70,9 @@ def test_maxtext_bfloat16_weights_came_back_as_float32_and_compiled_the_step_aga
     # MaxText, src/maxtext/utils/qk_clip_utils.py: kernel times a float32 factor.
     params = attention(2, dtype=jnp.bfloat16)
     assert (params["query"]["kernel"] * peer_gamma(400.0)).dtype == jnp.float32
-    step = jax.jit(chex.assert_max_traces(lambda p: mc.qk_clip(p, statistic(400.0, 7.0))[0], n=1))
+    step = jax.jit(
+        chex.assert_max_traces(lambda p: mc.qk_clip(p, max_logits_of(400.0, 7.0))[0], n=1)
+    )
     new = step(step(params))
     chex.assert_trees_all_equal_shapes_and_dtypes(new, params)
 
@@ -80,13 +82,13 @@ def test_multiplication_by_one_flushed_denormal_weights():
     tiny = jnp.full((1, 2, 1), jnp.finfo(jnp.float32).smallest_subnormal)
     assert not same_bits(tiny * peer_gamma(7.0), tiny)
     params = {"query": {"kernel": tiny}, "key": {"kernel": tiny}}
-    new, _ = jax.jit(mc.qk_clip)(params, statistic(7.0, 400.0))
+    new, _ = jax.jit(mc.qk_clip)(params, max_logits_of(7.0, 400.0))
     assert unchanged(params, new, head=0)
 
 
 def test_megatron_and_maxtext_clipped_on_skipped_steps():
     # MaxText, src/maxtext/trainers/pre_train/train.py; Megatron-LM, megatron/training/training.py.
-    params, stats = attention(2), statistic(400.0, 7.0)
+    params, stats = attention(2), max_logits_of(400.0, 7.0)
     assert not unchanged(params, mc.qk_clip(params, stats)[0])
     assert unchanged(params, mc.qk_clip(params, stats, where=jnp.asarray(False))[0])
 
@@ -104,7 +106,7 @@ def test_maxtext_scanned_layers_shared_the_factor_of_the_worst():
     assert same_bits(params["query"]["kernel"][1], new["query"]["kernel"][1])
 
 
-def test_megatron_innocent_heads_of_a_group_shrank_with_the_guilty_one():
+def test_megatron_scaled_all_heads_of_a_group():
     # Megatron-LM, megatron/core/transformer/attention.py: one factor for each group of queries.
     old, grouped, _ = clip_one([400.0, 10.0], key_heads=1, shared_key="group")
     np.testing.assert_array_equal(grouped["query"]["kernel"], old["query"]["kernel"] / 2)
@@ -133,7 +135,7 @@ def landing(params, x):
 def test_biases_that_were_not_scaled_kept_the_logits_above_the_threshold():
     # Most codes scale only `weight` or `kernel`: q = x W + b.
     x, params = draw(9, 2, 5, 3), jax.tree.map(lambda p: 8 * p, attention(2))
-    new, _ = mc.qk_clip(params, statistic(*landing(params, x)), threshold=TAU)
+    new, _ = mc.qk_clip(params, max_logits_of(*landing(params, x)), threshold=TAU)
     kernels = {n: {**params[n], "kernel": new[n]["kernel"]} for n in ("query", "key")}
     assert landing(kernels, x).max() > 1.1 * TAU
     np.testing.assert_allclose(landing(new, x), TAU, rtol=1e-5)
@@ -144,15 +146,15 @@ def test_maxtext_direct_query_of_mla_was_not_recognized():
     layout = functools.partial(mc.MLALayout, nope_dim=2, rope_dim=1, value_dim=2)
     params = {"q": {"kernel": jnp.ones((3, 1, 3))}, "kv_b": {"kernel": jnp.ones((3, 1, 4))}}
     with pytest.raises(ValueError, match=r"Pass layout=MLALayout\(query='q', "):
-        mc.qk_clip(params, statistic(400.0), layout())
-    new, _ = mc.qk_clip(params, statistic(400.0), layout(query="q"))
+        mc.qk_clip(params, max_logits_of(400.0), layout())
+    new, _ = mc.qk_clip(params, max_logits_of(400.0), layout(query="q"))
     # On the key alone the nope part lands at 200, and the rotary part stays at its 400.
     assert 400 * jnp.sqrt(peer_gamma(400.0)) == 200
     assert new["kv_b"]["kernel"][0, 0].tolist() == [0.5, 0.5, 1, 1]
     assert new["q"]["kernel"][0, 0].tolist() == [0.5, 0.5, 0.25]
 
 
-# Where the statistic comes from.
+# Source of the max logits.
 
 
 def test_maxtext_estimate_was_reported_as_the_maximum():
@@ -196,7 +198,7 @@ def test_megatron_maximum_that_starts_at_zero_hid_negative_ones():
     assert info.max_logit < 0
 
 
-def test_float32_causal_mask_of_flax_was_refused_by_jax():
+def test_jax_rejected_the_float32_causal_mask_of_flax():
     # flax.linen.make_causal_mask gives float32, jax.nn.dot_product_attention wants bool.
     x = draw(1, 2, 5, 8)
     mask = nn.make_causal_mask(x[..., 0])
@@ -223,9 +225,9 @@ def test_maxtext_read_only_the_first_call_of_a_module():
     assert info.min_gamma == 0.25
 
 
-def test_maxtext_maxima_of_micro_batches_were_added_up():
+def test_maxtext_added_max_logits_of_micro_batches():
     # MaxText, src/maxtext/utils/gradient_accumulation.py: auxiliary trees are summed.
-    batches = [statistic(s) for s in (60.0, 50.0, 40.0, 30.0)]
+    batches = [max_logits_of(s) for s in (60.0, 50.0, 40.0, 30.0)]
     assert peer_gamma(sum(batch["max_logits"] for batch in batches)) < 1
     joined = batches[0]
     for batch in batches[1:]:
@@ -240,8 +242,8 @@ def test_optax_multi_steps_shows_its_inner_optimizer_only_the_last_micro_batch()
     zeros = jax.tree.map(jnp.zeros_like, params)
     inner = mc.muonclip(0.0, weight_decay=0.0)
     optimizer = optax.MultiSteps(inner, every_k_schedule=2)
-    state, inside, joined = optimizer.init(params), params, statistic(-jnp.inf)
-    for stats in (statistic(400.0), statistic(50.0)):
+    state, inside, joined = optimizer.init(params), params, max_logits_of(-jnp.inf)
+    for stats in (max_logits_of(400.0), max_logits_of(50.0)):
         updates, state = optimizer.update(zeros, state, inside, max_logits=stats)
         inside = optax.apply_updates(inside, updates)
         joined = mc.merge_max_logits(joined, stats)
@@ -253,7 +255,7 @@ def test_optax_multi_steps_shows_its_inner_optimizer_only_the_last_micro_batch()
 def test_megatron_reduced_each_layer_on_its_own():
     # Megatron-LM, megatron/core/optimizer/qk_clip.py: a reduction and a wait for each layer.
     names = [f"layers_{i}" for i in range(4)]
-    params, stats = {n: attention(2) for n in names}, {n: statistic([1.0] * 2) for n in names}
+    params, stats = {n: attention(2) for n in names}, {n: max_logits_of([1.0] * 2) for n in names}
 
     def over_batch(function, *args):
         equations = jax.make_jaxpr(function)(*args).eqns
@@ -275,7 +277,7 @@ class Layer(nn.Module):
         return x, None
 
 
-def test_flax_scan_dropped_the_statistics_in_silence():
+def test_flax_scan_dropped_max_logits_silently():
     # flax.linen.scan keeps only the collections in variable_axes.
     x = draw(1, 2, 5, 8)
     model = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()
@@ -289,31 +291,31 @@ def test_flax_scan_dropped_the_statistics_in_silence():
 # How it is joined to the weights.
 
 
-def test_maxtext_root_key_params_clipped_nothing_in_silence():
-    # MaxText, src/maxtext/utils/qk_clip_utils.py: walks the statistics by the whole path.
+def test_maxtext_clipped_nothing_under_a_root_key():
+    # MaxText, src/maxtext/utils/qk_clip_utils.py: walks the max logits by the whole path.
     params = {"params": {"attn": attention(1)}}
-    stats = {"intermediates": {"attn": statistic(400.0)}}
+    stats = {"intermediates": {"attn": max_logits_of(400.0)}}
     assert not set(params) & set(stats["intermediates"])
     new, info = mc.qk_clip(params, stats)
     assert info.clipped_heads == 1
     assert not unchanged(params["params"]["attn"], new["params"]["attn"])
 
 
-def test_names_compared_by_their_ends_mixed_up_layers():
+def test_suffixes_of_names_matched_wrong_layers():
     # The join by str.startswith, str.endswith or a search.
     params = {name: attention(1) for name in ("layers_1", "layers_10", "decoder_layers_1")}
     assert all("layers_1" in name for name in params)
     stats = {"layers_1": 400.0, "layers_10": 50.0, "decoder_layers_1": 200.0}
-    _, info = mc.qk_clip(params, {name: statistic(s) for name, s in stats.items()})
+    _, info = mc.qk_clip(params, {name: max_logits_of(s) for name, s in stats.items()})
     gammas = {name: float(gamma[0]) for name, gamma in info.gamma.items()}
     assert gammas == {"layers_1": 0.25, "layers_10": 1, "decoder_layers_1": 0.5}
 
 
-def test_module_called_value_was_taken_for_the_inside_of_a_variable():
+def test_module_named_value_was_read_as_a_variable():
     # Paths of nnx.State end in an attribute `.value`; `value` is also a module of Flax.
     params = {"value": {"query": jnp.ones((1, 1, 2)), "value": jnp.ones((1, 1, 2))}}
     layout = mc.MultiHeadLayout(query="query", key="value")
-    new, info = mc.qk_clip(params, {"value": statistic(400.0)}, layout)
+    new, info = mc.qk_clip(params, {"value": max_logits_of(400.0)}, layout)
     assert list(info.gamma) == ["value"]
     np.testing.assert_array_equal(new["value"]["value"], params["value"]["value"] / 2)
 
@@ -321,6 +323,6 @@ def test_module_called_value_was_taken_for_the_inside_of_a_variable():
 def test_megatron_layers_without_attention_crashed():
     # Megatron-LM PR #7382, megatron/core/optimizer/qk_clip.py: every layer had to have attention.
     params = {"mamba": {"in": {"kernel": jnp.ones((3, 4))}}, "attn": attention(1)}
-    new, info = mc.qk_clip(params, {"attn": statistic(400.0)})
+    new, info = mc.qk_clip(params, {"attn": max_logits_of(400.0)})
     assert info.clipped_heads == 1
     assert same_bits(new["mamba"]["in"]["kernel"], params["mamba"]["in"]["kernel"])

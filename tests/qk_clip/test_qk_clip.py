@@ -1,4 +1,4 @@
-"""The factor on each head, the rules for shared keys, what is promised of bits, and the info."""
+"""The factor of each head, the rules for shared keys, bitwise promises, and the info."""
 
 import itertools
 
@@ -13,12 +13,12 @@ import muonclip_jax as mc
 from tests.support import reference_attention as reference
 from tests.support.attention_cases import N, attention, clip_one, draw, expected, same_bits
 
-INNOCENT = [-5.0, -1e-6, -0.0, 0.0, -np.inf, np.inf, np.nan, 99.9, 100.0]
+UNCLIPPED = [-5.0, -1e-6, -0.0, 0.0, -np.inf, np.inf, np.nan, 99.9, 100.0]
 
 
-@pytest.mark.parametrize("calm", INNOCENT)
-def test_innocent_head_keeps_every_bit_beside_a_clipped_one(calm):
-    old, new, info = clip_one([200.0, calm, 1.0, 200.0])
+@pytest.mark.parametrize("other", UNCLIPPED)
+def test_unclipped_head_keeps_every_bit_beside_a_clipped_one(other):
+    old, new, info = clip_one([200.0, other, 1.0, 200.0])
     for name in ("query", "key"):
         for leaf in ("kernel", "bias"):
             assert same_bits(old[name][leaf][..., 1:3, :], new[name][leaf][..., 1:3, :])
@@ -30,15 +30,15 @@ def test_innocent_head_keeps_every_bit_beside_a_clipped_one(calm):
     np.testing.assert_array_equal(info.gamma["attn"], [0.5, 1, 1, 0.5])
 
 
-@pytest.mark.parametrize("calm", INNOCENT)
-def test_nonfinite_heads_are_counted_and_masked_ones_are_not(calm):
-    _, _, info = clip_one([200.0, calm])
-    assert info.nonfinite_heads == (1 if np.isnan(calm) or calm == np.inf else 0)
+@pytest.mark.parametrize("other", UNCLIPPED)
+def test_nonfinite_heads_are_counted_and_masked_heads_are_not(other):
+    _, _, info = clip_one([200.0, other])
+    assert info.nonfinite_heads == (1 if np.isnan(other) or other == np.inf else 0)
     assert info.clipped_heads == 1
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0, 30.0, 100.0, 1e6])
-def test_exactly_at_the_threshold_nothing_happens(tau):
+def test_head_at_the_threshold_is_not_clipped(tau):
     tau = np.float32(tau)
     below, above = np.nextafter(tau, np.float32(0)), np.nextafter(tau, np.float32(np.inf))
     old, new, info = clip_one([below, tau, above, above], threshold=float(tau))
@@ -49,7 +49,7 @@ def test_exactly_at_the_threshold_nothing_happens(tau):
 
 
 @given(st.lists(st.floats(width=32), min_size=N, max_size=N), st.floats(0.5, 1e4, width=32))
-def test_gamma_is_in_zero_to_one_whatever_the_statistic(maxima, tau):
+def test_gamma_is_in_zero_to_one(maxima, tau):
     _, new, info = clip_one(maxima, threshold=tau)
     expected = [reference.gamma(s, tau) for s in np.asarray(maxima, np.float32).tolist()]
     np.testing.assert_allclose(info.gamma["attn"], np.maximum(expected, 1.2e-38), rtol=2e-7)
@@ -70,7 +70,7 @@ def test_dtype_is_kept_and_rounded_once(dtype, strict_promotion):
     for name, factors in (("query", query), ("key", key)):
         assert new[name]["kernel"].dtype == dtype
         target = expected(old[name]["kernel"], factors, dtype)
-        # One unit of float32 in the power; in the narrow dtypes that rarely crosses a boundary.
+        # One unit of float32 in the power; in the 16-bit dtypes that rarely crosses a boundary.
         np.testing.assert_allclose(
             np.float32(new[name]["kernel"]),
             np.float32(target),
@@ -79,7 +79,7 @@ def test_dtype_is_kept_and_rounded_once(dtype, strict_promotion):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_odd_numbers_in_unclipped_heads_keep_their_bits(dtype):
+def test_special_numbers_in_unclipped_heads_keep_their_bits(dtype):
     tiny = jnp.finfo(dtype).smallest_subnormal
     odd = np.asarray([-0.0, tiny, -3 * tiny, np.inf, -np.inf, np.nan], dtype)
     params = {name: {"kernel": jnp.asarray(np.tile(odd, (1, 2, 1)))} for name in ("query", "key")}
@@ -106,7 +106,7 @@ def test_no_finite_weight_becomes_infinite_when_queries_grow():
         chex.assert_tree_all_finite(new)
 
 
-def test_infinite_threshold_only_logs():
+def test_infinite_threshold_only_reports():
     old, new, info = clip_one([1e30, np.inf, -3.0, 5.0], threshold=float("inf"))
     assert all(map(same_bits, jax.tree.leaves(old), jax.tree.leaves(new)))
     np.testing.assert_array_equal(info.gamma["attn"], 1)
@@ -162,7 +162,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("rule", TABLE)
-def test_table_of_shared_keys(rule):
+def test_factors_of_shared_keys(rule):
     old, new, _ = clip_one([400.0, 10.0, 20.0, 30.0], key_heads=2, shared_key=rule)
     for name, factors in zip(("query", "key"), TABLE[rule], strict=True):
         np.testing.assert_array_equal(new[name]["kernel"], expected(old[name]["kernel"], factors))
@@ -171,7 +171,7 @@ def test_table_of_shared_keys(rule):
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("rule", TABLE)
-def test_rules_equal_the_oracle(rule, alpha, key_heads):
+def test_rules_equal_the_float64_reference(rule, alpha, key_heads):
     maxima = [400.0, 10.0, 150.0, 120.0]
     old, new, _ = clip_one(maxima, key_heads, alpha=alpha, shared_key=rule)
     gammas = [reference.gamma(s, 100.0) for s in maxima]
@@ -187,18 +187,18 @@ def test_rules_equal_the_oracle(rule, alpha, key_heads):
         np.testing.assert_allclose(products, np.minimum(maxima, 100))
 
 
-def test_shared_key_and_calm_heads_keep_their_bits_by_default():
+def test_shared_key_and_unclipped_heads_keep_their_bits_by_default():
     old, new, _ = clip_one([400.0, 10.0, 20.0, np.nan], key_heads=2)
     assert same_bits(old["key"]["kernel"], new["key"]["kernel"])
     assert same_bits(old["query"]["kernel"][:, 1:], new["query"]["kernel"][:, 1:])
 
 
-def test_a_shared_key_is_not_shrunk_once_per_head():
+def test_a_shared_key_is_scaled_once():
     old, new, _ = clip_one([400.0] * 4, key_heads=1, shared_key="group")
     np.testing.assert_array_equal(new["key"]["kernel"], old["key"]["kernel"] / 2)
 
 
-def test_info_sums_up_all_layers():
+def test_info_counts_all_layers():
     params = {"a": attention(2), "b": attention(2), "c": attention(1)}
     stats = {
         "a": {"max_logits": jnp.asarray([400.0, 7.0])},
@@ -214,7 +214,7 @@ def test_info_sums_up_all_layers():
     assert list(info.gamma) == list(info.max_logits) == ["a", "b", "c"]
 
 
-def test_metrics_are_all_scalars_of_the_info_and_nothing_else():
+def test_metrics_are_the_scalars_of_the_info():
     _, _, info = clip_one([400.0, jnp.nan])
     metrics = mc.qk_clip_metrics(info)
     assert sorted(metrics) == [
@@ -259,7 +259,7 @@ def test_a_head_once_clipped_stays_marked():
     )
 
 
-def test_heads_ever_clipped_scan_as_they_loop():
+def test_heads_ever_clipped_in_a_scan_equal_a_loop():
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *STEPS)
     none = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), STEPS[0].gamma)
     scanned, _ = jax.lax.scan(
@@ -271,7 +271,7 @@ def test_heads_ever_clipped_scan_as_they_loop():
     }
 
 
-def test_heads_of_another_model_are_refused():
+def test_heads_of_another_model_raise():
     before = mc.heads_ever_clipped(info_of(a=[1.0, 1.0], c=[1.0]))
     with pytest.raises(ValueError, match="the heads are not the heads of this model") as error:
         mc.heads_ever_clipped(info_of(a=[1.0], b=[1.0]), before)

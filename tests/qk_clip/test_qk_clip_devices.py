@@ -121,7 +121,7 @@ clip = functools.partial(mc.qk_clip, layout=LAYOUTS)
 
 
 def mixed_model():
-    """Layers of two sizes, stacked and not, one called twice, with statistics of a batch of 8."""
+    """Layers of two sizes, stacked and not, one called twice, with max logits of a batch of 8."""
     d = attention(2, stack=(2,))
     params = {
         "a": attention(4),
@@ -144,7 +144,7 @@ def batch_over_data(path, _):
 
 @each_kind
 @each_mesh
-def test_equal_statistics_give_equal_bits_on_all_devices(mesh, kind):
+def test_replicas_stay_equal_bit_for_bit(mesh, kind):
     params, stats = mixed_model()
     expected = on_host(jax.jit(clip)(params, stats))
     mesh = make_mesh(mesh, kind)
@@ -156,7 +156,7 @@ def test_equal_statistics_give_equal_bits_on_all_devices(mesh, kind):
 
 @each_kind
 @each_mesh
-def test_one_all_reduce_for_the_whole_model_and_nothing_else(mesh, kind):
+def test_one_all_reduce_for_the_whole_model(mesh, kind):
     params, stats = mixed_model()
     mesh = make_mesh(mesh, kind)
     with jax.set_mesh(mesh):
@@ -174,7 +174,7 @@ def test_forward_pass_and_clip_cost_one_all_reduce(start, mesh, kind):
         assert communication(lambda p, x: mc.qk_clip(p, apply(p, x)[1]), *inputs) == ["all-reduce"]
 
 
-def test_statistics_of_one_leading_shape_are_reduced_once():
+def test_one_reduction_for_equal_leading_axes():
     # XLA may combine several all-reduces, so that the tests above would not see them.
     equations = jax.make_jaxpr(clip)(*mixed_model()).eqns
     over_batch = [
@@ -193,13 +193,13 @@ def test_sharded_kernels_and_heads_keep_their_sharding(kind):
     }
     expected = on_host(jax.jit(clip)(params, stats))
 
-    def of_statistic(path, _):
+    def of_max_logits(path, _):
         # The heads of b are not sharded: arrays of different sharding cannot be concatenated.
         specs = {"a": P("data", "model"), "b": P("data"), "c": P(None, "data", "model")}
         return specs.get(path[0], P("data", None, "model"))
 
     with jax.set_mesh(mesh):
-        inputs = put(mesh, params, heads_over_model), put(mesh, stats, of_statistic)
+        inputs = put(mesh, params, heads_over_model), put(mesh, stats, of_max_logits)
         actual = jax.jit(clip)(*inputs)
     for old, new in zip(jax.tree.leaves(inputs[0]), jax.tree.leaves(actual[0]), strict=True):
         assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
@@ -229,18 +229,18 @@ def two_layers():
     return params, stats
 
 
-def test_statistics_joined_by_pmax_give_replicas_the_same_weights():
+def test_pmax_of_max_logits_keeps_replicas_equal():
     actual = in_shard_map(clip_joined)(*two_layers())
     assert_replicas_agree(actual)
     chex.assert_trees_all_equal(on_host(actual), on_host(jax.jit(clip_each)(*two_layers())))
 
 
-def test_statistics_of_each_device_alone_are_refused_by_jax():
+def test_jax_rejects_max_logits_of_single_devices():
     with pytest.raises(ValueError, match="out_specs which require replication"):
         in_shard_map(clip_each)(*two_layers())
 
 
-def test_without_that_check_replicas_drift_apart_in_silence():
+def test_without_the_check_of_jax_replicas_diverge():
     params, _ = in_shard_map(clip_each, check_vma=False)(*two_layers())
     with pytest.raises(AssertionError):
         assert_replicas_agree(params)
@@ -270,7 +270,7 @@ def test_sharded_heads_cost_one_small_all_gather_more(kind):
     }
     mesh = make_mesh("data and model", kind)
 
-    def of_statistic(path, leaf):
+    def of_max_logits(path, leaf):
         return P(
             *(None, "data", "model")
             if path[0] == "c"
@@ -278,5 +278,5 @@ def test_sharded_heads_cost_one_small_all_gather_more(kind):
         )
 
     with jax.set_mesh(mesh):
-        inputs = put(mesh, params, heads_over_model), put(mesh, stats, of_statistic)
+        inputs = put(mesh, params, heads_over_model), put(mesh, stats, of_max_logits)
         assert communication(clip, *inputs) == ["all-reduce", "all-gather"]

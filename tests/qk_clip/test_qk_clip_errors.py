@@ -1,4 +1,4 @@
-"""What does not fit is said once, completely, with its path and a cure; nothing is skipped."""
+"""One error lists every mismatch, with its path and a fix."""
 
 import re
 
@@ -50,12 +50,12 @@ def text_of(params, stats, *args, **settings):
     return str(plain.value)
 
 
-def one_fault(path, fault, *cures, layout: object = LAYOUT):
+def one_fault(path, fault, *fixes, layout: object = LAYOUT):
     head = f"qk_clip: 1 module does not fit the layout {layout}."
-    return "\n".join([head, f"  {path}: {fault}", *cures])
+    return "\n".join([head, f"  {path}: {fault}", *fixes])
 
 
-def test_all_faults_come_at_once_with_paths_and_cures():
+def test_all_faults_come_in_one_error_with_paths_and_fixes():
     params = {
         "blocks_3": {"attn": attention()},
         "blocks_5": {"attn": attention()},
@@ -82,25 +82,25 @@ def test_all_faults_come_at_once_with_paths_and_cures():
 @pytest.mark.parametrize(
     "stats", [None, {}, {"intermediates": {}}, {"attn": {"other": jnp.ones(2)}}]
 )
-def test_no_statistic_at_all_is_an_error_that_names_the_causes(stats):
+def test_missing_max_logits_raise_with_the_causes(stats):
     expected = one_fault("attn", "has no max_logits.", CAUSES)
     assert text_of({"params": {"attn": attention()}}, stats) == expected
 
 
-def test_nothing_to_clip_says_what_was_looked_for():
+def test_nothing_to_clip_raises_with_the_names():
     nothing = (
         "nothing to clip: no module has 'query' and 'key', and no max logits are named "
         "'max_logits'."
     )
     assert text_of({"mlp": {"kernel": jnp.ones((3, 3))}}, {}) == one_fault("(root)", nothing)
-    cure = "Pass layout=MultiHeadLayout(query='q_proj', key='k_proj')."
+    fix = "Pass layout=MultiHeadLayout(query='q_proj', key='k_proj')."
     params = {"attn": attention("q_proj", "k_proj")}
-    assert text_of(params, None) == one_fault("(root)", nothing, cure)
+    assert text_of(params, None) == one_fault("(root)", nothing, fix)
     params["attn"]["q_norm"] = {"scale": jnp.ones(3)}
     assert text_of(params, None).startswith(one_fault("(root)", nothing, "No layout fits"))
 
 
-def test_a_proposed_layout_keeps_the_other_settings():
+def test_a_proposed_layout_keeps_other_settings():
     layout = mc.MultiHeadLayout(query_dim=2, kept_leaves=("step",))
     params = attention("q_proj", "k_proj", k_proj={"kernel": np.ones((4, 2, 2))})
     text = text_of({"attn": params}, {"attn": sown()}, layout)
@@ -108,24 +108,24 @@ def test_a_proposed_layout_keeps_the_other_settings():
     assert f"Pass layout=MultiHeadLayout({proposed})." in text
 
 
-def test_a_layer_name_that_only_begins_alike_is_another_layer():
+def test_layer_names_with_a_common_prefix_differ():
     text = text_of({"layers_1": attention()}, {"layers_10": sown()})
     assert "layers_1: has no max_logits" in text
     assert "layers_10: has max_logits, but the parameters have no such module" in text
 
 
-def test_unknown_leaf_is_refused_and_can_be_declared():
+def test_unknown_leaf_raises_until_declared():
     params = kernels((4, 2, 3), (4, 2, 3), magnitude=jnp.ones(3))
-    cure = (
-        "List a leaf with the columns of the heads in `scaled_leaves` of the head layout, any other "
-        "leaf in `kept_leaves`."
+    fix = (
+        "List a leaf with the columns of the heads in `scaled_leaves` of the head layout, any "
+        "other leaf in `kept_leaves`."
     )
     fault = "query/magnitude is in neither scaled_leaves nor kept_leaves."
-    assert text_of(params, sown()) == one_fault("(root)", fault, cure)
+    assert text_of(params, sown()) == one_fault("(root)", fault, fix)
     mc.qk_clip(params, sown(), mc.MultiHeadLayout(kept_leaves=("magnitude",)))
 
 
-def test_adapters_without_their_kernels_are_refused():
+def test_adapters_without_kernels_raise():
     adapter = {"lora_a": jnp.ones((4, 1)), "lora_b": jnp.ones((1, 2, 3))}
     head = one_fault("attn", "query has lora_a, lora_b, not one 'kernel'.")
     text = text_of({"attn": {"query": adapter, "key": adapter}}, {"attn": sown()})
@@ -135,7 +135,7 @@ def test_adapters_without_their_kernels_are_refused():
     )
 
 
-def test_a_module_of_another_layout_does_not_use_its_statistic():
+def test_max_logits_of_another_layout_raise():
     layouts = mc.MultiHeadLayout(), mc.MultiHeadLayout(query="q", key="k", stat="s_max")
     text = text_of(attention(), {"s_max": jnp.ones(2), **sown()}, layouts)
     assert f"(root): has s_max, but its layout {LAYOUT} reads max_logits." in text
@@ -149,7 +149,7 @@ def test_leaves_of_another_library_are_not_called_adapters():
     assert "adapters" not in text
 
 
-def test_two_kernels_in_one_module_are_refused():
+def test_two_kernels_in_one_module_raise():
     params = attention(
         query={"Dense_0": {"kernel": jnp.ones((4, 4))}, "kernel": jnp.ones((4, 2, 3))}
     )
@@ -158,7 +158,7 @@ def test_two_kernels_in_one_module_are_refused():
     )
 
 
-def test_quantised_kernels_are_refused():
+def test_quantized_kernels_raise():
     params = attention(query={"kernel": jnp.ones((4, 2, 3), jnp.int8)})
     fault = "query/kernel is int8, which cannot be scaled."
     assert text_of(params, sown()) == one_fault("(root)", fault)
@@ -169,7 +169,7 @@ SHAPE_FAULTS = [
     (
         "query/kernel (4, 2, 3) has 2 heads, but its max_logits has 1.",
         kernels((4, 2, 3), (4, 2, 3)),
-        (2, 1),  # the statistic transposed
+        (2, 1),  # max logits transposed
     ),
     (
         "key/kernel (4, 3, 3) has 3 key heads, which do not fit the 4 heads of query/kernel "
@@ -247,34 +247,34 @@ FLAT_FAULTS = [
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(("fault", "params", "stat"), SHAPE_FAULTS)
-def test_shapes_that_do_not_fit_are_errors_even_if_not_strict(fault, params, stat, strict):
+def test_wrong_shapes_raise_even_if_not_strict(fault, params, stat, strict):
     lines = text_of(params, sown(*stat), strict=strict).splitlines()
     assert "\n".join(lines[:2]) == one_fault("(root)", fault)
 
 
 @pytest.mark.parametrize(("fault", "params", "stat"), FLAT_FAULTS)
-def test_flat_kernels_that_do_not_divide_are_errors(fault, params, stat):
+def test_flat_kernels_that_do_not_divide_raise(fault, params, stat):
     lines = text_of(params, sown(*stat), FLAT).splitlines()
     assert "\n".join(lines[:2]) == one_fault("(root)", fault, layout=FLAT)
 
 
-def test_query_dim_wider_than_the_head_is_an_error():
+def test_query_dim_wider_than_the_head_raises():
     layout = mc.MultiHeadLayout(query_dim=5)
     text = text_of(attention(), sown(), layout)
     assert "query/kernel (4, 2, 3) has heads of 3 columns, fewer than query_dim=5." in text
 
 
-def test_calls_that_disagree_in_heads_are_an_error():
+def test_calls_with_unequal_heads_raise():
     text = text_of(attention(), {"max_logits": (jnp.ones(2), jnp.ones((5, 4)))})
     assert text == one_fault("(root)", "calls have max_logits of 2 and of 4 heads.")
 
 
-def test_several_layouts_are_all_named():
+def test_error_lists_several_layouts():
     text = text_of({}, {}, (mc.MultiHeadLayout(), FLAT))
     assert text.startswith(f"qk_clip: 1 module does not fit the layouts {LAYOUT}, {FLAT}.")
 
 
-def test_not_strict_skips_with_one_warning_and_counts():
+def test_not_strict_warns_once_and_counts():
     params = {"a": attention(), "b": attention()}
     stats = {"a": sown(), "c": sown()}
     with pytest.warns(UserWarning, match="qk_clip: ") as warned:
@@ -289,7 +289,7 @@ def test_not_strict_skips_with_one_warning_and_counts():
     assert list(info.gamma) == ["a"]
 
 
-def test_not_strict_with_nothing_to_clip_warns_and_reports_nothing():
+def test_not_strict_without_anything_to_clip_warns():
     params = {"mlp": {"kernel": jnp.ones((3, 3))}}
     with pytest.warns(UserWarning, match="nothing to clip"):
         new, info = mc.qk_clip(params, {}, strict=False)
@@ -340,7 +340,7 @@ def test_not_strict_with_nothing_to_clip_warns_and_reports_nothing():
         ),
     ],
 )
-def test_each_bad_setting_is_named_with_its_value(kind, settings, message):
+def test_bad_settings_raise_with_their_values(kind, settings, message):
     with pytest.raises(kind, match=re.escape(f"qk_clip: {message}")):
         mc.qk_clip(attention(), sown(), **settings)
 

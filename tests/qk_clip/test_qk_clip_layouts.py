@@ -1,4 +1,4 @@
-"""Every form in which queries and keys of the heads are stored: scaled right, and landing."""
+"""Every way to store queries and keys: right factors, and logits at the threshold."""
 
 import dataclasses
 
@@ -80,7 +80,7 @@ FORMS = {
         key_heads=2,
         layout=dataclasses.replace(FLAT, query_dim=H),
     ),
-    "as many heads as columns": Form(heads=8, key_heads=8, bias=True),
+    "heads equal to columns": Form(heads=8, key_heads=8, bias=True),
 }
 RULES = ["query", "group", "exact"]
 X = draw(99, 2, 7, D)
@@ -88,11 +88,11 @@ X = draw(99, 2, 7, D)
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form", FORMS)
-def test_no_head_is_above_the_threshold_afterwards(form, rule):
+def test_no_head_exceeds_the_threshold_after_a_clip(form, rule):
     form = FORMS[form]
     params = form.params()
     before = form.logits(params, X)
-    # Half of the heads calm: the mean of two neighbors as threshold.
+    # Half of the heads below: the mean of two neighbors as threshold.
     tau = float(np.sort(before.max(0))[form.heads // 2 - 1 : form.heads // 2 + 1].mean())
     stats = {"max_logits": jnp.asarray(before, jnp.float32)}
     new, info = mc.qk_clip(params, stats, form.layout, threshold=tau, shared_key=rule)
@@ -139,7 +139,7 @@ AXES = [
 
 @pytest.mark.parametrize("stat_axis", [0, 1, -1])
 @pytest.mark.parametrize(("axis", "flat"), AXES)
-def test_stacked_layers_are_clipped_one_by_one(axis, stat_axis, flat):
+def test_stacked_layers_are_clipped_separately(axis, stat_axis, flat):
     layout = mc.MultiHeadLayout(
         stack_axis=axis,
         stat_stack_axis=stat_axis,
@@ -191,7 +191,7 @@ def test_scan_of_a_scan_is_clipped_layer_by_layer(axis, stat_axis):
 
 
 @pytest.mark.parametrize("shared_key", RULES)
-def test_stacked_grouped_queries_equal_their_layers(shared_key):
+def test_stacked_grouped_queries_equal_single_layers(shared_key):
     layers = [FORMS["gated, flat, grouped"].params(seed) for seed in (0, 10, 20)]
     layout = FORMS["gated, flat, grouped"].layout
     maxima = jnp.asarray([[400.0, 1, 1, 1], [1, 1, 1, 200], [1, 2, 3, 4]])
@@ -232,7 +232,7 @@ def test_adapters_are_scaled_with_the_kernel(flat):
         assert same_bits(new[name]["lora"]["lora_a"], params[name]["lora"]["lora_a"])
 
 
-def test_each_module_is_taken_by_the_first_layout_that_fits():
+def test_the_first_layout_that_fits_describes_a_module():
     flat, three = FORMS["flat"], FORMS["grouped"]
     params = {"a": flat.params(), "b": three.params()}
     stats = {name: {"max_logits": jnp.full(4, 400.0)} for name in params}
@@ -298,7 +298,7 @@ def test_layouts_are_hashable_and_compare_by_value():
     ],
 )
 @pytest.mark.usefixtures("no_typecheck")
-def test_impossible_layouts_are_refused(settings, message):
+def test_impossible_layouts_raise(settings, message):
     with pytest.raises(ValueError, match=message) as error:
         mc.MultiHeadLayout(**settings)
     assert str(error.value).startswith("MultiHeadLayout(query=")

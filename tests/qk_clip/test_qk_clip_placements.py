@@ -1,4 +1,4 @@
-"""QK-clip with kernels and max logits that are sharded in different ways: as on one device."""
+"""QK-clip with kernels and max logits sharded differently: equal to one device."""
 
 import functools
 

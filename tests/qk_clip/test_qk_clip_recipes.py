@@ -1,4 +1,4 @@
-"""What a user writes around `qk_clip`, each recipe one short function, and what it promises."""
+"""Recipes around `qk_clip`, each one short function, and their promises."""
 
 import functools
 
@@ -35,13 +35,13 @@ def loss_fn(params, x):
 gradient = jax.grad(loss_fn, has_aux=True)
 
 
-def statistic(s):
-    """Statistics of a batch of one whose first head is at `s`."""
+def max_logits_of(s):
+    """Max logits of a batch of one, `s` in the first head."""
     return {"attn": {"max_logits": (jnp.asarray([[s, 0.0]]),)}}
 
 
 def nothing_yet(stats):
-    """Statistics of no batch at all."""
+    """Max logits of an empty batch."""
     return jax.tree.map(lambda s: jnp.full_like(s, -jnp.inf), stats)
 
 
@@ -73,7 +73,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_clip_holds_the_logits_whatever_the_optimizer(name):
+def test_clip_bounds_the_logits_under_each_optimizer(name):
     optimizer = OPTIMIZERS[name]
     traced = jax.jit(functools.partial(step, optimizer))
 
@@ -101,15 +101,15 @@ def test_scheduled_threshold_needs_one_compilation():
     schedule = optax.linear_schedule(400.0, 100.0, transition_steps=3)
     clip = jax.jit(chex.assert_max_traces(scheduled_clip, n=1), static_argnums=2)
     counts = [jnp.asarray(count) for count in range(4)]
-    gammas = [float(clip(init(), statistic(400.0), schedule, n)[1].min_gamma) for n in counts]
+    gammas = [float(clip(init(), max_logits_of(400.0), schedule, n)[1].min_gamma) for n in counts]
     np.testing.assert_allclose(gammas, [1, 0.75, 0.5, 0.25], rtol=1e-6)
 
 
 # Only logging: an infinite threshold.
 
 
-def test_log_only_mode_changes_no_bit_and_clips_later_without_a_new_compilation():
-    params, stats = init(), statistic(400.0)
+def test_infinite_threshold_changes_no_bit_and_shares_a_compilation():
+    params, stats = init(), max_logits_of(400.0)
     clip = jax.jit(chex.assert_max_traces(lambda tau: mc.qk_clip(params, stats, threshold=tau), 1))
     new, info = clip(jnp.float32(np.inf))
     assert_same_bits(new, params)
@@ -130,37 +130,39 @@ def step_if_finite(optimizer, params, opt_state, grads, stats):
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_clip_waits_for_a_step_that_apply_if_finite_takes(jit):
+def test_clip_is_skipped_when_apply_if_finite_skips(jit):
     optimizer = optax.apply_if_finite(optax.sgd(0.0), max_consecutive_errors=5)
     params, update = init(), functools.partial(step_if_finite, optimizer)
     update = jax.jit(update) if jit else update
     bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
     state = optimizer.init(params)
-    skipped, state, info = update(params, state, bad, statistic(400.0))
+    skipped, state, info = update(params, state, bad, max_logits_of(400.0))
     assert_same_bits(skipped, params)
     assert info.clipped_heads == 0
     assert info.max_logit == 400
-    taken, state, info = update(skipped, state, zeros(params), statistic(400.0))
+    taken, state, info = update(skipped, state, zeros(params), max_logits_of(400.0))
     assert info.clipped_heads == 1
     assert not same_bits(taken["attn"]["query"]["kernel"], params["attn"]["query"]["kernel"])
 
 
 def step_unless_spike(optimizer, params, opt_state, grads, stats, loss, limit):
-    calm = loss < limit
+    normal = loss < limit
     updates, new_state = optimizer.update(grads, opt_state, params)
     new_params = optax.apply_updates(params, updates)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(calm, new, old), (new_params, new_state), (params, opt_state)
+        lambda new, old: jnp.where(normal, new, old),
+        (new_params, new_state),
+        (params, opt_state),
     )
-    params, info = mc.qk_clip(params, stats, where=calm)
+    params, info = mc.qk_clip(params, stats, where=normal)
     return params, opt_state, info
 
 
-def test_step_of_a_loss_spike_leaves_every_bit():
+def test_skipped_step_of_a_loss_spike_keeps_every_bit():
     optimizer, params = optax.adamw(0.01), init()
     update = jax.jit(functools.partial(step_unless_spike, optimizer))
     state = optimizer.init(params)
-    arguments = params, state, jax.tree.map(jnp.ones_like, params), statistic(400.0)
+    arguments = params, state, jax.tree.map(jnp.ones_like, params), max_logits_of(400.0)
     skipped, skipped_state, info = update(*arguments, 9.0, 5.0)
     assert_same_bits((skipped, skipped_state), (params, state))
     assert info.clipped_heads == 0
@@ -183,18 +185,20 @@ def micro_step(multi_steps, params, opt_state, running, grads, stats):
 
 
 def gammas_of(micro_step, maxima):
-    """Runs micro-batches, four to a step; gives gamma of the first head after each."""
+    """Runs micro-batches, four per step; returns gamma of the first head after each."""
     multi_steps = optax.MultiSteps(optax.sgd(0.0), every_k_schedule=4)
     params, gammas = init(), []
-    state, running = multi_steps.init(params), nothing_yet(statistic(0.0))
+    state, running = multi_steps.init(params), nothing_yet(max_logits_of(0.0))
     update = jax.jit(functools.partial(micro_step, multi_steps))
     for s in maxima:
-        params, state, running, info = update(params, state, running, zeros(params), statistic(s))
+        params, state, running, info = update(
+            params, state, running, zeros(params), max_logits_of(s)
+        )
         gammas.append(float(info.gamma["attn"][0]))
     return gammas
 
 
-def test_multi_steps_clips_once_with_the_worst_micro_batch():
+def test_multi_steps_clips_once_by_the_maximum_of_micro_batches():
     gammas = gammas_of(micro_step, [400.0, 50.0, 50.0, 50.0, 50.0, 50.0, 200.0, 50.0])
     assert gammas == [1, 1, 1, 0.25, 1, 1, 1, 0.5]
 
@@ -204,7 +208,7 @@ def without_merge(multi_steps, params, opt_state, running, grads, stats):
     return micro_step(multi_steps, params, opt_state, nothing_yet(running), grads, stats)
 
 
-def test_the_last_micro_batch_alone_misses_the_worst():
+def test_the_last_micro_batch_alone_misses_the_maximum():
     assert gammas_of(without_merge, [400.0, 50.0, 50.0, 50.0]) == [1, 1, 1, 1]
 
 
@@ -214,7 +218,7 @@ def without_reset(multi_steps, params, opt_state, running, grads, stats):
     return params, opt_state, mc.merge_max_logits(running, stats), info
 
 
-def test_maxima_that_are_not_reset_clip_the_next_step_too():
+def test_max_logits_without_a_reset_clip_the_next_step_too():
     assert gammas_of(without_reset, [400.0] + 7 * [50.0]) == [1, 1, 1, 0.25, 1, 1, 1, 0.25]
 
 
@@ -227,12 +231,12 @@ def without_where(multi_steps, params, opt_state, running, grads, stats):
     return params, opt_state, running, info
 
 
-def test_clip_after_every_micro_batch_clips_again_and_again():
+def test_clip_after_every_micro_batch_clips_repeatedly():
     assert gammas_of(without_where, [400.0, 50.0, 50.0, 50.0]) == [0.25, 0.25, 0.25, 0.25]
 
 
 def with_another(params, carry, x):
-    """Joins one more micro-batch: gradients are added, statistics are not."""
+    """Merges one more micro-batch: gradients are added, max logits are not."""
     grads, stats = carry
     more_grads, more_stats = gradient(params, x)
     return jax.tree.map(jnp.add, grads, more_grads), mc.merge_max_logits(stats, more_stats)
@@ -277,7 +281,7 @@ def train_state_step(state, x, threshold):
     return state.replace(params=params), info
 
 
-def test_train_state_takes_the_clipped_parameters():
+def test_train_state_accepts_the_clipped_parameters():
     optimizer = OPTIMIZERS["adamw"]
     state = TrainState.create(apply_fn=loss_fn, params=init(), tx=optimizer)
     params, opt_state = init(), optimizer.init(init())
@@ -312,7 +316,7 @@ def slightly_over(params):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_small_excess_wears_off_in_float32_master_weights_and_never_in_bfloat16(dtype):
+def test_small_excess_decays_in_float32_and_stays_in_bfloat16(dtype):
     optimizer = optax.sgd(0.0)
     master = jax.tree.map(lambda w: w.astype(dtype), init())
     state, tau = optimizer.init(master), slightly_over(master)
@@ -326,7 +330,7 @@ def test_small_excess_wears_off_in_float32_master_weights_and_never_in_bfloat16(
 
 def test_fifty_small_clips_of_master_weights_shrink_as_computed():
     params = new = init()
-    clip = jax.jit(lambda params: mc.qk_clip(params, statistic(100.3))[0])
+    clip = jax.jit(lambda params: mc.qk_clip(params, max_logits_of(100.3))[0])
     for _ in range(50):
         new = clip(new)
     expected = np.asarray(params["attn"]["key"]["kernel"], np.float64)[:, 0] * (100 / 100.3) ** 25
@@ -338,7 +342,7 @@ def test_fifty_small_clips_of_master_weights_shrink_as_computed():
 
 
 @pytest.mark.parametrize(("before", "after"), [(np.inf, TAU), (TAU, np.inf)])
-def test_checkpoint_written_without_the_clip_goes_on_with_it_and_the_reverse(before, after):
+def test_checkpoints_fit_with_and_without_the_clip(before, after):
     optimizer = OPTIMIZERS["adamw"]
     new = TrainState.create(apply_fn=loss_fn, params=init(), tx=optimizer)
     state, _ = train_state_step(new, X, before)

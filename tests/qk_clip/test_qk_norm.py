@@ -47,7 +47,7 @@ def test_a_norm_of_queries_or_keys_raises(name):
 
 
 @pytest.mark.parametrize("name", UNNAMED)
-def test_a_norm_without_a_telling_name_raises_until_it_is_declared(name):
+def test_norm_with_an_ambiguous_name_raises_until_declared(name):
     with pytest.raises(ValueError, match=f"attn: '{name}' may normalize queries or keys") as error:
         clip(norms(name))
     assert f"such as qk_norm=('{name}',)" in str(error.value)
@@ -77,13 +77,13 @@ def test_norms_are_found_inside_children(children, path):
         clip(children)
 
 
-def test_scales_of_queries_and_of_keys_may_belong_to_a_norm():
+def test_scales_of_queries_and_keys_may_be_norms():
     with pytest.raises(ValueError, match="attn: 'q_scale' may normalize"):
         clip({"q_scale": jnp.ones(H), "k_scale": jnp.ones(H)})
     clip({"q_scale": jnp.ones(H)})  # a temperature
 
 
-def test_norms_of_an_attention_module_inside_another_are_its_own():
+def test_nested_attention_modules_have_their_own_norms():
     kernel = {"kernel": jnp.ones((8, N, H))}
     inner = {**dict.fromkeys(("query", "key", "value"), kernel), **norms("q_norm")}
     params = {"attn": {**dict.fromkeys(("query", "key", "value"), kernel), "cross": inner}}
@@ -116,7 +116,7 @@ def test_norms_of_keys_of_latent_attention_raise(name):
         clip(norms(name), LATENT)
 
 
-def test_a_declared_norm_that_is_not_there_raises():
+def test_missing_declared_norm_raises():
     with pytest.raises(ValueError, match="attn: no child 'q_nrom', which qk_norm names"):
         clip(norms("q_norm"), mc.MultiHeadLayout(qk_norm=("q_nrom",)))
 
@@ -134,7 +134,7 @@ def test_watching_accepts_norms(name):
 
 
 def run(max_logit, steps=12):
-    """Trains one head whose largest logit is a function of kernel and step."""
+    """Trains one head whose max logit is a function of kernel and step."""
     params = {"attn": {n: {"kernel": jnp.ones((8, 1, H))} for n in ("query", "key")}}
     ever, counts = None, []
     clip = jax.jit(mc.qk_clip)
@@ -161,7 +161,7 @@ def test_a_head_that_the_clip_reaches_is_not_stuck():
     assert float(params["attn"]["query"]["kernel"].max()) > 0.35
 
 
-def test_stuck_heads_are_a_metric_where_they_are_counted():
+def test_stuck_heads_are_a_metric_if_counted():
     _, info = clip({})
     assert "qk_clip/stuck_heads" not in mc.qk_clip_metrics(info)
     ever = mc.heads_ever_clipped(info)
@@ -173,7 +173,25 @@ def test_stuck_heads_are_a_metric_where_they_are_counted():
         clip({}, ever_clipped={"attn": jnp.zeros(3, bool)})
 
 
-def test_infos_that_a_scan_stacked_count_heads():
+def test_shapes_of_an_info_start_a_scan():
+    kernel = {"kernel": jnp.ones((8, N, H))}
+    params = {"attn": dict.fromkeys(("query", "key"), kernel)}
+    stats = {"attn": {"max_logits": jnp.array([[400.0, 7.0], [50.0, 7.0]])}}
+
+    def step(carry, stats):
+        params, ever = carry
+        params, info = mc.qk_clip(params, stats, ever_clipped=ever)
+        return (params, mc.heads_ever_clipped(info, ever)), info.stuck_heads
+
+    _, shapes = jax.eval_shape(mc.qk_clip, params, jax.tree.map(lambda x: x[0], stats))
+    start = mc.heads_ever_clipped(shapes)
+    assert start["attn"].tolist() == [False, False]
+    (_, ever), stuck = jax.lax.scan(step, (params, start), stats)
+    assert ever["attn"].tolist() == [True, False]
+    assert np.asarray(stuck).tolist() == [0, 0]
+
+
+def test_infos_stacked_by_a_scan_count_heads():
     kernel = {"kernel": jnp.ones((3, 8, N, H))}
     params = {"attn": dict.fromkeys(("query", "key"), kernel)}
 

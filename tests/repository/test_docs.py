@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import muonclip_jax as mc
-from muonclip_jax._orthogonalize.iterations import gram_cost, restart_windows, standard_cost
+from muonclip_jax._orthogonalize.choices import gram_cost, restart_windows, standard_cost
 from muonclip_jax._qk_clip.clip import query_and_key_factors
 from muonclip_jax._qk_clip.head_layout import HeadLayout
 from tests.support import reference
@@ -86,7 +86,7 @@ def test_shared_keys_in_the_table_are_what_the_rules_do():
 
 
 def test_costs_of_the_statistic_are_the_committed_ones():
-    path = ROOT / "benchmarks" / "results" / "max_logits.json"
+    path = ROOT / "benchmarks" / "results" / "max_logit_cost.json"
     row = json.loads(path.read_text())["lengths"][-1]
     expected = {
         "positions": f"{row['length']}",
@@ -142,7 +142,7 @@ def test_costs_of_a_step_of_kimi_are_the_committed_ones():
             gigabytes(x["sent_bytes"]),
             f"{100 * x['training_step']['optimizer_share']:.2f} %",
         ]
-        for name, x in _result("kimi_k2")["slices"].items()
+        for name, x in _result("kimi_k2_step")["slices"].items()
     ]
     assert table("sharding.md", "kimi_k2") == expected
 
@@ -285,7 +285,7 @@ def test_costs_in_the_page_are_the_formulas():
 
 
 def test_gain_of_the_blocks_is_the_committed_one():
-    path = ROOT / "benchmarks" / "results" / "blocks.json"
+    path = ROOT / "benchmarks" / "results" / "mirrored_products.json"
     ratios = [
         shape["blocks_by_plain"]
         for shape in json.loads(path.read_text())["shapes"]
@@ -296,7 +296,7 @@ def test_gain_of_the_blocks_is_the_committed_one():
 
 
 def test_accuracy_is_the_committed_one():
-    rows = _result("accuracy")["rows"]
+    rows = _result("newton_schulz_accuracy")["rows"]
 
     def figure(preset, method, key, dtype, spectrum):
         wanted = {"preset": preset, "method": method, "dtype": dtype, "spectrum": spectrum}

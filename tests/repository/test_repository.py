@@ -51,7 +51,7 @@ def test_figures_in_the_readme_are_the_committed_ones():
 
 
 def test_ratios_in_the_readme_are_the_committed_ones():
-    path = ROOT / "benchmarks" / "results" / "muon_step.json"
+    path = ROOT / "benchmarks" / "results" / "step_time.json"
     keys = ("flops", "wall_time", "temporary_bytes", "compile_time")
     for name, tree in json.loads(path.read_text())["trees"].items():
         cells = [f"{tree['ours_by_optax'][key]:.2f}" for key in keys]

@@ -1,4 +1,4 @@
-"""Where the pieces of each leaf are: read from types, or said by the user; refused if not known."""
+"""How each leaf is sharded: from its type or from the user; an error if it is unknown."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.matrix_axes import Axes
-from muonclip_jax._sharding.placement import placements, shardings_by_path
+from muonclip_jax._sharding.placement import find_placement, shardings_by_path
 from tests.support.sharding_cases import KINDS, each_kind, make_mesh
 
 SAY = "Pass the shardings of the parameters: shardings=jax.tree.map(lambda x: x.sharding, params)."
@@ -29,7 +29,8 @@ def read(tree, shardings=None):
     found = []
 
     def step(tree):
-        found.append(placements("scale_by_muon", tree, axes, shardings_by_path(shardings)))
+        passed = shardings_by_path("scale_by_muon", shardings)
+        found.append(find_placement("scale_by_muon", tree, axes, passed))
         return tree
 
     jax.eval_shape(step, tree)
@@ -37,7 +38,7 @@ def read(tree, shardings=None):
 
 
 def put(mesh, specs=SPECS, shape=(8, 16)):
-    """Makes ones that lie on a mesh, and says how."""
+    """Returns ones that are sharded over a mesh, and their shardings."""
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     return {n: jax.device_put(jnp.ones(shape), s) for n, s in shardings.items()}, shardings
 
@@ -52,17 +53,17 @@ EXPECTED = {"a": (("x",), ("y",)), "b": ((), ("y", "x"))}
 # What is read.
 
 
-def test_an_explicit_mesh_has_all_in_its_types():
+def test_shardings_of_an_explicit_mesh_are_in_its_types():
     mesh = make_mesh((2, 4), "explicit")
     found = read(put(mesh)[0])
     assert spec_of(found) == EXPECTED
     assert found.specs == (P("x", "y"), P(None, ("y", "x")))
     assert found.sizes == {"x": 2, "y": 4}
-    # The types of jax 0.10.0 do not tell: then it is where JAX runs by default.
+    # The types of jax 0.10.0 do not have it: then it is the default of JAX.
     assert found.platform in ("cpu", None)
 
 
-def test_of_an_auto_mesh_the_user_says_it():
+def test_shardings_of_an_auto_mesh_are_passed():
     mesh = make_mesh((2, 4), "auto")
     found = read(*put(mesh))
     assert spec_of(found) == EXPECTED
@@ -70,12 +71,12 @@ def test_of_an_auto_mesh_the_user_says_it():
     assert found.platform == "cpu"
 
 
-def test_leaves_that_are_on_no_mesh_yet_may_be_said_to_lie_on_an_auto_mesh():
+def test_shardings_may_be_passed_for_leaves_that_are_on_no_mesh_yet():
     _, shardings = put(make_mesh((2, 4), "auto"))
     assert spec_of(read({"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}, shardings)) == EXPECTED
 
 
-def test_of_a_mesh_with_both_kinds_of_axes_types_and_user_say_it_together():
+def test_a_mesh_with_both_kinds_of_axes_needs_types_and_shardings():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Explicit))
     tree, shardings = put(mesh, {"a": P("x", "y"), "b": P("y", "x"), "c": P(("x", "y"), None)})
     found = read(tree, shardings)
@@ -83,12 +84,12 @@ def test_of_a_mesh_with_both_kinds_of_axes_types_and_user_say_it_together():
     assert found.mesh == mesh.abstract_mesh
 
 
-def test_what_types_say_may_be_said_again():
+def test_shardings_may_repeat_types():
     mesh = make_mesh((2, 4), "explicit")
     assert spec_of(read(*put(mesh))) == EXPECTED
 
 
-def test_mesh_axes_of_one_device_divide_nothing():
+def test_mesh_axes_of_one_device_shard_nothing():
     found = read(put(make_mesh((1, 8), "explicit"))[0])
     assert spec_of(found) == {"a": ((), ("y",)), "b": ((), ("y",))}
 
@@ -107,13 +108,13 @@ def test_leaves_under_adamw_may_be_anything_in_shardings():
 def test_leaves_of_lists_and_named_tuples_are_found_by_their_paths():
     sharding = NamedSharding(make_mesh((2, 4), "auto"), P("x"))
     shardings = [None, {"w": sharding}, Pair(sharding, None)]
-    assert shardings_by_path(shardings) == {"1/w": sharding, "2/first": sharding}
+    assert shardings_by_path("muon", shardings) == {"1/w": sharding, "2/first": sharding}
 
 
 def test_outside_of_jit_the_mesh_has_its_devices():
     mesh = make_mesh((2, 4), "explicit")
     tree, _ = put(mesh)
-    found = placements("scale_by_muon", tree, [Axes((), (0,), (1,))] * 2, {})
+    found = find_placement("scale_by_muon", tree, [Axes((), (0,), (1,))] * 2, {})
     assert found is not None
     assert found.mesh is mesh
 
@@ -141,11 +142,11 @@ def test_shardings_of_arrays_that_are_on_no_mesh_need_no_plan():
     assert read(tree, jax.tree.map(lambda x: x.sharding, tree)) is None
 
 
-def test_no_mesh_and_nothing_said_needs_no_plan():
+def test_no_mesh_and_no_shardings_need_no_plan():
     assert read({"a": jnp.ones((8, 16))}) is None
 
 
-def test_an_auto_mesh_of_which_nothing_is_said_is_left_to_xla():
+def test_an_auto_mesh_without_shardings_is_left_to_xla():
     mesh = make_mesh((2, 4), "auto")
     with jax.set_mesh(mesh):
         assert read(put(mesh)[0]) is None
@@ -153,7 +154,7 @@ def test_an_auto_mesh_of_which_nothing_is_said_is_left_to_xla():
 
 @each_kind
 @pytest.mark.parametrize("names", [{"x"}, {"x", "y"}])
-def test_in_the_users_own_shard_map_every_device_has_whole_matrices(kind, names):
+def test_in_the_users_own_shard_map_every_device_has_full_matrices(kind, names):
     mesh = make_mesh((2, 4), kind)
     _, shardings = put(mesh, {"a": P("x")})
     seen = []
@@ -171,7 +172,7 @@ def test_an_empty_tree_needs_no_plan():
     assert read({}, {"a": NamedSharding(make_mesh((8,), "auto"), P("x"))}) is None
 
 
-# What is refused: the whole text, as it is all that a user has.
+# Errors: the full text, as it is all that a user sees.
 
 
 def refusal(tree, shardings=None):
@@ -198,22 +199,31 @@ def test_something_else_than_a_named_sharding():
     ]
 
 
-def test_a_sharding_that_does_not_divide_evenly():
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [(mc.muon, (0.1,)), (mc.scale_by_muon, ()), (mc.muonclip, (0.1,)), (mc.sharding_plan, ({},))],
+)
+def test_shardings_that_are_no_pytree_raise_a_type_error(build, arguments):
+    with pytest.raises(TypeError, match=r"shardings must be a pytree of NamedSharding .* got 'x'"):
+        build(*arguments, shardings="x")
+
+
+def test_a_sharding_that_is_not_even():
     mesh = make_mesh((2, 4), "auto")
     tree, shardings = {"a": jnp.ones((6, 12))}, {"a": NamedSharding(mesh, P(None, ("x", "y")))}
     assert refusal(tree, shardings) == [
         "scale_by_muon: 1 of 1 leaves cannot be planned.",
-        "  a: float32[6, 12]: P(None, ('x', 'y')) does not divide it evenly.",
+        "  a: float32[6, 12]: P(None, ('x', 'y')) does not shard it evenly.",
         SAY,
     ]
 
 
-def test_an_axis_that_is_left_open():
+def test_an_unconstrained_axis():
     mesh = make_mesh((2, 4), "auto")
     tree, shardings = {"a": jnp.ones((8, 16))}, {"a": NamedSharding(mesh, P(P.UNCONSTRAINED, "x"))}
     assert refusal(tree, shardings) == [
         "scale_by_muon: 1 of 1 leaves cannot be planned.",
-        "  a: float32[8, 16]: P(UNCONSTRAINED, 'x') leaves an axis open.",
+        "  a: float32[8, 16]: P(UNCONSTRAINED, 'x') leaves an axis unconstrained.",
         SAY,
     ]
 
@@ -248,11 +258,11 @@ def test_types_and_user_disagree_on_the_explicit_axis_of_a_mixed_mesh():
     ]
 
 
-def test_a_mixed_mesh_of_which_the_user_says_nothing():
+def test_a_mixed_mesh_without_shardings():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Explicit))
     assert refusal(put(mesh, {"a": P("x", "y")})[0]) == [
         "scale_by_muon: 1 of 1 leaves cannot be planned.",
-        "  a: float32[8, 16]: its type does not tell how it lies on the Auto axes of "
+        "  a: float32[8, 16]: its type does not show how it is sharded over the Auto axes of "
         "{'x': 2, 'y': 4}.",
         SAY,
     ]
@@ -267,7 +277,7 @@ def test_a_leaf_that_is_on_no_mesh():
     ]
 
 
-def test_a_leaf_that_is_not_yet_on_the_explicit_mesh_that_is_said():
+def test_a_leaf_that_is_not_yet_on_the_explicit_mesh():
     _, shardings = put(make_mesh((2, 4), "explicit"))
     tree = {name: jnp.ones((8, 16)) for name in shardings}
     assert refusal(tree, shardings) == [
@@ -288,14 +298,14 @@ def test_leaves_on_several_meshes():
     ]
 
 
-def test_all_leaves_are_named_at_once_and_each_cure_once():
+def test_one_error_names_all_leaves_and_each_fix_once():
     mesh = make_mesh((2, 4), "auto")
     tree = {name: jnp.ones((6, 6)) for name in "abcde"}
     explicit = NamedSharding(make_mesh((2, 4), "explicit"), P("x"))
     shardings = {"a": NamedSharding(mesh, P("y")), "b": "x", "d": NamedSharding(mesh, P("x"))}
     assert refusal(tree, {**shardings, "e": explicit}) == [
         "scale_by_muon: 4 of 5 leaves cannot be planned.",
-        "  a: float32[6, 6]: P('y',) does not divide it evenly.",
+        "  a: float32[6, 6]: P('y',) does not shard it evenly.",
         "  b: float32[6, 6]: got x, expected a NamedSharding.",
         "  c: float32[6, 6]: `shardings` has none at this path; its first one is at a.",
         "  e: float32[6, 6]: it is not on the Explicit mesh of `shardings`.",
@@ -305,7 +315,7 @@ def test_all_leaves_are_named_at_once_and_each_cure_once():
 
 
 @pytest.mark.parametrize("build", [mc.muon, mc.muonclip])
-def test_an_optimizer_refuses_at_its_first_update(build):
+def test_an_optimizer_raises_at_its_first_update(build):
     params = {"block": {"kernel": jnp.ones((8, 16))}, "bias": jnp.ones(8)}
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
     tx = build(0.1, shardings={"other": NamedSharding(mesh, P("x"))})

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import muonclip_jax as mc
 from benchmarks.compiled import collectives
-from muonclip_jax._sharding import plan as _sharding_plan
+from muonclip_jax._sharding import strategies
 from tests.support import reference
 from tests.support.by_day import at_night
 from tests.support.sharding_cases import (
@@ -125,7 +125,7 @@ def update_of_few(kind="explicit", dtype=jnp.float32, **settings):
     params = jax.device_put(draw(FEW, dtype=dtype), shardings)
     state = tx.init(params)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sharding_plan, "FLOPS_PER_BYTE", DEAR)
+        patch.setattr(strategies, "FLOPS_PER_BYTE", DEAR)
         lowered = jax.jit(tx.update).lower(params, state)
     return lowered.compile(), state, shardings
 
@@ -151,11 +151,11 @@ def on_mesh(grads, **settings):
 def test_these_leaves_need_every_strategy(dear_work):
     strategies = [g.strategy() for g in planned(FEW, make_mesh((2, 4))).groups]
     assert sorted(strategies) == [
+        "exchange: 1 full + 3 on 2 devices each",
         "local",
-        "move: 1 whole + 3 by teams of 2",
-        "replicas share",
-        "teams of 8, nothing moves",
-        "teams of 8, nothing moves",
+        "no exchange: each on 8 devices",
+        "no exchange: each on 8 devices",
+        "split over replicas",
     ]
 
 
@@ -330,7 +330,7 @@ def test_whole_matrices_move_some_at_a_time(monkeypatch):
     leaves = {"w": Leaf((46, 8, 24), P(None, "x", "y")), "turned": Leaf((24, 8), P("y", "x"))}
     params = jax.device_put(draw(leaves), shardings_of(make_mesh((2, 4)), leaves))
     one_go = step(params)
-    monkeypatch.setattr(_sharding_plan, "MOST_BYTES_MOVED", 2 * 8 * 24 * 4)
+    monkeypatch.setattr(strategies, "MAX_EXCHANGED_BYTES", 2 * 8 * 24 * 4)
     tx = mc.scale_by_muon()
     compiled = jax.jit(tx.update).lower(params, tx.init(params)).compile()
     moves = [c for c in collectives(compiled) if c.kind == "all-to-all"]

@@ -62,9 +62,9 @@ def test_each_strategy_is_here(dear_work):
     mesh = jax.make_mesh((4,), ("y",))
     strategies = {group.strategy() for group in planned(LEAVES, mesh).groups}
     assert strategies == {
-        "move: 1 whole + 2 by teams of 2",
-        "teams of 4, nothing moves",
-        "replicas share",
+        "exchange: 1 full + 2 on 2 devices each",
+        "no exchange: each on 4 devices",
+        "split over replicas",
         "local",
     }
 

@@ -1,4 +1,4 @@
-"""Who orthogonalizes which matrix, from shapes and shardings alone: no device is used here."""
+"""Which device orthogonalizes which matrix, from shapes and shardings alone."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from muonclip_jax._orthogonalize.matrix_axes import Axes
-from muonclip_jax._sharding import plan as _sharding_plan
-from muonclip_jax._sharding.plan import Placed, make_plan
+from muonclip_jax._sharding import strategies
+from muonclip_jax._sharding.placement import PlacedLeaf
+from muonclip_jax._sharding.plan import make_plan
 from tests.support.sharding_cases import F16, F32, work
 
 
@@ -15,11 +16,11 @@ def leaf(path, shape, *spec, axes=None, dtype: Any = F32):
     """A leaf whose matrices are its last two axes, and the mesh axes that divide each axis."""
     axes = axes or Axes(tuple(range(len(shape) - 2)), (len(shape) - 2,), (len(shape) - 1,))
     names = [tuple(entry.split()) for entry in (*spec, *[""] * (len(shape) - len(spec)))]
-    return Placed(path, shape, np.dtype(dtype), axes, tuple(names))
+    return PlacedLeaf(path, shape, np.dtype(dtype), axes, tuple(names))
 
 
-def plan(*leaves, wire=lambda dtype: dtype, **mesh):
-    return make_plan(leaves, mesh, work, wire)
+def plan(*leaves, transfer_dtype=lambda dtype: dtype, **mesh):
+    return make_plan(leaves, mesh, work, transfer_dtype)
 
 
 def only_group(*leaves, **mesh):
@@ -40,10 +41,15 @@ def exchanged(m, item=4):
 # Strategies, with all numbers by hand.
 
 
-def test_whole_matrices_stay_where_they_are():
+def test_full_matrices_are_local():
     group = only_group(leaf("w", (8, 64, 128), "x"), x=4)
     assert group.strategy() == "local"
-    assert (group.count, group.whole, group.flops, group.sent) == (2, 2, 2 * work(64, 128, F32), 0)
+    assert (group.count, group.full, group.flops, group.bytes_sent) == (
+        2,
+        2,
+        2 * work(64, 128, F32),
+        0,
+    )
 
 
 def test_experts_and_layers_are_counted_on_each_device():
@@ -53,103 +59,108 @@ def test_experts_and_layers_are_counted_on_each_device():
 
 def test_as_many_matrices_as_devices_are_one_for_each():
     group = only_group(leaf("w", (8, 512, 1024), "", "x"), x=8)
-    assert group.strategy() == "move: 1 whole"
-    assert (group.flops, group.sent) == (work(512, 1024, F32), moved(512, 1024, 8, 8))
-    assert group.sent == 3_670_016
+    assert group.strategy() == "exchange: 1 full"
+    assert (group.flops, group.bytes_sent) == (work(512, 1024, F32), moved(512, 1024, 8, 8))
+    assert group.bytes_sent == 3_670_016
 
 
 def test_both_sides_may_be_divided_and_by_several_axes_each():
     group = only_group(leaf("w", (24, 512, 1024), "", "z", "y x"), x=2, y=2, z=2)
-    assert (group.rows, group.columns, group.axes) == (("z",), ("y", "x"), ("z", "y", "x"))
-    assert (group.strategy(), group.whole) == ("move: 3 whole", 3)
+    assert (group.row_axes, group.column_axes, group.axes) == (("z",), ("y", "x"), ("z", "y", "x"))
+    assert (group.strategy(), group.full) == ("exchange: 3 full", 3)
 
 
 def test_batch_axes_stay_divided_while_sides_move():
     group = only_group(leaf("w", (3, 4, 64, 64), "", "x", "y"), x=2, y=2)
-    assert (group.strategy(), group.count, group.replicas) == ("move: 3 whole", 6, ())
+    assert (group.strategy(), group.count, group.replica_axes) == ("exchange: 3 full", 6, ())
 
 
-def test_a_small_rest_is_padded_with_zeros():
+def test_a_small_remainder_is_padded_with_zeros():
     group = only_group(leaf("w", (11, 64, 128), "", "x"), x=8)
-    assert group.strategy() == "move: 2 whole"
+    assert group.strategy() == "exchange: 2 full"
     # Sixteen are sent and two orthogonalized on each device, five of them zero.
-    assert (group.flops, group.sent) == (2 * work(64, 128, F32), moved(64, 128, 16, 8))
+    assert (group.flops, group.bytes_sent) == (2 * work(64, 128, F32), moved(64, 128, 16, 8))
 
 
 @pytest.mark.parametrize(
     ("count", "strategy", "whole", "rest", "team"),
     [
-        (3, "move: 3 by teams of 2", 0, 3, 2),
-        (11, "move: 1 whole + 3 by teams of 2", 1, 3, 2),
-        (2, "move: 2 by teams of 4", 0, 2, 4),
-        (1, "move: 1 by teams of 8", 0, 1, 8),
-        (5, "move: 1 whole", 1, 0, 1),  # more than half as many as devices: no two for each
+        (3, "exchange: 3 on 2 devices each", 0, 3, 2),
+        (11, "exchange: 1 full + 3 on 2 devices each", 1, 3, 2),
+        (2, "exchange: 2 on 4 devices each", 0, 2, 4),
+        (1, "exchange: 1 on 8 devices each", 0, 1, 8),
+        (5, "exchange: 1 full", 1, 0, 1),  # more than half as many as devices: no two for each
     ],
 )
-def test_a_large_rest_is_shared_by_teams(count, strategy, whole, rest, team):
+def test_a_large_remainder_is_shared(count, strategy, whole, rest, team):
     m, n = 8192, 16384
     group = only_group(leaf("w", (count, m, n), "", "x"), x=8)
     assert group.strategy() == strategy
-    assert (group.whole, group.rest, group.team, group.stays) == (whole, rest, team, False)
+    assert (group.full, group.remainder, group.sharers, group.in_place) == (
+        whole,
+        rest,
+        team,
+        False,
+    )
     if rest:
         assert group.flops == (whole + 1 / team) * work(m, n, F32)
-        assert group.sent == moved(m, n, 8 * whole + 8 // team, 8) + exchanged(m)
+        assert group.bytes_sent == moved(m, n, 8 * whole + 8 // team, 8) + exchanged(m)
 
 
-def test_a_team_needs_equal_columns():
-    # 8200 / 8 columns are odd: no team can have an equal part of each piece.
+def test_devices_that_share_a_matrix_need_equal_columns():
+    # 8200 / 8 columns are odd: no two devices can have equal parts of a shard.
     group = only_group(leaf("w", (1, 8200, 8200), "", "", "x y"), x=4, y=2)
-    assert group.stays
+    assert group.in_place
     group = only_group(leaf("w", (1, 8192, 8200), "", "z", "x y"), x=4, y=2, z=2)
-    assert group.strategy() == "move: 1 whole"
+    assert group.strategy() == "exchange: 1 full"
 
 
-def test_columns_that_are_divided_already_stay():
+def test_sharded_columns_are_not_exchanged():
     for w in (
         leaf("wide", (8192, 16384), "", "x"),
         leaf("tall", (16384, 8192), "x"),
         leaf("square", (8192, 8192), "x"),
     ):
         group = only_group(w, x=8)
-        assert group.strategy() == "teams of 8, nothing moves"
-        assert (group.flops, group.sent) == (work(group.m, group.n, F32) / 8, exchanged(8192))
+        assert group.strategy() == "no exchange: each on 8 devices"
+        assert (group.flops, group.bytes_sent) == (work(group.m, group.n, F32) / 8, exchanged(8192))
 
 
-def test_many_long_thin_matrices_stay():
+def test_many_long_thin_matrices_are_not_exchanged():
     # A member sends 16 sums of 16 x 16 instead of moving 16 matrices of 16 x 65536.
     group = only_group(leaf("w", (16, 16, 65536), "", "", "x"), x=8)
-    assert (group.stays, group.rest, group.team) == (True, 16, 8)
-    assert group.sent == 16 * exchanged(16) < moved(16, 65536, 16, 8) / 40
+    assert (group.in_place, group.remainder, group.sharers) == (True, 16, 8)
+    assert group.bytes_sent == 16 * exchanged(16) < moved(16, 65536, 16, 8) / 40
 
 
 # Replicas.
 
 
-def test_replicas_share_large_matrices():
+def test_replicas_split_large_matrices():
     group = only_group(leaf("w", (3, 2048, 2048)), x=4)
-    assert (group.strategy(), group.replicas, group.whole) == ("replicas share", ("x",), 1)
+    assert (group.strategy(), group.replica_axes, group.full) == ("split over replicas", ("x",), 1)
     # Each gets one from each of three others, and one of those is padding.
-    assert (group.flops, group.sent) == (work(2048, 2048, F32), 3 * 2048**2 * 4)
+    assert (group.flops, group.bytes_sent) == (work(2048, 2048, F32), 3 * 2048**2 * 4)
 
 
-def test_replicas_share_what_moves_over_other_axes():
+def test_replicas_split_what_is_exchanged_over_other_axes():
     group = only_group(leaf("w", (8, 2048, 2048), "", "x"), x=2, y=4)
-    assert (group.strategy(), group.replicas) == ("move: 1 whole", ("y",))
+    assert (group.strategy(), group.replica_axes) == ("exchange: 1 full", ("y",))
     matrix = 2048**2 * 4
     assert group.flops == work(2048, 2048, F32)
-    assert group.sent == moved(2048, 2048, 2, 2) + 8 * (matrix / 2) * 3 / 4
+    assert group.bytes_sent == moved(2048, 2048, 2, 2) + 8 * (matrix / 2) * 3 / 4
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4096, 4096), (4096, 4096)])
 def test_each_replica_works_alone_on_one_matrix_and_on_small_ones(shape):
     group = only_group(leaf("w", shape), x=4)
-    assert (group.strategy(), group.replicas, group.sent) == ("local", (), 0)
+    assert (group.strategy(), group.replica_axes, group.bytes_sent) == ("local", (), 0)
 
 
 def test_many_replicas_of_two_matrices_would_mostly_send_padding():
     shape = (2, 1024, 1024)
     # One matrix less, 20 · 2³⁰ FLOPs, for matrices of 2²² bytes from one other device, or from 63.
-    assert only_group(leaf("w", shape), x=2).strategy() == "replicas share"
+    assert only_group(leaf("w", shape), x=2).strategy() == "split over replicas"
     assert only_group(leaf("w", shape), x=64).strategy() == "local"
 
 
@@ -163,11 +174,17 @@ def paths_of(p):
     )
 
 
-def test_tall_leaves_meet_wide_ones_with_their_axes_turned():
+def test_tall_leaves_share_a_group_with_wide_ones():
     p = plan(leaf("up", (2, 8, 16), "", "x", "y"), leaf("down", (16, 8), "y", "x"), x=2, y=2)
     assert paths_of(p) == [[("down", True), ("up", False)]]
     (group,) = p.groups
-    assert (group.m, group.n, group.rows, group.columns, group.count) == (8, 16, ("x",), ("y",), 3)
+    assert (group.m, group.n, group.row_axes, group.column_axes, group.count) == (
+        8,
+        16,
+        ("x",),
+        ("y",),
+        3,
+    )
 
 
 def test_tall_leaves_whose_axes_do_not_fit_stay_apart():
@@ -175,7 +192,7 @@ def test_tall_leaves_whose_axes_do_not_fit_stay_apart():
     assert paths_of(p) == [[("down", True)], [("up", False)]]
 
 
-def test_squares_are_turned_so_that_their_axes_meet():
+def test_square_matrices_are_transposed_to_share_a_group():
     specs = {"q": "xy", "o": "yx", "row": "x ", "column": " x"}
     squares = [leaf(name, (8, 8), *spec) for name, spec in specs.items()]
     p = plan(*squares, x=2, y=2)
@@ -202,10 +219,16 @@ def test_merged_sides_are_divided_by_the_axes_of_all_their_parts():
     per_head = Axes((0, 2), (1,), (3,))
     shape, spec = (3, 8, 4, 4), ("", "x", "y", "z")
     merged = only_group(leaf("q", shape, *spec, axes=heads), x=2, y=2, z=2)
-    assert (merged.m, merged.n, merged.rows, merged.columns) == (8, 16, ("x",), ("y", "z"))
+    assert (merged.m, merged.n, merged.row_axes, merged.column_axes) == (8, 16, ("x",), ("y", "z"))
     each = only_group(leaf("q", shape, *spec, axes=per_head), x=2, y=2, z=2)
-    # 4 x 8, as its matrices are tall: rows and columns change places, and the heads are divided.
-    assert (each.m, each.n, each.rows, each.columns, each.count) == (4, 8, ("z",), ("x",), 6)
+    # 4 x 8, as its matrices are tall: rows and columns are swapped, and the heads are sharded.
+    assert (each.m, each.n, each.row_axes, each.column_axes, each.count) == (
+        4,
+        8,
+        ("z",),
+        ("x",),
+        6,
+    )
 
 
 def test_a_leaf_that_fills_the_memory_of_a_move_is_alone(monkeypatch):
@@ -213,29 +236,31 @@ def test_a_leaf_that_fills_the_memory_of_a_move_is_alone(monkeypatch):
         leaf(name, (count, 8, 16), "", "x")
         for name, count in zip("abcd", (8, 9, 9, 8), strict=True)
     ]
-    monkeypatch.setattr(_sharding_plan, "MOST_BYTES_MOVED", 8 * 8 * 16 * 4 // 2)
+    monkeypatch.setattr(strategies, "MAX_EXCHANGED_BYTES", 8 * 8 * 16 * 4 // 2)
     p = plan(*leaves, x=2)
     assert paths_of(p) == [[("a", False), ("d", False)], [("b", False)], [("c", False)]]
-    halved = plan(*leaves, x=2, wire=lambda dtype: F16)
+    halved = plan(*leaves, x=2, transfer_dtype=lambda dtype: F16)
     assert len(halved.groups) == 1
 
 
 @pytest.mark.parametrize(("fit", "chunk"), [(0, 1), (1, 1), (3, 3), (5, 4), (11, 6), (12, 12)])
 def test_chunks_are_equal_and_fit(monkeypatch, fit, chunk):
-    monkeypatch.setattr(_sharding_plan, "MOST_BYTES_MOVED", fit * 8 * 16 * 4)
+    monkeypatch.setattr(strategies, "MAX_EXCHANGED_BYTES", fit * 8 * 16 * 4)
     assert only_group(leaf("w", (24, 8, 16), "", "x"), x=2).chunk == chunk
 
 
-def test_the_wire_halves_what_is_sent():
+def test_a_narrow_transfer_dtype_halves_the_bytes_sent():
     w = leaf("w", (8, 512, 1024), "", "x")
-    wide, narrow = (plan(w, x=8, wire=lambda _, d=d: d).groups[0].sent for d in (F32, F16))
+    wide, narrow = (
+        plan(w, x=8, transfer_dtype=lambda _, d=d: d).groups[0].bytes_sent for d in (F32, F16)
+    )
     assert narrow == wide / 2
 
 
 def test_axes_of_one_device_are_no_axes():
     p = plan(leaf("w", (8, 16, 32), "", "y"), x=1, y=8, z=1)
     assert p.mesh == {"y": 8}
-    assert p.groups[0].replicas == ()
+    assert p.groups[0].replica_axes == ()
 
 
 def test_an_empty_tree():
@@ -246,10 +271,10 @@ def test_an_empty_tree():
 
 GOLDEN = """\
 mesh fsdp=4, tp=2; per device and step 4.3e+12 FLOPs, 1,635.8 MB sent
-matrices  rows         columns          on each device                   FLOPs     MB sent  leaves
-11        4096 / fsdp  8192 / tp        move: 1 whole + 3 by teams of 2  4.12e+12  1,560.3  up and 1 more
-3         128          256              local                            2.52e+08  0.0      experts
-1         1024         65536 / fsdp.tp  teams of 8, nothing moves        1.72e+11  75.5     thin"""  # noqa: E501
+matrices  rows         columns          on each device                          FLOPs     MB sent  leaves
+11        4096 / fsdp  8192 / tp        exchange: 1 full + 3 on 2 devices each  4.12e+12  1,560.3  up and 1 more
+3         128          256              local                                   2.52e+08  0.0      experts
+1         1024         65536 / fsdp.tp  no exchange: each on 8 devices          1.72e+11  75.5     thin"""  # noqa: E501
 
 
 def test_the_table():

@@ -6,7 +6,8 @@ import hypothesis
 import hypothesis.strategies as st
 
 from muonclip_jax._orthogonalize.matrix_axes import Axes, sides
-from muonclip_jax._sharding.plan import Placed, make_plan
+from muonclip_jax._sharding.placement import PlacedLeaf
+from muonclip_jax._sharding.plan import make_plan
 from tests.support.sharding_cases import F32, work
 
 MESH_SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=3)
@@ -33,7 +34,7 @@ def _leaf(draw, path, mesh):
     large = draw(st.sampled_from([1, 2, 3, 512]))
     shape = [draw(st.integers(1, 3)) * (1 if a in axes.batch else large) for a in range(ndim)]
     shape = tuple(n * parts(mesh, names) for n, names in zip(shape, spec, strict=True))
-    return Placed(path, shape, F32, axes, spec)
+    return PlacedLeaf(path, shape, F32, axes, spec)
 
 
 def parts(mesh, names):
@@ -58,9 +59,9 @@ def test_every_leaf_is_in_one_group_that_fits_it(tree):
         lies = (*sides(it.shape, it.axes), rows, columns)
         if member.transposed:
             lies = (*reversed(lies[:2]), columns, rows)
-        assert lies == (group.m, group.n, group.rows, group.columns)
+        assert lies == (group.m, group.n, group.row_axes, group.column_axes)
         assert group.m <= group.n
-        assert not {*group.replicas} & {*rows, *columns, *batch}
+        assert not {*group.replica_axes} & {*rows, *columns, *batch}
 
 
 @many
@@ -69,13 +70,13 @@ def test_every_matrix_is_orthogonalized_once_and_work_is_shared(tree):
     mesh, leaves = tree
     for group in make_plan(leaves, mesh, work, lambda dtype: dtype).groups:
         pieces = parts(mesh, group.axes)
-        share = -(-group.count // parts(mesh, group.replicas))
-        assert share <= group.whole * pieces + group.rest < share + pieces
-        assert group.whole == 0 or group.whole % group.chunk == 0
-        if group.rest and not group.stays:
-            assert pieces % group.team == 0
-            assert group.rest * group.team <= pieces
-            assert group.n // parts(mesh, group.columns) % group.team == 0
+        share = -(-group.count // parts(mesh, group.replica_axes))
+        assert share <= group.full * pieces + group.remainder < share + pieces
+        assert group.full == 0 or group.full % group.chunk == 0
+        if group.remainder and not group.in_place:
+            assert pieces % group.sharers == 0
+            assert group.remainder * group.sharers <= pieces
+            assert group.n // parts(mesh, group.column_axes) % group.sharers == 0
         # Never more than whole matrices padded, never less than an equal share.
         each = work(group.m, group.n, F32)
         assert share * each / pieces <= group.flops * (1 + 1e-9)

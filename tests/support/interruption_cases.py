@@ -17,7 +17,7 @@ from tests.support.tiny_run import CONFIG, CORPUS, TEXT
 
 
 class Killed(BaseException):
-    """Ends a run as a kill would: nothing after it is done."""
+    """Ends a run as a kill would: nothing else is executed."""
 
 
 def kill(*_):
@@ -52,7 +52,7 @@ def limit_files(size):
 
 @contextlib.contextmanager
 def unlimited_files():
-    """Takes the limit away at the end."""
+    """Removes the limit at the end."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         yield
@@ -66,22 +66,20 @@ def wait_for(path):
         time.sleep(0.01)
 
 
-def environment(cache):
+def environment():
     return program_command.environment(
         JAX_PLATFORMS="cpu",  # libtpu, if it is installed, writes to stderr
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
 
 
-def start(folder, cache, *arguments, **options):
+def start(folder, *arguments, **options):
     """Starts the program with the tiny model; programs that were compiled before are not again."""
     (folder / "text").write_bytes(TEXT)
     flags = "--preset tiny --data text --batch-size 4 --seq-len 16 --no-progress".split()
     return subprocess.Popen(
         [*program_command.COMMAND, *flags, *arguments],
         cwd=folder,
-        env=environment(cache),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -100,7 +98,7 @@ def ended(process):
 
 
 def kill_after(process, metrics, lines, seconds):
-    """Kills once so many lines have been added, and a moment later; says whether it still ran."""
+    """Kills after a number of new lines and a short time; returns whether it was still running."""
     size = metrics.stat().st_size if metrics.exists() else 0
     limit, seen = time.monotonic() + 200, 0
     while process.poll() is None and seen < lines and time.monotonic() < limit:

@@ -10,7 +10,6 @@ PRESETS = (
     "dion",
     "polar_express",
     "polar_express_6",
-    "cans",
     "deepseek_v4",
     "cubic5",
 )

@@ -10,9 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.matrix_axes import matrix_axes
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, Traced
-from muonclip_jax._sharding.exchange import plan_for
-from muonclip_jax._sharding.placement import placements
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
+from muonclip_jax._sharding.plan import plan_for
 from tests.support import reference
 
 NAMES = ("x", "y", "z")
@@ -38,13 +37,13 @@ def on(mesh, spec):
 
 @pytest.fixture(autouse=True)
 def no_rematerialization(capfd):
-    """XLA says it on file descriptor 2 when it gathers an array to lay it out in another way."""
+    """XLA prints it on file descriptor 2 when it gathers an array to reshard it."""
     yield
     assert "rematerialization" not in capfd.readouterr().err
 
 
 class Leaf(NamedTuple):
-    """A leaf of the test trees: its shape, how it lies, and which axes are its matrices."""
+    """A leaf of the test trees: its shape, its sharding, and the axes of its matrices."""
 
     shape: tuple[int, ...]
     spec: P
@@ -65,14 +64,14 @@ def draw(leaves, seed=0, dtype=jnp.float32):
 
 
 def shardings_of(mesh, leaves):
-    """Says how each leaf of a tree lies on a mesh."""
+    """Returns the sharding of each leaf of a tree."""
     return jax.tree.map(
         lambda leaf: NamedSharding(mesh, on(mesh, leaf.spec)), leaves, is_leaf=is_leaf
     )
 
 
 def numbers_of(leaves):
-    """Says which axes of each leaf are its matrices."""
+    """Returns the axes of the matrices of each leaf."""
     return jax.tree.map(lambda leaf: leaf.numbers, leaves, is_leaf=is_leaf)
 
 
@@ -96,13 +95,13 @@ def planned(leaves, mesh):
 
     tree = jax.tree.map(shape_of, leaves, shardings_of(mesh, leaves), is_leaf=is_leaf)
     axes = matrix_axes("test", tree, numbers_of(leaves))
+    orthogonalize = Orthogonalizer(mc.ns_coefficients("jordan"))
     found = []
-    jax.eval_shape(lambda tree: found.append(placements("test", tree, axes, {})), tree)
-    rows = mc.ns_coefficients("jordan")
-    return plan_for(found[0], Orthogonalizer(rows, "auto", "auto", "frobenius", Traced(1e-8)))
+    jax.eval_shape(lambda tree: found.append(plan_for("test", tree, axes, {}, orthogonalize)), tree)
+    return found[0]
 
 
 def work(m, n, dtype):
-    """Ten products of an m x m and an m x n matrix, as three steps of the standard form."""
+    """Ten products of an m x m and an m x n matrix, as three steps of the standard method."""
     del dtype
     return 20.0 * m * m * n

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto import event_pb2
 
 from examples.language_model import data, program as language_model
@@ -75,21 +74,3 @@ def scalars(run):
         for value in event.summary.value:
             found.setdefault(value.tag, []).append((event.step, value.simple_value))
     return found
-
-
-def compiled_once(folder):
-    """Compiles each program once while a fixture lives; a run takes 1 s with it, 6 s without."""
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    _apply(settings)
-    yield
-    _apply(before)
-
-
-def _apply(settings):
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # else JAX remembers from its first use whether there is one

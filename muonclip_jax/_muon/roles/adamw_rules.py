@@ -24,7 +24,7 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         if len(inside) > 1 and len(leaf.shape) > 1 and leaf.is_inside and not is_vector:
             doubt = "it may be the matrix of an adaptive norm"
     if role.name == "embedding" and leaf.is_inside and not leaf.has(names.PATCHES):
-        if _is_dense(leaf, evidence, name):
+        if _is_dense(leaf, evidence):
             return None
         doubt = _doubt_table(leaf, evidence, name)
     if role.where == "top":
@@ -35,12 +35,13 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     return Decision(None, f"{role.name} '{name}'", doubt)
 
 
-def _is_dense(leaf: Leaf, evidence: Evidence, name: str) -> bool:
+def _is_dense(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a parameter is a dense layer that computes the embedding of a time step."""
-    if not names.matches(names.COMPUTED, name):
+    computed = [n for n in leaf.core if names.matches(names.COMPUTED, n)]
+    if not computed:
         return False
     has_bias = len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence)
-    return has_bias or leaf.name != name or names.matches(names.DENSE, name)
+    return has_bias or leaf.name not in computed or names.matches(names.DENSE, leaf.name)
 
 
 def _doubt_table(leaf: Leaf, evidence: Evidence, name: str) -> str:

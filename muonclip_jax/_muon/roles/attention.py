@@ -49,8 +49,12 @@ def in_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision 
     if len(shape) < 3 or shape[0] == shape[-1] or leaf.is_lora or is_convolution_shape(shape):
         return None
     ndim = len(leaf.shape)
-    beside = [evidence.layer_of(x) for x in evidence.beside(leaf) if len(x.shape) == ndim]
-    others = {s for other, s in beside if other == stack}
+    is_unnamed = heads_name(leaf, evidence) is None
+    if not is_unnamed and len(shape) == 3:
+        return None  # `with_heads` has more evidence
+    beside = [x for x in evidence.beside(leaf) if len(x.shape) == ndim]
+    beside = [x for x in beside if (heads_name(x, evidence) is None) == is_unnamed]
+    others = {s for other, s in map(evidence.layer_of, beside) if other == stack}
     widths = evidence.widths(leaf) or {shape[0], shape[-1]}
     if shape[0] in widths and (*shape[1:], shape[0]) in others:
         sides = (0,), tuple(range(1, len(shape)))
@@ -111,6 +115,8 @@ def _residual_axis(
     convention = evidence.convention.get(leaf.core[-1], settings.outputs_first)
     if convention and last - usual in hits:
         return last - usual, ""
+    if side == "out" and hits == [0]:
+        return 0, "nothing but its first axis shows that it is stored as queries are"
     confirmed = settings.outputs_first is not None or _fits_beside(leaf, shape, side, evidence)
     no_width = widths and not hits and _FEW * math.prod(shape) <= shape[usual] ** 2
     doubtful = not confirmed and (shape[usual] < max(shape) or no_width) and not leaf.is_lora

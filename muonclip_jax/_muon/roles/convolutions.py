@@ -69,12 +69,13 @@ def _doubt_one_input(leaf: Leaf, evidence: Evidence, shape: Shape) -> str:
 
 
 def _unnamed_depthwise(shape: Shape) -> Decision | None:
-    """Finds a square window beside one input channel, on either end of the shape.
+    """Finds a window beside one input channel, on either end of the shape.
 
-    A flat window is in front: (window, 1, channels).
+    A window of two axes must be square.
     """
     if len(shape) == 3 and shape[1] == 1:
-        if 1 < shape[0] <= _MOST_TAPS and shape[2] >= _MUCH_LARGER * shape[0]:
+        taps, channels = sorted(shape[::2])
+        if 1 < taps <= _MOST_TAPS and channels >= _MUCH_LARGER * taps:
             return Decision(None, "depthwise convolution")
     if len(shape) != 4 or 1 not in shape[1:3]:
         return None

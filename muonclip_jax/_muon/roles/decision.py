@@ -18,7 +18,7 @@ class Decision(NamedTuple):
     Attributes:
       numbers: The axes of its matrices; None assigns it to AdamW.
       reason: Why.
-      doubt: Why this may be wrong; empty if it rests on more than a guess.
+      doubt: Why this may be wrong; empty if names and shapes decide it.
       matrix: The axes that a warning proposes for Muon.
     """
 

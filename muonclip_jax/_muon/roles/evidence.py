@@ -99,7 +99,8 @@ class Evidence:
             if not any("pos" in name.lower() for name in leaf.core)
             if self.bias_of(leaf) is None and not leaf.has(names.COMPUTED)
         ]
-        return max(shapes, key=lambda shape: (max(shape), shape), default=(0, 0))
+        rows, width = max(shapes, key=lambda shape: (max(shape), shape), default=(0, 0))
+        return rows, width
 
     def stack_of(self, leaf: Leaf) -> Stack:
         """Finds the stack axes of a parameter.
@@ -139,11 +140,22 @@ class Evidence:
                 group = self.groups[prefix[:depth]]
                 shapes = getattr(group, vectors)
                 stack = (self._mixed(group) or group.stack(shapes)) if shapes else None
+                if vectors == "biases" and shapes and self._are_columns(group):
+                    stack = Stack((), True)
                 if stack is not None and (stack.axes or self._is_local(prefix, depth)):
                     return stack
                 if stack is not None:
                     break
         return self._second_axis(prefix)
+
+    def _are_columns(self, group: Group) -> bool:
+        """Returns whether biases are (outputs, 1), as of convolutions with outputs first.
+
+        The bias of stacked layers with one output is beside a kernel that ends in 1 as well.
+        """
+        kernels = (self.leaves[i].shape for i in group.leaves)
+        ends_in_one = any(len(shape) > 2 and shape[-1] == 1 for shape in kernels)
+        return not ends_in_one and all(b[1:] == (1,) for b in group.biases)
 
     def _mixed(self, group: Group) -> Stack | None:
         """Finds stacked layers whose module holds an unstacked gain too, such as a last norm."""

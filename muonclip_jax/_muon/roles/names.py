@@ -75,21 +75,21 @@ ADAMW_ROLES = (
         "learned token",
         "leaf",
         r"(\w+_)?(cls|null|tokens?)|null_(k?v|cond\w*)|latents?|queries|slots|(soft_)?prompts?|prefix"
-        r"|anchors|mem(ory)?_[kv]|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
+        r"|anchors|mem(ory)?_[kv]|(\w+_)?memory|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
         "big_vision, Perceiver IO, DETR",
     ),
     Role("attention vector", "leaf", r"att(n|ention)?_(l|r|left|right|src|dst|vec(tor)?)", "GAT"),
     Role(
         "output head",
         "any",
-        r"lm_head|un_?emb(ed(d(ing|er))?)?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
+        r"lm_heads?|un_?emb(ed(d(ing|er))?)?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
         r"|vocab_(proj\w*|head)|output_logits|projection_shard",
         "HF, MaxText, lucidrains, mesh-transformer-jax",
     ),
     Role(
         "output head",
         "top",
-        r"(?!(multi|per)_head)(\w+_)?head|classifier|output|score|pred(iction)?|w_out|proj_out"
+        r"(?!(multi|per)_head)(\w+_)?heads?|classifier|output|score|pred(iction)?|w_out|proj_out"
         r"|(output|out|final|last|prediction)_layer",
         "big_vision, HF, LLaMA, scenic, Dreamer, ProteinMPNN, LTX-Video, Wan",
     ),
@@ -108,7 +108,7 @@ ADAMW_ROLES = (
     Role(
         "time-mixing vector",
         "leaf",
-        r"time_(decay|first|faaaa|mix_[a-z]+|maa_[kvrgx])|[rk]_k|k_a|bonus",
+        r"decay|mu|time_(decay|first|faaaa|mix_[a-z]+|maa_[kvrgx])|[rk]_k|k_a|bonus",
         "RWKV",
     ),
     Role(
@@ -128,7 +128,7 @@ ADAMW_ROLES = (
         "scale",
         "leaf",
         r"(\w+_)?(scales?|scalars?|gains?|gamma|offset|temperature|lambdas?|sigma)(_[a-z]+)?"
-        r"|skip_weights?|g|scale_shift_\w+",
+        r"|skip_weights?|g|scale_shift_\w+|coefficients|freq(s|uenc(y|ies))",
         "all; noisy networks",
     ),
 )
@@ -140,7 +140,9 @@ STATE_SPACE_MATRICES = r"[abcpw](_re|_im|_real|_imag)?|lambda(_re|_im|_real|_ima
 # Names whose case matters: `D`, the skip vector of a state-space layer, is no `d`.
 ADAMW_NAMES = {"D": "state-space parameter"}
 
-# Names of a parameter inside a module that has the telling name.
+# Names of a parameter inside a module that has the name of the layer.
+# Attributes of containers around an array: Haliax, Penzai, NNX, Equinox modules of users.
+BOXES = ("array", "data_array", "raw_value", "_value", "data", "unboxed", "param")
 MATRIX_NAMES = r"(kernel|w|weights?)(_mu)?|(\w+_)?lora_[ab]"
 PARAMETER_NAMES = rf"{MATRIX_NAMES}|embeddings?|scale|bias|b|offset|gamma|alpha"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
@@ -182,13 +184,13 @@ PROJECTIONS = (FROM_RESIDUAL, TO_RESIDUAL, INTO_HEADS, OUT_OF_HEADS)
 GATED_PAIR = r"wi|(\w+_)?gate_?up(_\w+)?|(\w+_)?gating(_\w+)?|gate_and_up\w*|w13|fc1|linear_fc1"
 
 GATE = r"gate|gating|wg|w_gate|gate_(w|weights?|kernel|linear|proj)|switch"
-# Modules beside which `gate` is that of a gated MLP or of attention.
+# Modules beside a `gate` that is part of a gated MLP or of attention.
 BESIDE_GATE = (
     r"(\w*_)?(up|down|value|query|key|v|q|k|o|out|fc|proj(ection)?|wi|wo|in|w)(_\w*)?"
     r"|w[123qkvo]|fc[12]|linear\w*"
 )
 MIXTURES = r"\w*moe\w*|sparse_?mlp\w*|routed_?experts?"
-HEAD = r"(\w+_)?head|classifier|predictions"
+HEAD = r"(\w+_)?heads?|classifier|predictions"
 # Norms inside latent attention, whose width is a low rank.
 LOW_RANK_NORM = r"\w*(q|kv)_(a_)?(layer_?|rms_?)?norm|\w*(q|kv)_(a_)?ln|compressed_\w*norm"
 # Names that show nothing about a dense layer, so that the last of a network may be its head.
@@ -237,7 +239,7 @@ def matches(pattern: str, name: str) -> bool:
 
 @functools.lru_cache(maxsize=1 << 14)
 def is_qk_norm(name: str) -> bool:
-    """Returns whether a component names a normalization of queries or keys, which is not MLA's.
+    """Returns whether a component names a normalization of queries or keys; not one of MLA.
 
     Example:
       >>> is_qk_norm("_query_norm"), is_qk_norm("q_a_layernorm")
@@ -259,7 +261,7 @@ def core(path: tuple[str, ...]) -> tuple[str, ...]:
         path = path[:-2]
     while (
         len(path) > 1
-        and (path[-1].isdigit() or path[-1] in ("array", "data_array", "raw_value"))
+        and (path[-1].isdigit() or path[-1] in BOXES)
         and matches(PARAMETER_NAMES, path[-2])
     ):
         path = path[:-1]

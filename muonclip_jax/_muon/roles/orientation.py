@@ -187,10 +187,26 @@ def _reason(outputs_first: bool, why: str) -> str:
 
 
 def _orientation_by_bias(leaf: Leaf, evidence: Evidence) -> bool | None:
+    """Compares a matrix with its bias, and an adapter with the rank of its partner."""
+    if (by_rank := _orientation_by_rank(leaf, evidence)) is not None:
+        return by_rank
     fit, both = bias_fit(leaf, evidence)
     if fit is None or both or len(fit.inputs) != 1 or len(fit.outputs) != 1:
         return None
     return fit.outputs_first
+
+
+def _orientation_by_rank(leaf: Leaf, evidence: Evidence) -> bool | None:
+    """Compares the sides of `lora_A` and `lora_B`, which share the rank."""
+    *module, name = leaf.core
+    if not name.lower().endswith(("lora_a", "lora_b")):
+        return None
+    pair = "ab" if name[-1] in "ab" else "AB"
+    down, up = (evidence.by_core.get((*module, name[:-1] + end)) for end in pair)
+    if down is None or up is None or len(down.shape) != 2 or len(up.shape) != 2:
+        return None
+    inputs_first, outputs_first = down.shape[1] == up.shape[0], down.shape[0] == up.shape[1]
+    return outputs_first if inputs_first != outputs_first else None
 
 
 def _is_inputs_first_by_custom(leaf: Leaf) -> bool:

@@ -1,7 +1,7 @@
 """The order of the rules, and the doubts about what they decide.
 
-The first rule that applies decides. It gives a reason, which the table prints, and a doubt if it
-rests on a weak guess. A doubt becomes a warning.
+The first rule that applies decides. Its decision has a reason, which the table prints, and a doubt
+if names and shapes leave it open. A doubt becomes a warning.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ _ADAMW_RULES = (
 )
 _MUON_RULES = (
     attention.by_layout,
-    attention.in_pair,
     orientation.by_bias,
+    attention.in_pair,
     attention.with_heads,
     convolutions.convolution,
     orientation.gated_pair,
@@ -138,7 +138,8 @@ def _may_be_a_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> boo
     if _is_outside_blocks(leaf):
         return is_like or (n_out == vocabulary and width < vocabulary)
     # A head inside of a numbered layer, as in multi-token prediction.
-    return is_like and leaf.has(names.HEAD)
+    is_last = names.matches(rf"{names.GENERIC}|readout", leaf.name)
+    return is_like and (leaf.has(names.HEAD) or is_last)
 
 
 def _is_outside_blocks(leaf: Leaf) -> bool:
@@ -173,7 +174,7 @@ def _is_last_of_all(leaf: Leaf, evidence: Evidence) -> bool:
 
 
 def _is_in_last_layer(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether a matrix is the last one of a module `final_layer` of the whole model."""
+    """Returns whether a matrix is the last one of a module `final_layer` of the full model."""
     if not leaf.module or not names.matches(names.LAST_LAYER, leaf.module[-1]):
         return False
     is_root = evidence.is_root(leaf.module[:-1])

@@ -1,4 +1,4 @@
-"""Statistics in all shapes and transports, and parameters in all containers."""
+"""Max logits of all shapes and sources, and parameters in all containers."""
 
 from typing import Any
 
@@ -42,13 +42,13 @@ def test_nan_in_one_row_of_the_batch_leaves_that_head_alone():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_statistics_are_read(dtype, strict_promotion):
+def test_bfloat16_and_float16_max_logits_are_read(dtype, strict_promotion):
     _, info = mc.qk_clip(attention(2), {"max_logits": jnp.asarray([[200, 50]], dtype)})
     np.testing.assert_array_equal(info.gamma[""], [0.5, 1])
     assert info.gamma[""].dtype == jnp.float32
 
 
-def test_two_layers_do_not_swap_their_statistics():
+def test_two_layers_keep_their_own_max_logits():
     params = {
         "layers_1": attention(1),
         "layers_10": attention(1),
@@ -70,7 +70,7 @@ def test_two_layers_do_not_swap_their_statistics():
     )
 
 
-def test_micro_batches_are_joined_by_the_maximum():
+def test_micro_batches_merge_by_the_maximum():
     batches = [{"max_logits": (jnp.asarray([s, 50.0]),)} for s in (50.0, 400.0, 50.0, 50.0)]
     joined = batches[0]
     for batch in batches[1:]:
@@ -79,7 +79,7 @@ def test_micro_batches_are_joined_by_the_maximum():
     np.testing.assert_array_equal(info.gamma[""], [0.25, 1])  # a sum would be 550 and 200
 
 
-def test_micro_batches_are_joined_under_a_scan():
+def test_micro_batches_merge_under_a_scan():
     stacked = {"max_logits": (jnp.asarray([[50.0, 1.0], [400.0, jnp.nan], [50.0, 3.0]]),)}
     first = jax.tree.map(lambda x: x[0], stacked)
     rest = jax.tree.map(lambda x: x[1:], stacked)
@@ -103,7 +103,7 @@ def test_where_false_changes_no_bit(traced, s):
     np.testing.assert_array_equal(info.max_logits[""], [s])
 
 
-def test_the_same_statistics_twice_clip_twice():
+def test_equal_max_logits_twice_clip_twice():
     old, stats = attention(1), {"max_logits": jnp.asarray([400.0])}
     new, _ = mc.qk_clip(mc.qk_clip(old, stats)[0], stats)
     np.testing.assert_array_equal(new["query"]["kernel"], old["query"]["kernel"] / 4)
@@ -111,7 +111,7 @@ def test_the_same_statistics_twice_clip_twice():
 
 @pytest.mark.parametrize("wrap_params", [False, True])
 @pytest.mark.parametrize("wrap_stats", [False, True])
-def test_root_keys_are_kept_and_clip_all_the_same(wrap_params, wrap_stats):
+def test_root_keys_are_kept(wrap_params, wrap_stats):
     params, stats = {"attn": attention(1)}, {"attn": {"max_logits": (jnp.asarray([400.0]),)}}
     plain, _ = mc.qk_clip(params, stats)
     wrapped = {"params": params, "batch_stats": {"x": jnp.ones(3)}} if wrap_params else params
@@ -132,7 +132,7 @@ def test_other_collections_are_neither_read_nor_changed():
     assert all(map(same_bits, jax.tree.leaves(new["average"]), jax.tree.leaves(params)))
 
 
-def test_frozen_dicts_lists_and_tuples_come_back_as_they_were():
+def test_containers_keep_their_types():
     layers = [{"attn": attention(1)}, ({"attn": attention(1)}, {"norm": {"scale": jnp.ones(3)}})]
     params = freeze({"layers": layers})
     calls = [{"attn": {"max_logits": jnp.asarray([s])}} for s in (400.0, 200.0)]
@@ -154,7 +154,7 @@ def test_boxes_keep_their_names():
     np.testing.assert_array_equal(new["query"]["kernel"].value, params["query"]["kernel"].value / 2)
 
 
-def test_nnx_state_comes_back_as_nnx_state():
+def test_nnx_state_stays_nnx_state():
     class Model(nnx.Module):
         def __init__(self):
             attn = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
@@ -169,7 +169,7 @@ def test_nnx_state_comes_back_as_nnx_state():
     np.testing.assert_array_equal(new_key[:, 0], key[:, 0] / 2)
 
 
-def test_modules_that_are_not_attention_need_no_statistic():
+def test_other_modules_need_no_max_logits():
     params = {
         "attn": attention(1),
         "router": {"query": {"kernel": jnp.ones((3, 4))}},
