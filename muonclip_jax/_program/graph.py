@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from muonclip_jax._program.jaxprs import (
-    OPAQUE,
     bare,
     call_name,
     called,
+    is_opaque,
     is_tracer,
     mesh_axes,
     scan_counts,
@@ -130,7 +130,7 @@ class Graph:
         name = eqn.primitive.name
         if self._kernels and call_name(eqn) in self._kernels:
             return self._opaque(eqn, "kernel", inputs, path)
-        if name in OPAQUE:
+        if is_opaque(name):
             return self._opaque(eqn, "opaque", inputs, path)
         if (inner := called(eqn)) is not None:
             return self._run(*bare(inner), inputs, path)

@@ -17,8 +17,6 @@ OPAQUE = frozenset(
         "ffi_call",
         "custom_call",
         "triton_kernel_call",
-        "pure_callback",
-        "io_callback",
         "mosaic_gpu_call",
         "xla_call_custom",
         "dot_product_attention_fwd",
@@ -26,6 +24,11 @@ OPAQUE = frozenset(
         "custom_partitioning",
     }
 )
+
+
+def is_opaque(name: str) -> bool:
+    """Returns whether a primitive runs a program that cannot be read."""
+    return name in OPAQUE or name.endswith("callback")
 
 
 def bare(jaxpr: Any) -> tuple[Any, list[Any]]:
@@ -36,7 +39,7 @@ def bare(jaxpr: Any) -> tuple[Any, list[Any]]:
 def called(eqn: Any) -> Any | None:
     """Returns the one program that a call runs on its operands; None for other primitives."""
     name = eqn.primitive.name
-    if name in LOOPS or name in OPAQUE:
+    if name in LOOPS or is_opaque(name):
         return None
     for key in ("call_jaxpr", "jaxpr", "fun_jaxpr"):
         inner = eqn.params.get(key)

@@ -261,7 +261,8 @@ def _places(params: ArrayTree) -> dict[str, _Place]:
     values = jax.tree.leaves(params, is_leaf=is_hidden)
     for path, value in zip(leaf_paths(params, is_leaf=is_hidden), values, strict=True):
         hidden = is_hidden(value)
-        places[_core("/".join(path))] = _Place(None if hidden else index, jnp.shape(value))
+        shape = () if hidden else tuple(getattr(value, "shape", ()))
+        places[_core("/".join(path))] = _Place(None if hidden else index, shape)
         index += not hidden
     return places
 
