@@ -283,5 +283,7 @@ def _site_from_json(data: dict[str, Any]) -> AttentionSite:
         for side, path, shape, view, is_inner in data.pop("sources")
     ]
     dims = tuple(map(tuple, data.pop("dims")))
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+    }
     return AttentionSite(**fields, dims=dims, sources=tuple(sources))

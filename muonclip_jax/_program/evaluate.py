@@ -140,12 +140,11 @@ class _Evaluator:
             prevent_cse, policy = params["prevent_cse"], params["policy"]
             return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)(*values)
         if name in JIT:
-            shardings = tuple(map(_sharding, params["in_shardings"]))
-            outs = [_sharding(s) for s in params["out_shardings"]], None
-            given = any(s is not None for s in outs[0])
-            return jax.jit(
-                body, in_shardings=shardings, **({"out_shardings": outs} if given else {})
-            )(*values)
+            inner = tuple(map(_sharding, params["in_shardings"]))
+            outer = [_sharding(s) for s in params["out_shardings"]]
+            if all(s is None for s in outer):
+                return jax.jit(body, in_shardings=inner)(*values)
+            return jax.jit(body, in_shardings=inner, out_shardings=(outer, None))(*values)
         return body(*values)
 
     def _scan(self, eqn: Any, values: Sequence[Any], here: Path) -> tuple[list[Any], Stats]:

@@ -102,7 +102,7 @@ def _names(node: Node, i: int) -> View:
         return identity(operand.shape, [("met", "batch", d) for d in range(len(operand.shape))])
     view = names_of_product(node, i)
     contract, batch = node.params["dimension_numbers"]
-    names = [("free", i, d) for d in range(len(view.axes))]
+    names: list[Any] = [("free", i, d) for d in range(len(view.axes))]
     for kind, pairs in (("sum", contract), ("batch", batch)):
         for k, d in enumerate(pairs[i]):
             names[d] = ("met", kind, k)

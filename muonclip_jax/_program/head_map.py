@@ -214,13 +214,15 @@ def _groups(
 
 def _sizes_of(members: np.ndarray) -> np.ndarray:
     """Returns the number of different heads of each group."""
-    return 1 + np.sum(members[:, 1:] != members[:, :1], axis=1)
+    return np.asarray(1 + np.sum(members[:, 1:] != members[:, :1], axis=1))
 
 
 def _element(source: SiteSource, at: _Points) -> np.ndarray:
     """Numbers the elements of a parameter along the axes of its heads."""
     shape = [source.shape[d] for d in at.axes]
-    return np.ravel_multi_index(tuple(at.positions), shape) if shape else at.positions[0]
+    return np.asarray(
+        np.ravel_multi_index(tuple(at.positions), shape) if shape else at.positions[0]
+    )
 
 
 def _map(

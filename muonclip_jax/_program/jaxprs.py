@@ -83,4 +83,4 @@ def mesh_axes(spec: Any, ndim: int) -> list[tuple[str, ...]]:
 
 def is_tracer(value: Any) -> bool:
     """Returns whether a constant is an array that is not known yet."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]

@@ -120,7 +120,7 @@ def _heads(
                     layers[name[1]] = None  # pyright: ignore
                 elif kind in ("loop", "pick"):
                     faults.append("its layer is chosen by a loop counter or by data")
-                elif kind == "shard" and any(n[0] in ("row", "dim") for n in axis.names):
+                elif kind == "shard" and any(n[0] == "row" for n in axis.names):  # pyright: ignore
                     faults.append("its heads are split by shard_map")
     return tuple(sorted(order, key=order.__getitem__)), tuple(sorted(layers, key=len)), faults
 

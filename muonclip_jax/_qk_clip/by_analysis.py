@@ -143,9 +143,9 @@ def site_factors(
                 factor = jnp.where(rule == kind, factors[np.maximum(heads, 0)], factor)
         ndim = len(clipped.places[_core(one.path)].shape)
         sizes = dict(zip(one.axes, rule.shape, strict=True))
-        index = clipped.places[_core(one.path)].index
-        if index is not None:
-            yield index, factor.reshape([sizes.get(d, 1) for d in range(ndim)])
+        leaf = clipped.places[_core(one.path)].leaf
+        if leaf is not None:
+            yield leaf, factor.reshape([sizes.get(d, 1) for d in range(ndim)])
 
 
 def _factors(
@@ -210,7 +210,7 @@ def _faults(
             yield f"{name}: max logits {shape}, expected {expected}."
     for source in site.sources:
         place = places.get(_core(source.path))
-        if place is None or place.index is None or place.shape != source.shape:
+        if place is None or place.leaf is None or place.shape != source.shape:
             got = place.shape if place else "no such parameter"
             yield f"{name}: {source.path} is {got}, expected {source.shape}."
     if watching:
@@ -241,9 +241,9 @@ def _shared(sites: Sequence[ClippedSite]) -> Iterator[str]:
 
 
 class _Place(NamedTuple):
-    """A parameter: its index among all leaves, None if a mask hides it, and its shape."""
+    """A parameter: its number among all leaves, None if a mask hides it, and its shape."""
 
-    index: int | None
+    leaf: int | None
     shape: tuple[int, ...]
 
 
@@ -271,7 +271,7 @@ def _is_hidden(path: str, places: Mapping[str, _Place]) -> bool:
     """Returns whether a mask hides a parameter, or a module that it is in."""
     parts = _core(path).split("/")
     above = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return any(p in places and places[p].index is None for p in above)
+    return any(p in places and places[p].leaf is None for p in above)
 
 
 def _entries(max_logits: ArrayTree) -> dict[str, list[Array]]:

@@ -117,8 +117,10 @@ def qk_clip(
     gamma = {name: unsharded(_gamma(s_h, threshold, where)) for name, s_h in s.items()}
     leaves, treedef = jax.tree.flatten(params)
     for one in clipped:
-        factors = site_factors if isinstance(one, ClippedSite) else _module_factors
-        for position, factor in factors(one, gamma[one.name], alpha, shared_key):
+        share = gamma[one.name], alpha, shared_key
+        is_site = isinstance(one, ClippedSite)
+        factors = site_factors(one, *share) if is_site else _module_factors(one, *share)
+        for position, factor in factors:
             leaves[position] = _scaled(jnp.asarray(leaves[position]), factor)
     bounds = sum(one.is_bound for one in clipped)
     counts = {"skipped_modules": skipped, "bound_modules": bounds}
