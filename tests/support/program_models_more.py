@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tests.support.program_models import IMAGES, MEMORY, family, loss_of, norm
+from tests.support.program_models import IMAGES, MEMORY, family, loss_of, no_tap, norm
 
 
 @family(
@@ -162,3 +162,64 @@ def weight_norm(p, x, **_):
     quantized = p["w"] + jax.lax.stop_gradient(rounded - p["w"])
     x = x + jax.nn.relu(x @ kernel) @ quantized
     return loss_of(x @ p["head"]) + 1e-3 * sum(jnp.sum(u**2) for u in (p["v"], p["w"]))
+
+
+@family(
+    args=(MEMORY,), wx="dy:d>y", wh="ky:k>y", b="y:elementwise", head="kv:k>v output head",
+)  # fmt: skip
+def gated_recurrence(p, x, **_):
+    """Four gates in one product, as in an LSTM."""
+
+    def step(state, x):
+        h, c = state
+        i, f, g, o = jnp.split(x @ p["wx"] + h @ p["wh"] + p["b"], 4, -1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    start = jnp.zeros((2, 8), x.dtype)
+    return loss_of(jax.lax.scan(step, (start, start), x.swapaxes(0, 1))[1] @ p["head"])
+
+
+@family(args=(MEMORY,), w="ldd:d>d", head="dv:d>v output head")
+def loop_counter(p, x, **_):
+    """Stacked layers, chosen by the counter of a loop."""
+    x = jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"][i]), x)
+    return loss_of(x @ p["head"])
+
+
+@family(args=(MEMORY,), w="dd:?its inputs in one place", head="dv:d>v output head")
+def tied_transposed(p, x, **_):
+    """A matrix and its transpose."""
+    return loss_of(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"].T) @ p["head"])
+
+
+@family(
+    args=(MEMORY,), q="dhk:d>hk", k="dhk:d>hk", v="dhk:d>hk", r="dhk:d>hk",
+    u="hk:elementwise", w="hk:elementwise", head="yv:y>v output head",
+    sites={"": (4, 4, 16, 1)},
+)  # fmt: skip
+def relative_positions(p, x, tap=no_tap):
+    """Keys of relative positions beside the keys of tokens, as in Transformer-XL."""
+    q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[n]) for n in "qkv")
+    positions = jnp.sin(jnp.arange(6)[:, None] * jnp.arange(16) / 3.0).astype(x.dtype)
+    r = jnp.einsum("sd,dhk->shk", positions, p["r"])
+    logits = jnp.einsum("bthk,bshk->bhts", q + p["u"], k)
+    logits = logits + jnp.einsum("bthk,shk->bhts", q + p["w"], r)
+    tap("", logits)
+    out = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits), v)
+    return loss_of(out.reshape(2, 6, 32) @ p["head"])
+
+
+@family(
+    args=(MEMORY,), kv_a="dr:d>r", q="dhk:d>hk", uk="rhk:k>r", uv="rhk:r>k",
+    head="yv:y>v output head", sites={"": (4, 1, 12, 1)},
+)  # fmt: skip
+def absorbed_latent(p, x, tap=no_tap):
+    """Latent attention with the up-projection of the keys on the side of the queries."""
+    c = x @ p["kv_a"]
+    q = jnp.einsum("bthk,rhk->bthr", jnp.einsum("btd,dhk->bthk", x, p["q"]), p["uk"])
+    logits = jnp.einsum("bthr,bsr->bhts", q, c)
+    tap("", logits)
+    out = jnp.einsum("bhts,bsr->bthr", jax.nn.softmax(logits), c)
+    return loss_of(jnp.einsum("bthr,rhk->bthk", out, p["uv"]).reshape(2, 6, 32) @ p["head"])
