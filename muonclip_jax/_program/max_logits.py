@@ -134,8 +134,8 @@ def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
         Statistic(
             number,
             one.softmax.top.path,
-            one.heads,
-            one.batch,
+            _without_keys(one.heads, one.softmax.axis),
+            _without_keys(one.batch, one.softmax.axis),
             one.layers,
             {**one.softmax.caps, **one.softmax.sinks},
             one.softmax.base,
@@ -148,6 +148,11 @@ def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
         for i, node in enumerate(program.hooked)
     ]
     return statistics
+
+
+def _without_keys(axes: Sequence[int], keys: int) -> tuple[int, ...]:
+    """Returns axes of logits as axes of the row maxima, which have no axis of keys."""
+    return tuple(axis if axis < keys else axis - 1 for axis in axes)
 
 
 def _nested(paths: Sequence[str], found: Mapping[int, jax.Array]) -> dict[str, Any]:

@@ -175,6 +175,15 @@ def test_softmax_with_where():
     check(fn, PARAMS, (X,), tops(logits64(PARAMS, X)))
 
 
+def test_keys_that_are_not_the_last_axis():
+    def fn(p, x):
+        q, k, v = project(p, x)
+        logits = jnp.einsum("bthk,bshk->btsh", q, k)
+        return jnp.einsum("btsh,bshk->bthk", jax.nn.softmax(logits, 2), v).sum()
+
+    check(fn, {n: PARAMS[n] for n in "qkv"}, (X,), tops(logits64(PARAMS, X, False)))
+
+
 def test_log_sum_exp():
     def soft(u):
         return jnp.exp(u - jax.nn.logsumexp(u, -1, keepdims=True))
