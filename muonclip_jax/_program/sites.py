@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 from muonclip_jax._program.axes import Axis, Part, View, base
-from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Node
+from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Node, reached_back
 from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, has_rule, pull
 from muonclip_jax._program.softmax import COPIES, Softmax
 from muonclip_jax._program.uses import is_float
@@ -206,14 +206,11 @@ def _carriers(node: Node, marks: frozenset[str]) -> Iterator[tuple[int, frozense
     if node.op == "div" and 0 in active:
         active = [0]
     plain = [i for i in active if not _is_factor(node.inputs[i])] or active
-    for i in plain[:1] if len(plain) == 1 else plain:
-        others = [v for k, v in enumerate(node.inputs) if k != i]
-        if any(_normalizes(v, node.inputs[i]) for v in others):
-            yield i, marks | {"norm"}
-        elif len(plain) > 1:
-            yield i, marks | {"mul"}
-        else:
-            yield i, marks
+    for i in plain:
+        others = [v for k, v in enumerate(node.inputs) if k != i and v.kind == DATA]
+        own = _made_of_products(node.inputs[i])
+        found = {mark for v in others if (mark := _depends(v, own))}
+        yield i, marks | found | ({"mul"} if len(plain) > 1 else set())
 
 
 def _is_factor(node: Node) -> bool:
@@ -223,19 +220,32 @@ def _is_factor(node: Node) -> bool:
     if node.op in _FACTORS or node.kind == CONSTANT:
         return True
     active = [v for v in node.inputs if v.kind == DATA]
-    return node.op in ("mul", "add", "max") and any(map(_is_factor, active))
+    return node.op in ("mul", "add", "max") and all(map(_is_factor, active))
 
 
-def _normalizes(factor: Node, carrier: Node) -> bool:
-    """Returns whether a factor is computed from a reduction of what carries the queries."""
-    while carrier.op in ("convert_element_type", "sub", "reshape", "transpose", "stop_gradient"):
-        carrier = carrier.inputs[0]
-    seen, todo, reduced = set(), [(factor, False)], False
+def _made_of_products(node: Node) -> set[Node]:
+    """Returns the values between a product and a value, without rotations and scales."""
+    before = reached_back([node], stop=lambda v: v.op in PRODUCTS or v.kind != DATA)
+    todo = [v for v in before if v.op in PRODUCTS and v.kind == DATA]
+    found: set[Node] = set()
+    while todo:
+        v = todo.pop()
+        found.add(v)
+        todo += [user for user in v.users if user in before and user not in found]
+    return found
+
+
+def _depends(factor: Node, own: set[Node]) -> str | None:
+    """Returns `norm` if a factor is computed from a reduction of the queries that it scales.
+
+    It is `mul` if the factor depends on the queries in another way.
+    """
+    seen, todo, found = set(), [(factor, False)], None
     while todo:
         node, reduced = todo.pop()
-        if node is carrier:
-            return reduced
-        if (node, reduced) not in seen and node.op not in PRODUCTS and len(seen) < 200:
+        if node in own:
+            found = "norm" if reduced or found == "norm" else "mul"
+        elif (node, reduced) not in seen and node.op not in PRODUCTS:
             seen.add((node, reduced))
             todo += [(v, reduced or node.op in REDUCTIONS) for v in node.inputs]
-    return False
+    return found

@@ -87,3 +87,48 @@ def test_positions_that_heads_share():
     np.testing.assert_allclose(tops(logits), 0.1, rtol=1e-4)
     assert (clipped["pos"] == params["pos"]).all()
     assert info.clipped_heads == 4
+
+
+@pytest.mark.parametrize(
+    "normalize",
+    [
+        lambda u: 0.3 * u / jnp.sqrt((u**2).mean(-1, keepdims=True)),
+        lambda u: u / jnp.linalg.norm(u, axis=-1, keepdims=True),
+        lambda u: u / jnp.maximum(jnp.abs(u).max(-1, keepdims=True), 1e-6),
+        lambda u: jax.nn.standardize(u),
+        lambda u: u * (1.0 / (jnp.sqrt((u.astype(jnp.float32) ** 2).sum(-1)) + 1e-6))[..., None],
+    ],
+    ids=["rms", "l2", "max", "standardized", "reciprocal"],
+)
+def test_queries_that_are_normalized(normalize):
+    def fn(p, x):
+        q, k, v = project(p, x)
+        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", normalize(q) * 2.0, k))
+        return jnp.einsum("bhts,bshk->bthk", weights, v).sum()
+
+    params = {n: PARAMS[n] for n in "qkv"}
+    assert mc.analyze(fn, params, X).attention[0].qk_norm
+    assert "normalized after their projection" in clip_error(fn, params, X)
+
+
+def test_queries_that_gate_themselves():
+    def fn(p, x):
+        q, k, v = project(p, x)
+        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", jax.nn.silu(q), k))
+        return jnp.einsum("bhts,bshk->bthk", weights, v).sum()
+
+    assert "mul is applied to queries" in clip_error(fn, {n: PARAMS[n] for n in "qkv"}, X)
+
+
+def test_scales_by_position_are_no_norm():
+    def fn(p, x, positions):
+        q, k, v = project(p, x)
+        q = q * jnp.cos(positions)[..., None, None]
+        q = q * jnp.log(positions + 2.0)[..., None, None]
+        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k))
+        return jnp.einsum("bhts,bshk->bthk", weights, v).sum()
+
+    positions = jnp.broadcast_to(jnp.arange(6.0), (2, 6))
+    (site,) = mc.analyze(fn, {n: PARAMS[n] for n in "qkv"}, X, positions).attention
+    assert not site.faults
+    assert not site.qk_norm

@@ -255,7 +255,8 @@ def qk_norm(p, tokens, tap=no_tap):
     """Queries and keys are normalized after their projection."""
     x, a = p["emb"][tokens], p["attn"]
     q, k, v = (jnp.einsum("btd,dhk->bthk", x, a[n]) for n in "qkv")
-    logits = jnp.einsum("bthk,bshk->bhts", norm(q, a["qn"]), norm(k, a["kn"]))
+    q, k = (rope(u, jnp.arange(10)) for u in (norm(q, a["qn"]), norm(k, a["kn"])))
+    logits = jnp.einsum("bthk,bshk->bhts", q, k)
     w = jax.nn.softmax(hidden(logits, tap, "attn"), -1)
     x = x + jnp.einsum("bhts,bshk,hkd->btd", w, v, a["o"])
     return loss_of(x @ p["head"])
