@@ -205,7 +205,8 @@ def _carriers(node: Node, marks: frozenset[str]) -> Iterator[tuple[int, frozense
     active = [i for i, v in enumerate(node.inputs) if v.kind == DATA]
     if node.op == "div" and 0 in active:
         active = [0]
-    plain = [i for i in active if not _is_factor(node.inputs[i])] or active
+    made = [i for i in active if _made_of_products(node.inputs[i])] or active
+    plain = made if len(made) == 1 else [i for i in made if not _is_factor(node.inputs[i])] or made
     for i in plain:
         others = [v for k, v in enumerate(node.inputs) if k != i and v.kind == DATA]
         own = _made_of_products(node.inputs[i])
