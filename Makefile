@@ -16,7 +16,7 @@ test: .venv/test
 test-all: .venv/test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not accelerator' $(PYTEST)
 
-# Faults in the package that the tests by day have to see; takes an hour. WORDS="iterations clip.py" chooses some.
+# Faults in the package that the tests by day have to see. WORDS="iterations clip.py" chooses some.
 mutants: .venv/test
 	$(BIN)/python -m tests.mutants $(WORDS)
 

@@ -193,8 +193,8 @@ class _Program:
                 yield from self.collectives(name, times)
             if i.opcode == "while":
                 trips = self._trip_count(i)
-                known = times is not None and trips is not None
-                yield from self.collectives(i.called("body")[0], times * trips if known else None)
+                product = None if times is None or trips is None else times * trips
+                yield from self.collectives(i.called("body")[0], product)
 
     def _total(self, computation: str) -> Figures:
         """Adds up one run of a computation."""

@@ -78,21 +78,16 @@ def costs_at(commit: str) -> dict[str, Any]:
 
 def changes(here: dict[str, Any], there: dict[str, Any]) -> str:
     """Formats the differences, a line for each program."""
-    rows = [("program", "FLOPs", "temporary", "dot", "while", "changed opcodes")]
+    rows: list[list[str]] = [["program", "FLOPs", "temporary", "dot", "while", "changed opcodes"]]
     for name, ours in here.items():
         theirs = there[name]
         a, b = ours["counts"], theirs["counts"]
         changed = [
             f"{k} {b.get(k, 0)}->{a.get(k, 0)}" for k in sorted(a | b) if a.get(k) != b.get(k)
         ]
-        rows.append(
-            (
-                name,
-                *(f"{ours[key] / theirs[key]:.4f}" for key in ("flops", "temporary")),
-                *(f"{a.get(key, 0)}/{b.get(key, 0)}" for key in ("dot", "while")),
-                ", ".join(changed) or "none",
-            )
-        )
+        ratios = [f"{ours[key] / theirs[key]:.4f}" for key in ("flops", "temporary")]
+        numbers = [f"{a.get(key, 0)}/{b.get(key, 0)}" for key in ("dot", "while")]
+        rows.append([name, *ratios, *numbers, ", ".join(changed) or "none"])
     return report.columns(rows)
 
 

@@ -82,7 +82,7 @@ def write_json(
     write(path, f"{text}\n".encode())
 
 
-def columns(rows: Iterable[Sequence[Any]]) -> str:
+def columns(rows: Iterable[Iterable[Any]]) -> str:
     """Aligns cells to the right, in columns."""
     table = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

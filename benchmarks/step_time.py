@@ -109,7 +109,7 @@ class TorchRun:
     """`torch.optim.Muon` on the same matrices, one parameter each, outputs first as in torch."""
 
     def __init__(self, gradients: list[np.ndarray] | None, sides: list[tuple[int, int, int]]):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(os.cpu_count() or 1)
         device = "cpu" if gradients else "meta"  # meta: shapes without data
@@ -135,7 +135,9 @@ class TorchRun:
 
 def torch_flops(params: Params) -> float:
     """Counts the FLOPs of torch's step with torch's own counter."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import (  # pyright: ignore[reportMissingImports]
+        FlopCounterMode,
+    )
 
     run = TorchRun(None, matrices(params))
     with FlopCounterMode(display=False) as counter:
@@ -152,7 +154,7 @@ def square_products(side: int) -> dict[str, Callable[[], Any]]:
         "jax_float32": lambda: matmul(ours, ours).block_until_ready()
     }
     if TORCH:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         theirs = torch.from_numpy(x).bfloat16()
         products["torch_bfloat16"] = lambda: theirs @ theirs

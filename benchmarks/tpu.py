@@ -43,7 +43,7 @@ def topology_devices(topology: str) -> list[Any]:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if not jax.config.jax_platforms:
+    if not jax.config.values["jax_platforms"]:
         jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies  # loads libtpu
 

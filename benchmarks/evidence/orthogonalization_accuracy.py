@@ -48,7 +48,7 @@ def study(measure: Measure) -> dict[str, Any]:
     return found
 
 
-def error(run: Run) -> float:
+def error(run: Run) -> float | None:
     """Returns the relative distance to the orthogonal factor of an ill-conditioned matrix.
 
     The matrix is 64 x 192, like the model's, with log-uniform singular values from 1e-3 to 1.

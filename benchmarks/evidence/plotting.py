@@ -48,7 +48,7 @@ def by_rate(axes: Axes, rates: Sequence[float]) -> None:
 
 def bars(axes: Axes, lines: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws a mean over seeds for each name, with bars of one standard deviation."""
-    names = list(reversed(lines))
+    names = list(lines)[::-1]
     means = [lines[name]["mean"] for name in names]
     axes.errorbar(
         means, range(len(names)), xerr=[lines[name]["sd"] for name in names], fmt="o", capsize=3

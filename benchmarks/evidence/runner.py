@@ -26,6 +26,7 @@ class Task(Protocol):
 
     def measure(self) -> dict[str, Any]:
         """Runs the task and returns its record."""
+        ...
 
 
 Measure = Callable[[Sequence[Any]], list[dict[str, Any]]]

@@ -80,7 +80,7 @@ def shares(
     records = iter(measure([one for seeds in lines for one in seeds]))
     losses = np.array([[next(records)["validation_loss"] for _ in SEEDS] for _ in budgets])
     crossings = [
-        crossing(budgets, losses[:, i], record["validation_loss"])
+        crossing(budgets, losses[:, i].tolist(), record["validation_loss"])
         for i, record in enumerate(target)
     ]
     return {

@@ -113,7 +113,7 @@ class Run:
         state, metrics = init(self.seed), []
         for i in range(self.steps):
             text = data.batch(corpus.train, self.seed, i + 1, BATCH_SIZE, SEQ_LEN)
-            state, seen = step(state, text[None], np.float32(schedule(i)), np.float32(threshold))
+            state, seen = step(state, text[None], jnp.float32(schedule(i)), np.float32(threshold))
             metrics.append(seen)
         return curves(jax.device_get(metrics)) | {"validation_loss": finite(evaluate(state))}
 

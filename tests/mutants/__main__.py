@@ -11,11 +11,11 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 
 # Imported once, by all tests; a fork for each mutant then imports the package and its tests alone.
 import chex  # noqa: F401
 import flax.nnx  # noqa: F401
-import hypothesis  # noqa: F401
 import optax.contrib  # noqa: F401
 import pytest
 
@@ -42,7 +42,11 @@ def _fails(tests: list[str], folder: pathlib.Path) -> bool:
         code = pytest.ExitCode.INTERNAL_ERROR
         try:
             code = _run(tests, folder, log)
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)  # nothing of this process may clean up what belongs to its parent
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

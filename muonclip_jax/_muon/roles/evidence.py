@@ -99,7 +99,8 @@ class Evidence:
             if not any("pos" in name.lower() for name in leaf.core)
             if self.bias_of(leaf) is None and not leaf.has(names.COMPUTED)
         ]
-        return max(shapes, key=lambda shape: (max(shape), shape), default=(0, 0))
+        rows, width = max(shapes, key=lambda shape: (max(shape), shape), default=(0, 0))
+        return rows, width
 
     def stack_of(self, leaf: Leaf) -> Stack:
         """Finds the stack axes of a parameter.
