@@ -217,7 +217,7 @@ def flipped_digest(path):
 DAMAGES = [truncated, absent, flipped, flipped_digest]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", by_day(DAMAGES, truncated, flipped))
 def test_damaged(whole, cut, capfd, damage):
     damage(cut)
     trainer(cut, resume=True).train()
