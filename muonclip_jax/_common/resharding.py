@@ -8,7 +8,6 @@ nothing for arrays on one device, and `placed_like` does nothing on Auto axes, w
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -77,31 +76,6 @@ def placed_like_tree(tree: Any, like: Any) -> Any:
         return tree
     is_float0 = lambda x: getattr(x, "dtype", None) == jax.dtypes.float0  # noqa: E731
     return jax.tree.map(lambda x, y: x if is_float0(x) else placed_like(x, y), tree, like)
-
-
-def where_moments_are(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs an optimizer on gradients and parameters that are sharded as its first moment `mu`.
-
-    Args:
-      tx: A transform without extra arguments, with one `mu` in its state.
-
-    Returns:
-      A transform whose updates are sharded as the parameters, and whose state keeps its shardings.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tx = where_moments_are(optax.adamw(0.1))
-      >>> tx.update(jnp.ones(()), tx.init(jnp.ones(())), jnp.ones(()))[0].round(3)
-      Array(-0.1, dtype=float32)
-    """
-
-    def update_fn(updates, state, params=None):
-        mu = optax.tree.get(state, "mu")
-        there = None if params is None else placed_like_tree(params, mu)
-        updates, state = tx.update(placed_like_tree(updates, mu), state, there)
-        return placed_like_tree(updates, params), state
-
-    return optax.GradientTransformation(tx.init, update_fn)
 
 
 def _restricted(sharding: Any, shape: tuple[int, ...], full: tuple[int, ...]) -> NamedSharding:

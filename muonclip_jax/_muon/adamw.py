@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._common.dtypes import cast, in_float32, widened
-from muonclip_jax._common.resharding import where_moments_are
+from muonclip_jax._common.dtypes import cast, widened
 from muonclip_jax._common.types import Scalar
+from muonclip_jax._muon.moments import in_float32, where_moments_are
 
 
 def adamw(

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax._common.dtypes import in_float32
 from muonclip_jax._common.paths import leaf_paths
-from muonclip_jax._common.resharding import where_moments_are
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.adamw import adamw
 from muonclip_jax._muon.injection import injectable
+from muonclip_jax._muon.moments import in_float32, where_moments_are
 from muonclip_jax._muon.overrides import ROLE_RULES
 from muonclip_jax._muon.roles.decision import Overrides, RoleSettings
 from muonclip_jax._muon.routing import Routing, dtype_of, route

@@ -23,7 +23,9 @@ def long_inputs(dtype, full):
 
 
 def temporaries(function, inputs):
-    return compiled_cost(jax.jit(function).lower(*inputs).compile()).temporary_bytes
+    found = compiled_cost(jax.jit(function).lower(*inputs).compile()).temporary_bytes
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,10 @@ def test_stopped_run_resumes_bit_for_bit(whole, tmp_path):
     assert_equal_runs(tmp_path, whole)
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"step": 11, "lo'], ids=["clean", "torn"])
+TORN = b'{"step": 11, "lo'
+
+
+@pytest.mark.parametrize("torn", by_day([b"", TORN], TORN), ids=["clean", "torn"])
 def test_killed_run_resumes_bit_for_bit(whole, tmp_path, torn):
     with pytest.raises(Killed):
         trainer(tmp_path, should_stop=after(11, kill)).train()
@@ -214,7 +217,7 @@ def flipped_digest(path):
 DAMAGES = [truncated, absent, flipped, flipped_digest]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", by_day(DAMAGES, truncated, flipped))
 def test_damaged(whole, cut, capfd, damage):
     damage(cut)
     trainer(cut, resume=True).train()
@@ -353,7 +356,7 @@ def test_changed_text_raises(whole):
 
 
 def test_default_learning_rate_may_be_passed_on_resume(whole):
-    assert opening.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).done
+    assert opening.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).complete
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ def test_only_the_first_process_prints_and_writes(pair):
     assert (run / "summary.json").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "name",
     ["sigterm", pytest.param("sigint", marks=pytest.mark.nightly)],

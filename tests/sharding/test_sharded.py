@@ -13,7 +13,7 @@ import muonclip_jax as mc
 from benchmarks.compiled import collectives
 from muonclip_jax._sharding import strategies
 from tests.support import reference
-from tests.support.by_day import at_night
+from tests.support.by_day import at_night, by_day
 from tests.support.sharding_cases import (
     DEAR,
     ONE_STEP,
@@ -180,6 +180,7 @@ def test_settings_do_on_a_mesh_what_they_do_without(settings):
     assert_close(on_mesh(grads, **settings), without_mesh(grads, **plain), 1e-5)
 
 
+@pytest.mark.nightly
 def test_complex_matrices():
     grads = draw(FEW, dtype=jnp.complex64)
     assert_close(on_mesh(grads, dtype=jnp.complex64), without_mesh(grads), 1e-5)
@@ -199,7 +200,7 @@ def test_bfloat16_parameters_are_rounded_once():
     assert_close(got, expected, 1e-4)
 
 
-@pytest.mark.parametrize("ns_dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("ns_dtype", by_day([jnp.bfloat16, jnp.float16], jnp.bfloat16))
 def test_sixteen_bits_lose_no_more_than_without_a_mesh(ns_dtype):
     grads = draw(FEW)
     exact, plain = without_mesh(grads), without_mesh(grads, ns_dtype=ns_dtype)
@@ -223,6 +224,7 @@ def test_the_scale_of_a_gradient_does_not_matter(scale, wire):
     assert_close(got, on_mesh(grads, **wire), 1e-5)
 
 
+@pytest.mark.nightly
 def test_float64_that_moves_as_float32_does_not_overflow():
     with jax.enable_x64(True):
         grads = draw(FEW, dtype=jnp.float64)
