@@ -76,7 +76,7 @@ def test_diff_lists_changes(analysis):
 
 
 @pytest.mark.parametrize(("scan", "limit"), [(False, 5.0), (True, 1.0)], ids=["loop", "scan"])
-def test_sixty_layers_are_read_in_seconds_of_the_processor(scan, limit):
+def test_sixty_layers_are_read_in_seconds_of_the_processor(scan, limit, no_typecheck):
     family = FAMILIES["gpt_scanned"]
     shape = lambda x: jax.ShapeDtypeStruct((60, *x.shape[1:]), x.dtype)  # noqa: E731
     params = jax.eval_shape(family.params)
