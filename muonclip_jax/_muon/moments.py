@@ -43,6 +43,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
       A transform whose updates have the dtypes of the gradients, and whose state keeps its dtypes.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> tx = in_float32(optax.scale(1 / 3))
       >>> tx.update(jnp.ones((), jnp.bfloat16), tx.init(0.0))[0]
       Array(0.333984, dtype=bfloat16)

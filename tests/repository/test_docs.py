@@ -74,7 +74,7 @@ def test_layouts_in_the_table_can_be_built():
 
 def test_shared_keys_in_the_table_are_what_the_rules_do():
     rows = table("qk_clip.md", "shared_keys")
-    assert len(rows) == 4
+    assert len(rows) == 3
     for name, queries, key, logits, _ in rows:
         rule = name.split('"')[1]
         gamma = jnp.asarray([0.25, 1.0])

@@ -22,7 +22,9 @@ def test_every_package_has_mutants():
     parts = {path.name for path in (ROOT / PACKAGE).iterdir() if path.name[:2] not in ("__", "py")}
     assert parts == {mutant.package for mutant in TABLE}
     assert len(TABLE) >= 40
-    assert len(set(TABLE_KEYS := [(m.file, m.mutated) for m in TABLE])) == len(TABLE_KEYS)
+    assert len(set(TABLE_KEYS := [(m.file, m.original, m.mutated) for m in TABLE])) == len(
+        TABLE_KEYS
+    )
 
 
 def test_tests_of_every_mutant_exist():

@@ -136,7 +136,7 @@ def _numbers(text):
 
 def test_two_exchanges_were_counted_for_each_group_of_the_plan():
     printed = _printed("sharding")
-    groups = printed.count("move: ")
+    groups = printed.count("  exchange: ")
     assert groups == 2
     assert f"'mc.muon': {{'all-to-all': {2 * groups}}}" in printed
 
