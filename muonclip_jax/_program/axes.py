@@ -194,7 +194,7 @@ def reshape(view: View, result: Shape, operand: Shape) -> View:
     return view._replace(axes=tuple(found))
 
 
-def evaluate(view: View, grid: Mapping[Hashable, np.ndarray]) -> tuple[list[Any], Any]:
+def evaluate(view: View, grid: Mapping[Any, np.ndarray]) -> tuple[list[Any], Any]:
     """Computes the indices of an exact view.
 
     Args:

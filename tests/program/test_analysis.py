@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import muonclip_jax as mc
+from benchmarks.compiled import compiled_cost
 from tests.support.program_models import FAMILIES
 
 
@@ -102,7 +103,9 @@ def test_max_logits_add_few_operations_and_no_memory():
         jax.jit(jax.value_and_grad(f, has_aux=aux)).lower(params, x).compile()
         for f, aux in ((fn, False), (mc.with_max_logits(fn, expect=1), True))
     ]
-    plain, more = (c.cost_analysis()["flops"] for c in compiled)
+    plain, more = ((c.cost_analysis() or {})["flops"] for c in compiled)
     assert plain < more < 1.002 * plain
-    plain, more = (c.memory_analysis().temp_size_in_bytes for c in compiled)
+    plain, more = (compiled_cost(c).temporary_bytes for c in compiled)
+    assert plain is not None
+    assert more is not None
     assert more < 1.001 * plain

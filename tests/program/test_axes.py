@@ -74,7 +74,7 @@ def _broadcast(draw, x):
 
 def _reverse(draw, x):
     gone = [d for d in range(x.ndim) if draw(st.booleans())]
-    return np.flip(x, gone), lambda v: axes.reverse(v, gone, x.shape)
+    return np.flip(x, tuple(gone)), lambda v: axes.reverse(v, gone, x.shape)
 
 
 RULES = [
@@ -159,7 +159,9 @@ def test_heads_of_a_concatenated_query():
     """MLA: the kernel of the first 4 of 6 columns of each of 2 heads, flat."""
     view = axes.identity((2, 6), ["head", "column"])
     view = axes.piece(view, 1, 0, 4)
+    assert view is not None
     view = axes.reshape(view, (2, 4), (8,))
+    assert view is not None
     grid = dict(zip(("head", "column"), np.indices((2, 6)), strict=True))
     (index,), there = axes.evaluate(view, grid)
     assert index[there].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]

@@ -1,5 +1,7 @@
 """Models of Linen, NNX, Equinox and Haiku, as their users write them."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -88,14 +90,14 @@ def nnx_case():
 
 
 def equinox_case():
-    eqx = pytest.importorskip("equinox")
+    eqx: Any = pytest.importorskip("equinox")
 
     class Model(eqx.Module):
-        embed: eqx.nn.Embedding
+        embed: Any
         attn: list
         mlp: list
-        norm: eqx.nn.LayerNorm
-        head: eqx.nn.Linear
+        norm: Any
+        head: Any
 
         def __init__(self):
             keys = iter(jax.random.split(KEY, 8))
@@ -222,7 +224,5 @@ def test_linen_equals_sown_max_logits():
     params = Attention().init(KEY, x)
     fn = mc.with_max_logits(lambda p, x: Attention().apply({"params": p["params"]}, x), expect=1)
     _, stats = fn(params, x)
-    _, sown = Attention().apply({"params": params["params"]}, x, mutable=["intermediates"])
-    np.testing.assert_allclose(
-        stats["max_logits"], sown["intermediates"]["max_logits"][0], rtol=1e-6
-    )
+    sown = Attention().apply({"params": params["params"]}, x, mutable=["intermediates"])[1]
+    np.testing.assert_allclose(stats["max_logits"], jax.tree.leaves(sown)[0], rtol=1e-6)
