@@ -214,7 +214,7 @@ def test_the_program_wins_over_the_name():
 
     analysis = mc.analyze(fn, params, X)
     assert analysis.roles["weird"].optimizer == "muon"
-    assert analysis.dimension_numbers["weird"] == (-1, -2)
+    assert analysis.roles["weird"].dimension_numbers == (-1, -2)
     assert "names that suggest another role" in str(analysis)
 
 
