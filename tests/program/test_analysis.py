@@ -76,6 +76,7 @@ def test_diff_lists_changes(analysis):
     assert "attention h/attn: only before" in analysis.diff(other)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("scan", "limit"), [(False, 5.0), (True, 1.0)], ids=["loop", "scan"])
 def test_sixty_layers_are_read_in_seconds_of_the_processor(scan, limit, no_typecheck):
     family = FAMILIES["gpt_scanned"]
