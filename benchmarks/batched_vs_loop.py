@@ -23,7 +23,7 @@ REPEATS = 9
 
 
 def compiled(x: jax.Array, batch_size: int) -> Any:
-    """Compiles Newton–Schulz that works on so many matrices at once."""
+    """Compiles Newton–Schulz of `batch_size` matrices at a time."""
     orthogonalize = newton_schulz.orthogonalizer("jordan", None, "standard", "auto", "frobenius")
     n, m = sorted(x.shape[-2:])
     choice = orthogonalize.choose(n, m, x.dtype)._replace(batch_size=batch_size)

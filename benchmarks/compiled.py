@@ -184,7 +184,7 @@ class _Program:
         self.total = functools.cache(self._total)
 
     def collectives(self, computation: str, times: int | None) -> Iterator[Collective]:
-        """Yields the collectives of one computation, which runs so many times."""
+        """Yields the collectives of one computation that runs `times` times."""
         instructions = self.computations[computation]
         for i in instructions.values():
             if (kind := i.opcode.removesuffix("-start")) in COLLECTIVES and not _alone(i):

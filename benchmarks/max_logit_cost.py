@@ -1,4 +1,4 @@
-"""What max logits cost beside the attention that they belong to.
+"""The cost of max logits beside the cost of their attention.
 
     python -m benchmarks.max_logit_cost
 
@@ -70,7 +70,7 @@ def measure(length: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures every length and writes the results."""
-    parser = report.parser("max_logit_cost", "What max logits cost beside attention.")
+    parser = report.parser("max_logit_cost", "The cost of max logits beside attention.")
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="positions")
     options = parser.parse_args(arguments)
     rows = [measure(length) for length in options.lengths]

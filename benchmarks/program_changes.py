@@ -1,4 +1,4 @@
-"""Compares the compiled programs of the benchmarks with those of another commit.
+"""Compares the compiled programs of the benchmarks with the programs of another commit.
 
     python -m benchmarks.program_changes 61577b1
 

@@ -1,4 +1,4 @@
-"""What every benchmark reports: its command, versions, machine and date; JSON files and tables."""
+"""Reports of all benchmarks: command, versions, machine and date; JSON files and tables."""
 
 import argparse
 import datetime

@@ -37,7 +37,7 @@ class Workload:
     steps: int
 
     def params(self, layers: int) -> Params:
-        """Returns the shapes of so many layers, float32."""
+        """Returns the shapes of a number of layers, float32."""
         if self.stacked:
             return {"experts": {name: _leaf(layers, *side) for name, side in self.shapes.items()}}
         layer = {name: _leaf(*sides) for name, sides in self.shapes.items()}

@@ -251,7 +251,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     """Reads the settings from the command line.
 
     Args:
-      arguments: Flags and values; None reads those of the process.
+      arguments: Flags and values; None reads the arguments of the process.
 
     Returns:
       Settings that are valid on their own. Files are not read: with `--resume`,

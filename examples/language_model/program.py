@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
     Args:
-      arguments: Flags and values; None reads those of the process.
+      arguments: Flags and values; None reads the arguments of the process.
 
     Returns:
       Exit code.

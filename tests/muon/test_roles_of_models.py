@@ -100,4 +100,6 @@ def test_any_names_and_shapes_have_a_role():
         count = draw.randint(1, 8)
         paths = {"/".join(draw.choices(NAMES, k=draw.randint(1, 5))) for _ in range(count)}
         shapes = [draw.choices([0, 1, 2, 3, 4, 8, 16, 64], k=draw.randint(0, 5)) for _ in paths]
-        table_of(list(zip(sorted(paths), map(tuple, shapes), strict=True)))
+        table = table_of(list(zip(sorted(paths), map(tuple, shapes), strict=True)))
+        assert {row.optimizer for row in table.rows} <= {"muon", "adamw"}
+        assert len(table.rows) == len(paths)

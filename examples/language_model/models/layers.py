@@ -1,4 +1,4 @@
-"""What the models share: projections, rotation, the MLP, the embedding and the layer stack.
+"""Parts that the models share: projections, rotation, the MLP, the embedding and the layer stack.
 
 Axis letters of all models: B batch, T position, V vocabulary, D width of the residual stream, N
 query heads, K key and value heads, H width of a head, F hidden width of an MLP, L layer, E expert.
