@@ -24,18 +24,12 @@ import optax
 from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.adamw import adamw
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.muon import MatrixScale, with_adamw
+from muonclip_jax._muon.muon import with_adamw
 from muonclip_jax._muon.overrides import ROLE_RULES
-from muonclip_jax._muon.roles.decision import HeadPatterns, Overrides, RoleSettings
-from muonclip_jax._muon.scale_by_muon import (
-    MuonSettings,
-    ScaleByMuonState,
-    momentum,
-    newton_schulz_of,
-    plain_nesterov,
-)
+from muonclip_jax._muon.roles.decision import HeadPatterns, Overrides
+from muonclip_jax._muon.scale_by_muon import ScaleByMuonState
+from muonclip_jax._muon.settings import OptimizerSettings, momentum, plain_nesterov
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
@@ -43,7 +37,6 @@ from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
 from muonclip_jax._qk_clip.head_layout import HeadLayout
 from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
-from muonclip_jax._sharding.placement import shardings_by_path
 
 _OPTIONAL = (
     "threshold",
@@ -174,35 +167,11 @@ def muonclip(
     References:
       Kimi K2, arXiv 2507.20534, algorithm 1; Liu et al. 2025 (Moonlight), arXiv 2502.16982.
     """
-    _check(locals())
-    update = MuonSettings(  # lines 4 and 5
-        direction=plain_nesterov if nesterov else momentum,
-        orthogonalize=newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
-        eps=eps,
-        beta=beta,
-        mu_dtype=mu_dtype,
-        adaptive=adaptive,
-        shardings=shardings_by_path("muonclip", shardings),
-    )
-    roles = RoleSettings(
-        muon_weight_dimension_numbers,
-        overrides,
-        outputs_first,
-        consistent_rms is None,
-        () if threshold is None else _heads(layout),
-    )
-    rest = adamw(
-        learning_rate=learning_rate if adam_learning_rate is None else adam_learning_rate,
-        b1=adam_b1,
-        b2=adam_b2,
-        eps=eps,
-        eps_root=adam_eps_root,
-        mu_dtype=mu_dtype,
-        weight_decay=weight_decay if adam_weight_decay is None else adam_weight_decay,
-        nesterov=nesterov if adam_nesterov is None else adam_nesterov,
-    )
-    scale = MatrixScale(learning_rate, weight_decay, weight_decay_mask, consistent_rms)  # line 6
-    optimizer = with_adamw("muonclip", roles, update, scale, rest)
+    arguments = locals()
+    _check(arguments)
+    heads = () if threshold is None else _heads(layout)
+    direction = plain_nesterov if nesterov else momentum
+    optimizer = with_adamw(OptimizerSettings.of("muonclip", direction, arguments, heads))
     if threshold is None:
         return optimizer
     clip = functools.partial(

@@ -9,10 +9,9 @@ With G the gradient, M the momentum and t the step, from 1:
 Source: Jordan et al. 2024, KellerJordan/Muon, muon.py; optax/contrib/_muon.py for the form.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,13 @@ from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
+from muonclip_jax._muon.settings import (
+    MuonSettings,
+    bias_corrected,
+    bias_corrected_nesterov,
+)
 from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
-from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_step
+from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import (
     Axes,
     DimensionNumbersOrFn,
@@ -35,39 +39,9 @@ from muonclip_jax._orthogonalize.matrix_axes import (
     sides,
     update_scale,
 )
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._sharding import exchange
-from muonclip_jax._sharding.placement import shardings_by_path
 from muonclip_jax._sharding.plan import plan_for
-
-# w_M, w_G of the matrix that is orthogonalized, w_M M + w_G G; None leaves G out.
-Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
-# (β, t) -> the weights.
-Direction: TypeAlias = Callable[[jax.Array, jax.Array], Weights]
-
-
-@dataclasses.dataclass(frozen=True)
-class MuonSettings:
-    """The checked settings of a Muon update, built once by the public function.
-
-    Attributes:
-      direction: The weights of the momentum and the gradient in the matrix to orthogonalize.
-      orthogonalize: Newton-Schulz with its settings.
-      eps: See `newton_schulz`.
-      beta: Decay of the momentum.
-      mu_dtype: Dtype in which the momentum of real leaves is kept; None: as the parameters.
-      adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
-      shardings: How parameters are sharded on an Auto mesh, by path.
-    """
-
-    direction: Direction
-    orthogonalize: Orthogonalizer
-    eps: Scalar
-    beta: Scalar
-    mu_dtype: Any
-    adaptive: bool
-    shardings: Mapping[str, Any]
 
 
 class ScaleByMuonState(NamedTuple):
@@ -152,39 +126,11 @@ def scale_by_muon(
       Jordan et al. 2024, KellerJordan/Muon, muon.py. `adaptive`: Bernstein & Newhouse 2024, arXiv
       2409.20325.
     """
-    _check_muon(locals())
-    settings = MuonSettings(
-        direction=bias_corrected_nesterov if nesterov else bias_corrected,
-        orthogonalize=newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
-        eps=eps,
-        beta=beta,
-        mu_dtype=mu_dtype,
-        adaptive=adaptive,
-        shardings=shardings_by_path("scale_by_muon", shardings),
-    )
+    arguments = locals()
+    _check_muon(arguments)
+    direction = bias_corrected_nesterov if nesterov else bias_corrected
+    settings = MuonSettings.of("scale_by_muon", direction, arguments)
     return scale_by_direction(settings, weight_dimension_numbers)
-
-
-def momentum(beta: jax.Array, t: jax.Array) -> Weights:
-    """M: Kimi K2's direction. Newton-Schulz of the average equals Newton-Schulz of the sum."""
-    del t
-    return jnp.ones_like(beta), None
-
-
-def plain_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
-    """β M + (1 − β) G: Keller Jordan's Nesterov momentum, G + β M with M the sum."""
-    del t
-    return beta, 1 - beta
-
-
-def bias_corrected(beta: jax.Array, t: jax.Array) -> Weights:
-    """M / (1 − β^t): optax's momentum. The factor changes `adaptive` updates only."""
-    return 1 / (1 - beta**t), None
-
-
-def bias_corrected_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
-    """β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t): optax's Nesterov momentum."""
-    return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
 
 
 def scale_by_direction(
@@ -319,15 +265,3 @@ def _check_match(updates: ArrayTree, mu: ArrayTree) -> None:
             + "\n".join(faults)
             + "\nCall init with the parameters of these gradients."
         )
-
-
-def newton_schulz_of(
-    coefficients: Coefficients,
-    steps: Any,
-    preconditioning: str,
-    method: str,
-    dtype: Any,
-) -> Orthogonalizer:
-    """Builds the Newton-Schulz iteration of an optimizer, whose `ns_steps` is never None."""
-    steps = steps if is_single_step(coefficients) else None
-    return orthogonalizer(coefficients, steps, method, dtype, preconditioning)

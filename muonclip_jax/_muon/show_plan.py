@@ -14,7 +14,7 @@ from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._muon.overrides import ROLE_RULES
 from muonclip_jax._muon.roles.decision import Overrides, RoleSettings
 from muonclip_jax._muon.routing import route
-from muonclip_jax._muon.scale_by_muon import newton_schulz_of
+from muonclip_jax._muon.settings import newton_schulz_of
 from muonclip_jax._orthogonalize.batching import groups_of
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import (
