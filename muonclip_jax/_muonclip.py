@@ -24,6 +24,8 @@ import optax
 from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._head_layouts.head_layout import HeadLayout
+from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.muon import with_adamw
 from muonclip_jax._muon.overrides import ROLE_RULES
@@ -35,8 +37,6 @@ from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
-from muonclip_jax._qk_clip.head_layout import HeadLayout
-from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
 
 _OPTIONAL = (
     "threshold",

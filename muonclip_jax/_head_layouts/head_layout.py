@@ -9,8 +9,13 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float
 
-from muonclip_jax._qk_clip.kernel_pattern import Columns, KernelPattern, kernel_pattern, stack_axes
-from muonclip_jax._qk_clip.module_names import normalizes
+from muonclip_jax._head_layouts.kernel_pattern import (
+    Columns,
+    KernelPattern,
+    kernel_pattern,
+    stack_axes,
+)
+from muonclip_jax._head_layouts.module_names import normalizes
 
 Shape: TypeAlias = tuple[int, ...]
 # Shapes of the leaves at or below each child of an attention module.
@@ -145,7 +150,7 @@ class HeadLayout(abc.ABC):
           child: Its name.
 
         Returns:
-          See `muonclip_jax._qk_clip.module_names.normalizes`.
+          See `muonclip_jax._head_layouts.module_names.normalizes`.
         """
         return normalizes(child)
 

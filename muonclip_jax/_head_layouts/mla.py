@@ -13,8 +13,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._qk_clip.head_layout import Children, HeadLayout, Leaf
-from muonclip_jax._qk_clip.kernel_pattern import Columns
+from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._head_layouts.kernel_pattern import Columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)

@@ -7,9 +7,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._qk_clip import layout_evidence
-from muonclip_jax._qk_clip.head_layout import Children, HeadLayout, Leaf
-from muonclip_jax._qk_clip.kernel_pattern import NAMES, Columns, KernelPattern, kernel_pattern
+from muonclip_jax._head_layouts import layout_evidence
+from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._head_layouts.kernel_pattern import NAMES, Columns, KernelPattern, kernel_pattern
 
 _KEY_NAMES = ("inputs", "heads", "kv_heads", "head_dim")
 _IF_GATE = "; query heads that hold a gate too need query_dim="
