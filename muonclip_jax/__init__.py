@@ -15,7 +15,10 @@ from muonclip_jax._head_layouts.mla import MLALayout as MLALayout
 from muonclip_jax._head_layouts.multi_head import MultiHeadLayout as MultiHeadLayout
 from muonclip_jax._muon.analyze import analyze as analyze
 from muonclip_jax._muon.muon import muon as muon
-from muonclip_jax._muon.routing import RoutingTable as RoutingTable, routing_table as routing_table
+from muonclip_jax._muon.routing_table import (
+    RoutingTable as RoutingTable,
+    routing_table as routing_table,
+)
 from muonclip_jax._muon.scale_by_muon import (
     ScaleByMuonState as ScaleByMuonState,
     scale_by_muon as scale_by_muon,

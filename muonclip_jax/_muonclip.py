@@ -29,7 +29,8 @@ from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.muon import with_adamw
 from muonclip_jax._muon.overrides import ROLE_RULES
-from muonclip_jax._muon.roles.decision import HeadPatterns, Overrides
+from muonclip_jax._muon.per_head import PER_HEAD_OR_LAYOUT_RULES
+from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.scale_by_muon import ScaleByMuonState
 from muonclip_jax._muon.settings import OptimizerSettings, momentum, plain_nesterov
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
@@ -52,7 +53,7 @@ _OPTIONAL = (
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muonclip` that are not allowed."""
-    rules = {**CLIP_RULES, **COEFFICIENT_RULES, **ROLE_RULES}
+    rules = {**CLIP_RULES, **COEFFICIENT_RULES, **ROLE_RULES, **PER_HEAD_OR_LAYOUT_RULES}
     check_settings("muonclip", arguments, optional=_OPTIONAL, rules=rules)
 
 
@@ -86,6 +87,7 @@ def muonclip(
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
     adam_nesterov: bool | None = None,
+    per_head: bool | HeadLayout | tuple[HeadLayout, ...] | Analysis = False,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -140,6 +142,8 @@ def muonclip(
       ns_dtype: See `newton_schulz`.
       shardings: See `scale_by_muon`.
       adam_nesterov: See `muon`.
+      per_head: Whether each head that `layout` describes is a matrix of its own; or the head
+        layouts for this, see `muon`.
       overrides: See `muon`.
       outputs_first: See `muon`.
 
@@ -169,26 +173,16 @@ def muonclip(
     """
     arguments = locals()
     _check(arguments)
-    heads = () if threshold is None else _heads(layout)
+    heads = (layout if per_head else None) if isinstance(per_head, bool) else per_head
+    clipped = None if threshold is None else layout
     direction = plain_nesterov if nesterov else momentum
-    optimizer = with_adamw(OptimizerSettings.of("muonclip", direction, arguments, heads))
+    optimizer = with_adamw(OptimizerSettings.of("muonclip", direction, arguments, heads, clipped))
     if threshold is None:
         return optimizer
     clip = functools.partial(
         qk_clip, layout=layout, alpha=alpha, shared_key=shared_key, ignore=ignore
     )
     return _then_clip(optimizer, clip, threshold)
-
-
-def _heads(layout: HeadLayout | tuple[HeadLayout, ...] | Analysis) -> tuple[HeadPatterns, ...]:
-    """Lists for each layout the modules that project into heads, with the axes of their kernels."""
-    if isinstance(layout, Analysis):
-        return ()  # its dimension numbers are passed on their own
-    layouts = layout if isinstance(layout, tuple) else (layout,)
-    return tuple(
-        {name: (pattern.axes, one.stack_axis) for name, pattern in one.patterns.items()}
-        for one in layouts
-    )
 
 
 def _then_clip(

@@ -15,6 +15,7 @@ from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.moments import in_float32, where_moments_are
 from muonclip_jax._muon.overrides import ROLE_RULES
+from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
 from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.routing import Routing, dtype_of, route
 from muonclip_jax._muon.scale_by_muon import (
@@ -39,7 +40,8 @@ _OPTIONAL = (
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muon` that are not allowed."""
-    check_settings("muon", arguments, optional=_OPTIONAL, rules={**COEFFICIENT_RULES, **ROLE_RULES})
+    rules = {**COEFFICIENT_RULES, **ROLE_RULES, **PER_HEAD_RULES}
+    check_settings("muon", arguments, optional=_OPTIONAL, rules=rules)
 
 
 @injectable(NUMBERS, _check)
@@ -67,6 +69,7 @@ def muon(
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
     adam_nesterov: bool | None = None,
+    per_head: PerHead = None,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -108,6 +111,10 @@ def muon(
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
       shardings: See `scale_by_muon`.
+      per_head: A head layout, or a tuple of head layouts: each head of the query, key and, where
+        they are named, value kernels that it describes is a matrix of its own, with its own scale.
+        An `Analysis` splits queries and keys. Biases and output projections are not split. None:
+        each projection is one matrix.
       overrides: Mapping of path patterns (`fnmatch`, on paths joined by slashes) to
         `MuonDimensionNumbers` or None (AdamW). Other parameters keep their roles. If several
         patterns match a path, the last one counts. An override also silences its warning.
@@ -143,7 +150,7 @@ def muon(
     arguments = locals()
     _check(arguments)
     direction = bias_corrected_nesterov if nesterov else bias_corrected
-    return with_adamw(OptimizerSettings.of("muon", direction, arguments))
+    return with_adamw(OptimizerSettings.of("muon", direction, arguments, per_head))
 
 
 def with_adamw(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:

@@ -32,15 +32,11 @@ from muonclip_jax._muon.settings import (
 )
 from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
-from muonclip_jax._orthogonalize.matrix_axes import (
-    Axes,
-    DimensionNumbersOrFn,
-    matrix_axes,
-    sides,
-    update_scale,
-)
+from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, sides, update_scale
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._orthogonalize.split import Split, splits_of
 from muonclip_jax._sharding import exchange
+from muonclip_jax._sharding.parts import put_together, take_apart
 from muonclip_jax._sharding.plan import plan_for
 
 
@@ -141,19 +137,19 @@ def scale_by_direction(
 
     def init_fn(params):
         if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
-            matrix_axes("scale_by_muon", params, weight_dimension_numbers)
+            splits_of("scale_by_muon", params, weight_dimension_numbers)
         mu = jax.tree.map(functools.partial(_zeros_like, dtype=settings.mu_dtype), params)
         return ScaleByMuonState(count=jnp.zeros([], jnp.int32), mu=mu)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _check_match(updates, state.mu)
-        axes = matrix_axes("scale_by_muon", updates, weight_dimension_numbers)
+        splits = splits_of("scale_by_muon", updates, weight_dimension_numbers)
         t = jnp.asarray(optax.safe_increment(state.count))
         G = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
         M = jax.tree.map(lambda m, g: _average(m, g, beta), state.mu, G)
         D = jax.tree.map(lambda m, g: _combine(m, g, *direction(_real(beta, m), _real(t, m))), M, G)
-        O = _orthogonalized(D, axes, settings)  # noqa: E741
+        O = _orthogonalized(D, splits, settings)  # noqa: E741
         O = jax.tree.map(lambda o, g: o.astype(g.dtype), O, G)  # noqa: E741
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), M, state.mu)
         return placed_like_tree(O, params), ScaleByMuonState(count=t, mu=mu)
@@ -161,11 +157,12 @@ def scale_by_direction(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _orthogonalized(D: ArrayTree, axes: Sequence[Axes], settings: MuonSettings) -> ArrayTree:
+def _orthogonalized(D: ArrayTree, splits: Sequence[Split], settings: MuonSettings) -> ArrayTree:
     """Orthogonalizes the matrices of all leaves, which stay sharded as they are."""
-    leaves, structure = jax.tree.flatten(D)
+    parts = take_apart("scale_by_muon", D, splits, settings.shardings)
+    leaves, axes = jax.tree.leaves(parts.tree), parts.axes
     orthogonalize, eps = settings.orthogonalize, settings.eps
-    plan = plan_for("scale_by_muon", D, axes, settings.shardings, orthogonalize)
+    plan = plan_for("scale_by_muon", parts.tree, axes, parts.shardings, orthogonalize)
     if plan is None:  # every device has full matrices, or XLA decides how they move
         found = orthogonalize_leaves(lambda X: orthogonalize(X, eps), leaves, axes)
     else:
@@ -175,7 +172,7 @@ def _orthogonalized(D: ArrayTree, axes: Sequence[Axes], settings: MuonSettings) 
             o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
             for o, d, a in zip(found, leaves, axes, strict=True)
         ]
-    return structure.unflatten(found)
+    return put_together(found, D, splits)
 
 
 def _check_shape(arguments: Mapping[str, Any]) -> None:
@@ -215,13 +212,15 @@ def scale_by_shape(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        axes = matrix_axes("scale_by_shape", updates, weight_dimension_numbers)
+        updates = jax.tree.map(jnp.asarray, updates)
+        splits = splits_of("scale_by_shape", updates, weight_dimension_numbers)
+        parts = take_apart("scale_by_shape", updates, splits, {})
         scaled = []
-        for u, a in zip(map(jnp.asarray, jax.tree.leaves(updates)), axes, strict=True):
+        for u, a in zip(jax.tree.leaves(parts.tree), parts.axes, strict=True):
             wide = u.astype(accumulator(u.dtype))
             scale = jnp.asarray(update_scale(*sides(u.shape, a), consistent_rms), wide.dtype)
             scaled.append((wide * scale).astype(u.dtype))
-        return jax.tree.structure(updates).unflatten(scaled), state
+        return put_together(scaled, updates, splits), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 

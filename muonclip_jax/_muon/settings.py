@@ -10,7 +10,9 @@ import optax
 
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.adamw import adamw
-from muonclip_jax._muon.roles.decision import HeadPatterns, RoleSettings
+from muonclip_jax._muon.per_head import PerHead
+from muonclip_jax._muon.roles.decision import RoleSettings
+from muonclip_jax._muon.routing import role_settings
 from muonclip_jax._orthogonalize.coefficients import Coefficients, is_single_step
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
 from muonclip_jax._sharding.placement import shardings_by_path
@@ -98,7 +100,8 @@ class OptimizerSettings:
         caller: str,
         direction: Direction,
         arguments: Mapping[str, Any],
-        heads: tuple[HeadPatterns, ...] = (),
+        per_head: PerHead,
+        layout: PerHead = None,
     ) -> "OptimizerSettings":
         """Builds the settings.
 
@@ -106,15 +109,10 @@ class OptimizerSettings:
           caller: Name of the public function.
           direction: See `MuonSettings`.
           arguments: Its arguments by name, checked.
-          heads: See `RoleSettings`.
+          per_head: See `muon`.
+          layout: The head layouts that are clipped.
         """
-        roles = RoleSettings(
-            arguments["muon_weight_dimension_numbers"],
-            arguments["overrides"],
-            arguments["outputs_first"],
-            arguments["consistent_rms"] is None,
-            heads,
-        )
+        roles = role_settings(arguments, per_head, layout)
         update = MuonSettings.of(caller, direction, arguments)
         scale = MatrixScale(*(arguments[field.name] for field in dataclasses.fields(MatrixScale)))
         return cls(caller, roles, update, scale, _adamw_of(arguments))
