@@ -71,7 +71,7 @@ class HeadLayout(abc.ABC):
     kept_leaves: tuple[str, ...] = ("lora_a",)
     qk_norm: tuple[str, ...] | None = None
     split_values: bool = True
-    heads_per_matrix: int = 1
+    heads_per_matrix: int | None = 1
 
     def __post_init__(self):
         self._parse("kernel", self.literals, self.axis_names)
@@ -79,7 +79,8 @@ class HeadLayout(abc.ABC):
             raise ValueError(f"{self}: scaled_leaves must be a tuple, the kernel's name first.")
         for field in ("stack_axis", "stat_stack_axis"):
             self._check_int(field)
-        self._check_int("heads_per_matrix", 1)
+        if self.heads_per_matrix is not None:
+            self._check_int("heads_per_matrix", 1)
         if not isinstance(self.split_values, bool):
             raise TypeError(f"{self}: split_values must be True or False.")
         for field in ("scaled_leaves", "kept_leaves", "qk_norm"):

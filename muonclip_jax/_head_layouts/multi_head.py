@@ -56,7 +56,7 @@ class MultiHeadLayout(HeadLayout):
       split_values: For `per_head` only: whether values in the kernel of the keys, or of queries
         and keys, are split by head too. A `value` module that is named is split.
       heads_per_matrix: For `per_head` only: number of adjacent heads that are one matrix, such as 2
-        for pairs.
+        for pairs. None: all heads, so that only queries, keys and values are split.
 
     Raises:
       ValueError: if a pattern has an unknown name, or lacks one; if `head_dim` is missing; if a

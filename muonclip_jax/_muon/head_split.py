@@ -36,12 +36,17 @@ def head_split(layout: HeadLayout, kernel: Leaf, stack: int, sections: Sections)
       >>> split.sizes, split.parts[0].axes
       (((8,), (3, 4)), Axes(batch=(1,), reduction=(0,), output=(2,)))
     """
-    sections = _in_groups(kernel, sections, layout.heads_per_matrix).joined()
+    group = layout.heads_per_matrix
+    if group is None:
+        each = [section._replace(per_head=False) for section in sections.sections]
+        sections = sections._replace(sections=tuple(each))
+    else:
+        sections = _in_groups(kernel, sections, group).joined()
     axes, sizes = [*sections.axes], dict(sections.sizes)
     for axis in sorted(a % len(kernel.shape) for a in stack_axes(layout.stack_axis, stack)):
         axes.insert(axis, (f"stack {axis}",))
         sizes[f"stack {axis}"] = kernel.shape[axis]
-    unit = "heads" if layout.heads_per_matrix == 1 else f"x {layout.heads_per_matrix} heads"
+    unit = "heads" if group == 1 else f"x {group} heads"
     return _split(axes, sections._replace(sizes=sizes), unit)
 
 

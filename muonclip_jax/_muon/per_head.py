@@ -3,14 +3,18 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 
+from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.settings import Rule, shown
+from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._head_layouts.head_layout import HeadLayout, Leaf, layouts_of
 from muonclip_jax._head_layouts.module_names import words
 from muonclip_jax._muon.head_split import head_split
 from muonclip_jax._muon.per_head_analysis import analysis_splits
 from muonclip_jax._muon.roles.decision import HeadPatterns
+from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, per_leaf
 from muonclip_jax._orthogonalize.split import Split
 from muonclip_jax._program.analysis import Analysis
 
@@ -55,6 +59,32 @@ def head_patterns(layouts: PerHead) -> tuple[HeadPatterns, ...]:
         {name: (pattern.axes, one.stack_axis) for name, pattern in one.patterns.items()}
         for one in layouts_of(layouts) or ()
     )
+
+
+def with_heads(
+    caller: str, dimension_numbers: DimensionNumbersOrFn | None, per_head: PerHead
+) -> DimensionNumbersOrFn | None:
+    """Splits the heads of leaves that have dimension numbers.
+
+    Args:
+      caller: Name of the public function that was called.
+      dimension_numbers: See `scale_by_muon`.
+      per_head: See `muon`.
+
+    Returns:
+      Dimension numbers with a `Split` for each kernel of attention.
+    """
+    if per_head is None:
+        return dimension_numbers
+
+    def numbers(tree: ArrayTree) -> ArrayTree:
+        leaves, structure = jax.tree.flatten(tree)
+        shapes = [tuple(np.shape(x)) for x in leaves]
+        splits = find_heads(caller, leaf_paths(tree), shapes, per_head).splits
+        whole = enumerate(per_leaf(dimension_numbers, tree))
+        return structure.unflatten(splits.get(index, entry) for index, entry in whole)
+
+    return numbers
 
 
 class Heads(NamedTuple):

@@ -25,6 +25,7 @@ from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
+from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
 from muonclip_jax._muon.settings import (
     MuonSettings,
     bias_corrected,
@@ -54,7 +55,8 @@ class ScaleByMuonState(NamedTuple):
 
 def _check_muon(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `scale_by_muon` that are not allowed."""
-    check_settings("scale_by_muon", arguments, optional=("mu_dtype",), rules=COEFFICIENT_RULES)
+    rules = {**COEFFICIENT_RULES, **PER_HEAD_RULES}
+    check_settings("scale_by_muon", arguments, optional=("mu_dtype",), rules=rules)
 
 
 @injectable(NUMBERS, _check_muon)
@@ -72,6 +74,7 @@ def scale_by_muon(
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
+    per_head: PerHead = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each gradient by its orthogonalized momentum.
 
@@ -99,6 +102,7 @@ def scale_by_muon(
       shardings: How the parameters are sharded on an Auto mesh, a pytree of `NamedSharding`:
         `jax.tree.map(lambda x: x.sharding, params)`. With None, XLA decides on such a mesh how
         data moves. On an Explicit mesh the types of the parameters have the shardings.
+      per_head: See `muon`. The leaves that it describes need no dimension numbers.
 
     Returns:
       An optax transformation, which ignores extra arguments. Updates have the dtype of the
@@ -126,7 +130,8 @@ def scale_by_muon(
     _check_muon(arguments)
     direction = bias_corrected_nesterov if nesterov else bias_corrected
     settings = MuonSettings.of("scale_by_muon", direction, arguments)
-    return scale_by_direction(settings, weight_dimension_numbers)
+    numbers = with_heads("scale_by_muon", weight_dimension_numbers, per_head)
+    return scale_by_direction(settings, numbers)
 
 
 def scale_by_direction(
@@ -177,13 +182,15 @@ def _orthogonalized(D: ArrayTree, splits: Sequence[Split], settings: MuonSetting
 
 def _check_shape(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `scale_by_shape` that are not allowed."""
-    check_settings("scale_by_shape", arguments, optional=("consistent_rms",))
+    optional = ("consistent_rms",)
+    check_settings("scale_by_shape", arguments, optional=optional, rules=PER_HEAD_RULES)
 
 
 @injectable(NUMBERS, _check_shape)
 def scale_by_shape(
     weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     consistent_rms: Scalar | None = None,
+    per_head: PerHead = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales orthogonalized updates by a factor that depends on the shape of their matrices.
 
@@ -191,6 +198,7 @@ def scale_by_shape(
       weight_dimension_numbers: See `scale_by_muon`.
       consistent_rms: None scales by √max(1, n_out / n_in). A number r scales by
         r √max(n_in, n_out), which gives every update the root mean square r; 0.2 matches AdamW.
+      per_head: See `muon`: the shape of a head counts.
 
     Returns:
       An optax transformation without state.
@@ -209,11 +217,12 @@ def scale_by_shape(
       section 2.2.
     """
     _check_shape(locals())
+    numbers = with_heads("scale_by_shape", weight_dimension_numbers, per_head)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         updates = jax.tree.map(jnp.asarray, updates)
-        splits = splits_of("scale_by_shape", updates, weight_dimension_numbers)
+        splits = splits_of("scale_by_shape", updates, numbers)
         parts = take_apart("scale_by_shape", updates, splits, {})
         scaled = []
         for u, a in zip(jax.tree.leaves(parts.tree), parts.axes, strict=True):
