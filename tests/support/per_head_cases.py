@@ -61,6 +61,9 @@ def as_one(part=slice(None)):
     return lambda x: [x[..., part].reshape(len(x), -1)]
 
 
+EACH, ONE = by_head(), as_one()
+
+
 def both(*functions):
     return lambda x: [m for f in functions for m in f(x)]
 
@@ -68,7 +71,7 @@ def both(*functions):
 NAMES = ("inputs", "heads", "head_dim")
 
 
-def projections(pattern, d=6, heads=4, key_heads=2, width=3, value=by_head(), **stacks):
+def projections(pattern, d=6, heads=4, key_heads=2, width=3, value=EACH, **stacks):
     """Queries, keys and values in kernels of their own."""
     return {
         "query": kernel(pattern, NAMES, (d, heads, width), by_head(), **stacks),
@@ -102,7 +105,7 @@ def keys_and_values(pattern, values):
     }
 
 
-def sectioned(pattern, values, queries=by_head(), keys=by_head()):
+def sectioned(pattern, values, queries=EACH, keys=EACH):
     """4 queries, 2 keys, 2 values, each 3 wide, in one kernel."""
 
     def matrices(x):
