@@ -165,7 +165,9 @@ def find_heads(
     softmax = {module.layouts[0] for module in modules if not module.recurrent}
     heads, faults = Heads({}, {}), []
     for module in modules:
-        indices = [i for name in module.layouts[0].projections for i in module.children.get(name, ())]
+        indices = [
+            i for name in module.layouts[0].projections for i in module.children.get(name, ())
+        ]
         if set(indices) <= {*decided}:
             continue
         if module.recurrent and module.layouts[0] in softmax:
