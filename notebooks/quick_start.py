@@ -42,9 +42,9 @@ print(jax.devices())
 # %% [markdown]
 # ## The model
 #
-# A small transformer on bytes, with Flax's attention. **Line one:** `attention_fn` computes the same
-# output as Flax's function, and sows the max logit of each head. Pass `sow_weights=True`: without
-# it, Flax does not pass the module to the function.
+# A small transformer on bytes, with Flax's attention. **Line one:** `attention_fn` computes the
+# same output as Flax's function, and sows the max logit of each head. Pass `sow_weights=True`:
+# without it, Flax does not pass the module to the function.
 
 # %%
 WIDTH, LAYERS, HEADS, LENGTH = 128, 2, 4, 64
@@ -83,9 +83,9 @@ params = model.init(jax.random.key(SEED), jnp.zeros((1, LENGTH), jnp.int32))["pa
 # %% [markdown]
 # ## Muon or AdamW
 #
-# Matrices are assigned to Muon. Embeddings, the output head, norms and biases are assigned to AdamW.
-# The table prints the reason for each. To change a row, pass `overrides={pattern: None}` for AdamW,
-# or `{pattern: mc.MuonDimensionNumbers(...)}` for Muon.
+# Matrices are assigned to Muon. Embeddings, the output head, norms and biases are assigned to
+# AdamW. The table prints the reason for each. To change a row, pass `overrides={pattern: None}` for
+# AdamW, or `{pattern: mc.MuonDimensionNumbers(...)}` for Muon.
 
 # %%
 print(mc.routing_table(params, consistent_rms=0.2))
@@ -93,9 +93,9 @@ print(mc.routing_table(params, consistent_rms=0.2))
 # %% [markdown]
 # ## The train step
 #
-# **Line two:** `mc.muon`, an optax optimizer. With `consistent_rms=0.2`, its updates have the RMS of
-# AdamW's updates, so that one learning rate works for both. **Line three:** `mc.qk_clip` takes the
-# parameters after the update and the max logits. 100 is the threshold of Kimi K2.
+# **Line two:** `mc.muon`, an optax optimizer. With `consistent_rms=0.2`, its updates have the RMS
+# of AdamW's updates, so that one learning rate works for both. **Line three:** `mc.qk_clip` takes
+# the parameters after the update and the max logits. 100 is the threshold of Kimi K2.
 
 # %%
 BATCH, STEPS = 32, 200
