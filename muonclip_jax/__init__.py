@@ -14,6 +14,19 @@ from muonclip_jax._head_layouts.fused_qkv import FusedQKVLayout as FusedQKVLayou
 from muonclip_jax._head_layouts.mla import MLALayout as MLALayout
 from muonclip_jax._head_layouts.multi_head import MultiHeadLayout as MultiHeadLayout
 from muonclip_jax._muon.analyze import analyze as analyze
+from muonclip_jax._muon.family.cautious_decay import (
+    add_cautious_weight_decay as add_cautious_weight_decay,
+)
+from muonclip_jax._muon.family.normalize import normalize_matrices as normalize_matrices
+from muonclip_jax._muon.family.normuon import (
+    NormalizeNeuronsState as NormalizeNeuronsState,
+    normalize_neurons as normalize_neurons,
+)
+from muonclip_jax._muon.family.sinkhorn import (
+    ScaleBySinkhornState as ScaleBySinkhornState,
+    Sinkhorn as Sinkhorn,
+    scale_by_sinkhorn as scale_by_sinkhorn,
+)
 from muonclip_jax._muon.muon import muon as muon
 from muonclip_jax._muon.routing_table import (
     RoutingTable as RoutingTable,
@@ -51,9 +64,13 @@ __all__ = [  # linen and nnx are imported on first use
     "MLALayout",
     "MultiHeadLayout",
     "MuonDimensionNumbers",
+    "NormalizeNeuronsState",
     "QKClipInfo",
     "RoutingTable",
     "ScaleByMuonState",
+    "ScaleBySinkhornState",
+    "Sinkhorn",
+    "add_cautious_weight_decay",
     "analyze",
     "dot_product_attention",
     "heads_ever_clipped",
@@ -64,6 +81,8 @@ __all__ = [  # linen and nnx are imported on first use
     "muonclip",
     "newton_schulz",
     "nnx",
+    "normalize_matrices",
+    "normalize_neurons",
     "ns_coefficients",
     "polar_express_coefficients",
     "qk_clip",
@@ -71,6 +90,7 @@ __all__ = [  # linen and nnx are imported on first use
     "routing_table",
     "scale_by_muon",
     "scale_by_shape",
+    "scale_by_sinkhorn",
     "sharding_plan",
     "with_max_logits",
 ]

@@ -32,10 +32,14 @@ from muonclip_jax._muon.overrides import ROLE_RULES
 from muonclip_jax._muon.per_head import PER_HEAD_OR_LAYOUT_RULES
 from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.scale_by_muon import ScaleByMuonState
-from muonclip_jax._muon.settings import OptimizerSettings, momentum, plain_nesterov
+from muonclip_jax._muon.settings import (
+    UPDATE_RULES,
+    OptimizerSettings,
+    momentum,
+    plain_nesterov,
+)
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
-from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
-from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._orthogonalize.matrix_axes import ConsistentRMS, DimensionNumbersOrFn
 from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
 
@@ -47,13 +51,14 @@ _OPTIONAL = (
     "adam_learning_rate",
     "adam_nesterov",
     "outputs_first",
+    "neuron_b2",
     "weight_decay_mask",
 )
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muonclip` that are not allowed."""
-    rules = {**CLIP_RULES, **COEFFICIENT_RULES, **ROLE_RULES, **PER_HEAD_OR_LAYOUT_RULES}
+    rules = {**CLIP_RULES, **UPDATE_RULES, **ROLE_RULES, **PER_HEAD_OR_LAYOUT_RULES}
     check_settings("muonclip", arguments, optional=_OPTIONAL, rules=rules)
 
 
@@ -69,7 +74,7 @@ def muonclip(
     beta: Scalar = 0.95,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.1,
-    consistent_rms: Scalar | None = 0.2,
+    consistent_rms: ConsistentRMS = 0.2,
     ns_coeffs: Coefficients = JORDAN,
     ns_steps: int | jax.Array = 5,
     eps: Scalar = 1e-8,
@@ -90,6 +95,8 @@ def muonclip(
     per_head: bool | HeadLayout | tuple[HeadLayout, ...] | Analysis = False,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
+    cautious_weight_decay: bool = False,
+    neuron_b2: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains with Muon and keeps the max logit of every head near the threshold with QK-clip.
 
@@ -131,7 +138,7 @@ def muonclip(
       weight_decay_mask: See `muon`.
       mu_dtype: See `muon`.
       adaptive: See `scale_by_muon`.
-      preconditioning: See `newton_schulz`.
+      preconditioning: See `scale_by_muon`.
       adam_b1: Decay of AdamW's first moment, in [0, 1).
       adam_b2: Decay of AdamW's second moment, in [0, 1).
       adam_eps_root: Added inside the root of AdamW.
@@ -146,6 +153,8 @@ def muonclip(
         layouts for this, see `muon`.
       overrides: See `muon`.
       outputs_first: See `muon`.
+      cautious_weight_decay: See `muon`.
+      neuron_b2: See `muon`.
 
     Returns:
       An optax transformation whose `update` needs the parameters, and `max_logits` unless

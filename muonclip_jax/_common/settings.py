@@ -37,19 +37,25 @@ class _Number:
       holds: Whether a number is allowed. NaN fails every comparison.
       schedule: Whether a function of the step is allowed as well.
       integer: Whether the number must be an integer.
+      names: Strings that are allowed as well.
     """
 
     interval: str
     holds: Callable[[float], bool]
     schedule: bool = False
     integer: bool = False
+    names: tuple[str, ...] = ()
 
     def _kinds(self) -> tuple[str, ...]:
         return ("integral",) if self.integer else _REAL
 
     def __call__(self, value: Any) -> Exception | None:
         kind = "an integer" if self.integer else "a number"
-        expected = f"{kind} {self.interval}{' or a schedule' if self.schedule else ''}, got "
+        names = "".join(f" or {name!r}" for name in self.names)
+        names += " or a schedule" if self.schedule else ""
+        expected = f"{kind} {self.interval}{names}, got "
+        if isinstance(value, str) and value in self.names:
+            return None
         if callable(value):
             return None if self.schedule else TypeError(expected + _NOT_A_SCHEDULE)
         dtype = _dtype(value)
@@ -68,7 +74,20 @@ class _Number:
         return None
 
 
-def _choice(*choices: str) -> Rule:
+def choice(*choices: str) -> Rule:
+    """Makes the rule of a setting that is one of some names.
+
+    Args:
+      *choices: The allowed names.
+
+    Returns:
+      A rule.
+
+    Example:
+      >>> choice("standard", "gram")("gramm")
+      ValueError("one of 'standard', 'gram'; got 'gramm'")
+    """
+
     def rule(value: Any) -> Exception | None:
         if isinstance(value, str) and value in choices:
             return None
@@ -126,23 +145,27 @@ _RULES: dict[str, Rule] = {
     "beta": _Number(*_FRACTION),
     "adam_b1": _Number(*_FRACTION),
     "adam_b2": _Number(*_FRACTION),
-    "consistent_rms": _Number(*_POSITIVE),
+    "b2": _Number(*_FRACTION),
+    "neuron_b2": _Number(*_FRACTION),
+    "tau": _Number(*_NOT_NEGATIVE),
+    "consistent_rms": _Number(*_POSITIVE, names=("spectral",)),
     "threshold": _Number(*_POSITIVE, schedule=True),
     "alpha": _Number("in [0, 1]", lambda v: 0 <= v <= 1),
     "ns_steps": COUNT,
     "steps": COUNT,
-    "ns_method": _choice(*METHODS),
-    "method": _choice(*METHODS),
+    "ns_method": choice(*METHODS),
+    "method": choice(*METHODS),
     "ns_dtype": _product_dtype,
     "dtype": _product_dtype,
     "mu_dtype": _momentum_dtype,
-    "preconditioning": _choice(*PRECONDITIONINGS),
-    "shared_key": _choice(*SHARED_KEY_RULES),
+    "preconditioning": choice(*PRECONDITIONINGS),
+    "shared_key": choice(*SHARED_KEY_RULES),
     "nesterov": flag,
     "adam_nesterov": flag,
     "adaptive": flag,
     "strict": flag,
     "outputs_first": flag,
+    "cautious_weight_decay": flag,
     "weight_decay_mask": _mask,
 }
 
@@ -203,7 +226,7 @@ def check_choice(caller: str, name: str, value: Any, choices: tuple[str, ...]) -
     Example:
       >>> check_choice("newton_schulz", "method", "standard", ("auto", "standard"))
     """
-    if fault := _choice(*choices)(value):
+    if fault := choice(*choices)(value):
         raise ValueError(f"{caller}: {name} must be {fault}.")
 
 

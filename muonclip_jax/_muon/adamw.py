@@ -13,11 +13,18 @@ import optax
 
 from muonclip_jax._common.dtypes import cast, widened
 from muonclip_jax._common.types import Scalar
+from muonclip_jax._muon.family.cautious_decay import add_cautious_weight_decay
 from muonclip_jax._muon.moments import in_float32, where_moments_are
 
 
 def adamw(
-    *, learning_rate: optax.ScalarOrSchedule, eps: Scalar, mu_dtype: Any, **settings: Any
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    eps: Scalar,
+    mu_dtype: Any,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    cautious_weight_decay: bool = False,
+    **settings: Any,
 ) -> optax.GradientTransformation:
     """Builds `optax.adamw`, whose arguments these are.
 
@@ -25,7 +32,9 @@ def adamw(
       learning_rate: Number or schedule.
       eps: Added to the root. With 0, a leaf that never had a gradient has an update of 0.
       mu_dtype: Dtype of the first moment of real leaves. None: the dtype of the parameters.
-      **settings: Passed to `optax.adamw`.
+      weight_decay: Number or schedule.
+      cautious_weight_decay: See `add_cautious_weight_decay`.
+      **settings: Passed to `optax.scale_by_adam`.
 
     Returns:
       A transformation with the state of `optax.adamw`. Its `nu` is float32 for parameters in
@@ -37,7 +46,12 @@ def adamw(
       >>> state[0].mu["scale"].dtype, state[0].nu["scale"].dtype
       (dtype(bfloat16), dtype('float32'))
     """
-    tx = optax.adamw(learning_rate, eps=_not_zero(eps), **settings)
+    decay = add_cautious_weight_decay if cautious_weight_decay else optax.add_decayed_weights
+    tx = optax.chain(
+        optax.scale_by_adam(eps=_not_zero(eps), **settings),
+        decay(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
     wide = where_moments_are(in_float32(tx))
 
     def init_fn(params):

@@ -2,8 +2,9 @@
 
 `optax.inject_hyperparams` takes every function among the arguments for a schedule and calls it with
 the step: a mask, dimension numbers given as a function, `jnp.bfloat16`. It also casts every number
-to the dtype of the parameters: in bfloat16, 0.999 is 1. It reads the arguments with
-`inspect.signature(factory).bind`. Our signature returns them in a form that avoids both.
+to the dtype of the parameters: in bfloat16, 0.999 is 1, and an axis is no longer an integer of
+Python. It reads the arguments with `inspect.signature(factory).bind`. Our signature returns them in
+a form that avoids both.
 """
 
 import dataclasses
@@ -21,7 +22,10 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class _Held:
-    """A function or class that is no schedule. It is not callable, as optax calls schedules."""
+    """A function or class that is no schedule, or an integer that stays one.
+
+    It is not callable, as optax calls schedules, and no number, as optax makes arrays of numbers.
+    """
 
     value: Any
 
@@ -37,7 +41,8 @@ class _Signature(inspect.Signature):
         is_schedule = {n: callable(x) and n in self._numbers for n, x in bound.arguments.items()}
         self._check({n: x for n, x in bound.arguments.items() if not is_schedule[n]})
         for name, value in bound.arguments.items():
-            if callable(value) and not is_schedule[name]:
+            is_static = name not in self._numbers and type(value) is int
+            if is_static or (callable(value) and not is_schedule[name]):
                 bound.arguments[name] = _Held(value)
             elif isinstance(value, float):
                 bound.arguments[name] = jnp.asarray(value, jax.dtypes.canonicalize_dtype(float))

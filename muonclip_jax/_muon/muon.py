@@ -12,6 +12,9 @@ import optax
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.family.cautious_decay import add_cautious_weight_decay
+from muonclip_jax._muon.family.normuon import NEURON_EPS, neurons_normalized
+from muonclip_jax._muon.family.sinkhorn import ScaleBySinkhornState
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.moments import in_float32, where_moments_are
 from muonclip_jax._muon.overrides import ROLE_RULES
@@ -23,10 +26,19 @@ from muonclip_jax._muon.scale_by_muon import (
     scale_by_direction,
     scale_by_shape,
 )
-from muonclip_jax._muon.settings import OptimizerSettings, bias_corrected, bias_corrected_nesterov
+from muonclip_jax._muon.settings import (
+    UPDATE_RULES,
+    OptimizerSettings,
+    bias_corrected,
+    bias_corrected_nesterov,
+)
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
-from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, is_function, spread
-from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._orthogonalize.matrix_axes import (
+    ConsistentRMS,
+    DimensionNumbersOrFn,
+    is_function,
+    spread,
+)
 
 _OPTIONAL = (
     "mu_dtype",
@@ -34,13 +46,14 @@ _OPTIONAL = (
     "adam_nesterov",
     "consistent_rms",
     "outputs_first",
+    "neuron_b2",
     "weight_decay_mask",
 )
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muon` that are not allowed."""
-    rules = {**COEFFICIENT_RULES, **ROLE_RULES, **PER_HEAD_RULES}
+    rules = {**UPDATE_RULES, **ROLE_RULES, **PER_HEAD_RULES}
     check_settings("muon", arguments, optional=_OPTIONAL, rules=rules)
 
 
@@ -64,7 +77,7 @@ def muon(
     adam_weight_decay: optax.ScalarOrSchedule = 0.0,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
-    consistent_rms: Scalar | None = None,
+    consistent_rms: ConsistentRMS = None,
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
@@ -72,6 +85,8 @@ def muon(
     per_head: PerHead = None,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
+    cautious_weight_decay: bool = False,
+    neuron_b2: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for everything else.
 
@@ -98,7 +113,7 @@ def muon(
         moments of AdamW are float32 for 16-bit parameters.
       nesterov: See `scale_by_muon`.
       adaptive: See `scale_by_muon`.
-      preconditioning: See `newton_schulz`.
+      preconditioning: See `scale_by_muon`.
       adam_b1: Decay of AdamW's first moment, in [0, 1).
       adam_b2: Decay of AdamW's second moment, in [0, 1).
       adam_eps_root: Added inside the root of AdamW.
@@ -116,12 +131,17 @@ def muon(
         An `Analysis` splits queries and keys. Biases and output projections are not split. None:
         each projection is one matrix.
       overrides: Mapping of path patterns (`fnmatch`, on paths joined by slashes) to
-        `MuonDimensionNumbers` or None (AdamW). Other parameters keep their roles. If several
-        patterns match a path, the last one counts. An override also silences its warning.
+        `MuonDimensionNumbers`, None (AdamW) or `Sinkhorn`, which has AdamW's learning rate, `beta`
+        and no weight decay. Other parameters keep their roles. If several patterns match a path,
+        the last one counts. An override also silences its warning.
       outputs_first: Whether matrices are stored (outputs, inputs), as in Equinox and PyTorch, and
         convolutions (outputs, inputs, *window). None decides by biases, names and widths.
       adam_nesterov: Whether AdamW has Nesterov momentum, which makes it NAdamW. None: `nesterov`,
         as in optax.
+      cautious_weight_decay: Whether the weights of both optimizers decay only where they agree in
+        sign with the update, see `add_cautious_weight_decay`.
+      neuron_b2: Decay of the second moment of each output neuron (NorMuon), see
+        `normalize_neurons`; 0.95 in its paper. None: off.
 
     Returns:
       An optax transformation, which ignores extra arguments. `update` needs the parameters. Each
@@ -175,9 +195,12 @@ def with_adamw(settings: OptimizerSettings) -> optax.GradientTransformationExtra
         else:
             shapes = zip(map(jnp.shape, leaves), dtypes, strict=True)
             routing = route_shapes(structure, tuple(shapes))
-        labels = structure.unflatten(["adam" if n is None else "muon" for n in routing.numbers])
+        labels = structure.unflatten(routing.labels)
         matrices = _for_matrices(tree, structure.unflatten(routing.numbers), settings)
-        return routing, optax.partition({"muon": matrices, "adam": settings.rest}, lambda _: labels)
+        parts = {"muon": matrices, "adam": settings.rest}
+        if "sinkhorn" in routing.labels:
+            parts["sinkhorn"] = settings.tables(structure.unflatten(routing.token_axes))
+        return routing, optax.partition(parts, lambda _: labels)
 
     def init_fn(params):
         routing, optimizer = routed(params)
@@ -199,13 +222,17 @@ def _for_matrices(
     scale, mask = settings.scale, settings.scale.weight_decay_mask
     if mask is not None and jax.tree.leaves(tree):
         mask = jax.tree.structure(tree).unflatten(spread("weight_decay_mask", mask, tree))
-    chain = optax.chain(
-        scale_by_direction(settings.update, numbers),
+    steps = [scale_by_direction(settings.update, numbers)]
+    if scale.neuron_b2 is not None:
+        steps.append(neurons_normalized(scale.neuron_b2, NEURON_EPS, numbers))
+    cautious = scale.cautious_weight_decay
+    add_decay = add_cautious_weight_decay if cautious else optax.add_decayed_weights
+    steps += [
         scale_by_shape(numbers, scale.consistent_rms),
-        optax.add_decayed_weights(scale.weight_decay, None if mask is None else lambda _: mask),
+        add_decay(scale.weight_decay, None if mask is None else lambda _: mask),
         optax.scale_by_learning_rate(scale.learning_rate),
-    )
-    return where_moments_are(in_float32(chain))
+    ]
+    return where_moments_are(in_float32(optax.chain(*steps)))
 
 
 def _warn(caller: str, routing: Routing) -> None:
@@ -222,21 +249,20 @@ def _warn(caller: str, routing: Routing) -> None:
 
 def _check_state(caller: str, routing: Routing, state: ArrayTree) -> None:
     """Raises if the state is from another assignment of parameters to optimizers."""
-    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByMuonState))
-    found = [x for x in states if isinstance(x, ScaleByMuonState)]
-    if len(found) != 1:
+    kinds = {ScaleByMuonState: "muon", ScaleBySinkhornState: "sinkhorn"}
+    states = jax.tree.leaves(state, is_leaf=lambda x: type(x) in kinds)
+    found = [(kinds[type(x)], x.mu) for x in states if type(x) in kinds]
+    labels = [label for label, _ in found]
+    if "muon" not in labels or len(labels) > len({*labels}):
         return
-    in_state = set(leaf_paths(found[0].mu))
-    is_muon = {
-        path: numbers is not None
-        for path, numbers in zip(routing.paths, routing.numbers, strict=True)
-    }
+    in_state = {path: label for label, mu in found for path in leaf_paths(mu)}
+    now = dict(zip(routing.paths, routing.labels, strict=True))
     faults = [
-        f"  {'/'.join(path)}: now {_NAMES[muon]}, {_NAMES[not muon]} in the state."
-        for path, muon in is_muon.items()
-        if muon != (path in in_state)
+        f"  {'/'.join(path)}: now {_NAMES[label]}, {_NAMES[before]} in the state."
+        for path, label in now.items()
+        if label != (before := in_state.get(path, "adam"))
     ]
-    if faults and in_state <= is_muon.keys():
+    if faults and in_state.keys() <= now.keys():
         raise ValueError(
             f"{caller}: the state is from another assignment of parameters to optimizers.\n"
             + "\n".join(faults)
@@ -245,4 +271,4 @@ def _check_state(caller: str, routing: Routing, state: ArrayTree) -> None:
         )
 
 
-_NAMES = {True: "Muon", False: "AdamW"}
+_NAMES = {"muon": "Muon", "adam": "AdamW", "sinkhorn": "Sinkhorn"}

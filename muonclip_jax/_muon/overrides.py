@@ -9,12 +9,13 @@ from typing import Any
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._common.settings import Rule, shown
+from muonclip_jax._muon.family.sinkhorn import Sinkhorn
 from muonclip_jax._muon.roles.decision import Overrides
 
 
 def _rule(value: Any) -> Exception | None:
     """Returns what is wrong with `overrides`, None if nothing is."""
-    expected = "a mapping of path patterns to MuonDimensionNumbers or None (AdamW)"
+    expected = "a mapping of path patterns to MuonDimensionNumbers, Sinkhorn or None (AdamW)"
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -22,7 +23,8 @@ def _rule(value: Any) -> Exception | None:
     bad = [
         f"{pattern!r}: {numbers!r}"
         for pattern, numbers in value.items()
-        if not (isinstance(pattern, str) and isinstance(numbers, MuonDimensionNumbers | None))
+        if not isinstance(pattern, str)
+        or not isinstance(numbers, MuonDimensionNumbers | Sinkhorn | None)
     ]
     if bad:
         return TypeError(
@@ -49,7 +51,7 @@ def _may_match(pattern: str, path: str) -> bool:
 
 def matched(
     caller: str, overrides: Overrides | None, paths: Sequence[str], hidden: Sequence[str] = ()
-) -> dict[int, tuple[str, MuonDimensionNumbers | None]]:
+) -> dict[int, tuple[str, MuonDimensionNumbers | Sinkhorn | None]]:
     """Finds which parameters have an override; of several patterns, the last one counts.
 
     Args:
@@ -68,7 +70,7 @@ def matched(
       >>> matched("muon", {"*/gate": None}, ["mlp/up", "mlp/gate"])
       {1: ('*/gate', None)}
     """
-    found: dict[int, tuple[str, MuonDimensionNumbers | None]] = {}
+    found: dict[int, tuple[str, MuonDimensionNumbers | Sinkhorn | None]] = {}
     faults = []
     for pattern, value in (overrides or {}).items():
         match = re.compile(fnmatch.translate(pattern)).match

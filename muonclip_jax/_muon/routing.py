@@ -13,6 +13,7 @@ from optax.contrib import MuonDimensionNumbers
 from muonclip_jax._common.folding import fold
 from muonclip_jax._common.paths import leaf_paths, path_string
 from muonclip_jax._common.types import ArrayTree
+from muonclip_jax._muon.family.sinkhorn import Sinkhorn
 from muonclip_jax._muon.overrides import matched
 from muonclip_jax._muon.per_head import PerHead, find_heads, head_patterns
 from muonclip_jax._muon.roles.decision import DEFAULTS, Decision, RoleSettings
@@ -45,6 +46,17 @@ class Routing(NamedTuple):
     def numbers(self) -> list[MuonDimensionNumbers | Split | None]:
         """Dimension numbers of each parameter, or how it is split; None under AdamW."""
         return [self.splits.get(i, decision.numbers) for i, decision in enumerate(self.decisions)]
+
+    @property
+    def labels(self) -> list[str]:
+        """The optimizer of each parameter: `"muon"`, `"adam"` or `"sinkhorn"`."""
+        rest = ("sinkhorn" if d.sinkhorn else "adam" for d in self.decisions)
+        return [r if n is None else "muon" for r, n in zip(rest, self.numbers, strict=True)]
+
+    @property
+    def token_axes(self) -> list[int]:
+        """The axis of the tokens of each parameter, for those under `"sinkhorn"`."""
+        return [d.sinkhorn.token_axis if d.sinkhorn else -2 for d in self.decisions]
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -106,11 +118,12 @@ def role_settings(
     Returns:
       The settings.
     """
+    rms = arguments.get("consistent_rms")
     return RoleSettings(
         arguments["muon_weight_dimension_numbers"],
         arguments["overrides"],
         arguments["outputs_first"],
-        arguments.get("consistent_rms") is None,
+        rms is None or isinstance(rms, str),
         (*head_patterns(per_head), *head_patterns(layout)),
         per_head,
     )
@@ -147,11 +160,9 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
         decisions = decide(paths, shapes, settings)
     joined, hidden = ["/".join(path) for path in paths], _hidden_paths(params)
     found = matched(caller, settings.overrides, joined, hidden)
-    for index, (pattern, numbers) in found.items():
+    for index, (pattern, value) in found.items():
         reason = f"override '{pattern}'"
-        if numbers is not None:
-            check_axes(f"{caller}: {reason}", joined[index], shapes[index], numbers)
-        decisions[index] = Decision(numbers, reason)
+        decisions[index] = _override(f"{caller}: {reason}", joined[index], shapes[index], value)
     given = [i for i, d in enumerate(decisions) if d.numbers is None and d.reason == "given"]
     hidden = [tuple(path.split("/")) for path in hidden]
     heads = find_heads(caller, paths, shapes, settings.per_head, {*found, *given}, hidden)
@@ -163,6 +174,23 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
         numbers = decision.numbers or (LAST_TWO_AXES if index in heads.splits else None)
         decisions[index] = Decision(numbers, f"{decision.reason}, {note}")
     return Routing(tuple(paths), shapes, tuple(decisions), heads.splits)
+
+
+def _override(
+    caller: str,
+    path: str,
+    shape: tuple[int, ...],
+    value: MuonDimensionNumbers | Sinkhorn | None,
+) -> Decision:
+    """Makes the decision of an override; raises if the parameter does not have its axes."""
+    reason = caller.partition(": ")[2]
+    if isinstance(value, Sinkhorn):
+        if len(shape) < 2:
+            raise ValueError(f"{caller}: {path} {shape}: {value} needs a parameter with two axes.")
+        return Decision(None, reason, sinkhorn=value)
+    if value is not None:
+        check_axes(caller, path, shape, value)
+    return Decision(value, reason)
 
 
 def _hidden_paths(params: ArrayTree) -> list[str]:

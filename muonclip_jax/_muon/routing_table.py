@@ -9,12 +9,17 @@ from optax.contrib import MuonDimensionNumbers
 from muonclip_jax._common.folding import fold
 from muonclip_jax._common.paths import aligned
 from muonclip_jax._common.settings import check_settings
-from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._muon.overrides import ROLE_RULES
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
 from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.routing import Routing, check_axes, role_settings, route
-from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, axes_of, update_scale
+from muonclip_jax._orthogonalize.matrix_axes import (
+    ConsistentRMS,
+    DimensionNumbersOrFn,
+    axes_of,
+    update_scale,
+)
 from muonclip_jax._orthogonalize.split import Split
 
 
@@ -49,7 +54,7 @@ class Route(NamedTuple):
     Attributes:
       path: Its path, components joined by slashes.
       shape: Its shape.
-      optimizer: `"muon"` or `"adamw"`.
+      optimizer: `"muon"`, `"adamw"` or `"sinkhorn"`.
       num_matrices: Number of matrices, each orthogonalized on its own; 0 under AdamW.
       n_in: Inputs of each matrix, the reduced side; 0 under AdamW. If `per_head` makes several
         parts of a parameter, such as keys and values, this and the two below are of the first.
@@ -102,7 +107,8 @@ class RoutingTable:
 
     def _totals(self) -> list[str]:
         totals = []
-        for optimizer in ("muon", "adamw"):
+        tables = ["sinkhorn"] * any(r.optimizer == "sinkhorn" for r in self.rows)
+        for optimizer in ("muon", "adamw", *tables):
             sizes = [
                 np.prod(r.shape, dtype=np.int64) for r in self.rows if r.optimizer == optimizer
             ]
@@ -120,7 +126,7 @@ def routing_table(
     params: ArrayTree,
     muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     *,
-    consistent_rms: float | None = None,
+    consistent_rms: ConsistentRMS = None,
     per_head: PerHead = None,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
@@ -163,11 +169,12 @@ def routing_table(
     return RoutingTable(tuple(rows), routing.warnings)
 
 
-def _row(routing: Routing, index: int, consistent_rms: Scalar | None) -> Route:
+def _row(routing: Routing, index: int, consistent_rms: ConsistentRMS) -> Route:
     name, shape = "/".join(routing.paths[index]), routing.shapes[index]
     numbers, reason = routing.decisions[index].numbers, routing.decisions[index].reason
     if numbers is None:
-        return Route(name, shape, "adamw", 0, 0, 0, 1.0, reason, None)
+        optimizer = "sinkhorn" if routing.decisions[index].sinkhorn else "adamw"
+        return Route(name, shape, optimizer, 0, 0, 0, 1.0, reason, None)
     split = routing.splits.get(index)
     if split is None:
         check_axes("routing_table", name, shape, numbers)

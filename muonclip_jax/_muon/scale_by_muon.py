@@ -24,17 +24,23 @@ from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.family.normalize import normalized
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
 from muonclip_jax._muon.settings import (
+    UPDATE_RULES,
     MuonSettings,
     bias_corrected,
     bias_corrected_nesterov,
 )
 from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
-from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, sides, update_scale
-from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._orthogonalize.matrix_axes import (
+    ConsistentRMS,
+    DimensionNumbersOrFn,
+    sides,
+    update_scale,
+)
 from muonclip_jax._orthogonalize.split import Split, splits_of
 from muonclip_jax._sharding import exchange
 from muonclip_jax._sharding.parts import put_together, take_apart
@@ -55,7 +61,7 @@ class ScaleByMuonState(NamedTuple):
 
 def _check_muon(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `scale_by_muon` that are not allowed."""
-    rules = {**COEFFICIENT_RULES, **PER_HEAD_RULES}
+    rules = {**UPDATE_RULES, **PER_HEAD_RULES}
     check_settings("scale_by_muon", arguments, optional=("mu_dtype",), rules=rules)
 
 
@@ -93,7 +99,8 @@ def scale_by_muon(
       nesterov: Whether the direction looks one step ahead, with optax's bias corrections:
         β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t).
       adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
-      preconditioning: See `newton_schulz`.
+      preconditioning: See `newton_schulz`. Also `"outputs"` or `"inputs"`: what each matrix has of
+        one output, or of one input, gets the norm 1 first (MuonEq); see `normalize_matrices`.
       weight_dimension_numbers: Which axes of each leaf are the inputs (reduction) and outputs of
         its matrices: a pytree, or a prefix of one, of `MuonDimensionNumbers`, or a function of the
         parameters that returns one. None: the last two axes of every leaf.
@@ -167,11 +174,15 @@ def _orthogonalized(D: ArrayTree, splits: Sequence[Split], settings: MuonSetting
     parts = take_apart("scale_by_muon", D, splits, settings.shardings)
     leaves, axes = jax.tree.leaves(parts.tree), parts.axes
     orthogonalize, eps = settings.orthogonalize, settings.eps
+    if by := settings.equilibrate:
+        X = [normalized(x, a, by) for x, a in zip(leaves, axes, strict=True)]
+    else:
+        X = leaves
     plan = plan_for("scale_by_muon", parts.tree, axes, parts.shardings, orthogonalize)
     if plan is None:  # every device has full matrices, or XLA decides how they move
-        found = orthogonalize_leaves(lambda X: orthogonalize(X, eps), leaves, axes)
+        found = orthogonalize_leaves(lambda x: orthogonalize(x, eps), X, axes)
     else:
-        found = exchange.orthogonalize(leaves, plan, orthogonalize, eps)
+        found = exchange.orthogonalize(X, plan, orthogonalize, eps)
     if settings.adaptive:
         found = [
             o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
@@ -189,7 +200,7 @@ def _check_shape(arguments: Mapping[str, Any]) -> None:
 @injectable(NUMBERS, _check_shape)
 def scale_by_shape(
     weight_dimension_numbers: DimensionNumbersOrFn | None = None,
-    consistent_rms: Scalar | None = None,
+    consistent_rms: ConsistentRMS = None,
     per_head: PerHead = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales orthogonalized updates by a factor that depends on the shape of their matrices.
@@ -198,13 +209,14 @@ def scale_by_shape(
       weight_dimension_numbers: See `scale_by_muon`.
       consistent_rms: None scales by √max(1, n_out / n_in). A number r scales by
         r √max(n_in, n_out), which gives every update the root mean square r; 0.2 matches AdamW.
+        `"spectral"` scales by √(n_out / n_in), with which a learning rate transfers over width.
       per_head: See `muon`: the shape of a head counts.
 
     Returns:
       An optax transformation without state.
 
     Raises:
-      ValueError: if `consistent_rms` is not above 0, or a leaf is no matrix.
+      ValueError: if `consistent_rms` is neither above 0 nor `"spectral"`, or a leaf is no matrix.
 
     Example:
       >>> import muonclip_jax as mc, jax.numpy as jnp
@@ -214,7 +226,7 @@ def scale_by_shape(
 
     References:
       Jordan et al. 2024, KellerJordan/Muon, muon.py; Liu et al. 2025, arXiv 2502.16982,
-      section 2.2.
+      section 2.2; Pethick et al. 2025 (Scion), arXiv 2502.07529, for `"spectral"`.
     """
     _check_shape(locals())
     numbers = with_heads("scale_by_shape", weight_dimension_numbers, per_head)

@@ -1,6 +1,7 @@
 """The settings of the optimizers, built once from the arguments of the public functions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -8,14 +9,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._common.settings import PRECONDITIONINGS, Rule, choice
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.adamw import adamw
+from muonclip_jax._muon.family.sinkhorn import RMS, scale_by_sinkhorn
+from muonclip_jax._muon.moments import in_float32, where_moments_are
 from muonclip_jax._muon.per_head import PerHead
 from muonclip_jax._muon.roles.decision import RoleSettings
 from muonclip_jax._muon.routing import role_settings
 from muonclip_jax._orthogonalize.coefficients import Coefficients, is_single_step
+from muonclip_jax._orthogonalize.matrix_axes import ConsistentRMS
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
+from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._sharding.placement import shardings_by_path
+
+# Values of `preconditioning` that are no preconditioning of `newton_schulz`.
+EQUILIBRATIONS = ("inputs", "outputs")
+# The rules of the settings of an update, beside those of `_common.settings`.
+UPDATE_RULES: dict[str, Rule] = {
+    **COEFFICIENT_RULES,
+    "preconditioning": choice(*PRECONDITIONINGS, *EQUILIBRATIONS),
+}
 
 # w_M, w_G of the matrix that is orthogonalized, w_M M + w_G G; None leaves G out.
 Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
@@ -34,6 +48,7 @@ class MuonSettings:
       beta: Decay of the momentum.
       mu_dtype: Dtype in which the momentum of real leaves is kept; None: as the parameters.
       adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
+      equilibrate: `"inputs"` or `"outputs"`: what is normalized before, see `normalize_matrices`.
       shardings: How parameters are sharded on an Auto mesh, by path.
     """
 
@@ -43,6 +58,7 @@ class MuonSettings:
     beta: Scalar
     mu_dtype: Any
     adaptive: bool
+    equilibrate: str | None
     shardings: Mapping[str, Any]
 
     @classmethod
@@ -55,6 +71,10 @@ class MuonSettings:
           arguments: Its arguments by name, checked; those of other settings are ignored.
         """
         names = "ns_coeffs ns_steps preconditioning ns_method ns_dtype".split()
+        by = arguments["preconditioning"]
+        equilibrate = by if by in EQUILIBRATIONS else None
+        if equilibrate:
+            arguments = {**arguments, "preconditioning": "frobenius"}
         return cls(
             direction=direction,
             orthogonalize=newton_schulz_of(*(arguments[name] for name in names)),
@@ -62,6 +82,7 @@ class MuonSettings:
             beta=arguments["beta"],
             mu_dtype=arguments["mu_dtype"],
             adaptive=arguments["adaptive"],
+            equilibrate=equilibrate,
             shardings=shardings_by_path(caller, arguments["shardings"]),
         )
 
@@ -73,7 +94,9 @@ class MatrixScale:
     learning_rate: optax.ScalarOrSchedule
     weight_decay: optax.ScalarOrSchedule
     weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None
-    consistent_rms: Scalar | None
+    consistent_rms: ConsistentRMS
+    cautious_weight_decay: bool
+    neuron_b2: Scalar | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +109,7 @@ class OptimizerSettings:
       update: The update of the matrices.
       scale: Its learning rate, decay and scale.
       rest: The optimizer of the other parameters.
+      tables: Builds the optimizer of those whose override is `Sinkhorn`, from their token axes.
     """
 
     caller: str
@@ -93,6 +117,7 @@ class OptimizerSettings:
     update: MuonSettings
     scale: MatrixScale
     rest: optax.GradientTransformation
+    tables: Callable[[ArrayTree], optax.GradientTransformation]
 
     @classmethod
     def of(
@@ -115,7 +140,8 @@ class OptimizerSettings:
         roles = role_settings(arguments, per_head, layout)
         update = MuonSettings.of(caller, direction, arguments)
         scale = MatrixScale(*(arguments[field.name] for field in dataclasses.fields(MatrixScale)))
-        return cls(caller, roles, update, scale, _adamw_of(arguments))
+        tables = functools.partial(_sinkhorn_of, arguments)
+        return cls(caller, roles, update, scale, _adamw_of(arguments), tables)
 
 
 def _adamw_of(arguments: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -134,7 +160,21 @@ def _adamw_of(arguments: Mapping[str, Any]) -> optax.GradientTransformation:
         mu_dtype=arguments["mu_dtype"],
         weight_decay=own("weight_decay"),
         nesterov=own("nesterov"),
+        cautious_weight_decay=arguments["cautious_weight_decay"],
     )
+
+
+def _sinkhorn_of(
+    arguments: Mapping[str, Any], token_axes: ArrayTree
+) -> optax.GradientTransformation:
+    """Builds the optimizer of token tables: AdamW's learning rate, the momentum of the matrices."""
+    rate = arguments["adam_learning_rate"]
+    chain = optax.chain(
+        scale_by_sinkhorn(token_axes, arguments["beta"], mu_dtype=arguments["mu_dtype"]),
+        optax.scale(RMS),
+        optax.scale_by_learning_rate(arguments["learning_rate"] if rate is None else rate),
+    )
+    return where_moments_are(in_float32(chain))
 
 
 def momentum(beta: jax.Array, t: jax.Array) -> Weights:

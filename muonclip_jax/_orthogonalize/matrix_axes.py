@@ -7,7 +7,7 @@ matrix that is tall is transposed on the way, here and nowhere else.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from muonclip_jax._common.types import ArrayTree, Scalar
 # A pytree, or a prefix of one, of MuonDimensionNumbers and None; or a function from the parameters
 # to such a pytree.
 DimensionNumbersOrFn: TypeAlias = ArrayTree | Callable[[ArrayTree], ArrayTree]
+# The scale of an update: see `update_scale`.
+ConsistentRMS: TypeAlias = Scalar | Literal["spectral"] | None
 
 # The matrices of a leaf without dimension numbers.
 LAST_TWO_AXES = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -151,16 +153,17 @@ def sides(shape: Sequence[int], axes: Axes) -> tuple[int, int]:
     return math.prod(shape[a] for a in axes.reduction), math.prod(shape[a] for a in axes.output)
 
 
-def update_scale(n_in: int, n_out: int, consistent_rms: Scalar | None = None) -> Scalar:
+def update_scale(n_in: int, n_out: int, consistent_rms: ConsistentRMS = None) -> Scalar:
     """Returns the factor of an orthogonalized matrix, by its shape.
 
     None: √max(1, n_out / n_in), so that one learning rate serves all widths. A number r:
     r √max(n_in, n_out), so that the update has the root mean square r; 0.2 matches AdamW.
+    `"spectral"`: √(n_out / n_in), with which a learning rate transfers over width (muP).
 
     Args:
       n_in: Number of inputs.
       n_out: Number of outputs.
-      consistent_rms: Root mean square of the update, or None.
+      consistent_rms: Root mean square of the update, None or `"spectral"`.
 
     Returns:
       The factor.
@@ -168,11 +171,15 @@ def update_scale(n_in: int, n_out: int, consistent_rms: Scalar | None = None) ->
     Example:
       >>> update_scale(4, 16), update_scale(4, 16, consistent_rms=0.25)
       (2.0, 1.0)
+      >>> update_scale(16, 4), update_scale(16, 4, consistent_rms="spectral")
+      (1.0, 0.5)
 
     References:
       Jordan et al. 2024, KellerJordan/Muon, muon.py; Liu et al. 2025, arXiv 2502.16982,
-      section 2.2.
+      section 2.2; Pethick et al. 2025 (Scion), arXiv 2502.07529.
     """
+    if isinstance(consistent_rms, str):  # "spectral"
+        return math.sqrt(n_out / max(n_in, 1))
     if consistent_rms is None:
         return math.sqrt(max(1.0, n_out / max(n_in, 1)))
     return consistent_rms * math.sqrt(max(n_in, n_out))

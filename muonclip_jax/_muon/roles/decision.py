@@ -6,26 +6,30 @@ from typing import Any, NamedTuple, TypeAlias
 
 from optax.contrib import MuonDimensionNumbers
 
+from muonclip_jax._muon.family.sinkhorn import Sinkhorn
+
 # The modules of a head layout by name: the axes of a kernel, each a tuple of names, and the axis at
 # which layers are stacked.
 HeadPatterns: TypeAlias = Mapping[str, tuple[tuple[tuple[str, ...], ...], int]]
-Overrides: TypeAlias = Mapping[str, MuonDimensionNumbers | None]
+Overrides: TypeAlias = Mapping[str, MuonDimensionNumbers | Sinkhorn | None]
 
 
 class Decision(NamedTuple):
     """The optimizer of a parameter, with the reason.
 
     Attributes:
-      numbers: The axes of its matrices; None assigns it to AdamW.
+      numbers: The axes of its matrices; None assigns it to AdamW, or to `sinkhorn`.
       reason: Why.
       doubt: Why this may be wrong; empty if names and shapes decide it.
       matrix: The axes that a warning proposes for Muon.
+      sinkhorn: Its override, if that is a `Sinkhorn`.
     """
 
     numbers: MuonDimensionNumbers | None
     reason: str
     doubt: str = ""
     matrix: MuonDimensionNumbers = MuonDimensionNumbers(-2, -1)
+    sinkhorn: Sinkhorn | None = None
 
 
 @dataclasses.dataclass(frozen=True)
