@@ -41,6 +41,29 @@ STATS = {"attn": {"max_logits": jnp.array([[400.0, 50.0]])}}
 CASES = {
     "scale_by_muon": (mc.scale_by_muon, _params, {}),
     "scale_by_shape": (mc.scale_by_shape, _params, {}),
+    "add_cautious_weight_decay": (
+        functools.partial(mc.add_cautious_weight_decay, weight_decay=0.1),
+        _with_vectors,
+        {},
+    ),
+    "normalize_matrices": (functools.partial(mc.normalize_matrices, by="outputs"), _params, {}),
+    "normalize_neurons": (mc.normalize_neurons, _params, {}),
+    "scale_by_sinkhorn": (mc.scale_by_sinkhorn, _params, {}),
+    "the family": (
+        functools.partial(
+            mc.muon,
+            learning_rate=0.1,
+            weight_decay=0.1,
+            adam_weight_decay=0.1,
+            consistent_rms="spectral",
+            preconditioning="outputs",
+            cautious_weight_decay=True,
+            neuron_b2=0.9,
+            overrides={"out/kernel": mc.Sinkhorn(-1)},
+        ),
+        _with_vectors,
+        {},
+    ),
     "muon": (functools.partial(mc.muon, learning_rate=0.1, weight_decay=0.1), _with_vectors, {}),
     "muon without clip": (
         functools.partial(mc.muonclip, learning_rate=0.1, threshold=None),
@@ -55,7 +78,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=by_day(CASES, "scale_by_muon", "muonclip"))
+@pytest.fixture(params=by_day(CASES, "scale_by_muon", "muonclip", "the family"))
 def case(request):
     return CASES[request.param]
 
@@ -293,7 +316,16 @@ def test_tracer_leaks_debug_nans_and_internal_checks(case):
     chex.assert_tree_all_finite(updates)
 
 
-@pytest.mark.parametrize("name", ["scale_by_muon", "scale_by_shape"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scale_by_muon",
+        "scale_by_shape",
+        "normalize_matrices",
+        "normalize_neurons",
+        "scale_by_sinkhorn",
+    ],
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
 def test_strict_promotion(strict_promotion, name, dtype):
     factory, make, _ = CASES[name]

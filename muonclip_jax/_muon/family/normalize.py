@@ -96,8 +96,8 @@ def normalized(x: jax.Array, axes: Axes, by: str) -> jax.Array:
       An array of the shape and dtype of `x`, sharded as it.
 
     Example:
-      >>> normalized(2 * jnp.eye(2), Axes((), (0,), (1,)), "matrix").tolist()
-      [[1.0, 0.0], [0.0, 1.0]]
+      >>> normalized(jnp.array([[3.0, 0.0]]), Axes((), (0,), (1,)), "matrix").tolist()
+      [[1.0, 0.0]]
     """
     summed = {
         "inputs": axes.output,

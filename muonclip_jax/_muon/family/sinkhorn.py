@@ -91,9 +91,9 @@ def scale_by_sinkhorn(
     """Replaces each gradient of a token table by its balanced Nesterov momentum.
 
     The last two axes of a leaf are a table, and the others number tables. The updates of all tokens
-    that have one are of equal size, and those of all features nearly. The state is one buffer
-    instead of the two of AdamW. Sharded over tokens, an update sends five sums of n numbers and one
-    sum of one number.
+    that have one are of equal size, and those of the features are balanced as far as that allows.
+    The state is one buffer instead of the two of AdamW. Sharded over tokens, an update sends five
+    sums of n numbers and one sum of one number.
 
     `overrides={"wte": mc.Sinkhorn()}` of `muon` assigns single parameters to it. The DeepSeek-V4.1
     report multiplies the update by 0.18 η and has no weight decay for it.
@@ -120,7 +120,7 @@ def scale_by_sinkhorn(
       >>> params = {"wte": jnp.array([[3.0, 3.0], [0.0, 0.0], [0.0, 1.0]])}
       >>> updates, state = tx.update(params, tx.init(params))
       >>> print(updates["wte"].round(2))
-      [[1.41 0.03]
+      [[1.35 0.41]
        [0.   0.  ]
        [0.   1.41]]
 
