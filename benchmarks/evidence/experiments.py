@@ -15,6 +15,7 @@ from benchmarks.evidence import (
     per_head,
     shared_key_rules,
     token_efficiency,
+    zipf_embedding,
 )
 
 EXPERIMENTS: dict[str, ModuleType] = {
@@ -25,4 +26,5 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "orthogonalization-accuracy": orthogonalization_accuracy,
     "shared-key-rules": shared_key_rules,
     "optax-comparison": optax_comparison,
+    "zipf-embedding": zipf_embedding,
 }

@@ -164,6 +164,29 @@ def test_muon_puts_normuon_between_orthogonalization_and_scale():
         np.testing.assert_allclose(a["up"]["kernel"], b["up"]["kernel"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["per head", "latent"])
+def test_normuon_of_heads_in_muon(layout):
+    if layout == "per head":
+        layout = mc.MultiHeadLayout(kernel="inputs (heads head_dim)", head_dim=3)
+        kernels = {"query": draw((4, 6), 0), "key": draw((4, 3), 1)}
+    else:
+        flat = "inputs (heads head_dim)"
+        layout = mc.MLALayout(nope_dim=2, rope_dim=1, value_dim=2, kernel=flat)
+        kernels = {"q_b": draw((4, 6), 0), "kv_b": draw((5, 8), 1)}
+    params = {"attn": {name: {"kernel": x} for name, x in kernels.items()}}
+    heads = {"per_head": layout}
+    chain = optax.chain(
+        mc.scale_by_muon(**heads),
+        mc.normalize_neurons(0.9, **heads),
+        mc.scale_by_shape(**heads),
+        optax.scale(-0.1),
+    )
+    got = run(mc.muon(0.1, neuron_b2=0.9, **heads), [params] * 2, params)
+    expected = run(chain, [params] * 2, params)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 # MuonEq and Muon+.
 
 
@@ -365,3 +388,37 @@ def test_inject_hyperparams(name, dtype):
     for key in params:
         a, b = (np.float64(x[key]) for x in (got, expected))
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+# Schedules.
+
+
+def test_momentum_and_decay_follow_schedules():
+    beta = optax.join_schedules(
+        [optax.linear_schedule(0.5, 0.9, 2), optax.linear_schedule(0.9, 0.5, 2)], [3]
+    )
+    decay = optax.linear_schedule(0.3, 0.0, 4)
+    rate = optax.linear_schedule(0.1, 0.0, 6)
+    params = {"up": {"kernel": draw((4, 6), 9)}}
+    tx = optax.inject_hyperparams(mc.muonclip)(
+        rate,
+        beta=beta,
+        weight_decay=decay,
+        nesterov=True,
+        threshold=None,
+        consistent_rms=None,
+        adam_weight_decay=0.0,
+    )
+    state, step = tx.init(params), jax.jit(tx.update)
+    W = np.float64(params["up"]["kernel"])
+    M = np.zeros_like(W)
+    for t in range(6):
+        G = draw((4, 6), t)
+        updates, state = step({"up": {"kernel": G}}, state, params)
+        params = optax.apply_updates(params, updates)
+        b, G = float(beta(t)), np.float64(G)
+        M = b * M + (1 - b) * G
+        O = reference.newton_schulz(b * M + (1 - b) * G, (reference.JORDAN,) * 5)  # noqa: E741
+        W = W - float(rate(t)) * (np.sqrt(6 / 4) * O + float(decay(t)) * W)
+        np.testing.assert_allclose(params["up"]["kernel"], W, rtol=1e-4, atol=1e-4)
+    assert float(state.hyperparams["beta"]) == pytest.approx(float(beta(5)))

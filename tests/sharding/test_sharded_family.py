@@ -18,10 +18,10 @@ from tests.support.sharding_cases import (
 )
 
 LEAVES = {
-    "wte": Leaf((16, 8), P(("x", "y"))),
-    "lm_head": {"kernel": Leaf((8, 16), P("x", "y"))},
+    "wte": Leaf((24, 8), P(("x", "y"))),
+    "lm_head": {"kernel": Leaf((8, 24), P("x", "y"))},
     "up": {"kernel": Leaf((8, 16), P("x", "y")), "bias": Leaf((16,), P("y"))},
-    "layers": {"kernel": Leaf((8, 4, 6), P("x", None, None))},
+    "layers": {"up": {"kernel": Leaf((2, 8, 16), P("x"))}},
 }
 FAMILY = {
     "preconditioning": "outputs",
@@ -52,7 +52,7 @@ def steps(tx, params, count=2):
     def step(params, state):
         return tx.update(jax.tree.map(jnp.sin, params), state, params)
 
-    state, updates = jax.jit(tx.init)(params), None
+    state, updates = tx.init(params), None
     for _ in range(count):
         updates, state = step(params, state)
     return updates, state
