@@ -156,7 +156,8 @@ def section(ours: Mapping[str, Any]) -> str:
     ]
     return f"""\
 AdamW reaches the lower loss here, on frequent and on rare tokens. The published gain does not
-appear; the loss on rare tokens does. There is no language model in this experiment: an embedding of {VOCABULARY} tokens and width {WIDTH} is fitted to random targets
+appear; the loss on rare tokens does. There is no language model in this experiment: an embedding
+of {VOCABULARY} tokens and width {WIDTH} is fitted to random targets
 of variance 1, in {STEPS} steps of {BATCH} tokens with Zipf's frequencies. Errors are mean squares
 against the targets; the loss weighs tokens as they occur. Frequent are the first
 {FREQUENT.stop} tokens, rare the second half. Noisy targets have new noise of variance 1 in each
