@@ -8,6 +8,7 @@ widths of the activations, which enter a projection on its input side.
 import collections
 from collections.abc import Sequence
 
+from muonclip_jax._common.paths import without_boxes
 from muonclip_jax._muon.roles import names
 from muonclip_jax._muon.roles.modules import Experts, Group, Leaf, Path, Shape, Stack, common
 
@@ -34,7 +35,7 @@ class Evidence:
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[Shape]):
-        cores = [names.core(path) or ("",) for path in paths]  # one array has no path
+        cores = [names.core(path) or ("",) for path in without_boxes(paths)]  # () of one array
         self.leaves = [
             Leaf(path, inner, shape, names.adamw_role(inner))
             for path, inner, shape in zip(paths, cores, shapes, strict=True)

@@ -141,8 +141,6 @@ STATE_SPACE_MATRICES = r"[abcpw](_re|_im|_real|_imag)?|lambda(_re|_im|_real|_ima
 ADAMW_NAMES = {"D": "state-space parameter"}
 
 # Names of a parameter inside a module that has the name of the layer.
-# Attributes of containers around an array: Haliax, Penzai, NNX, Equinox modules of users.
-BOXES = ("array", "data_array", "raw_value", "_value", "data", "unboxed", "param")
 MATRIX_NAMES = r"(kernel|w|weights?)(_mu)?|(\w+_)?lora_[ab]"
 PARAMETER_NAMES = rf"{MATRIX_NAMES}|embeddings?|scale|bias|b|offset|gamma|alpha"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
@@ -251,7 +249,7 @@ def is_qk_norm(name: str) -> bool:
 def core(path: tuple[str, ...]) -> tuple[str, ...]:
     """Returns a path without the components of the container around its parameter.
 
-    The arrays of Haliax end in `weight/0` or `weight/array`, arrays of Penzai in `data_array`.
+    The arrays of Haliax end in `weight/0`. `paths.without_boxes` removes boxes.
 
     Example:
       >>> core(("q_proj", "weight", "0"))
@@ -259,11 +257,7 @@ def core(path: tuple[str, ...]) -> tuple[str, ...]:
     """
     if len(path) > 2 and path[-1].isdigit() and path[-2] == "args":  # Paramax
         path = path[:-2]
-    while (
-        len(path) > 1
-        and (path[-1].isdigit() or path[-1] in BOXES)
-        and matches(PARAMETER_NAMES, path[-2])
-    ):
+    while len(path) > 1 and path[-1].isdigit() and matches(PARAMETER_NAMES, path[-2]):
         path = path[:-1]
     return path
 
