@@ -32,7 +32,7 @@ class Policy:
 
 def equinox_model():
     eqx = pytest.importorskip("equinox")
-    return eqx.filter(eqx.nn.MLP(8, 8, 24, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    return eqx.filter(eqx.nn.Linear(8, 24, key=jax.random.key(0)), eqx.is_inexact_array)
 
 
 def nnx_model():

@@ -252,7 +252,7 @@ params/hidden_0/kernel 87,256 1x87x256
 params/hidden_0/bias 256 A
 params/hidden_1/kernel 256,256 1x256x256
 params/hidden_1/bias 256 A
-params/hidden_2/kernel 256,16 1x256x16
+params/hidden_2/kernel 256,16 AW
 params/hidden_2/bias 16 A
 """,
     # ikostrikov/jaxrl, ensemble of critics
@@ -576,7 +576,7 @@ NoisyNetwork_0/kernel_mu 7744,512 1x7744x512
 NoisyNetwork_0/kernel_sigma 7744,512 A
 NoisyNetwork_0/bias_mu 512 A
 NoisyNetwork_0/bias_sigma 512 A
-NoisyNetwork_1/kernel_mu 512,51 A
+NoisyNetwork_1/kernel_mu 512,51 AW
 NoisyNetwork_1/kernel_sigma 512,51 A
 """,
     # Physical-Intelligence/openpi, lora.py: adapters of einsums with heads

@@ -16,6 +16,8 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         return None
     role, name = leaf.role
     doubt = ""
+    if _is_low_rank(leaf, evidence):
+        return None
     if role.name == "norm":
         if is_matrix_of_adaptive_norm(leaf, evidence, name):
             return None
@@ -27,6 +29,12 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         if _is_dense(leaf, evidence):
             return None
         doubt = _doubt_table(leaf, evidence, name)
+    if role.name == "output head" and name != leaf.name:
+        sides = leaf.shape[-2:]
+        if len(leaf.shape) == 2 and sides[0] == sides[1] and names.matches(names.DENSE, leaf.name):
+            if evidence.vocabulary and evidence.vocabulary not in sides:
+                return None  # the hidden layer of a head, as in BERT
+            doubt = "its inputs and outputs have equal sizes, as in hidden layers"
     if role.where == "top":
         if _is_hidden_layer(leaf, evidence, name):
             return None
@@ -42,6 +50,17 @@ def _is_dense(leaf: Leaf, evidence: Evidence) -> bool:
         return False
     has_bias = len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence)
     return has_bias or leaf.name not in computed or names.matches(names.DENSE, leaf.name)
+
+
+def _is_low_rank(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether `g1` and `g2` are a matrix to a low rank and one from it, as in RWKV-7."""
+    *module, name = leaf.core
+    if name.lower() not in ("g1", "g2") or len(leaf.shape) < 2:
+        return False
+    first, second = (evidence.by_core.get((*module, name[0] + end)) for end in "12")
+    if first is None or second is None or min(len(first.shape), len(second.shape)) < 2:
+        return False
+    return first.shape[-1] == second.shape[-2] != first.shape[-2]
 
 
 def _doubt_table(leaf: Leaf, evidence: Evidence, name: str) -> str:
@@ -71,6 +90,24 @@ def state_space(leaf: Leaf, evidence: Evidence) -> Decision | None:
         return None
     if any(names.matches(names.STATE_SPACE, n) for n in evidence.children[module] if n != name):
         return Decision(None, f"state-space parameter '{name}'")
+    return None
+
+
+def noise(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """`sigma` beside `mu` of the same shape scales noise, element by element."""
+    if not leaf.is_inside or not names.matches(names.NOISE, leaf.name):
+        return None
+    beside = [x for x in evidence.beside(leaf) if names.matches(names.MEAN, x.name)]
+    if any(x.shape == leaf.shape for x in beside):
+        return Decision(None, f"noise '{leaf.name}'")
+    return None
+
+
+def per_head(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """`u` and `w` beside `receptance` are vectors of each head, as in RWKV."""
+    name, module = leaf.core[-1], leaf.core[:-1]
+    if name.lower() in ("u", "w") and evidence.has_child(module, "receptance"):
+        return Decision(None, f"time-mixing vector '{name}'")
     return None
 
 

@@ -9,6 +9,7 @@ from muonclip_jax._muon.roles.evidence import Evidence
 from muonclip_jax._muon.roles.kernels import (
     fused_axis,
     heads_name,
+    inputs_near,
     is_expert,
     numbers_of,
     partners,
@@ -109,9 +110,11 @@ def _residual_axis(
         return usual, ""
     if middle := [axis for axis in hits if 0 < axis < last]:
         return middle[0], ""
-    beside = partners(leaf.module, "in", evidence).values()
-    if side == "out" and hits == [0] and any(p.shape == leaf.shape for p in beside):
+    beside = inputs_near(leaf.module, evidence)
+    if side == "out" and hits == [0] and any(p.shape[-3:] == shape for p in beside):
         return 0, ""  # stored as the queries are
+    if side == "in" and hits == [last] and math.prod(shape[:-1]) % shape[last] == 0:
+        return last, ""  # stored outputs first, as AlphaFold 3 does
     convention = evidence.convention.get(leaf.core[-1], settings.outputs_first)
     if convention and last - usual in hits:
         return last - usual, ""

@@ -51,6 +51,7 @@ class Evidence:
             _without_window(leaf)
             for leaf in self.leaves
             if len(leaf.shape) > 1 and not (leaf.role and leaf.role[0].name in vectors)
+            if not names.matches(names.NOISE, leaf.name)
         )
         self.matrix_sizes = collections.Counter(n for shape in matrices for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
@@ -268,7 +269,9 @@ class Evidence:
         candidates = [f"{names.stem(name)}{end}" for end in names.BIAS_SUFFIXES]
         if name.startswith("w_"):
             candidates.append(f"b_{name[2:]}")
-        if names.matches(names.MATRIX_NAMES, name):
+        if names.matches(names.OF_CELL, name):
+            candidates.insert(0, name.replace("weight", "bias"))
+        if names.matches(f"{names.MATRIX_NAMES}|{names.OF_CELL}", name):
             candidates += ["b", "bias"]
         if name[:1] == "w" and name[1:].isdigit():
             candidates.insert(0, f"b{name[1:]}")

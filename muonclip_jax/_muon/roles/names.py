@@ -75,7 +75,7 @@ ADAMW_ROLES = (
         "learned token",
         "leaf",
         r"(\w+_)?(cls|null|tokens?)|null_(k?v|cond\w*)|latents?|queries|slots|(soft_)?prompts?|prefix"
-        r"|anchors|mem(ory)?_[kv]|(\w+_)?memory|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
+        r"|anchors|mem(ory)?_[kv]|(\w+_)?memory(_(k|v|keys?|values?))?|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
         "big_vision, Perceiver IO, DETR",
     ),
     Role("attention vector", "leaf", r"att(n|ention)?_(l|r|left|right|src|dst|vec(tor)?)", "GAT"),
@@ -108,7 +108,8 @@ ADAMW_ROLES = (
     Role(
         "time-mixing vector",
         "leaf",
-        r"decay|mu|time_(decay|first|faaaa|mix_[a-z]+|maa_[kvrgx])|[rk]_k|k_a|bonus",
+        r"(\w+_)?decays?|mu(_[krvgx])?|x_[rwkvag]|(token_)?(mix|shift)_[krwvgx]|[rk]_k|k_a|bonus"
+        r"|time_(decay|first|faaaa|mix_[a-z]+|maa_[kvrgx])",
         "RWKV",
     ),
     Role(
@@ -141,8 +142,13 @@ STATE_SPACE_MATRICES = r"[abcpw](_re|_im|_real|_imag)?|lambda(_re|_im|_real|_ima
 ADAMW_NAMES = {"D": "state-space parameter"}
 
 # Names of a parameter inside a module that has the name of the layer.
-MATRIX_NAMES = r"(kernel|w|weights?)(_mu)?|(\w+_)?lora_[ab]"
+MATRIX_NAMES = r"(kernel|w|weights?)(_mu|_v|_orig)?|(\w+_)?lora_[ab]"
 PARAMETER_NAMES = rf"{MATRIX_NAMES}|embeddings?|scale|bias|b|offset|gamma|alpha"
+# Weights of a recurrent cell, which PyTorch and Equinox store (outputs, inputs).
+OF_CELL = r"weight_[ih]h(_l\d+)?(_reverse)?"
+CELL = r"\w*(rnn|lstm|gru)(_?(cell|layer))?"
+# The noise of a noisy layer, and its mean.
+NOISE, MEAN = r"sigma|rho|std|stddev", r"mu|mean|loc"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
 MATRIX_SUFFIXES = ("_w", "_kernel", "_weight", "_weights")
 BIAS_SUFFIXES = ("_b", "_bias")
@@ -155,7 +161,7 @@ BLOCKS = (
 
 # Projections into and out of heads: Flax, Llama ports, tunix, haiku, lucidrains, Gemma, MaxText.
 INTO_HEADS = (
-    r"w?(q|k|v|kv|qkv)|w_(q|k|v|qkv)|(q|k|v|kv|qkv)_(proj(ection)?|einsum|up|up_proj|linear)"
+    r"w?(q|k|v|kv|qkv)|w_(q|k|v|qkv)|(q|k|v|kv|qkv|r)_(proj(ection)?|einsum|up|up_proj|linear)"
     r"|(query|key|value|query_key_value)(_(proj(ection)?|layer|kernel|linear|dense))?"
     r"|(queries|keys|values)|q_wi_fused|kv_fused|c_attn|to_(q|k|v|kv|qkv)|w?(q|kv|k|v)_b(_proj)?|(q|k|v|qkv|kv)_kernel"
 )
@@ -188,16 +194,21 @@ BESIDE_GATE = (
     r"|w[123qkvo]|fc[12]|linear\w*"
 )
 MIXTURES = r"\w*moe\w*|sparse_?mlp\w*|routed_?experts?"
-HEAD = r"(\w+_)?heads?|classifier|predictions"
+HEAD = r"(?!(multi|per|num)_?head)(\w+_)?heads?|classifier|predictions"
 # Norms inside latent attention, whose width is a low rank.
 LOW_RANK_NORM = r"\w*(q|kv)_(a_)?(layer_?|rms_?)?norm|\w*(q|kv)_(a_)?ln|compressed_\w*norm"
 # Names that show nothing about a dense layer, so that the last of a network may be its head.
 GENERIC = (
-    r"|dense|linear|fc|layers?|out(put)?(_proj(ection)?)?|final|last|sequential|decoder|noisy\w*"
+    r"|dense|linear|fc|layers?|hidden|out(put)?(_proj(ection)?)?|proj(ection)?|final|last"
+    r"|sequential|decoder|noisy\w*|mu"
 )
+READOUT = r"(\w+_)?read_?out(_\w+)?"
+# Names of the last module of a network, and of its last layer outside of all blocks.
+ENDS = r"\w*(decod|read_?out|pred|regress|classif|logit|policy|value|critic|actor)\w*"
+OUTPUT = r"(\w+_)?out(put)?(_(proj(ection)?|layer|dense|linear|mlp))?"
 PREDICTOR = r"\w+(predictor|classifier)"
 LAST_LAYER = r"(output|final|last|prediction)_?layer"
-FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?)(_?block)?|ff"
+FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?|channel_mix\w*)(_?block)?|ff"
 EXPERTS = r"(shared_)?experts?(_\w*)?"
 CONVOLUTION = r"\w*conv\w*"
 # Embeddings of a number or a vector, computed by dense layers: DiT, diffusers, SD3, Flux.
