@@ -16,7 +16,8 @@ _PERHAPS_BOXES = ("value", "data", "param")
 _ARRAYS = re.compile(
     r"(\w+_)?(kernel|weights?|w|bias(es)?|b|scale|offset|gamma|beta|alpha|embeddings?|table|tokens?"
     r"|proj(ection)?|einsum|lora_[ab])(_\d+)?|w?(q|k|v|o|kv|qkv)|to_(q|k|v|o|kv|qkv|out)|w\d*|w_\w+"
-    r"|query|key|value|wte|wpe|cls|probe|up|gate|down|out|a_log|d|dt_bias"
+    r"|query|key|value|wte|wpe|cls|probe|up|gate|down|out|a_log|d|dt_bias|(\w+_)?sinks?|coefficients"
+    r"|freqs?|decay|mu|u|gain|sigma|lambda|temperature|codebooks?"
 )
 
 
@@ -85,8 +86,10 @@ def all_components(paths: Sequence[Sequence[Any]]) -> list[tuple[str, ...]]:
 
     Example:
       >>> Key = jax.tree_util.GetAttrKey
-      >>> all_components([(Key("key"),), (Key("value"),)]), all_components([(Key("w"), Key("value"))])
-      ([('key',), ('value',)], [('w',)])
+      >>> all_components([(Key("key"),), (Key("value"),)])
+      [('key',), ('value',)]
+      >>> all_components([(Key("w"), Key("value"))])
+      [('w',)]
     """
     count = collections.Counter(tuple(path[:-1]) for path in paths)
     return [
@@ -100,8 +103,8 @@ def all_components(paths: Sequence[Sequence[Any]]) -> list[tuple[str, ...]]:
 def without_boxes(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Returns paths without trailing components that name the box of an array.
 
-    A box holds one array, so that a component with siblings is none. `value`, `data` and `param` are
-    boxes below the name of an array, or if all paths end in this component.
+    A box holds one array, so that a component with siblings is none. `value`, `data` and `param`
+    are boxes below the name of an array, or if all paths end in this component.
 
     Args:
       paths: Components of the paths of all leaves of a pytree.

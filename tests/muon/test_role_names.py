@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import muonclip_jax as mc
-from muonclip_jax._muon.roles.names import ADAMW_ROLES, adamw_role, core
+from muonclip_jax._muon.roles.names import adamw_role, core
+from muonclip_jax._muon.roles.role_table import ADAMW_ROLES
 
 
 def optimizers(tree, **arguments):

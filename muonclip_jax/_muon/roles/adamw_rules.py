@@ -12,12 +12,10 @@ _MUCH_LONGER = 8
 
 def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     """A component of the path names a role, unless the shapes beside it contradict."""
-    if leaf.role is None:
+    if leaf.role is None or _is_low_rank(leaf, evidence):
         return None
     role, name = leaf.role
     doubt = ""
-    if _is_low_rank(leaf, evidence):
-        return None
     if role.name == "norm":
         if is_matrix_of_adaptive_norm(leaf, evidence, name):
             return None
@@ -29,18 +27,22 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         if _is_dense(leaf, evidence):
             return None
         doubt = _doubt_table(leaf, evidence, name)
-    if role.name == "output head" and name != leaf.name:
-        sides = leaf.shape[-2:]
-        if len(leaf.shape) == 2 and sides[0] == sides[1] and names.matches(names.DENSE, leaf.name):
-            if evidence.vocabulary and evidence.vocabulary not in sides:
-                return None  # the hidden layer of a head, as in BERT
-            doubt = "its inputs and outputs have equal sizes, as in hidden layers"
-    if role.where == "top":
-        if _is_hidden_layer(leaf, evidence, name):
+    if role.name == "output head":
+        is_top = role.where == "top"
+        if (is_top and _is_hidden_layer(leaf, evidence, name)) or _is_in_head(leaf, evidence, name):
             return None
-        if len(leaf.shape) == 2 and leaf.shape[0] == leaf.shape[1]:
+        is_square = len(leaf.shape) == 2 and leaf.shape[0] == leaf.shape[1]
+        if is_square and (is_top or name != leaf.name):
             doubt = "its inputs and outputs have equal sizes, as in hidden layers"
     return Decision(None, f"{role.name} '{name}'", doubt)
+
+
+def _is_in_head(leaf: Leaf, evidence: Evidence, name: str) -> bool:
+    """Returns whether a square dense layer is inside a head with a vocabulary, as in BERT."""
+    is_dense = name != leaf.name and names.matches(names.DENSE, leaf.name)
+    if not is_dense or len(leaf.shape) != 2 or leaf.shape[0] != leaf.shape[1]:
+        return False
+    return evidence.vocabulary not in (0, leaf.shape[0])
 
 
 def _is_dense(leaf: Leaf, evidence: Evidence) -> bool:
@@ -88,7 +90,9 @@ def state_space(leaf: Leaf, evidence: Evidence) -> Decision | None:
     name, module = leaf.core[-1], leaf.core[:-1]
     if not names.matches(names.STATE_SPACE_MATRICES, name):
         return None
-    if any(names.matches(names.STATE_SPACE, n) for n in evidence.children[module] if n != name):
+    is_complex = names.matches(r"[abc]_(re|im|real|imag)", name)
+    beside = evidence.children[module] - {name}
+    if is_complex or any(names.matches(names.STATE_SPACE, n) for n in beside):
         return Decision(None, f"state-space parameter '{name}'")
     return None
 

@@ -88,10 +88,17 @@ def with_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
         # Flat projections; a doubt stays with them.
         return last_two_axes(leaf, evidence, settings)._replace(doubt=doubt) if doubt else None
     inner, why = _residual_axis(leaf, sub, side, evidence, settings)
+    if not why and _is_block_diagonal(sub) and not leaf.is_lora:
+        why = "its heads are tiny, so that it may be the blocks of a diagonal"
     others = tuple(axis for i, axis in enumerate(axes) if i != inner)
     sides = ((axes[inner],), others) if side == "in" else (others, (axes[inner],))
     reason = f"attention '{name}'" + (f", {shape[fused]} in one" if fused is not None else "")
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt or why)
+
+
+def _is_block_diagonal(shape: Shape) -> bool:
+    """Returns whether a kernel may be many small square blocks, as the ones of xLSTM."""
+    return len(shape) == 3 and shape[1] == shape[2] <= 16 and shape[0] >= _FEW * shape[1]
 
 
 def _residual_axis(

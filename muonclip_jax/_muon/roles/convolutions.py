@@ -31,8 +31,8 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decis
     if outputs_first is None:
         front, back = _is_window(shape[:-2], shape[-2:]), _is_window(shape[2:], shape[:2])
         outputs_first = back and not front
-        if front == back and not doubt and leaf.core[-1] == "weight":
-            outputs_first = evidence.convention.get("weight", False)
+        if front == back and not doubt and leaf.core[-1].startswith("weight"):
+            outputs_first = evidence.convention.get(leaf.core[-1], False)
             doubt = f"nothing shows where the window of {shape} is; set outputs_first"
     if outputs_first:
         numbers = numbers_of(leaf, stack, tuple(range(1, last + 1)), (0,))

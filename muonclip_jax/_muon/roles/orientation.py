@@ -15,7 +15,6 @@ from muonclip_jax._muon.roles.kernels import (
 )
 from muonclip_jax._muon.roles.modules import Leaf, Shape
 
-
 # The longest window of a transposed convolution: 16 in HiFi-GAN.
 _LONGEST_WINDOW = 32
 _LORA = re.compile(r"(\w+_)?lora_[abAB]")

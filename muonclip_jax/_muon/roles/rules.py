@@ -94,6 +94,10 @@ def _doubt_sizes(
     small, large = sorted((n_in, n_out))
     if 0 < small <= _SMALL_SIDE and large >= _MUCH_LARGER * small and not leaf.is_lora:
         return f"its matrices have a side of {small}"
+    if leaf.is_inside and names.matches(names.NOISE, leaf.name):
+        return f"'{leaf.name}' may scale noise, element by element"
+    if leaf.core[-1] == "A" and "B" not in evidence.children[leaf.core[:-1]]:
+        return "in a state-space layer, 'A' acts on each channel alone"
     if leaf.core[-1].lower() == "u":
         return "in RWKV, 'u' is a vector for each head"
     if leaf.name.lower() in ("gate", "wg", "gating"):
