@@ -137,7 +137,9 @@ def _is_last_of_network(leaf: Leaf, evidence: Evidence) -> bool:
 
     Beside the series there may be convolutions and tables.
     """
-    if not evidence.is_root(leaf.module) or not _is_last_of_many(leaf, evidence):
+    if not leaf.is_inside or not evidence.is_root(leaf.module):
+        return False
+    if not _is_last_of_many(leaf, evidence):
         return False
     series = _series(leaf, evidence)
     others = (x for x in evidence.leaves if len(x.shape) > 1 and x is not leaf)
