@@ -65,6 +65,17 @@ def test_hidden_layers_are_not_doubted(path):
     assert result_of({**BLOCK, path: (64, 64)}, path) == ((1, 64, 64), "")
 
 
+def test_parallel_layers_with_outputs_that_nothing_reads_are_heads():
+    tree = {"actor/MLP_0/Dense_0/kernel": (17, 64), "actor/MLP_0/Dense_1/kernel": (64, 64)}
+    numbered = {**tree, "actor/Dense_0/kernel": (64, 6), "actor/Dense_1/kernel": (64, 6)}
+    named = {**tree, "actor/mean/kernel": (64, 6), "actor/log_std/kernel": (64, 6)}
+    for heads in (numbered, named):
+        for path in list(heads)[2:]:
+            optimizer, doubt = result_of(heads, path)
+            assert optimizer == "adamw"
+            assert "no name confirms it" in doubt
+
+
 def test_a_dense_layer_inside_a_language_head_is_hidden():
     tree = {"embed/embedding": (100, 64), "lm_head/dense/kernel": (64, 64)}
     assert result_of(tree, "lm_head/dense/kernel") == ((1, 64, 64), "")
@@ -144,6 +155,16 @@ def test_the_first_convolution_of_one_channel_is_doubted():
     assert "first convolution" in result_of({**tree, "up/kernel": (8, 64)}, "stem/conv1/kernel")[1]
     pointwise = {"stem/conv2/kernel": (1, 1, 32, 64), "up/kernel": (8, 64)}
     assert result_of({**tree, **pointwise}, "stem/conv1/kernel") == ("adamw", "")
+
+
+def test_spectral_convolutions_are_doubted():
+    path = "SpectralConv2d_0/kernel"
+    assert "frequency" in result_of({path: (64, 64, 12, 12)}, path)[1]
+
+
+def test_queries_by_a_convolution_of_one_pixel_are_a_matrix():
+    tree = {f"attn/{x}/kernel": (1, 1, 64, 64) for x in "qkv"}
+    assert result_of(tree, "attn/k/kernel") == ((1, 64, 64), "")
 
 
 # Heads by siblings

@@ -324,7 +324,8 @@ def test_a_side_of_one_goes_to_adamw():
     ("tree", "doubt"),
     [
         ({"input": {"kernel": (3, 256)}}, "a side of 3"),
-        ({"mixture": (64, 4, 16)}, "64 matrices of only 4 x 16"),
+        ({"mixture": (16, 4, 8)}, "16 matrices of only 4 x 8"),
+        ({"mixture": (64, 32, 48)}, "matrices or heads"),
         ({"wte": (1000, 64), "readout": {"kernel": (64, 1000)}}, "vocabulary"),
         ({"far": {"kernel": (64, 50000)}}, "vocabulary"),
         (

@@ -78,7 +78,7 @@ def with_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
     fused = fused_axis(name, shape)
     axes = [axis for axis in range(len(shape)) if axis != fused]
     sub = tuple(shape[axis] for axis in axes)
-    if len(sub) == 4 and not stack.axes and is_convolution_shape(sub):
+    if len(sub) == 4 and not stack.axes and (sub[:2] == (1, 1) or is_convolution_shape(sub)):
         return None
     doubt = ""
     if not stack.known and len(sub) > 2:

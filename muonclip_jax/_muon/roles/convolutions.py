@@ -26,6 +26,8 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decis
         if leaf.has(names.EXPERTS) or not is_convolution_shape(shape):
             return None
         doubt = "no name confirms it, only its shape"
+    elif leaf.has(names.SPECTRAL):
+        doubt = "it may be one matrix for each frequency"
     last = len(shape) - 1
     outputs_first = settings.outputs_first
     if outputs_first is None:

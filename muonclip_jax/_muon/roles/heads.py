@@ -101,13 +101,22 @@ def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
     """Returns whether a dense layer without a name of its own has outputs that nothing reads."""
     if len(leaf.shape) != 2 or not names.matches(names.GENERIC, leaf.name):
         return False
-    if _is_in_layer(leaf, evidence) or n_in == 0 or evidence.matrix_sizes[n_out] > 1:
+    if _is_in_layer(leaf, evidence) or n_in == 0 or not _is_unread(leaf, evidence, n_in, n_out):
         return False
     if _is_widening(n_in, n_out) and not (leaf.is_inside and _is_last_of_all(leaf, evidence)):
         return False
     if leaf.name == leaf.core[-1] and not _is_beside_bias(leaf, evidence, n_out):
         return False
     return evidence.sizes[n_in] > 1 or _is_left_alone(leaf, evidence)
+
+
+def _is_unread(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
+    """Returns whether no matrix but layers beside it of the same sizes has its outputs as side."""
+    parallel = 0
+    if n_in != n_out and leaf.is_inside:
+        named = (x for x in evidence.beside(leaf) if names.matches(names.GENERIC, x.name))
+        parallel = sum(x.shape == leaf.shape for x in named)
+    return evidence.matrix_sizes[n_out] <= 1 + parallel
 
 
 def _is_in_layer(leaf: Leaf, evidence: Evidence) -> bool:
@@ -127,7 +136,9 @@ def _is_in_layer(leaf: Leaf, evidence: Evidence) -> bool:
 
 def _is_unread_in_layer(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:
     """Returns whether the last of a series in a numbered layer has outputs that nothing reads."""
-    if not _is_in_layer(leaf, evidence) or not leaf.is_inside or evidence.matrix_sizes[n_out] > 1:
+    if not _is_in_layer(leaf, evidence) or not leaf.is_inside:
+        return False
+    if not _is_unread(leaf, evidence, n_in, n_out):
         return False
     return n_out < n_in and _is_last_of_many(leaf, evidence) and not leaf.is_lora
 

@@ -71,7 +71,8 @@ LOW_RANK_NORM = r"\w*(q|kv)_(a_)?(layer_?|rms_?)?norm|\w*(q|kv)_(a_)?ln|compress
 # Names that show nothing about a dense layer, so that the last of a network may be its head.
 GENERIC = (
     r"|dense|linear|fc|layers?|hidden|out(put)?(_proj(ection)?)?|proj(ection)?|final|last"
-    r"|sequential|decoder|noisy\w*|mu"
+    r"|sequential|decoder|noisy\w*|mu|(\w+_)?(mean|log_?std|log_?var)(_\w+)?|output_?dense\w*"
+    r"|advantages?|q_values?|policy|actions?|regression"
 )
 READOUT = r"(\w+_)?read_?out(_\w+)?"
 # Names of the last module of a network, and of its last layer outside of all blocks.
@@ -82,6 +83,7 @@ LAST_LAYER = r"(output|final|last|prediction)_?layer"
 FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?|channel_mix\w*)(_?block)?|ff"
 EXPERTS = r"(shared_)?experts?(_\w*)?"
 CONVOLUTION = r"\w*conv\w*"
+SPECTRAL = r"\w*(spectral|fourier)_?(conv\w*|layer|block)\w*"
 # Embeddings of a number or a vector, computed by dense layers: DiT, diffusers, SD3, Flux.
 COMPUTED = (
     r"(\w+_)?(t|time_?steps?|time|sigma|noise|cond(ition(ing)?)?|pooled|guidance)"

@@ -17,6 +17,8 @@ from muonclip_jax._muon.roles.modules import Leaf, Shape
 
 # The longest window of a transposed convolution: 16 in HiFi-GAN.
 _LONGEST_WINDOW = 32
+# A first axis of three that is no longer than this may number layers without further evidence.
+_SHORT_STACK = 16
 _LORA = re.compile(r"(\w+_)?lora_[abAB]")
 
 
@@ -147,7 +149,7 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Dec
     stack, shape = evidence.layer_of(leaf)
     last = len(shape) - 1
     outputs_first, reason, doubt = _orientation(leaf, evidence, settings)
-    is_unknown = stack.known or _is_beside_heads(leaf, evidence)
+    is_unknown = stack.known or _is_beside_heads(leaf, evidence) or _is_lone(leaf, evidence)
     is_unknown &= not _is_named_stack(leaf)
     if is_unknown and last > 1 and not doubt and not _is_batch(leaf, evidence):
         doubt = f"nothing shows whether the axes {shape} are matrices or heads"
@@ -159,6 +161,13 @@ def _is_named_stack(leaf: Leaf) -> bool:
     """Returns whether names show that a third axis numbers layers or experts, and no heads."""
     is_mlp = names.matches(f"{names.FROM_RESIDUAL}|{names.TO_RESIDUAL}", leaf.name)
     return is_mlp or any(names.matches(names.STACKS, part) for part in leaf.core[:-1])
+
+
+def _is_lone(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether nothing else in its module begins with the same long axis."""
+    if leaf.is_lora or len(leaf.shape) < 3 or leaf.shape[0] <= _SHORT_STACK:
+        return False
+    return all(x.shape[:1] != leaf.shape[:1] for x in evidence.beside(leaf))
 
 
 def _is_beside_heads(leaf: Leaf, evidence: Evidence) -> bool:
