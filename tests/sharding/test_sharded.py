@@ -13,7 +13,7 @@ import muonclip_jax as mc
 from benchmarks.compiled import collectives
 from muonclip_jax._sharding import strategies
 from tests.support import reference
-from tests.support.by_day import at_night, by_day
+from tests.support.by_day import at_night
 from tests.support.sharding_cases import (
     DEAR,
     ONE_STEP,
