@@ -197,7 +197,7 @@ def with_adamw(settings: OptimizerSettings) -> optax.GradientTransformationExtra
             routing = route_shapes(structure, tuple(shapes))
         labels = structure.unflatten(routing.labels)
         matrices = _for_matrices(tree, structure.unflatten(routing.numbers), settings)
-        parts = {"muon": matrices, "adam": settings.rest}
+        parts: dict[Any, optax.GradientTransformation] = {"muon": matrices, "adam": settings.rest}
         if "sinkhorn" in routing.labels:
             parts["sinkhorn"] = settings.tables(structure.unflatten(routing.token_axes))
         return routing, optax.partition(parts, lambda _: labels)

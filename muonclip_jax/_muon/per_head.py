@@ -122,6 +122,8 @@ def find_heads(
     per_head: PerHead,
     decided: Collection[int] = (),
     hidden: Sequence[Path] = (),
+    *,
+    is_part: bool = False,
 ) -> Heads:
     """Finds the kernels whose heads are matrices of their own.
 
@@ -135,6 +137,7 @@ def find_heads(
       per_head: The head layouts, or an analysis.
       decided: Indices of parameters that an override decides.
       hidden: Paths at and below which another optimizer has the leaves.
+      is_part: Whether a mask hides modules, so that there may be no attention here.
 
     Returns:
       The splits.
@@ -156,7 +159,7 @@ def find_heads(
         return Heads(analysis_splits(caller, per_head, paths, shapes, decided), {})
     layouts = layouts_of(per_head) or ()
     modules = [*_modules(paths, hidden, layouts)]
-    if not modules and not hidden:
+    if not modules and not is_part:
         wanted = ", or ".join(" and ".join(map(repr, layout.projections)) for layout in layouts)
         raise ValueError(
             f"{caller}: per_head matches no parameter: no module has {wanted}. Pass the names of "

@@ -165,7 +165,9 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
         decisions[index] = _override(f"{caller}: {reason}", joined[index], shapes[index], value)
     given = [i for i, d in enumerate(decisions) if d.numbers is None and d.reason == "given"]
     hidden = [tuple(path.split("/")) for path in hidden]
-    heads = find_heads(caller, paths, shapes, settings.per_head, {*found, *given}, hidden)
+    is_part = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_hides))
+    decided = {*found, *given}
+    heads = find_heads(caller, paths, shapes, settings.per_head, decided, hidden, is_part=is_part)
     for index, note in [
         *dict.fromkeys(heads.splits, "per head").items(),
         *heads.left_whole.items(),
@@ -195,9 +197,12 @@ def _override(
 
 def _hidden_paths(params: ArrayTree) -> list[str]:
     """Lists the paths at and below which another optimizer has the leaves."""
-    is_hidden = lambda x: x is None or isinstance(x, optax.MaskedNode)  # noqa: E731
-    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hidden)
-    return [path_string(path) for path, x in flat if is_hidden(x)]
+    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=_hides)
+    return [path_string(path) for path, x in flat if _hides(x)]
+
+
+def _hides(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def check_axes(

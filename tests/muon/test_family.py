@@ -1,5 +1,7 @@
 """The transforms of the Muon family equal their equations in float64, leaf by leaf."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,10 +96,11 @@ def test_cautious_decay_needs_the_parameters():
 def test_the_optimizer_decays_both_halves_cautiously(name):
     params = {"up": {"kernel": draw((4, 6), 0), "bias": draw((6,), 1)}}
     grads = {"up": {"kernel": draw((4, 6), 2), "bias": draw((6,), 3)}}
-    settings = {"weight_decay": 0.3, "adam_weight_decay": 0.3}
+    settings: dict[str, Any] = {"weight_decay": 0.3, "adam_weight_decay": 0.3}
     if name == "muonclip":
         settings["threshold"] = None
     updates, states = [], []
+    more: dict[str, Any]
     for more in ({"weight_decay": 0.0, "adam_weight_decay": 0.0}, {}, {"cautious": True}):
         cautious = more.pop("cautious", False)
         tx = getattr(mc, name)(1.0, **settings | more, cautious_weight_decay=cautious)
@@ -174,7 +177,7 @@ def test_normuon_of_heads_in_muon(layout):
         layout = mc.MLALayout(nope_dim=2, rope_dim=1, value_dim=2, kernel=flat)
         kernels = {"q_b": draw((4, 6), 0), "kv_b": draw((5, 8), 1)}
     params = {"attn": {name: {"kernel": x} for name, x in kernels.items()}}
-    heads = {"per_head": layout}
+    heads: dict[str, Any] = {"per_head": layout}
     chain = optax.chain(
         mc.scale_by_muon(**heads),
         mc.normalize_neurons(0.9, **heads),
@@ -299,7 +302,7 @@ TABLES = {"wte": mc.Sinkhorn(), "lm_head/*": mc.Sinkhorn(-1)}
 
 def test_overrides_assign_tables_to_sinkhorn_and_nothing_else():
     params, grads = _model(), jax.tree.map(jnp.cos, _model())
-    rates = {"learning_rate": 0.5, "adam_learning_rate": 0.1, "weight_decay": 0.3}
+    rates: dict[str, Any] = {"learning_rate": 0.5, "adam_learning_rate": 0.1, "weight_decay": 0.3}
     plain, tables = mc.muon(**rates), mc.muon(**rates, adam_weight_decay=0.3, overrides=TABLES)
     (before,), (got,) = run(plain, [grads], params), run(tables, [grads], params)
     for name, G in (("wte", grads["wte"]), ("lm_head", grads["lm_head"]["kernel"].T)):

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from tests.support import reference
+from tests.support.by_day import by_day
 from tests.support.pages import run_page, table
 from tests.support.per_head_cases import FLAT, NAMES, Kernel, as_one, both, by_head, kernel
 from tests.support.training_cases import assert_same_way, gradients
@@ -47,6 +48,8 @@ RECIPES = {
     "DeepSeek-V4": Recipe(V4, DECAY),
     "DeepSeek-V4.1, matrices": Recipe(V4, DECAY, "mha"),
 }
+# `test_muon.py` follows the others by day.
+BY_DAY = "Kimi K2", "Kimi K3", "GLM-5", "DeepSeek-V4", "DeepSeek-V4.1, matrices"
 CALLS = {name: call.strip("`") for name, call, *_ in table("choosing.md", "calls")}
 
 # The page's MLA: 128 nope, 64 rope and 128 value columns of a head.
@@ -146,7 +149,7 @@ def test_every_row_has_a_recipe():
     assert CALLS.keys() == RECIPES.keys()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", by_day([*RECIPES], *BY_DAY))
 def test_all_leaves_follow_the_named_recipe(name):
     recipe = RECIPES[name]
     kernels = _kernels(recipe.split)

@@ -11,12 +11,29 @@ import pytest
 
 import muonclip_jax as mc
 from tests.support import reference
+from tests.support.by_day import by_day
 from tests.support.per_head_cases import CASES, FLAT
 from tests.support.program_models import FAMILIES
 from tests.support.training_cases import assert_same_way, gradients, train
 
 STEPS = 2
-each_case = pytest.mark.parametrize("name", CASES)
+BY_DAY = (
+    "queries and keys only",
+    "outputs first",
+    "stacked",
+    "stacked along axis 1",
+    "axes of groups",
+    "pairs",
+    "gates beside queries",
+    "keys, and values in one",
+    "fused, values in one",
+    "fused, pairs",
+    "interleaved, values in one",
+    "an axis of three, values in one",
+    "latent",
+    "latent, values in one",
+)
+each_case = pytest.mark.parametrize("name", by_day([*CASES], *BY_DAY))
 some_cases = pytest.mark.parametrize("name", ["flat", "latent"])
 
 
@@ -311,6 +328,13 @@ def test_a_layout_that_does_not_fit_raises(name):
         mc.routing_table(params, per_head=layout)
     assert "routing_table: per_head" in str(error.value)
     assert "Pass " in str(error.value)
+
+
+def test_a_part_without_attention_is_accepted_if_a_mask_hides_the_rest():
+    layout, up = mc.MultiHeadLayout(), jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    mc.routing_table({"up": up, "attn": optax.MaskedNode()}, per_head=layout)
+    with pytest.raises(ValueError, match="per_head matches no parameter"):
+        mc.routing_table({"up": up, "bias": None}, per_head=layout)  # Equinox without a bias
 
 
 @pytest.mark.usefixtures("no_typecheck")

@@ -155,7 +155,7 @@ def _fused(**fields):
     return mc.FusedQKVLayout(head_dim=3, **fields)
 
 
-_KV = {"query": "q", "key": "kv", "kernel": "heads inputs head_dim"}
+_KV: Any = {"query": "q", "key": "kv", "kernel": "heads inputs head_dim"}
 CASES = {
     "three axes": Case(_multi_head(), projections("inputs heads head_dim")),
     "queries and keys only": Case(
