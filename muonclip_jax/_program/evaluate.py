@@ -267,7 +267,7 @@ def _collect(
 ) -> jax.Array:
     """Computes the max logits at their equation."""
     if statistic.kernel is not None:
-        return jax.lax.stop_gradient(jnp.asarray(statistic.kernel(*values), jnp.float32))
+        return statistic.kernel(*map(jax.lax.stop_gradient, values))
     rows = outs[0]
     if statistic.cuts:
         (logits,) = eqn.invars
