@@ -99,15 +99,7 @@ def describe(
       The site.
     """
     softmax = traced.softmax
-    names: dict[Hashable, Hashable] = {("row", d): ("head", i) for i, d in enumerate(traced.heads)}
-    names |= {("layer", path): ("layer", i) for i, path in enumerate(traced.layers)}
-    dims: list[tuple[int, ...]] = []
-    for product in softmax.products:
-        contract = product.node.params["dimension_numbers"][0][0]
-        sizes = tuple(product.node.inputs[0].shape[d] for d in contract)
-        start = sum(map(len, dims))
-        names |= {("sum", product.node.path, k): ("dim", start + k) for k in range(len(sizes))}
-        dims.append(sizes)
+    names, dims = _names_of_indices(traced)
     found = tuple(
         SiteSource(
             side, "/".join(paths[s.number]), shapes[s.number], _renamed(s.view, names), s.is_inner
@@ -136,10 +128,26 @@ def describe(
         faults=tuple(faults),
         layers=layers,
         heads=tuple(rows[d] for d in traced.heads),
-        dims=tuple(dims),
+        dims=dims,
         sources=found,
     )
     return _with_key_heads(site)
+
+
+def _names_of_indices(
+    traced: Traced,
+) -> tuple[dict[Hashable, Hashable], tuple[tuple[int, ...], ...]]:
+    """Returns lasting names of named indices, and for each product the sizes of its sum."""
+    names: dict[Hashable, Hashable] = {("row", d): ("head", i) for i, d in enumerate(traced.heads)}
+    names |= {("layer", path): ("layer", i) for i, path in enumerate(traced.layers)}
+    dims: list[tuple[int, ...]] = []
+    for product in traced.softmax.products:
+        contract = product.node.params["dimension_numbers"][0][0]
+        sizes = tuple(product.node.inputs[0].shape[d] for d in contract)
+        start = sum(map(len, dims))
+        names |= {("sum", product.node.path, k): ("dim", start + k) for k in range(len(sizes))}
+        dims.append(sizes)
+    return names, tuple(dims)
 
 
 def distinct(sites: Sequence[AttentionSite]) -> list[AttentionSite]:

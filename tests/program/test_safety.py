@@ -261,6 +261,22 @@ def test_the_program_wins_over_the_name():
     assert "names that suggest another role" in str(analysis)
 
 
+def test_the_program_wins_over_a_guess_from_shapes():
+    """Both have a side of the size of the vocabulary, outside of any block."""
+    params = {"embed": array(64, 16), "first": array(16, 64), "second": array(64, 16)}
+    params |= {"head": array(16, 64)}
+
+    def fn(p, tokens):
+        x = p["embed"][tokens]
+        return loss_of((x + jax.nn.relu(x @ p["first"]) @ p["second"]) @ p["head"])
+
+    analysis = mc.analyze(fn, params, TOKENS)
+    assert analysis.names["first"].reason.startswith("a guess: output head")
+    assert {p: analysis.decision(p).optimizer for p in params} == {
+        "embed": "adamw", "first": "muon", "second": "muon", "head": "adamw"
+    }  # fmt: skip
+
+
 # Rule 5
 
 
