@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers
 from muonclip_jax._program.axes import identity
 from muonclip_jax._program.experts import expert_axes
 from muonclip_jax._program.graph import DATA, Graph, Node, reached_back
-from muonclip_jax._program.rules import CHOICES, choice_axis
+from muonclip_jax._program.rules import CHOICES
 from muonclip_jax._program.uses import Use, Uses, is_float, outputs_at, products_behind
 
 _SLICES = frozenset("slice split unstack dynamic_slice".split())
@@ -67,7 +67,7 @@ class _Facts:
             if node not in graph.live or not node.inputs or not is_float(node.inputs[0]):
                 continue
             if node.op in CHOICES and node.out == 0:
-                self.routers |= set(_chosen_from(node, uses))
+                self.routers |= set(uses.chosen_from(node))
             elif _takes_one(node):
                 for number, axis, offset in _slots(node, uses):
                     taken[number, axis].add(offset)
@@ -86,16 +86,6 @@ def _heads(graph: Graph, uses: Uses) -> set[int]:
     followed = {n for node, numbers in uses.products.items() if node in before for n in numbers}
     found = {n for node, numbers in uses.products.items() if node in last for n in numbers}
     return found - followed
-
-
-def _chosen_from(node: Node, uses: Uses) -> Iterator[int]:
-    """Yields the parameters whose outputs a node chooses among."""
-    operand, chosen = node.inputs[0], ("axis", choice_axis(node))
-    view = identity(operand.shape, [("axis", d) for d in range(len(operand.shape))])
-    for product, at in products_behind(operand, view, uses.products):
-        for reached in outputs_at(product, at):
-            if chosen in reached.view.names:
-                yield reached.node.number
 
 
 def _takes_one(node: Node) -> bool:
