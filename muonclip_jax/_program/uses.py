@@ -57,14 +57,15 @@ class Uses:
             if node in graph.live and node.kind == DATA:
                 self._meet(node)
 
-    def chosen_from(self, node: Node) -> Iterator[int]:
-        """Yields the parameters among whose outputs a node chooses, or takes the largest."""
+    def chosen_from(self, node: Node) -> Iterator[tuple[int, int]]:
+        """Yields the parameters among whose outputs a node chooses, and how many outputs."""
         operand, chosen = node.inputs[0], ("axis", choice_axis(node))
         view = identity(operand.shape, [("axis", d) for d in range(len(operand.shape))])
         for product, at in products_behind(operand, view, self.products):
             for reached in outputs_at(product, at):
-                if chosen in reached.view.names:
-                    yield reached.node.number
+                for axis, n in zip(reached.view.axes, reached.node.shape, strict=True):
+                    if chosen in axis.names:
+                        yield reached.node.number, n
 
     def _meet(self, node: Node) -> None:
         operands = [i for i, v in enumerate(node.inputs) if v.kind == PARAMETER]
