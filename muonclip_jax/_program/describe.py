@@ -110,7 +110,7 @@ def describe(
     rows = softmax.top.inputs[0].shape
     layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
     marks = frozenset().union(*(s.marks for s in (*traced.queries, *traced.keys)))
-    faults = list(traced.faults)
+    faults = [*traced.faults, *traced.notes]
     faults += [
         f"{m} is applied to queries, keys or their kernels" for m in sorted(marks - {"norm"})
     ]

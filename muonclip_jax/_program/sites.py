@@ -3,6 +3,8 @@
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from muonclip_jax._program.axes import Axis, View, base, identity, sizes_of
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Node, reached_back
 from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, has_rule, pull
@@ -51,6 +53,7 @@ class Traced(NamedTuple):
       layers: Paths of the scans over layers, outermost first.
       sizes: Size of each named index of the views.
       faults: Why its heads cannot be read.
+      notes: Why a factor on its kernels would not be one on its logits.
     """
 
     softmax: Softmax
@@ -61,6 +64,7 @@ class Traced(NamedTuple):
     layers: tuple[tuple[int, ...], ...]
     sizes: dict[Hashable, int]
     faults: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 class Closed(NamedTuple):
@@ -123,7 +127,8 @@ def trace(softmax: Softmax) -> Traced:
     Returns:
       What is known of it.
     """
-    shape, faults, sizes = softmax.top.inputs[0].shape, [], {}
+    shape, faults, notes, sizes = softmax.top.inputs[0].shape, [], [], {}
+    notes += [f"{op} is applied to its logits" for op in softmax.bends]
     both: tuple[list[Source], list[Source]] = [], []
     shared: set[Hashable] = set()
     for product in softmax.products:
@@ -135,9 +140,14 @@ def trace(softmax: Softmax) -> Traced:
                 shared |= view.names
             if side == 0 and ("row", softmax.axis) in view.names:
                 faults.append("queries and keys are not told apart")
-            found, wrong = sources(product.node.inputs[i], view)
+            operand = product.node.inputs[i]
+            found, wrong, added = sources(operand, view)
             both[side].extend(found)
             faults += wrong
+            notes += added
+            own = {product.node, *_made_of_products(operand)}
+            if any(_depends(factor, own) for factor in softmax.factors):
+                notes.append("its logits are scaled by what its queries or keys decide")
     for source in (*both[0], *both[1]):
         sizes |= sizes_of(source.view)
     sizes |= {("row", d): n for d, n in enumerate(shape)}
@@ -148,7 +158,8 @@ def trace(softmax: Softmax) -> Traced:
     rows = [d for d in range(len(shape)) if d != softmax.axis]
     batch = tuple(d for d in rows if ("row", d) in shared and d not in heads)
     faults = tuple(dict.fromkeys((*faults, *wrong)))
-    return Traced(softmax, queries, keys, heads, batch, layers, sizes, faults)
+    notes = tuple(dict.fromkeys(notes))
+    return Traced(softmax, queries, keys, heads, batch, layers, sizes, faults, notes)
 
 
 def head_axes(
@@ -188,7 +199,7 @@ def _stride(axis: Axis, name: Hashable) -> int:
     return max((stride for stride, digit in axis.terms if base(digit.name) == name), default=0)
 
 
-def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
+def sources(node: Node, view: View) -> tuple[list[Source], list[str], list[str]]:
     """Walks back from queries or keys to the parameters that they are linear in.
 
     Args:
@@ -196,10 +207,12 @@ def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
       view: A view of them.
 
     Returns:
-      Where they are in parameters, and what cannot be read on the way.
+      Where they are in parameters, what cannot be read on the way, and what is added to them that
+      no parameter decides.
     """
     found: list[Source] = []
     faults: list[str] = []
+    added: list[str] = []
 
     def follow(node: Node, view: View, marks: frozenset[str]) -> Iterator[tuple[int, Any]]:
         if node.kind != DATA or node.op in PRODUCTS:
@@ -207,6 +220,8 @@ def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
         if node.op in ("mul", "div"):
             yield from _carriers(node, marks)
         elif node.op in LINEAR or node.op in _MOVES:
+            if node.op in ("add", "sub") and any(map(_is_offset, node.inputs)):
+                added.append("a constant is added to its queries or keys")
             for i, operand in enumerate(node.inputs):
                 if operand.kind != CONSTANT and is_float(operand):
                     yield i, marks
@@ -226,10 +241,18 @@ def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
             faults.append(f"{reached.op}, which has no rule, is on the way")
             continue
         else:
+            if reached.op == "input":
+                added.append("an input of the model is added to its queries or keys")
             continue
         for r, is_kernel in parameters:
             found.append(Source(r.node.number, r.view, is_kernel, marks | r.marks, r.is_chained))
-    return found, faults
+    return found, faults, added
+
+
+def _is_offset(node: Node) -> bool:
+    """Returns whether a value is a constant other than 0."""
+    is_zero = node.op == "literal" and not np.any(node.value)
+    return node.kind == CONSTANT and is_float(node) and not is_zero
 
 
 def _kernels(node: Node, view: View) -> Iterator[Any]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from muonclip_jax._program.axes import View, identity
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, Graph, Node
-from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
+from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, has_rule, pull
 from muonclip_jax._program.walk import names_of_product, parameters_of, walk
 
 _MOVES = frozenset(
@@ -50,6 +50,8 @@ class Softmax(NamedTuple):
       sinks: For each concatenation with columns that are no logits, by path, which operands are
         logits.
       mixes: Whether logits of several heads are mixed.
+      factors: What logits are multiplied with or divided by, as far as data decide it.
+      bends: Primitives on the way of logits that are neither linear nor a bound.
       base: The base of the exponentials: 2, or 0 for e.
     """
 
@@ -59,6 +61,8 @@ class Softmax(NamedTuple):
     caps: dict[tuple[int, ...], tuple[int, ...]]
     sinks: dict[tuple[int, ...], tuple[int, ...]]
     mixes: bool
+    factors: tuple[Node, ...]
+    bends: tuple[str, ...]
     base: int
 
 
@@ -249,6 +253,8 @@ def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
         {path: tuple(found_in) for (kind, path), found_in in sides.items() if kind == "cap"},
         sinks,
         any(kind == "mix" for kind, _ in sides),
+        tuple(node for kind, node in sides if kind == "factor"),
+        tuple(sorted({op for kind, op in sides if kind == "bend"})),
         2 if exponential.op == "exp2" else 0,
     )
 
@@ -266,7 +272,8 @@ def _products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any
         elif node.op in REDUCTIONS or not has_rule(node.op) or (mixed and _is_nonlinear(node)):
             return
         else:
-            for i in range(len(node.inputs)):
+            first = 1 if node.op == "select_n" else 0  # without the mask
+            for i in range(first, len(node.inputs)):
                 yield i, markers | _marker(node, i, view, key)
 
     for node, at, markers in walk(logits, view, follow, frozenset()):
@@ -324,6 +331,11 @@ def _marker(node: Node, i: int, view: View, key: Any) -> frozenset[Any]:
         return frozenset({("cap", node.path, i)})
     if node.op == "concatenate" and key in view.axes[node.params["dimension"]].names:
         return frozenset({("join", node.path, (i, len(node.inputs)))})
+    if (node.op in ELEMENTWISE and node.op not in LINEAR | {"max"}) or (node.op == "div" and i):
+        return frozenset({("bend", node.op, 0)})
+    if node.op in ("mul", "div"):
+        others = (v for k, v in enumerate(node.inputs) if k != i and v.kind == DATA)
+        return frozenset(("factor", v, 0) for v in others)
     return frozenset()
 
 
