@@ -107,7 +107,7 @@ def describe(
         for side, some in (("query", traced.queries), ("key", traced.keys))
         for s in some
     )
-    rows = softmax.top.inputs[0].shape
+    rows = softmax.shape
     layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
     marks = frozenset().union(*(s.marks for s in (*traced.queries, *traced.keys)))
     faults = [*traced.faults, *traced.notes]

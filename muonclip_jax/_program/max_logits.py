@@ -142,6 +142,7 @@ def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
         Statistic(
             number,
             one.softmax.top.path,
+            tuple(n for d, n in enumerate(one.softmax.shape) if d != one.softmax.axis),
             _without_keys(one.heads, one.softmax.axis),
             _without_keys(one.batch, one.softmax.axis),
             one.layers,

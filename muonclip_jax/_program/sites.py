@@ -1,14 +1,15 @@
 """Attention sites: the parameters of queries and keys, their heads, and what is on the way."""
 
+import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from muonclip_jax._program.axes import Axis, View, base, identity, sizes_of
+from muonclip_jax._program.axes import Axis, Shape, View, base, identity, sizes_of
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Node, reached_back
 from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, has_rule, pull
-from muonclip_jax._program.softmax import COPIES, Softmax
+from muonclip_jax._program.softmax import COPIES, Softmax, divided
 from muonclip_jax._program.uses import is_float
 from muonclip_jax._program.walk import is_tiled, parameters_of, walk
 
@@ -121,13 +122,36 @@ def trace_closed(node: Node) -> Closed:
 def trace(softmax: Softmax) -> Traced:
     """Walks back from both operands of an attention to parameters.
 
+    Heads may be in one axis with the batch.
+
     Args:
       softmax: The attention.
 
     Returns:
       What is known of it.
     """
-    shape, faults, notes, sizes = softmax.top.inputs[0].shape, [], [], {}
+    found = _trace(softmax)
+    sizes = _heads_apart(found.queries, softmax.shape)
+    return found if all(len(parts) == 1 for parts in sizes) else _trace(divided(softmax, sizes))
+
+
+def _heads_apart(queries: Sequence[Source], shape: Shape) -> list[list[int]]:
+    """Divides axes of logits, of which kernels of queries have a part only."""
+    kernels = [source.view for source in queries if source.is_kernel]
+    digits = [digit for view in kernels for axis in view.axes for _, digit in axis.terms]
+    sizes = []
+    for d, n in enumerate(shape):
+        mine = {digit for digit in digits if digit.name == ("row", d)}
+        ends = sorted({1, n, *(e for m in mine for e in (m.div, m.div * m.size))})
+        pairs = [*itertools.pairwise(ends)]
+        known = {(m.div, m.div * m.size) for m in mine}
+        is_part = mine and not known.issuperset(pairs) and all(b % a == 0 for a, b in pairs)
+        sizes.append([b // a for a, b in reversed(pairs)] if is_part else [n])
+    return sizes
+
+
+def _trace(softmax: Softmax) -> Traced:
+    shape, faults, notes, sizes = softmax.shape, [], [], {}
     notes += [f"{op} is applied to its logits" for op in softmax.bends]
     both: tuple[list[Source], list[Source]] = [], []
     shared: set[Hashable] = set()
@@ -145,6 +169,10 @@ def trace(softmax: Softmax) -> Traced:
             both[side].extend(found)
             faults += wrong
             notes += added
+            kernels = [source for source in found if source.is_kernel and not source.is_inner]
+            sums = {("sum", product.node.path, k) for k in range(len(operand.shape))}
+            if side == 0 and kernels and all(sums.isdisjoint(s.view.names) for s in kernels):
+                faults.append("its queries are not summed over their columns")
             own = {product.node, *_made_of_products(operand)}
             if any(_depends(factor, own) for factor in softmax.factors):
                 notes.append("its logits are scaled by what its queries or keys decide")

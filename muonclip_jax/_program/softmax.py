@@ -1,10 +1,10 @@
 """Finds every softmax over a product of activations, from the row maximum that it subtracts."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from muonclip_jax._program.axes import View, identity
+from muonclip_jax._program.axes import Shape, View, identity, reshape
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, Graph, Node
 from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, has_rule, pull
 from muonclip_jax._program.walk import names_of_product, parameters_of, walk
@@ -44,6 +44,7 @@ class Softmax(NamedTuple):
 
     Attributes:
       top: The row maximum.
+      shape: Sizes of the axes of the logits; an axis of heads and others counts as several.
       axis: The axis of the keys.
       products: The products that are added to logits.
       caps: What bounds the logits, by path: a tanh, or a clamp; and which operand it bounds.
@@ -56,6 +57,7 @@ class Softmax(NamedTuple):
     """
 
     top: Node
+    shape: tuple[int, ...]
     axis: int
     products: tuple[Product, ...]
     caps: dict[tuple[int, ...], tuple[int, ...]]
@@ -86,7 +88,8 @@ def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
         if any(_hides_later(e, top) for e in exps):
             continue  # and so one of the suspects
         taken |= set(exps)
-        if exps and (softmax := _softmax(top, axis, exps[0])):
+        base = 2 if exps and exps[0].op == "exp2" else 0
+        if exps and (softmax := _softmax(top, top.inputs[0].shape, axis, base)):
             found.append(softmax)
         elif exps and _multiplies_elementwise(top.inputs[0], axis):
             taken -= set(exps)
@@ -230,10 +233,27 @@ def _depends(node: Node, start: Node) -> bool:
     return False
 
 
-def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
+def divided(softmax: Softmax, sizes: Sequence[Sequence[int]]) -> Softmax:
+    """Counts axes of the logits as several.
+
+    Args:
+      softmax: The softmax, no axis of which is divided yet.
+      sizes: For each axis, the sizes of the axes that it is.
+
+    Returns:
+      The same softmax.
+    """
+    shape = tuple(n for parts in sizes for n in parts)
+    axis = sum(map(len, sizes[: softmax.axis]))
+    found = _softmax(softmax.top, shape, axis, softmax.base)
+    return softmax if found is None else found
+
+
+def _softmax(top: Node, shape: Shape, axis: int, base: int) -> Softmax | None:
     """Walks back from the logits to the products of activations."""
     logits = top.inputs[0]
-    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
+    view = identity(shape, [("row", d) for d in range(len(shape))])
+    view = reshape(view, shape, logits.shape)
     found = list(_products(logits, view, ("row", axis)))
     if not found:
         return None
@@ -248,6 +268,7 @@ def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
             sinks |= {path: operands} if len(operands) < count else {}
     return Softmax(
         top,
+        shape,
         axis,
         tuple(dict.fromkeys(product for product, _ in found)),
         {path: tuple(found_in) for (kind, path), found_in in sides.items() if kind == "cap"},
@@ -255,7 +276,7 @@ def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
         any(kind == "mix" for kind, _ in sides),
         tuple(node for kind, node in sides if kind == "factor"),
         tuple(sorted({op for kind, op in sides if kind == "bend"})),
-        2 if exponential.op == "exp2" else 0,
+        base,
     )
 
 
