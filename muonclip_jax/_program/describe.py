@@ -5,8 +5,9 @@ import math
 from collections.abc import Hashable, Sequence
 
 from muonclip_jax._program.axes import Axis, Digit, Part, View
+from muonclip_jax._program.closed import Closed
 from muonclip_jax._program.head_map import HeadMap, SiteSource, head_maps
-from muonclip_jax._program.sites import Closed, Source, Traced
+from muonclip_jax._program.sites import Source, Traced
 
 # Components that name an array inside a projection.
 _ARRAYS = frozenset("kernel weight w bias b lora_a lora_b w_lora_a w_lora_b value".split())

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._program.jaxprs import CUSTOM, JIT, REMAT, bare, called, scan_counts
-from muonclip_jax._program.softmax import LOGIT_CHAIN
+from muonclip_jax._program.logits import LOGIT_CHAIN
 
 Path: TypeAlias = tuple[int, ...]
 Stats: TypeAlias = dict[int, jax.Array]

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from muonclip_jax._program.closed import Closed
 from muonclip_jax._program.describe import AttentionSite
 from muonclip_jax._program.evaluate import Statistic, evaluate
 from muonclip_jax._program.jaxprs import bare
 from muonclip_jax._program.read import Program, call, read
-from muonclip_jax._program.sites import Closed
 
 _NAME = "max_logits"
 

@@ -6,17 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from muonclip_jax._program.axes import Axis, Shape, View, base, identity, sizes_of
+from muonclip_jax._program.axes import Axis, Shape, View, base, sizes_of
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Node, reached_back
-from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, has_rule, pull
-from muonclip_jax._program.softmax import COPIES, Softmax, divided
+from muonclip_jax._program.logits import COPIES, Softmax, divided
+from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, MOVES, REDUCTIONS, has_rule, pull
 from muonclip_jax._program.uses import is_float
 from muonclip_jax._program.walk import is_tiled, parameters_of, walk
 
-_MOVES = frozenset(
-    "transpose reshape broadcast_in_dim squeeze expand_dims slice split concatenate pad "
-    "dynamic_slice rev unstack stack tile layer stacked shard unshard gather reduce_sum".split()
-)
+_MOVES = MOVES | {"stacked", "gather", "reduce_sum"}
 _FACTORS = frozenset(
     "rsqrt sqrt pow integer_pow square exp exp2 cos sin logistic tanh div reduce_sum reduce_max "
     "iota input constant literal".split()
@@ -66,57 +63,6 @@ class Traced(NamedTuple):
     sizes: dict[Hashable, int]
     faults: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-class Closed(NamedTuple):
-    """What is known of a kernel that cannot be read.
-
-    Attributes:
-      node: The kernel.
-      queries: Where its first activations are in parameters.
-      keys: Where its second ones are.
-      heads: Sizes of the axes of heads, outermost first; 0 if they are not clear.
-      layers: Sizes of the scans over layers by their paths, outermost first.
-    """
-
-    node: Node
-    queries: tuple[Source, ...]
-    keys: tuple[Source, ...]
-    heads: tuple[int, ...]
-    layers: dict[tuple[int, ...], int]
-
-
-def activations(node: Node) -> list[Node]:
-    """Lists the operands of a kernel that may be queries, keys and values."""
-    large = (v for v in node.inputs if v.kind == DATA and is_float(v) and len(v.shape) > 1)
-    return list(dict.fromkeys(large))
-
-
-def trace_closed(node: Node) -> Closed:
-    """Walks back from a kernel that cannot be read, its first activations taken for the queries.
-
-    Args:
-      node: The kernel.
-
-    Returns:
-      What is known of it.
-    """
-    found: list[tuple[Source, ...]] = []
-    operands = activations(node)
-    for operand in operands[:2]:
-        view = identity(operand.shape, [("row", d) for d in range(len(operand.shape))])
-        found.append(tuple(dict.fromkeys(sources(operand, view)[0])))
-    queries, keys = (*found, (), ())[:2]
-    shape = operands[0].shape if operands else (0,)
-    heads, layers, unclear = head_axes(queries, len(shape) - 1)
-    sizes = dict(size for source in queries for size in sizes_of(source.view).items())
-    return Closed(
-        node,
-        queries,
-        keys,
-        (0,) if unclear else tuple(shape[d] for d in heads),
-        {path: sizes[("layer", path)] for path in layers},
-    )
 
 
 def trace(softmax: Softmax) -> Traced:
