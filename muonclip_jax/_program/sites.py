@@ -97,8 +97,8 @@ def _heads_apart(queries: Sequence[Source], shape: Shape) -> list[list[int]]:
 
 
 def _trace(softmax: Softmax) -> Traced:
-    shape, faults, notes, sizes = softmax.shape, [], [], {}
-    notes += [f"{op} is applied to its logits" for op in softmax.bends]
+    shape, notes, sizes = softmax.shape, [], {}
+    faults = [f"{op} is applied to its logits" for op in softmax.bends]
     both: tuple[list[Source], list[Source]] = [], []
     shared: set[Hashable] = set()
     for product in softmax.products:

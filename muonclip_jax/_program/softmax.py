@@ -91,15 +91,18 @@ def _copies(node: Node, masks: set[Node], *, collect: bool = False) -> Iterator[
 def _hides_later(exponential: Node, top: Node) -> bool:
     """Returns whether pairs are hidden after the row maximum, before the exponentials are summed.
 
-    Dropout hides after the division by the sum.
+    A mask that hid them before the row maximum too is none of these. Dropout hides after the
+    division by the sum.
     """
     masks: set[Node] = set()
-    if any(v.op == "select_n" for v in _copies(top.inputs[0], masks, collect=True)):
-        return False
+    masks: set[Node] = set()
+    for _ in _copies(top.inputs[0], masks, collect=True):
+        pass
     for node in _forward(exponential, COPIES | {"mul", "select_n"}):
-        is_summed = any(user.op == "reduce_sum" for user in node.users)
-        if is_summed and node.op in ("mul", "select_n"):
-            if any(v.shape and not _depends(v, exponential) for v in node.inputs):
+        if node.op in ("mul", "select_n") and any(u.op == "reduce_sum" for u in node.users):
+            hiding = node.inputs[:1] if node.op == "select_n" else node.inputs
+            others = (v for v in hiding if v.shape and not _depends(v, exponential))
+            if any(masks.isdisjoint(_copies(v, set())) for v in others):
                 return True
     return False
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from muonclip_jax._program.axes import View, identity, lost, named
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Graph, Node
-from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, pull
+from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, MOVES, REDUCTIONS, pull
 
 _RANDOM = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
 # A walk that meets the same value in this number of ways goes on with lost axes only.
@@ -66,7 +66,7 @@ def parameters_of(node: Node, view: View) -> list[Reached]:
     """Lists the parameters that a value of parameters is a view of.
 
     Norms and other reductions of parameters are left out: their elements are no elements of the
-    parameter.
+    parameter. What is added to one is marked.
 
     Args:
       node: A value of kind `PARAMETER`.
@@ -85,11 +85,20 @@ def parameters_of(node: Node, view: View) -> list[Reached]:
         is_factor = (node.op == "mul" and len(active) > 1) or (node.op == "div" and 1 in active)
         if is_factor or (node.op in ELEMENTWISE and node.op not in LINEAR):
             marks |= {node.op}
+        if node.op in ("add", "sub") and any(map(_is_reduced, node.inputs)):
+            marks |= {"a mean"}
         for i in active:
             yield i, (chained, marks)
 
     found = walk(node, view, follow, (False, frozenset()))
     return [Reached(at, view, *state) for at, view, state in found if at.op == "parameter"]
+
+
+def _is_reduced(node: Node) -> bool:
+    """Returns whether a value is a reduction of a parameter, perhaps scaled or repeated."""
+    while node.kind == PARAMETER and (node.op in LINEAR or node.op in MOVES):
+        node = next(v for v in node.inputs if v.kind == PARAMETER)
+    return node.kind == PARAMETER and node.op in REDUCTIONS
 
 
 def set_kinds(graph: Graph) -> None:

@@ -51,8 +51,8 @@ def test_clip_equals_a_clip_with_the_right_layout(case, settings):
     for (name, a), b in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
-        # "exact" divides by the factor of a group, for which XLA has two ways: the factors differ by
-        # 1 ulp, and the measured weights by 2.
+        # "exact" divides by the factor of a group, for which XLA has two ways: the measured factors
+        # differ by 1 ulp, and the weights by 2.
         most = 2 if settings.get("shared_key") == "exact" else 0
         np.testing.assert_array_max_ulp(a, b, maxulp=most)
         assert a.dtype == b.dtype, name

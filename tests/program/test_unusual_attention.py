@@ -219,6 +219,39 @@ def test_logits_that_kernels_do_not_scale_are_not_clipped(name):
     mc.qk_clip(PARAMS, stats, analysis, threshold=float("inf"))
 
 
+def test_kernels_without_their_mean_are_not_clipped():
+    """The mean over heads changes with the factor of one head."""
+
+    def fn(p, x):
+        return plain(p | {"q": p["q"] - p["q"].mean(1, keepdims=True)}, x, lambda u: None)
+
+    with pytest.raises(ValueError, match="a mean is applied"):
+        mc.qk_clip(PARAMS, {"max_logits": jnp.ones(HEADS)}, mc.analyze(fn, PARAMS, X))
+
+
+@pytest.mark.parametrize(
+    ("soft", "text"),
+    [
+        (lambda u: jax.nn.softmax(jnp.arctan(u)), "atan is applied to its logits"),
+        (lambda u: masked_twice(u, CAUSAL & ~np.tri(LENGTH, k=-3, dtype=bool)), "not understood"),
+    ],
+    ids=["bounded by another function", "hidden by a second mask"],
+)
+def test_max_logits_that_would_be_others_are_an_error(soft, text):
+    def fn(p, x):
+        q, k, v = project(p, x)
+        return jnp.einsum("bhts,bshk->bthk", soft(jnp.einsum("bthk,bshk->bhts", q, k)), v).sum()
+
+    with pytest.raises(ValueError, match=text):
+        found(fn, PARAMS, X)
+
+
+def masked_twice(u, mask):
+    u = jnp.where(CAUSAL, u, -1e30)
+    weights = jnp.exp(u - u.max(-1, keepdims=True)) * mask
+    return weights / weights.sum(-1, keepdims=True)
+
+
 def test_attention_between_columns_is_an_error():
     """As in XCiT: queries times keys is a sum over tokens, so that columns are no columns."""
 
