@@ -33,6 +33,41 @@ def expert_axes(graph: Graph, uses: Uses, routers: Collection[int]) -> Iterator[
                 yield from finder.meeting(node, i)
 
 
+def ensemble_axes(graph: Graph, uses: Uses) -> Iterator[int]:
+    """Finds ensembles, each member of which sees the same inputs.
+
+    The first axis of their parameters is an output of one product, and a batch axis of the next.
+
+    Args:
+      graph: The program.
+      uses: How its parameters meet data.
+
+    Yields:
+      The numbers of the parameters whose first axis is a stack.
+    """
+    for node in graph.nodes:
+        if node not in graph.live or node.op != "dot_general":
+            continue
+        for i in (0, 1):
+            data, kernel = node.inputs[i], node.inputs[1 - i]
+            if data.kind != DATA or kernel.kind != PARAMETER:
+                continue
+            after = parameters_of(kernel, _names(node, 1 - i))
+            members = {_first(reached) for reached in after} - {None}
+            for product, at in products_behind(data, _names(node, i), uses.products):
+                for reached in outputs_at(product, at):
+                    if _first(reached) in members:
+                        yield reached.node.number
+
+
+def _first(reached: Reached) -> Any:
+    """Returns the batch axis that the first axis of a stack of matrices is; None if it is none."""
+    if len(reached.node.shape) < 3:
+        return None
+    name = _whole(reached.view.axes[0], reached.node.shape[0])
+    return name if name is not None and name[:2] == ("met", "batch") else None
+
+
 class _Finder(NamedTuple):
     graph: Graph
     uses: Uses

@@ -1,16 +1,23 @@
 """The role of each parameter, from how it meets data."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._program.axes import identity
-from muonclip_jax._program.experts import expert_axes
+from muonclip_jax._program.experts import ensemble_axes, expert_axes
 from muonclip_jax._program.graph import DATA, Graph, Node, reached_back
 from muonclip_jax._program.rules import CHOICES, choice_axis
-from muonclip_jax._program.uses import Use, Uses, is_float, outputs_at, products_behind
+from muonclip_jax._program.uses import (
+    Use,
+    Uses,
+    is_float,
+    outputs_at,
+    products_behind,
+    scored_by_a_table,
+)
 
 _SLICES = frozenset("slice split unstack dynamic_slice".split())
 
@@ -32,17 +39,18 @@ class Role(NamedTuple):
     reason: str
 
 
-def roles(graph: Graph, uses: Uses) -> list[Role]:
+def roles(graph: Graph, uses: Uses, attending: Collection[int] = ()) -> list[Role]:
     """Decides the role of each parameter.
 
     Args:
       graph: The program.
       uses: How its parameters meet data.
+      attending: The parameters of queries and keys, whose heads are outputs.
 
     Returns:
       One role for each parameter; its heads are 0.
     """
-    facts = _Facts(graph, uses)
+    facts = _Facts(graph, uses, attending)
     return [
         _role(number, node.shape, uses.of.get(number, []), facts)
         for number, node in enumerate(graph.parameters)
@@ -58,7 +66,7 @@ class _Facts:
       stacks: Axes of parameters that are a stack, though products contract or put them out.
     """
 
-    def __init__(self, graph: Graph, uses: Uses):
+    def __init__(self, graph: Graph, uses: Uses, attending: Collection[int]):
         self.heads = _heads(graph, uses)
         self.routers: set[int] = set()
         self.stacks: dict[int, set[int]] = defaultdict(set)
@@ -66,7 +74,7 @@ class _Facts:
         for node in graph.nodes:
             if node not in graph.live or not node.inputs or not is_float(node.inputs[0]):
                 continue
-            if node.op in CHOICES and node.out == 0:
+            if node.op in CHOICES:
                 self.routers |= set(_chosen_from(node, uses))
             elif _takes_one(node):
                 for number, axis, offset in _slots(node, uses):
@@ -76,11 +84,14 @@ class _Facts:
                 self.stacks[number].add(axis)
         for number, axis in expert_axes(graph, uses, self.routers):
             self.stacks[number].add(axis)
+        for number in {*ensemble_axes(graph, uses)} - {*attending}:
+            self.stacks[number].add(0)
 
 
 def _heads(graph: Graph, uses: Uses) -> set[int]:
     """Finds output heads: the last products with parameters before the results."""
     operands = [v for node in uses.products for v in node.inputs if v.kind == DATA]
+    operands += scored_by_a_table(graph)
     before = reached_back(operands, stop=lambda node: not is_float(node))
     last = reached_back(graph.outputs, stop=lambda node: node in uses.products)
     followed = {n for node, numbers in uses.products.items() if node in before for n in numbers}
@@ -89,12 +100,15 @@ def _heads(graph: Graph, uses: Uses) -> set[int]:
 
 
 def _chosen_from(node: Node, uses: Uses) -> Iterator[int]:
-    """Yields the parameters whose outputs a node chooses among."""
+    """Yields the parameters whose outputs a node chooses among.
+
+    Experts that choose their tokens do it along the axis of the tokens.
+    """
     operand, chosen = node.inputs[0], ("axis", choice_axis(node))
     view = identity(operand.shape, [("axis", d) for d in range(len(operand.shape))])
     for product, at in products_behind(operand, view, uses.products):
         for reached in outputs_at(product, at):
-            if chosen in reached.view.names:
+            if chosen in reached.view.names or (node.op == "top_k" and reached.view.names):
                 yield reached.node.number
 
 
@@ -128,6 +142,8 @@ def _role(number: int, shape: Sequence[int], uses: Sequence[Use], facts: _Facts)
         return _adamw("elementwise with activations")
     if found["depthwise"]:
         return _adamw("depthwise convolution")
+    if found["reduced"]:
+        return _adamw("reduced before it meets activations")
     if not uses:
         return _unknown("not used")
     if found["mixed"]:
@@ -138,6 +154,8 @@ def _role(number: int, shape: Sequence[int], uses: Sequence[Use], facts: _Facts)
         return _matrix(number, len(shape), products + found["chain"], facts)
     if found["vector"] and not found["single"]:
         return _adamw("contracted to a number")
+    if found["single"] and number in facts.heads:
+        return _adamw("output head: no product with a parameter follows")
     if found["single"]:
         return _unknown("one of its axes has size 1")
     return _unknown("multiplied with parameters alone")

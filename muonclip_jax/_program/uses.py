@@ -30,7 +30,8 @@ class Use(NamedTuple):
 
     Attributes:
       what: One of `product`, `chosen` (a product with weights that data choose), `chain` (a product
-        with parameters alone), `vector`, `lookup`, `elementwise`, `depthwise`, `opaque`, `mixed`.
+        with parameters alone), `vector`, `lookup`, `elementwise`, `depthwise`, `opaque`, `mixed`,
+        `reduced` (only norms or sums of it meet data).
       inputs: Axes that are contracted.
       outputs: Axes that are free.
       node: Where.
@@ -56,6 +57,9 @@ class Uses:
         for node in graph.nodes:
             if node in graph.live and node.kind == DATA:
                 self._meet(node)
+        for node in graph.parameters:
+            if node in graph.live and not self.of[node.number]:
+                self._add(node, Use("reduced", (), (), node))
 
     def _meet(self, node: Node) -> None:
         operands = [i for i, v in enumerate(node.inputs) if v.kind == PARAMETER]
@@ -79,7 +83,8 @@ class Uses:
             what = "elementwise" if joins else f"opaque {node.op}"
         for reached in parameters_of(operand, identity(operand.shape, range(len(operand.shape)))):
             chained = reached.is_chained and what == "elementwise"
-            self._add(reached.node, Use("chain" if chained else what, (), (), node))
+            closed = next((f"opaque {mark}" for mark in reached.marks if not has_rule(mark)), what)
+            self._add(reached.node, Use("chain" if chained else closed, (), (), node))
 
     def _product(self, node: Node, i: int, view: View) -> None:
         if is_one_hot(node.inputs[1 - i]):
@@ -97,7 +102,7 @@ class Uses:
             if use.what == "product" and is_alone:
                 use = use._replace(what="chain")
             self._add(reached.node, use)
-            if use.what in ("product", "vector", "chain"):
+            if use.what in ("product", "vector", "single", "chain"):
                 self.products[node].append(reached.node.number)
 
     def _chosen(self, node: Node, i: int) -> None:
@@ -140,7 +145,7 @@ def products_behind(
 
 def outputs_at(product: Node, view: View) -> Iterator[Reached]:
     """Yields the parameters of a product, with the view that a view of the result is."""
-    if product.op in ("dot_general", "ragged_dot_general"):
+    if product.op in PRODUCTS:
         for i, operand in enumerate(product.inputs[:2]):
             pulled = pull(product, i, view)
             if operand.kind == PARAMETER and pulled is not None:
@@ -174,6 +179,17 @@ def _source(node: Node) -> Node:
 def is_float(node: Node) -> bool:
     """Returns whether a value is neither integer nor boolean."""
     return getattr(node.dtype, "kind", "f") not in "iub"
+
+
+def scored_by_a_table(graph: Graph) -> Iterator[Node]:
+    """Yields the activations whose products with looked up rows are summed, such as scores."""
+    for node in graph.nodes:
+        if node not in graph.live or node.kind != DATA or node.op not in ("mul", "dot_general"):
+            continue
+        summed = node.op == "dot_general" or any(user.op == "reduce_sum" for user in node.users)
+        for one, other in (node.inputs[:2], node.inputs[1::-1]):
+            if summed and one.kind == DATA and is_lookup(_source(other)):
+                yield one
 
 
 def _is_depthwise(node: Node) -> bool:

@@ -34,8 +34,8 @@ def mamba(p, x, **_):
 
 
 @spaces(
-    args=(MEMORY,), in_proj="dI:d>I", a_log="h:elementwise", dt_b="h:elementwise", gain="y:elementwise",
-    out_proj="yd:y>d", head="dv:d>v output head", sizes=dict(I=84),
+    args=(MEMORY,), in_proj="dI:d>I", a_log="h:elementwise", dt_b="h:elementwise",
+    gain="y:elementwise", out_proj="yd:y>d", head="dv:d>v output head", sizes=dict(I=84),
 )  # fmt: skip
 def state_space_dual(p, x, **_):
     """Chunks as products of two activations with decays, no softmax."""
@@ -53,8 +53,8 @@ def state_space_dual(p, x, **_):
 
 
 @spaces(
-    args=(MEMORY,), nu="r:elementwise", theta="r:elementwise", b_re="dr:d>r", b_im="dr:d>r", c_re="rd:r>d",
-    c_im="rd:r>d", skip="d:elementwise", glu="dy:d>y", head="dv:d>v output head",
+    args=(MEMORY,), nu="r:elementwise", theta="r:elementwise", b_re="dr:d>r", b_im="dr:d>r",
+    c_re="rd:r>d", c_im="rd:r>d", skip="d:elementwise", glu="dy:d>y", head="dv:d>v output head",
 )  # fmt: skip
 def linear_recurrent_unit(p, x, **_):
     """Complex states: kernels are real and imaginary parts."""
@@ -73,8 +73,8 @@ def linear_recurrent_unit(p, x, **_):
 
 
 @spaces(
-    args=(MEMORY,), proj="dp:d>p", filter1="zf:z>f", filter2="fd:f>d", skip="d:elementwise", out="dd:d>d",
-    head="dv:d>v output head",
+    args=(MEMORY,), proj="dp:d>p", filter1="zf:z>f", filter2="fd:f>d", skip="d:elementwise",
+    out="dd:d>d", head="dv:d>v output head",
 )  # fmt: skip
 def long_convolution(p, x, **_):
     """Filters from a small network of positions, convolved by Fourier transforms."""
@@ -89,8 +89,9 @@ def long_convolution(p, x, **_):
 
 
 @linear(
-    args=(MEMORY,), qkv="dp:d>p", conv="hop:depthwise", beta="dn:d>n", alpha="dn:d>n", a_log="n:elementwise",
-    dt_b="n:elementwise", gate="du:d>u", gain="k:elementwise", o="ud:u>d", head="dv:d>v output head",
+    args=(MEMORY,), qkv="dp:d>p", conv="hop:depthwise", beta="dn:d>n", alpha="dn:d>n",
+    a_log="n:elementwise", dt_b="n:elementwise", gate="du:d>u", gain="k:elementwise", o="ud:u>d",
+    head="dv:d>v output head",
 )  # fmt: skip
 def gated_delta_net(p, x, **_):
     """The delta rule with decay; keys are normalized, outputs gated."""
@@ -118,7 +119,8 @@ def gated_delta_net(p, x, **_):
 
 @linear(
     args=(MEMORY,), mix="zd:elementwise", r="dy:d>y", k="dy:d>y", v="dy:d>y", decay="y:elementwise",
-    bonus="y:elementwise", o="yd:y>d", ck="df:d>f", cv="fd:f>d", cr="dd:d>d", head="dv:d>v output head",
+    bonus="y:elementwise", o="yd:y>d", ck="df:d>f", cv="fd:f>d", cr="dd:d>d",
+    head="dv:d>v output head",
 )  # fmt: skip
 def rwkv(p, x, **_):
     """A weighted mean of all before, with a running maximum of keys."""
@@ -150,7 +152,7 @@ def rwkv(p, x, **_):
     head="dv:d>v output head",
 )  # fmt: skip
 def matrix_memory(p, x, **_):
-    """The parallel form of the mLSTM: exponential gates with a row maximum beside queries times keys."""
+    """Exponential gates with a row maximum, beside queries times keys, as in an mLSTM."""
     q, k, v = (jnp.einsum("btd,dhk->bhtk", x, p[n]) for n in "qkv")
     i, f = (jnp.einsum("btd,dh->bht", x, p[n]) for n in "if")
     total = jnp.cumsum(jax.nn.log_sigmoid(f), axis=-1)
@@ -164,9 +166,10 @@ def matrix_memory(p, x, **_):
 
 
 @linear(
-    emb="vd:looked up", rec__x="dy:d>y", rec__y="dy:d>y", rec__conv="zy:elementwise", rec__a="y:elementwise",
-    rec__gate_a="hkk:k>k", rec__gate_x="hkk:k>k", rec__out="yd:y>d", attn__q="dy:d>y", attn__k="dk:d>k",
-    attn__v="dk:d>k", attn__o="yd:y>d", sites={"attn": (4, 1, 8, 1)},
+    emb="vd:looked up", rec__x="dy:d>y", rec__y="dy:d>y", rec__conv="zy:elementwise",
+    rec__a="y:elementwise", rec__gate_a="hkk:k>k", rec__gate_x="hkk:k>k", rec__out="yd:y>d",
+    attn__q="dy:d>y", attn__k="dk:d>k", attn__v="dk:d>k", attn__o="yd:y>d",
+    sites={"attn": (4, 1, 8, 1)},
 )  # fmt: skip
 def griffin(p, tokens, tap=no_tap):
     """A recurrence with gates of block-diagonal kernels, then local attention with one key head."""
@@ -199,8 +202,8 @@ def griffin(p, tokens, tap=no_tap):
 
 
 @cells(
-    args=(MEMORY,), fwd__wi="dp:d>p", fwd__wh="up:u>p", bwd__wi="dp:d>p", bwd__wh="up:u>p", fwd__b="p:elementwise",
-    head="yv:y>v output head",
+    args=(MEMORY,), fwd__wi="dp:d>p", fwd__wh="up:u>p", bwd__wi="dp:d>p", bwd__wh="up:u>p",
+    fwd__b="p:elementwise", head="yv:y>v output head",
 )  # fmt: skip
 def both_directions(p, x, **_):
     """A gated recurrent unit in each direction; its gates are slices of one product."""
@@ -222,8 +225,8 @@ def both_directions(p, x, **_):
 
 
 @cells(
-    args=(TOKENS, MEMORY), emb="vd:looked up", wi="dy:d>y", wh="yy:y>y", score="yd:d>y", out="pd:p>d",
-    head="dv:d>v output head", sites={"": (1, 1, 32, 1)},
+    args=(TOKENS, MEMORY), emb="vd:looked up", wi="dy:d>y", wh="yy:y>y", score="yd:d>y",
+    out="pd:p>d", head="dv:d>v output head", sites={"": (1, 1, 32, 1, "faults")},
 )  # fmt: skip
 def luong(p, tokens, memory, tap=no_tap):
     """A decoder whose state attends to a memory by one product; the states carry no kernel."""
@@ -242,8 +245,8 @@ def luong(p, tokens, memory, tap=no_tap):
 
 
 @cells(
-    args=(TOKENS, MEMORY), emb="vd:looked up", wi="dy:d>y", wh="yy:y>y", w="yr:y>r", u="dr:d>r", v="r:contracted",
-    head="pv:p>v output head",
+    args=(TOKENS, MEMORY), emb="vd:looked up", wi="dy:d>y", wh="yy:y>y", w="yr:y>r", u="dr:d>r",
+    v="r:contracted", head="pv:p>v output head",
 )  # fmt: skip
 def bahdanau(p, tokens, memory, **_):
     """Additive attention: its logits are no product of activations."""
@@ -261,8 +264,8 @@ def bahdanau(p, tokens, memory, **_):
 
 
 @cells(
-    emb="vd:looked up", head="dv:d>v output head", **flat_specs("attn"), cell="dd:d>d", inp="dd:d>d",
-    g="d:elementwise", sites={"attn": HEADS},
+    emb="vd:looked up", head="dv:d>v output head", **flat_specs("attn"), cell="dd:d>d",
+    inp="dd:d>d", g="d:elementwise", sites={"attn": HEADS},
 )  # fmt: skip
 def attention_then_recurrence(p, tokens, tap=no_tap):
     """A while loop over the sequence after attention."""

@@ -18,7 +18,7 @@ from tests.support.program_families import (
     merge_heads,
     split_heads,
 )
-from tests.support.program_models import IMAGES, MEMORY, TOKENS, hidden, loss_of, no_tap, norm
+from tests.support.program_models import IMAGES, MEMORY, TOKENS, loss_of, no_tap, norm
 
 HEADS = (4, 4, 8, 1)
 vision, diffusion, towers = group("vision transformer"), group("diffusion"), group("two towers")
@@ -26,10 +26,10 @@ convnet, latents, fields = group("convnet"), group("learned queries"), group("fi
 
 
 @vision(
-    args=(IMAGES,), patch="hhzd:hhz>d", patch_b="d:elementwise", cls="ood:elementwise", pos="oad:elementwise",
-    head="dv:d>v output head", head_b="v:elementwise", up="df:d>f", down="fd:f>d", q="dhk:d>hk",
-    q_b="hk:elementwise", k="dhk:d>hk", k_b="hk:elementwise", v="dhk:d>hk", o="hkd:hk>d",
-    sites={"": HEADS},
+    args=(IMAGES,), patch="hhzd:hhz>d", patch_b="d:elementwise", cls="ood:elementwise",
+    pos="oad:elementwise", head="dv:d>v output head", head_b="v:elementwise", up="df:d>f",
+    down="fd:f>d", q="dhk:d>hk", q_b="hk:elementwise", k="dhk:d>hk", k_b="hk:elementwise",
+    v="dhk:d>hk", o="hkd:hk>d", sites={"": HEADS},
 )  # fmt: skip
 def vit_with_a_class_token(p, images, tap=no_tap):
     """Patches by a convolution, a class token in front."""
@@ -65,7 +65,9 @@ def swin(p, images, tap=no_tap):
         bias = w["table"][index.reshape(-1)].reshape(4, 4, 4).transpose(2, 0, 1)
         logits = q * 0.5 @ k.swapaxes(-1, -2) + bias[None]
         tap(f"blocks/{i}", logits)
-        h = (jax.nn.softmax(logits, axis=-1) @ v).transpose(0, 2, 1, 3).reshape(8, 4, 16) @ w["proj"]
+        h = (jax.nn.softmax(logits, axis=-1) @ v).transpose(0, 2, 1, 3).reshape(8, 4, 16) @ w[
+            "proj"
+        ]
         h = h.reshape(2, 2, 2, 2, 2, 16).transpose(0, 1, 3, 2, 4, 5).reshape(2, 4, 4, 16)
         x = x + jnp.roll(h, (shift, shift), axis=(1, 2))
     x = jnp.concatenate([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], axis=-1)
@@ -90,9 +92,9 @@ def masked_autoencoder(p, patches, noise, tap=no_tap):
 
 
 @convnet(
-    args=(IMAGES,), stem="nnzd:nnz>d", dw="bbod:depthwise", dw_b="d:elementwise", ln="d:elementwise",
-    pw1="df:d>f", grn_g="f:elementwise", grn_b="f:elementwise", pw2="fd:f>d", scale="d:elementwise",
-    down="nndy:nnd>y", head="yv:y>v output head",
+    args=(IMAGES,), stem="nnzd:nnz>d", dw="bbod:depthwise", dw_b="d:elementwise",
+    ln="d:elementwise", pw1="df:d>f", grn_g="f:elementwise", grn_b="f:elementwise", pw2="fd:f>d",
+    scale="d:elementwise", down="nndy:nnd>y", head="yv:y>v output head",
 )  # fmt: skip
 def convnext(p, images, **_):
     """Depthwise kernels of 7 x 7, global response normalization, layer scale."""
@@ -170,9 +172,9 @@ def dit(p, x, t, labels, tap=no_tap):
 
 
 @diffusion(
-    args=(MEMORY, TOKENS), emb="vd:looked up", img__qkv="dzhk:d>hk", txt__qkv="dzhk:d>hk", img__o="hkd:hk>d",
-    txt__o="hkd:hk>d", img__up="df:d>f", img__down="fd:f>d", out="dv:d>v output head",
-    txt__out="dv:d>v output head", sites={"": HEADS},
+    args=(MEMORY, TOKENS), emb="vd:looked up", img__qkv="dzhk:d>hk", txt__qkv="dzhk:d>hk",
+    img__o="hkd:hk>d", txt__o="hkd:hk>d", img__up="df:d>f", img__down="fd:f>d",
+    out="dv:d>v output head", txt__out="dv:d>v output head", sites={"": HEADS},
 )  # fmt: skip
 def two_streams(p, image, tokens, tap=no_tap):
     """Image and text have kernels of their own and attend to each other."""
@@ -208,10 +210,11 @@ def vector_quantization(p, images, **_):
 
 
 @towers(
-    args=(IMAGES, TOKENS), image__patch="hhzd:hhz>d", image__cls="d:elementwise", image__pos="ad:elementwise",
-    text__emb="vd:looked up", text__pos="td:elementwise", image__proj="dr:d>r output head",
-    text__proj="dr:d>r output head", scale=":elementwise", **flat_specs("image__attn"),
-    **flat_specs("text__attn"), sites={"image/attn": HEADS, "text/attn": HEADS},
+    args=(IMAGES, TOKENS), image__patch="hhzd:hhz>d", image__cls="d:elementwise",
+    image__pos="ad:elementwise", text__emb="vd:looked up", text__pos="td:elementwise",
+    image__proj="dr:d>r output head", text__proj="dr:d>r output head", scale=":elementwise",
+    **flat_specs("image__attn"), **flat_specs("text__attn"),
+    sites={"image/attn": HEADS, "text/attn": HEADS},
 )  # fmt: skip
 def clip(p, images, tokens, tap=no_tap):
     """Normalized outputs of both towers, and a softmax over the pairs of a batch."""
@@ -242,8 +245,8 @@ def perceiver(p, x, tap=no_tap):
 
 
 @latents(
-    args=(MEMORY,), queries="ad:?multiplied", wq="dy:?multiplied", wk="dy:d>y", wv="dy:d>y", wo="yd:y>d",
-    head="dv:d>v output head", sites={"": HEADS},
+    args=(MEMORY,), queries="ad:?multiplied", wq="dy:?its axes", wk="dy:d>y", wv="dy:d>y",
+    wo="yd:y>d", head="dv:d>v output head", sites={"": (1, 1, 8, 1, "faults")},
 )  # fmt: skip
 def pooling_one_example_at_a_time(p, x, tap=no_tap):
     """A product of learned queries and their kernel: no data in it, so their roles are open."""
@@ -284,8 +287,8 @@ def detection(p, images, tap=no_tap):
 
 
 @fields(
-    args=(floats(2, 6, 3), floats(2, 3)), w0="Cf:C>f", b0="f:elementwise", w1="Df:D>f", feat="fr:f>r",
-    sigma="fo:?one of its axes", rgb="Cz:C>z output head",
+    args=(floats(2, 6, 3), floats(2, 3)), w0="Cf:C>f", b0="f:elementwise", w1="Df:D>f",
+    feat="fr:f>r", sigma="fo:output head", rgb="Cz:C>z output head",
 )  # fmt: skip
 def radiance_field(p, points, views, **_):
     """Frequencies of positions, a skip by concatenation, and a rendered sum."""
@@ -302,8 +305,8 @@ def radiance_field(p, points, views, **_):
 
 
 @fields(
-    args=(MEMORY,), mix="dd:d>d", lower="dd:?", up="Fy:F>y", shift="yF:y>F output head",
-    scale="yF:y>F output head",
+    args=(MEMORY,), mix="dd:?used by lu", lower="dd:d>d output head", up="Fy:F>y", shift="yF:y>F",
+    scale="yF:y>F",
 )  # fmt: skip
 def flow(p, x, **_):
     """A product with a square matrix, whose determinant is in the loss, and a coupling layer."""
