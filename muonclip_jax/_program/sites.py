@@ -1,9 +1,9 @@
 """Attention sites: the parameters of queries and keys, their heads, and what is on the way."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from muonclip_jax._program.axes import Axis, Part, View, base
+from muonclip_jax._program.axes import Axis, View, base, identity, sizes_of
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Node, reached_back
 from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, has_rule, pull
 from muonclip_jax._program.softmax import COPIES, Softmax
@@ -63,6 +63,57 @@ class Traced(NamedTuple):
     faults: tuple[str, ...]
 
 
+class Closed(NamedTuple):
+    """What is known of a kernel that cannot be read.
+
+    Attributes:
+      node: The kernel.
+      queries: Where its first activations are in parameters.
+      keys: Where its second ones are.
+      heads: Sizes of the axes of heads, outermost first; 0 if they are not clear.
+      layers: Sizes of the scans over layers by their paths, outermost first.
+    """
+
+    node: Node
+    queries: tuple[Source, ...]
+    keys: tuple[Source, ...]
+    heads: tuple[int, ...]
+    layers: dict[tuple[int, ...], int]
+
+
+def activations(node: Node) -> list[Node]:
+    """Lists the operands of a kernel that may be queries, keys and values."""
+    large = (v for v in node.inputs if v.kind == DATA and is_float(v) and len(v.shape) > 1)
+    return list(dict.fromkeys(large))
+
+
+def trace_closed(node: Node) -> Closed:
+    """Walks back from a kernel that cannot be read, its first activations taken for the queries.
+
+    Args:
+      node: The kernel.
+
+    Returns:
+      What is known of it.
+    """
+    found: list[tuple[Source, ...]] = []
+    operands = activations(node)
+    for operand in operands[:2]:
+        view = identity(operand.shape, [("row", d) for d in range(len(operand.shape))])
+        found.append(tuple(dict.fromkeys(sources(operand, view)[0])))
+    queries, keys = (*found, (), ())[:2]
+    shape = operands[0].shape if operands else (0,)
+    heads, layers, unclear = head_axes(queries, len(shape) - 1)
+    sizes = dict(size for source in queries for size in sizes_of(source.view).items())
+    return Closed(
+        node,
+        queries,
+        keys,
+        (0,) if unclear else tuple(shape[d] for d in heads),
+        {path: sizes[("layer", path)] for path in layers},
+    )
+
+
 def trace(softmax: Softmax) -> Traced:
     """Walks back from both operands of an attention to parameters.
 
@@ -88,22 +139,30 @@ def trace(softmax: Softmax) -> Traced:
             both[side].extend(found)
             faults += wrong
     for source in (*both[0], *both[1]):
-        sizes |= _sizes(source.view)
+        sizes |= sizes_of(source.view)
     sizes |= {("row", d): n for d, n in enumerate(shape)}
     queries, keys = (tuple(dict.fromkeys(side)) for side in both)
     if softmax.mixes:
         faults.append("logits of several heads are mixed (talking heads)")
-    heads, layers, wrong = _heads(softmax, queries)
+    heads, layers, wrong = head_axes(queries, softmax.axis)
     rows = [d for d in range(len(shape)) if d != softmax.axis]
     batch = tuple(d for d in rows if ("row", d) in shared and d not in heads)
     faults = tuple(dict.fromkeys((*faults, *wrong)))
     return Traced(softmax, queries, keys, heads, batch, layers, sizes, faults)
 
 
-def _heads(
-    softmax: Softmax, queries: tuple[Source, ...]
+def head_axes(
+    queries: Sequence[Source], key_axis: int
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], list[str]]:
-    """Finds the axes of heads and the scans over layers among the axes of query kernels."""
+    """Finds the axes of heads and the scans over layers among the axes of query kernels.
+
+    Args:
+      queries: Where queries are, by the axes of the logits.
+      key_axis: The axis of the logits that is no head: that of the keys.
+
+    Returns:
+      The axes of heads, outermost first; the paths of the scans; and why they are not clear.
+    """
     kernels = [source for source in queries if source.is_kernel]
     order: dict[int, tuple[int, int]] = {}
     layers: dict[tuple[int, ...], None] = {}
@@ -112,7 +171,7 @@ def _heads(
         for d, axis in enumerate(source.view.axes):
             for name in axis.names:
                 kind = name[0]  # pyright: ignore[reportIndexIssue]
-                if kind == "row" and name != ("row", softmax.axis):
+                if kind == "row" and name != ("row", key_axis):
                     order.setdefault(name[1], (d, -_stride(axis, name)))  # pyright: ignore
                     if not axis.is_exact:
                         faults.append("its heads are not clear")
@@ -127,18 +186,6 @@ def _heads(
 
 def _stride(axis: Axis, name: Hashable) -> int:
     return max((stride for stride, digit in axis.terms if base(digit.name) == name), default=0)
-
-
-def _sizes(view: View) -> Iterator[tuple[Hashable, int]]:
-    """Yields the size of each named index, as far as digits show it."""
-    digits = [digit for axis in view.axes for _, digit in axis.terms]
-    digits += [part.digit for part in view.parts]
-    sizes: dict[Hashable, int] = {}
-    for digit in digits:
-        while isinstance(digit.name, Part):
-            digit = digit.name.digit
-        sizes[digit.name] = max(sizes.get(digit.name, 1), digit.div * digit.size)
-    return iter(sizes.items())
 
 
 def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
