@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from muonclip_jax._program.axes import View, identity
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, Graph, Node
 from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
-from muonclip_jax._program.walk import names_of_product, parameters_of, walk
+from muonclip_jax._program.walk import is_scaling, names_of_product, parameters_of, walk
 
 _MOVES = frozenset(
     "transpose reshape broadcast_in_dim squeeze expand_dims slice split concatenate pad "
@@ -181,8 +181,7 @@ def _weighs_values(exponential: Node, axis: int) -> bool:
                 summed = _summed(user, i, parents, exponential)
                 if other.kind != CONSTANT and _sums(summed, axis):
                     return True
-                if other.kind == PARAMETER:
-                    todo.append(user)
+                todo.append(user)  # a mask or a mixture of heads, as a product
             elif _is_weighted_sum(user, node, exponential):
                 return True
             elif user.op in _SAME | _MOVES:
@@ -260,7 +259,9 @@ def _products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any
         mixed = any(kind == "mix" for kind, _, _ in markers)
         if key not in view.names or node.kind != DATA:
             return
-        if node.op == "dot_general":
+        if is_scaling(node):
+            yield from ((i, markers) for i in (0, 1) if node.inputs[i].kind == DATA)
+        elif node.op == "dot_general":
             if not mixed and (i := _mixed_operand(node, view, key)) is not None:
                 yield i, markers | {("mix", node.path, 0)}
         elif node.op in REDUCTIONS or not has_rule(node.op) or (mixed and _is_nonlinear(node)):
@@ -271,6 +272,8 @@ def _products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any
 
     for node, at, markers in walk(logits, view, follow, frozenset()):
         if node.op != "dot_general" or node.kind != DATA or key not in at.names:
+            continue
+        if is_scaling(node):
             continue
         sides = [pull(node, i, at) for i in (0, 1)]
         has_key = [side is not None and key in side.names for side in sides]

@@ -80,7 +80,8 @@ class Uses:
             what = "lookup" if i == 0 else "elementwise"
         else:
             joins = node.op in _JOINS or node.op == "dot_general"
-            what = "elementwise" if joins else f"opaque {node.op}"
+            name = node.params["name"] if node.op in ("opaque", "kernel") else node.op
+            what = "elementwise" if joins else f"opaque {name}"
         for reached in parameters_of(operand, identity(operand.shape, range(len(operand.shape)))):
             chained = reached.is_chained and what == "elementwise"
             closed = next((f"opaque {mark}" for mark in reached.marks if not has_rule(mark)), what)

@@ -150,6 +150,14 @@ def is_lookup(node: Node) -> bool:
     return False
 
 
+def is_scaling(node: Node) -> bool:
+    """Returns whether a product sums nothing and repeats nothing, so that it is a gain or a mask."""
+    if node.op != "dot_general" or node.params["dimension_numbers"][0][0]:
+        return False
+    batch = node.params["dimension_numbers"][1]
+    return any(len(sides) == len(v.shape) for sides, v in zip(batch, node.inputs, strict=True))
+
+
 def is_tiled(node: Node, i: int) -> bool:
     """Returns whether an operand of a product of parameters is repeated along a free axis.
 

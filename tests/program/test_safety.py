@@ -94,9 +94,7 @@ def logits64(p, x, scale=8**-0.5):
 
 def test_a_named_kernel_gives_its_max_logits():
     out, stats = found(with_kernel, PARAMS, X, kernels={"fused": mc.max_attention_logit})
-    np.testing.assert_allclose(
-        stats["max_logits"], logits64(PARAMS, X).max((-2, -1)), rtol=1e-5
-    )
+    np.testing.assert_allclose(stats["max_logits"], logits64(PARAMS, X).max((-2, -1)), rtol=1e-5)
     assert out == with_kernel(PARAMS, X)
 
 
