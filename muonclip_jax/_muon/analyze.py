@@ -50,7 +50,7 @@ def analyze(fn: Callable[..., Any], params: ArrayTree, *args: Any, **kwargs: Any
 def _roles_by_name(
     paths: Sequence[tuple[str, ...]], shapes: Sequence[tuple[int, ...]]
 ) -> list[Role]:
-    # A guess does not begin with `output head`, so it does not keep AdamW where the program differs.
+    # A guess does not begin with `output head`: where the program differs, it keeps no AdamW.
     return [
         Role(
             "adamw" if d.numbers is None else "muon",

@@ -43,8 +43,7 @@ def analyze_program(
             "analyze: fn computes gradients, so its products are not those of the model. Pass the "
             "forward pass or the loss itself, not jax.grad of it and not a train step."
         )
-    attending = {s.number for one in program.traced for s in (*one.queries, *one.keys)}
-    found = roles(program.graph, Uses(program.graph), attending)
+    found = roles(program.graph, Uses(program.graph))
     paths = ["/".join(path) for path in traced.paths]
     shapes = [node.shape for node in program.graph.parameters]
     heads = _heads(program.sites)

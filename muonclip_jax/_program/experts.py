@@ -1,71 +1,92 @@
-"""Axes of experts among the inputs or outputs of products: each expert sees each token."""
+"""Axes of experts and ensembles among the inputs or outputs of products."""
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from muonclip_jax._program.axes import Axis, Digit, View, identity
 from muonclip_jax._program.graph import DATA, PARAMETER, PRODUCTS, Graph, Node, reached_back
 from muonclip_jax._program.rules import CHOICES, has_rule
-from muonclip_jax._program.uses import Uses, outputs_at, products_behind
+from muonclip_jax._program.uses import STACKS, Uses, outputs_at, products_behind
 from muonclip_jax._program.walk import Reached, names_of_product, parameters_of, walk
 
 
-def expert_axes(graph: Graph, uses: Uses, routers: Collection[int]) -> Iterator[tuple[int, int]]:
+def expert_axes(graph: Graph, uses: Uses, routers: Collection[int]) -> set[tuple[int, int]]:
     """Finds axes of experts among the inputs and outputs of parameters.
 
     Such an axis meets, in a product or elementwise, an axis of what the router put out or of a
-    comparison with what was chosen; or a batch axis of the next product with experts.
+    comparison with what was chosen; or a batch axis of the next product with experts. The router
+    of experts that are all used is a softmax.
 
     Args:
       graph: The program.
       uses: How its parameters meet data.
       routers: The parameters whose outputs are chosen from.
 
-    Yields:
-      The number of a parameter and an axis.
+    Returns:
+      Pairs of the number of a parameter and an axis.
     """
-    if not routers:
-        return
-    finder = _Finder(graph, uses, frozenset(routers))
-    for node in graph.nodes:
-        if node in graph.live and node.kind == DATA and node.op in ("mul", "dot_general"):
-            for i in (0, 1):
-                yield from finder.meeting(node, i)
+    live = [n for n in graph.nodes if n in graph.live and n.kind == DATA and not n.is_backward]
+    tops = (node for node in live if node.op == "reduce_max")
+    gates = {number for node in tops for number in uses.chosen_from(node)}
+    found = _members(live, uses)
+    if routers or gates:
+        finder = _Finder(graph, uses, frozenset({*routers, *gates}))
+        for node in live:
+            if node.op in ("mul", "dot_general"):
+                found |= {pair for i in (0, 1) for pair in finder.meeting(node, i)}
+    return found
 
 
-def ensemble_axes(graph: Graph, uses: Uses) -> Iterator[int]:
-    """Finds ensembles, each member of which sees the same inputs.
+def _members(live: Sequence[Node], uses: Uses) -> set[tuple[int, int]]:
+    """Finds axes of ensembles: the first layer puts out what the next one has as a batch axis.
 
-    The first axis of their parameters is an output of one product, and a batch axis of the next.
-
-    Args:
-      graph: The program.
-      uses: How its parameters meet data.
-
-    Yields:
-      The numbers of the parameters whose first axis is a stack.
+    Heads are none: the next product but one, of activations, has them as a batch axis. Only the
+    first axis that is no stack is considered, as `vmap` has it.
     """
-    for node in graph.nodes:
-        if node not in graph.live or node.op != "dot_general":
+    found: set[tuple[int, int]] = set()
+    for node in live:
+        if node.op != "dot_general" or not node.params["dimension_numbers"][1][0]:
             continue
         for i in (0, 1):
-            data, kernel = node.inputs[i], node.inputs[1 - i]
-            if data.kind != DATA or kernel.kind != PARAMETER:
-                continue
-            after = parameters_of(kernel, _names(node, 1 - i))
-            members = {_first(reached) for reached in after} - {None}
-            for product, at in products_behind(data, _names(node, i), uses.products):
-                for reached in outputs_at(product, at):
-                    if _first(reached) in members:
-                        yield reached.node.number
+            if node.inputs[i].kind == DATA and node.inputs[1 - i].kind == PARAMETER:
+                for product, at in products_behind(node.inputs[i], _names(node, i), uses.products):
+                    found |= {
+                        (reached.node.number, d)
+                        for reached in outputs_at(product, at)
+                        if (d := _first_axis(reached)) is not None
+                    }
+    return found - _head_axes(live, uses) if found else found
 
 
-def _first(reached: Reached) -> Any:
-    """Returns the batch axis that the first axis of a stack of matrices is; None if it is none."""
-    if len(reached.node.shape) < 3:
-        return None
-    name = _whole(reached.view.axes[0], reached.node.shape[0])
-    return name if name is not None and name[:2] == ("met", "batch") else None
+def _first_axis(reached: Reached) -> int | None:
+    """Returns the first axis that is no stack, if it is a batch axis of a product."""
+    for d, (axis, n) in enumerate(zip(reached.view.axes, reached.node.shape, strict=True)):
+        if not axis.names or any(name[0] in STACKS for name in axis.names):  # pyright: ignore
+            continue
+        name = _whole(axis, n)
+        return d if name is not None and name[:2] == ("met", "batch") else None
+    return None
+
+
+def _head_axes(live: Sequence[Node], uses: Uses) -> set[tuple[int, int]]:
+    """Finds the axes of parameters along which products of activations have batches."""
+
+    def follow(node: Node, view: View, state: Any) -> Iterator[tuple[int, Any]]:
+        if has_rule(node.op) and any(name[:2] == ("met", "batch") for name in view.names):  # pyright: ignore
+            yield from ((i, state) for i, v in enumerate(node.inputs) if v.kind == DATA)
+
+    found = set()
+    for node in live:
+        if node.op == "dot_general" and all(v.kind == DATA for v in node.inputs):
+            for i in (0, 1):
+                for product, at, _ in walk(node.inputs[i], _names(node, i), follow):
+                    for reached in outputs_at(product, at) if product in uses.products else ():
+                        found |= {
+                            (reached.node.number, d)
+                            for d, axis in enumerate(reached.view.axes)
+                            if any(name[:2] == ("met", "batch") for name in axis.names)  # pyright: ignore
+                        }
+    return found
 
 
 class _Finder(NamedTuple):

@@ -113,8 +113,8 @@ def _check(program: Program, expect: int, hooks: Mapping[str, Any], ignore: Sequ
         if name not in ignore:
             faults.append(
                 f"the kernel {name!r} has two activations as operands and cannot be read. If it is "
-                f"attention, pass kernels={{{name!r}: mc.max_attention_logit}}, or another function "
-                f"of its operands that returns max logits [..., heads]; if it is not, pass "
+                f"attention, pass kernels={{{name!r}: mc.max_attention_logit}} or another function "
+                "of its operands that returns max logits [..., heads]; if it is not, pass "
                 f"ignore=({name!r},)."
             )
     for name in (*hooks, *ignore):

@@ -1,15 +1,15 @@
 """The role of each parameter, from how it meets data."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._program.axes import identity
-from muonclip_jax._program.experts import ensemble_axes, expert_axes
+from muonclip_jax._program.experts import expert_axes
 from muonclip_jax._program.graph import DATA, Graph, Node, reached_back
-from muonclip_jax._program.rules import CHOICES, choice_axis
+from muonclip_jax._program.rules import CHOICES
 from muonclip_jax._program.uses import (
     Use,
     Uses,
@@ -39,18 +39,17 @@ class Role(NamedTuple):
     reason: str
 
 
-def roles(graph: Graph, uses: Uses, attending: Collection[int] = ()) -> list[Role]:
+def roles(graph: Graph, uses: Uses) -> list[Role]:
     """Decides the role of each parameter.
 
     Args:
       graph: The program.
       uses: How its parameters meet data.
-      attending: The parameters of queries and keys, whose heads are outputs.
 
     Returns:
       One role for each parameter; its heads are 0.
     """
-    facts = _Facts(graph, uses, attending)
+    facts = _Facts(graph, uses)
     return [
         _role(number, node.shape, uses.of.get(number, []), facts)
         for number, node in enumerate(graph.parameters)
@@ -66,7 +65,7 @@ class _Facts:
       stacks: Axes of parameters that are a stack, though products contract or put them out.
     """
 
-    def __init__(self, graph: Graph, uses: Uses, attending: Collection[int]):
+    def __init__(self, graph: Graph, uses: Uses):
         self.heads = _heads(graph, uses)
         self.routers: set[int] = set()
         self.stacks: dict[int, set[int]] = defaultdict(set)
@@ -75,7 +74,7 @@ class _Facts:
             if node not in graph.live or not node.inputs or not is_float(node.inputs[0]):
                 continue
             if node.op in CHOICES:
-                self.routers |= set(_chosen_from(node, uses))
+                self.routers |= set(uses.chosen_from(node))
             elif _takes_one(node):
                 for number, axis, offset in _slots(node, uses):
                     taken[number, axis].add(offset)
@@ -84,8 +83,6 @@ class _Facts:
                 self.stacks[number].add(axis)
         for number, axis in expert_axes(graph, uses, self.routers):
             self.stacks[number].add(axis)
-        for number in {*ensemble_axes(graph, uses)} - {*attending}:
-            self.stacks[number].add(0)
 
 
 def _heads(graph: Graph, uses: Uses) -> set[int]:
@@ -97,19 +94,6 @@ def _heads(graph: Graph, uses: Uses) -> set[int]:
     followed = {n for node, numbers in uses.products.items() if node in before for n in numbers}
     found = {n for node, numbers in uses.products.items() if node in last for n in numbers}
     return found - followed
-
-
-def _chosen_from(node: Node, uses: Uses) -> Iterator[int]:
-    """Yields the parameters whose outputs a node chooses among.
-
-    Experts that choose their tokens do it along the axis of the tokens.
-    """
-    operand, chosen = node.inputs[0], ("axis", choice_axis(node))
-    view = identity(operand.shape, [("axis", d) for d in range(len(operand.shape))])
-    for product, at in products_behind(operand, view, uses.products):
-        for reached in outputs_at(product, at):
-            if chosen in reached.view.names or (node.op == "top_k" and reached.view.names):
-                yield reached.node.number
 
 
 def _takes_one(node: Node) -> bool:

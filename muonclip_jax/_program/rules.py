@@ -63,7 +63,7 @@ def choice_axis(node: Node) -> int:
     """Returns the axis along which a node chooses."""
     if node.op == "sort":
         return int(node.params["dimension"])
-    if node.op in ("argmax", "argmin"):
+    if node.op in REDUCTIONS:
         return int(node.params["axes"][0])
     if node.op == "approx_top_k":
         return node.params["reduction_dimension"] % len(node.inputs[0].shape)

@@ -8,7 +8,7 @@ import numpy as np
 
 from muonclip_jax._program.axes import View, identity
 from muonclip_jax._program.graph import DATA, PARAMETER, PRODUCTS, Graph, Node
-from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
+from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, choice_axis, has_rule, pull
 from muonclip_jax._program.walk import (
     Reached,
     is_lookup,
@@ -22,7 +22,7 @@ _JOINS = ELEMENTWISE | frozenset(
     "concatenate pad stack carry join dynamic_update_slice scatter scatter_add scatter_mul "
     "scatter-add".split()
 )
-_STACKS = frozenset({"stack", "layer", "loop", "pick", "shard", "slot"})
+STACKS = frozenset({"stack", "layer", "loop", "pick", "shard", "slot"})
 
 
 class Use(NamedTuple):
@@ -60,6 +60,18 @@ class Uses:
         for node in graph.parameters:
             if node in graph.live and not self.of[node.number]:
                 self._add(node, Use("reduced", (), (), node))
+
+    def chosen_from(self, node: Node) -> Iterator[int]:
+        """Yields the parameters among whose outputs a node chooses, or takes the largest.
+
+        Experts that choose their tokens do so along the axis of the tokens.
+        """
+        operand, chosen = node.inputs[0], ("axis", choice_axis(node))
+        view = identity(operand.shape, [("axis", d) for d in range(len(operand.shape))])
+        for product, at in products_behind(operand, view, self.products):
+            for reached in outputs_at(product, at):
+                if chosen in reached.view.names or (node.op == "top_k" and reached.view.names):
+                    yield reached.node.number
 
     def _meet(self, node: Node) -> None:
         operands = [i for i, v in enumerate(node.inputs) if v.kind == PARAMETER]
@@ -223,7 +235,7 @@ def _use(reached: Reached, node: Node) -> Use:
     sides: dict[str, list[int]] = defaultdict(list)
     for d, (axis, n) in enumerate(zip(reached.view.axes, reached.node.shape, strict=True)):
         kinds = {name[0] for name in axis.names} - {"shard"}  # pyright: ignore[reportIndexIssue]
-        side = "stack" if kinds <= _STACKS else kinds.pop() if len(kinds) == 1 else "mixed"
+        side = "stack" if kinds <= STACKS else kinds.pop() if len(kinds) == 1 else "mixed"
         sides["single" if n == 1 else side].append(d)
     inputs, outputs, chain = sides["in"], sides["out"], sides["sum"]
     if chain and bool(inputs) != bool(outputs):

@@ -151,7 +151,7 @@ def is_lookup(node: Node) -> bool:
 
 
 def is_scaling(node: Node) -> bool:
-    """Returns whether a product sums nothing and repeats nothing, so that it is a gain or a mask."""
+    """Returns whether a product sums and repeats nothing, as that with a gain or a mask."""
     if node.op != "dot_general" or node.params["dimension_numbers"][0][0]:
         return False
     batch = node.params["dimension_numbers"][1]
