@@ -61,27 +61,27 @@ class _Facts:
 
     Attributes:
       heads: Parameters whose product no other product with a parameter follows.
-      routers: Parameters whose product is sorted along its outputs.
+      routers: Parameters whose product is sorted along its outputs, and how many these are.
       stacks: Axes of parameters that are a stack, though products contract or put them out.
     """
 
     def __init__(self, graph: Graph, uses: Uses):
         self.heads = _heads(graph, uses)
-        self.routers: set[int] = set()
+        self.routers: dict[int, int] = {}
         self.stacks: dict[int, set[int]] = defaultdict(set)
         taken: dict[tuple[int, int], set[int]] = defaultdict(set)
         for node in graph.nodes:
             if node not in graph.live or not node.inputs or not is_float(node.inputs[0]):
                 continue
             if node.op in CHOICES:
-                self.routers |= set(uses.chosen_from(node))
+                self.routers |= uses.chosen_from(node)
             elif _takes_one(node):
                 for number, axis, offset in _slots(node, uses):
                     taken[number, axis].add(offset)
         for (number, axis), offsets in taken.items():
             if len(offsets) == graph.parameters[number].shape[axis]:
                 self.stacks[number].add(axis)
-        for number, axis in expert_axes(graph, uses, self.routers):
+        for number, axis in expert_axes(graph, uses, self.routers, self.heads):
             self.stacks[number].add(axis)
 
 

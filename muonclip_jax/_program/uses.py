@@ -61,8 +61,8 @@ class Uses:
             if node in graph.live and not self.of[node.number]:
                 self._add(node, Use("reduced", (), (), node))
 
-    def chosen_from(self, node: Node) -> Iterator[int]:
-        """Yields the parameters among whose outputs a node chooses, or takes the largest.
+    def chosen_from(self, node: Node) -> Iterator[tuple[int, int]]:
+        """Yields the parameters among whose outputs a node chooses, and how many outputs.
 
         Experts that choose their tokens do so along the axis of the tokens.
         """
@@ -70,8 +70,11 @@ class Uses:
         view = identity(operand.shape, [("axis", d) for d in range(len(operand.shape))])
         for product, at in products_behind(operand, view, self.products):
             for reached in outputs_at(product, at):
-                if chosen in reached.view.names or (node.op == "top_k" and reached.view.names):
-                    yield reached.node.number
+                by_experts = node.op == "top_k" and chosen not in reached.view.names
+                for axis, n in zip(reached.view.axes, reached.node.shape, strict=True):
+                    named = any(name[0] == "axis" for name in axis.names)  # pyright: ignore
+                    if chosen in axis.names or (by_experts and named):
+                        yield reached.node.number, n
 
     def _meet(self, node: Node) -> None:
         operands = [i for i, v in enumerate(node.inputs) if v.kind == PARAMETER]
