@@ -85,14 +85,13 @@ def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
         if exps and (softmax := _softmax(top, axis, exps[0])):
             found.append(softmax)
         elif exps and _multiplies_elementwise(top.inputs[0], axis):
-            taken -= set(exps)
-            unread += exps
+            taken, unread = taken - set(exps), [*unread, *exps]
     suspects = [
         e
         for e in forward
         if e.op in _EXPONENTIALS and e.kind == DATA and e not in taken and _is_suspect(e)
     ]
-    return found, [*suspects, *unread]
+    return found, [*suspects, *unread, *filter(_is_segmented, forward)]
 
 
 def _exponentials(top: Node) -> Iterator[Node]:
@@ -271,9 +270,8 @@ def _products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any
                 yield i, markers | _marker(node, i, view, key)
 
     for node, at, markers in walk(logits, view, follow, frozenset()):
-        if node.op != "dot_general" or node.kind != DATA or key not in at.names:
-            continue
-        if is_scaling(node):
+        is_dot = node.op == "dot_general" and not is_scaling(node)
+        if not is_dot or node.kind != DATA or key not in at.names:
             continue
         sides = [pull(node, i, at) for i in (0, 1)]
         has_key = [side is not None and key in side.names for side in sides]
@@ -338,3 +336,14 @@ def _is_suspect(exponential: Node) -> bool:
         n > 1 and _weighs_values(exponential, axis) and any(_products(x, view, ("row", axis)))
         for axis, n in enumerate(x.shape)
     )
+
+
+def _is_segmented(node: Node) -> bool:
+    """Returns whether this is the maximum of a softmax over segments, as over edges of a graph."""
+    if node.op not in ("scatter-max", "scatter_max") or node.kind != DATA:
+        return False
+    logits = node.inputs[2]
+    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
+    is_logits = _multiplies_elementwise(logits, 0) or any(_products(logits, view, ("row", 0)))
+    after = _forward(node, COPIES | _MOVES | {"sub", "select_n", "gather"})
+    return is_logits and any(v.op in _EXPONENTIALS for v in after)

@@ -6,6 +6,7 @@ import pytest
 
 import muonclip_jax as mc
 from tests.program.test_hard_cases import check, logits64, project, tops
+from tests.program.test_hard_clips import clip_error
 from tests.program.test_safety import PARAMS, X, array, attend
 
 HEADS = jnp.arange(1.0, 5.0)
@@ -44,3 +45,14 @@ def test_the_gain_of_a_norm_of_queries():
     assert (site.query, site.key, site.num_heads) == (("q",), ("k",), 4)
     assert site.qk_norm
     assert not site.faults
+
+
+def test_a_query_kernel_over_its_largest_singular_value():
+    u = array(8)
+
+    def fn(p, x, u):
+        v = jnp.einsum("dhk,k->dh", p["q"], u)
+        size = jnp.einsum("dh,dhk,k->", v / jnp.linalg.norm(v), p["q"], u)
+        return attend(p | {"q": p["q"] / size}, x)
+
+    assert "div is applied to queries, keys or their kernels" in clip_error(fn, PARAMS, X, u)

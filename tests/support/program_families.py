@@ -4,6 +4,8 @@ The letters of axes and the words of roles are those of `tests.support.program_m
 `program_families_*` holds some families; `MORE` has all of them once these are imported.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,15 +74,15 @@ def flat_attention(x, p, tap, path, heads=4, memory=None, causal=True):
 
 def flat_specs(prefix, width="d", inner="y"):
     """Roles of the projections of `flat_attention`."""
-    rows = dict.fromkeys(("wq", "wk", "wv"), f"{width}{inner}:{width}>{inner}")
+    rows: dict[str, str] = dict.fromkeys(("wq", "wk", "wv"), f"{width}{inner}:{width}>{inner}")
     rows["wo"] = f"{inner}{width}:{inner}>{width}"
     return {f"{prefix}__{name}": text for name, text in rows.items()}
 
 
-def conv(x, w, stride=1, padding="SAME", groups=1, numbers=("NHWC", "HWIO", "NHWC"), **settings):
+def conv(x, w, stride=1, padding: Any = "SAME", groups=1, numbers=("NHWC", "HWIO", "NHWC")):
     strides = (stride,) * (x.ndim - 2)
     return jax.lax.conv_general_dilated(
-        x, w, strides, padding, dimension_numbers=numbers, feature_group_count=groups, **settings
+        x, w, strides, padding, dimension_numbers=numbers, feature_group_count=groups
     )
 
 

@@ -1,5 +1,7 @@
 """Graphs, proteins, physics, and kernels that are made of others."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -86,7 +88,7 @@ def _gated(prefix):
 def evoformer(p, msa, pair, tap=no_tap):
     """Rows with a bias of pairs and gates, columns, outer products, triangles."""
 
-    def mha(x, w, path, bias=0.0):
+    def mha(x, w, path, bias: Any = 0.0):
         q, k, v = (jnp.einsum("...td,dhk->...htk", x, w[n]) for n in "qkv")
         logits = jnp.einsum("...htk,...hsk->...hts", q * 8**-0.5, k) + bias
         tap(path, logits)
