@@ -1,12 +1,12 @@
 # %% [markdown]
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/muonclip-jax/muonclip_jax/blob/main/notebooks/exploding_logits.ipynb)
 #
-# # Exploding logits, and the clip that holds them
+# # Exploding attention logits and QK-clip
 #
 # Figure 2 of the Kimi K2 report (arXiv 2507.20534) shows two trainings. Under plain Muon the
-# largest attention logit passes 1000. Under MuonClip it rises to the threshold, stays there for a
-# while and then falls by itself. Here are both in small: a task that wants sharp attention, and a
-# high learning rate.
+# largest attention logit exceeds 1000. Under MuonClip it rises to the threshold, stays there for a
+# while, and then decreases without clipping. This notebook repeats both with a small model, a task
+# that needs sharp attention, and a high learning rate.
 
 # %%
 import importlib.util
@@ -41,10 +41,9 @@ print(jax.devices())
 # %% [markdown]
 # ## The task and the model
 #
-# Each text is a random string, twice. What comes next in the second half can be known only by
-# looking back to the same place in the first. The model has two layers of four heads, and each
-# attention module sows the largest logit of each head: that is what `mc.linen.attention_fn` adds
-# to Flax's.
+# Each text is a random string, repeated once. To predict the second half, the model has to attend
+# to the same position of the first half. The model has two layers of four heads. Its attention
+# modules sow the max logit of each head, because they use `mc.linen.attention_fn`.
 
 # %%
 SYMBOLS, HALF, BATCH = 32, 16, 32  # alphabet, length of the string that comes twice, texts a step
@@ -89,8 +88,8 @@ def loss_fn(params, text):
 # %% [markdown]
 # ## The train step
 #
-# One line more than without the clip. An infinite threshold never clips and records all the same,
-# so both trainings run the same compiled program.
+# QK-clip is one additional line. An infinite threshold never clips, but still records max logits,
+# so that both trainings run the same compiled program.
 
 # %%
 STEPS, LEARNING_RATE, THRESHOLD = 400, 0.02, 20.0
@@ -126,7 +125,7 @@ assert plain_logits.max() > 4 * THRESHOLD
 assert clipped_logits.max() < 1.5 * THRESHOLD
 
 # %% [markdown]
-# ## What happens to the heads
+# ## Max logits of the heads
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
@@ -150,11 +149,11 @@ left.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# ## What it costs
+# ## The loss
 #
-# Nothing here: both trainings take the same path until the first head is clipped, and both learn
-# the task. What is left of the loss then is the noise of a high learning rate. Bold is the
-# geometric mean of ten steps.
+# The clip does not increase the loss here. Both trainings are equal until the first head is
+# clipped, and both learn the task. The remaining loss is noise from the high learning rate. The
+# bold line is the geometric mean of ten steps.
 
 
 # %%
@@ -183,11 +182,11 @@ np.testing.assert_allclose(plain_loss[: first + 1], clipped_loss[: first + 1], r
 # %% [markdown]
 # ## What γ does
 #
-# A head with largest logit S above the threshold τ has its query and key weights multiplied by √γ
-# each, γ = τ / S, so that the same S would have been τ. Left: one clip of the exploded model. The
-# first layer lands on τ. The second reads what the first writes, which has changed a little.
-# Right: the product of all γ of a head during the training with the clip. Each is small work, a
-# few percent, but the push never ends.
+# If the max logit S of a head exceeds the threshold τ, QK-clip multiplies its query weights and its
+# key weights by √γ, with γ = τ / S. The max logit of the same input becomes τ. Left: one clip of
+# the exploded model. The first layer has exactly τ. The second layer differs slightly, because its
+# input has changed. Right: the product of all γ of a head during the training with the clip. A
+# single γ is a few percent below 1.
 
 # %%
 text = draw(STEPS)

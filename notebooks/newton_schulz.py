@@ -3,15 +3,15 @@
 #
 # # What Newton–Schulz does to singular values
 #
-# Muon replaces a matrix of momentum, `M = U S Vᵀ`, by something close to `U Vᵀ`: the directions
-# stay, their sizes become one. It does so without a decomposition. With X = M / ‖M‖, each step is
-# three products of matrices,
+# Muon replaces the momentum of a matrix, `M = U S Vᵀ`, by an approximation of `U Vᵀ`: it keeps the
+# singular vectors and moves all singular values close to 1. It needs no decomposition. With
+# X = M / ‖M‖, each step is three matrix products,
 #
 # ```
 # X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X        so that        s ← a s + b s³ + c s⁵
 # ```
 #
-# for every singular value s. All the art is in the rows (a, b, c).
+# for every singular value s. The coefficients (a, b, c) determine how fast it converges.
 
 # %%
 import importlib.util
@@ -40,10 +40,10 @@ plt.rcParams.update({"axes.titlelocation": "left", "legend.frameon": False})
 print(jax.devices())
 
 # %% [markdown]
-# ## A matrix as training makes them
+# ## A matrix with a known spectrum
 #
-# Momentum is far from orthogonal: a few directions are large, most are small. This one has known
-# singular vectors and values, from 1 down to 0.01.
+# Momentum is far from orthogonal: a few singular values are large, most are small. This matrix has
+# known singular vectors, and singular values from 1 down to 0.01.
 
 # %%
 ROWS, COLUMNS = 128, 256
@@ -57,8 +57,8 @@ sizes = S / np.linalg.norm(S)  # what the first step sees, as ‖M‖ is the Fro
 # %% [markdown]
 # ## Step by step
 #
-# Each curve has all singular values of the matrix, one more step done. Small values are
-# multiplied in each step until they arrive. `polar_express_6` takes six steps, the others five.
+# Each curve shows all singular values after one more step. `polar_express_6` has six steps, the
+# others five.
 
 # %%
 PRESETS = ("jordan", "you", "polar_express_6", "cubic5")
@@ -84,10 +84,9 @@ plt.show()
 # %% [markdown]
 # ## The polynomial
 #
-# What a singular value becomes depends on nothing else. At the left its slope is the product of
-# all a, which lifts the small values. `jordan` is content with the neighborhood of one,
-# `polar_express_6` lands on it with one step more, and `cubic5` leaves out c, and with it a third
-# of the products.
+# All steps together are one polynomial of each singular value. For small values its slope is the
+# product of all a. `jordan` leaves singular values near 1. `polar_express_6` reaches 1 with one
+# more step. `cubic5` has c = 0, and needs a third fewer products.
 
 
 # %%
@@ -117,12 +116,12 @@ plt.show()
 assert worst < 1e-3
 
 # %% [markdown]
-# ## Two dtypes, two forms
+# ## Two dtypes, two methods
 #
-# `standard` multiplies X itself in every step, `gram` iterates on the short side X Xᵀ alone: less
-# work for long matrices. Both can run in float32 or bfloat16, the default on GPU and TPU. Left:
-# how far each value is from the polynomial in exact arithmetic. Right: what rounding mixes of the
-# other directions into each.
+# `standard` multiplies X in every step. `gram` iterates on X Xᵀ, which has the short side of X, and
+# needs fewer FLOPs for long matrices. Both run in float32 or in bfloat16, the default on GPU and
+# TPU. Left: the difference of each singular value from the polynomial in exact arithmetic. Right:
+# the part of other singular vectors that rounding adds to each.
 
 # %%
 rows = mc.ns_coefficients("jordan")
@@ -153,11 +152,11 @@ right.legend(loc="lower left", ncols=2, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# ## What the update looks like
+# ## The update
 #
-# The gradient of a layer whose inputs are random walks: neighboring columns are alike, and one
-# direction has nearly everything. Steepest descent would spend the step on it. The orthogonalized
-# update moves all directions alike.
+# The gradient of a layer whose inputs are random walks: neighboring columns are similar, and one
+# singular value is far larger than the others. A gradient step changes little except this
+# direction. The orthogonalized update has about the same size in all directions.
 
 # %%
 keys = jax.random.split(jax.random.key(SEED), 3)

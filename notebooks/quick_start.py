@@ -3,9 +3,10 @@
 #
 # # MuonClip in your own Flax model
 #
-# MuonClip trained Kimi K2 (arXiv 2507.20534): Muon for the matrices, AdamW for the rest, and
-# after each step a clip of the attention heads whose logits grew too large. It takes three lines
-# of your program: the attention function, the optimizer, and one call after the update.
+# MuonClip trained Kimi K2 (arXiv 2507.20534). It uses Muon for matrices and AdamW for all other
+# parameters. After each step, QK-clip shrinks the query and key weights of attention heads whose
+# logits exceed a threshold. It changes three lines of your program: the attention function, the
+# optimizer, and one call after the update.
 
 # %%
 import importlib.util
@@ -41,9 +42,9 @@ print(jax.devices())
 # %% [markdown]
 # ## The model
 #
-# A small transformer on bytes, with Flax's own attention. **Line one:** `attention_fn`, which
-# computes what Flax's function does and sows the largest logit of each head. Flax hands the
-# module over only if it is called with `sow_weights=True`.
+# A small transformer on bytes, with Flax's attention. **Line one:** `attention_fn` computes the
+# same output as Flax's function, and sows the max logit of each head. Pass `sow_weights=True`:
+# without it, Flax does not pass the module to the function.
 
 # %%
 WIDTH, LAYERS, HEADS, LENGTH = 128, 2, 4, 64
@@ -80,11 +81,11 @@ model = Model()
 params = model.init(jax.random.key(SEED), jnp.zeros((1, LENGTH), jnp.int32))["params"]
 
 # %% [markdown]
-# ## Who gets what
+# ## Muon or AdamW
 #
-# Look before you train. Matrices go to Muon; embeddings, the output head, norms and biases to
-# AdamW. The table says why. What is in the wrong place is named with
-# `muon_weight_dimension_numbers`.
+# Matrices are assigned to Muon. Embeddings, the output head, norms and biases are assigned to
+# AdamW. The table prints the reason for each. To change a row, pass `overrides={pattern: None}` for
+# AdamW, or `{pattern: mc.MuonDimensionNumbers(...)}` for Muon.
 
 # %%
 print(mc.routing_table(params, consistent_rms=0.2))
@@ -92,9 +93,9 @@ print(mc.routing_table(params, consistent_rms=0.2))
 # %% [markdown]
 # ## The train step
 #
-# **Line two:** `mc.muon`, an optax optimizer. `consistent_rms=0.2` gives its updates the size of
-# AdamW's, so that one learning rate serves both. **Line three:** `mc.qk_clip`, a function of the
-# parameters after the update and of what the heads have sown. 100 is K2's threshold.
+# **Line two:** `mc.muon`, an optax optimizer. With `consistent_rms=0.2`, its updates have the RMS
+# of AdamW's updates, so that one learning rate works for both. **Line three:** `mc.qk_clip` takes
+# the parameters after the update and the max logits. 100 is the threshold of Kimi K2.
 
 # %%
 BATCH, STEPS = 32, 200
@@ -121,7 +122,8 @@ def train_step(params, opt_state, text):
 # %% [markdown]
 # ## Train
 #
-# On what every Python has: the source of a module of its library. The last tenth is held out.
+# The data is the source code of a module of Python's standard library. The last tenth is for
+# validation.
 
 # %%
 source = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8).astype(np.int32)
@@ -167,8 +169,8 @@ plt.show()
 # %% [markdown]
 # ## Next
 #
-# So short a training of so small a model stays far from the threshold, and the clip has left
-# every bit of the weights as it was. The notebook `exploding_logits` shows where it has work to
-# do, `newton_schulz` what Muon does to a matrix, and `sharding` the same step on eight devices.
-# The same as one optimizer object is `mc.muonclip(learning_rate)`; other attention modules
-# (grouped, latent, fused) have their layouts in `docs/qk_clip.md`.
+# In this short training of a small model, max logits stay far below the threshold, and QK-clip does
+# not change the weights. The notebook `exploding_logits` shows a training that needs the clip,
+# `newton_schulz` shows how Muon changes a matrix, and `sharding` runs a step on eight devices.
+# `mc.muonclip(learning_rate)` is Muon and QK-clip as one optimizer. `docs/qk_clip.md` has the
+# layouts of other attention modules (grouped, latent, fused).

@@ -3,10 +3,10 @@
 #
 # # Muon on eight devices
 #
-# Newton–Schulz needs the whole of a matrix, and on a mesh every device has a piece of it. So
-# whole matrices move: each device gets a few, orthogonalizes them alone, and sends the pieces
-# home. This notebook has a step on eight devices: simulated ones, unless the machine has eight of
-# its own.
+# Newton–Schulz needs the full matrix, and on a mesh every device has a shard of it. `mc.muon`
+# exchanges matrices: each device receives a few full ones, orthogonalizes them, and returns the
+# shards. This notebook runs a step on eight devices. They are simulated, unless the machine has
+# eight.
 
 # %%
 import importlib.util
@@ -40,7 +40,7 @@ plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 plt.rcParams.update({"axes.titlelocation": "left", "legend.frameon": False})
 
-with contextlib.suppress(RuntimeError):  # where the cell has run before, the devices are there
+with contextlib.suppress(RuntimeError):  # the devices exist if the cell has run before
     jax.config.update("jax_num_cpu_devices", 8)
 devices = jax.devices() if jax.device_count() >= 8 else jax.devices("cpu")
 devices = np.array(devices[:8])
@@ -48,10 +48,10 @@ jax.config.update("jax_default_device", devices[0])
 print(jax.devices())
 
 # %% [markdown]
-# ## A model in pieces
+# ## A sharded model
 #
-# The matrices of eight layers, stacked as `nn.scan` leaves them. One axis of the mesh divides
-# them as FSDP does, the other as tensor parallelism.
+# The matrices of eight layers, stacked as by `nn.scan`. One axis of the mesh shards them as FSDP
+# does, the other as tensor parallelism does.
 
 # %%
 mesh = Mesh(devices.reshape(-1, min(2, devices.size)), ("fsdp", "tp"))
@@ -65,7 +65,7 @@ shardings = {name: NamedSharding(mesh, spec) for name, (_, spec) in leaves.items
 
 
 def draw(key):
-    """Draws an array for each leaf, where it belongs."""
+    """Draws a sharded array for each leaf."""
     keys = jax.random.split(key, len(leaves))
     shapes = (shape for shape, _ in leaves.values())
     arrays = (0.02 * jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
@@ -77,21 +77,21 @@ params, grads = (draw(key) for key in jax.random.split(jax.random.key(SEED)))
 # %% [markdown]
 # ## The plan
 #
-# `mc.sharding_plan` says, before anything is compiled, who orthogonalizes what and what each
-# device sends. All projections of one shape are one group.
+# `mc.sharding_plan` prints, before anything is compiled, which matrices each device
+# orthogonalizes and what it sends. All projections of one shape are one group.
 
 # %%
 print(mc.sharding_plan(params, shardings=shardings))
 
 # %% [markdown]
-# Its first group in colors, one for each device. Up and down projections of all layers are one
-# stack, and each device gets as many of its matrices as the others.
+# Its first group, with one color for each device. Up and down projections of all layers are one
+# stack, and each device receives the same number of matrices.
 
 # %%
 stack = (2 * LAYERS, WIDTH, HIDDEN)
-stored, whole = (NamedSharding(mesh, spec) for spec in (into, P(("fsdp", "tp"))))
+stored, full = (NamedSharding(mesh, spec) for spec in (into, P(("fsdp", "tp"))))
 figure, panels = plt.subplots(2, stack[0], figsize=(10, 3))
-for row, sharding, label in zip(panels, (stored, whole), ("stored", "orthogonalized"), strict=True):
+for row, sharding, label in zip(panels, (stored, full), ("stored", "orthogonalized"), strict=True):
     owner = np.empty(stack)
     for device, index in sharding.devices_indices_map(stack).items():
         owner[index] = list(devices).index(device)
@@ -107,15 +107,15 @@ norm = Normalize(-0.5, devices.size - 0.5)
 figure.colorbar(
     plt.cm.ScalarMappable(norm, shades), ax=panels, label="device", ticks=range(devices.size)
 )
-figure.suptitle("Stored in pieces, orthogonalized whole", x=0.01, ha="left")
+figure.suptitle("Stored in shards, orthogonalized as full matrices", x=0.01, ha="left")
 plt.show()
 
 # %% [markdown]
 # ## One step
 #
-# On a mesh whose axes are Auto, as here, `shardings=` says where the parameters lie. On an
-# Explicit mesh, the default of `jax.make_mesh`, the argument is not needed. Everything else is as
-# on one device, the numbers too, but for rounding.
+# On a mesh with Auto axes, as here, pass `shardings=`. On an Explicit mesh, the default of
+# `jax.make_mesh`, the argument is not needed. Everything else is as on one device, and the numbers
+# are equal up to rounding.
 
 # %%
 ours = mc.muon(1e-3, consistent_rms=0.2, shardings=shardings, ns_dtype=jnp.float32)
@@ -127,7 +127,7 @@ def step(tx, grads, opt_state, params):
 
 
 def compiled(tx):
-    """Compiles a step that leaves the parameters where they are."""
+    """Compiles a step that keeps the sharding of the parameters."""
     run = jax.jit(lambda *arguments: step(tx, *arguments), out_shardings=(shardings, None))
     return run.lower(grads, tx.init(params), params).compile()
 
@@ -148,9 +148,8 @@ for name, x in on_one.items():
 # %% [markdown]
 # ## What is sent
 #
-# The compiled program is text, with every exchange between devices in it. Beside ours, the same
-# step of `optax.contrib.muon`, which leaves it to the compiler to bring the pieces together, in
-# each of its five iterations.
+# The text of a compiled program has every exchange between devices. We compare with the same step
+# of `optax.contrib.muon`, for which the compiler gathers the shards in each of five iterations.
 
 # %%
 KINDS = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
@@ -190,6 +189,6 @@ for axes, values, title, form in (
 plt.show()
 
 # %% [markdown]
-# Ours are all-to-alls, two for each group of the plan: there and back. By default a GPU or TPU
-# computes in bfloat16, and they carry half of what is counted here. Which argument on which mesh,
-# several processes, and how to read a larger plan: `docs/sharding.md` in the repository.
+# `mc.muon` uses two all-to-alls for each group of the plan. On a GPU or TPU the default dtype is
+# bfloat16, and the exchanges have half of these bytes. For other meshes, several processes, and
+# larger plans, see `docs/sharding.md` in the repository.

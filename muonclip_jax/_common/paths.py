@@ -1,10 +1,24 @@
 """The path of a leaf, as the plain strings that messages and tables print and rules match."""
 
 import collections
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+
+# Components that hold the array of a parameter and have no other name: Flax boxes and variables,
+# Penzai, Haliax.
+_BOXES = ("_value", "raw_value", "unboxed", "data_array", "array")
+# The same where the component around it names an array: Orbax and `flax.serialization` write
+# `kernel/value`, but `attention/value` is a projection.
+_PERHAPS_BOXES = ("value", "data", "param")
+_ARRAYS = re.compile(
+    r"(\w+_)?(kernel|weights?|w|bias(es)?|b|scale|offset|gamma|beta|alpha|embeddings?|table|tokens?"
+    r"|proj(ection)?|einsum|lora_[ab])(_\d+)?|w?(q|k|v|o|kv|qkv)|to_(q|k|v|o|kv|qkv|out)|w\d*|w_\w+"
+    r"|query|key|value|wte|wpe|cls|probe|up|gate|down|out|a_log|d|dt_bias|(\w+_)?sinks?|coefficients"
+    r"|freqs?|decay|mu|u|gain|sigma|lambda|temperature|codebooks?"
+)
 
 
 def components(path: Sequence[Any]) -> tuple[str, ...]:
@@ -15,7 +29,8 @@ def components(path: Sequence[Any]) -> tuple[str, ...]:
     and the others are identifiers or integers (`layers.0.weight`), and a tuple of keys
     (`flatten_dict`) into its keys. A trailing *attribute* named `value` is the inside of a Flax box
     or variable and is left out; a *key* named `value` is a module of
-    `flax.linen.MultiHeadDotProductAttention` and stays.
+    `flax.linen.MultiHeadDotProductAttention` and stays. `all_components` sees whether the attribute
+    has siblings, and is better where several paths are known.
 
     Args:
       path: Key path, as `jax.tree_util.tree_flatten_with_path` returns it.
@@ -48,7 +63,7 @@ def leaf_paths(tree: Any, is_leaf: Any = None) -> list[tuple[str, ...]]:
       [('a', 'b'), ('a/b',), ('c', 'd')]
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
-    split = [components(path) for path in paths]
+    split = all_components(paths)
     if len(set(split)) == len(split):
         return split
     count = collections.Counter(split)
@@ -56,6 +71,72 @@ def leaf_paths(tree: Any, is_leaf: Any = None) -> list[tuple[str, ...]]:
         names if count[names] == 1 else tuple(map(_string, _without_value(path)))
         for names, path in zip(split, paths, strict=True)
     ]
+
+
+def all_components(paths: Sequence[Sequence[Any]]) -> list[tuple[str, ...]]:
+    """Returns the components of the paths of all leaves of a pytree.
+
+    An attribute `value` that has siblings, as in an attention module of raw arrays, is no box.
+
+    Args:
+      paths: Key paths, as `jax.tree_util.tree_flatten_with_path` returns them.
+
+    Returns:
+      One tuple for each path.
+
+    Example:
+      >>> Key = jax.tree_util.GetAttrKey
+      >>> all_components([(Key("key"),), (Key("value"),)])
+      [('key',), ('value',)]
+      >>> all_components([(Key("w"), Key("value"))])
+      [('w',)]
+    """
+    count = collections.Counter(tuple(path[:-1]) for path in paths)
+    return [
+        components(path)
+        if count[tuple(path[:-1])] == 1
+        else tuple(part for key in path for part in _split(key))
+        for path in paths
+    ]
+
+
+def without_boxes(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Returns paths without trailing components that name the box of an array.
+
+    A box holds one array, so that a component with siblings is none. `value`, `data` and `param`
+    are boxes below the name of an array, or if all paths end in this component.
+
+    Args:
+      paths: Components of the paths of all leaves of a pytree.
+
+    Returns:
+      One tuple for each path.
+
+    Example:
+      >>> without_boxes([("attn", "q", "kernel", "value"), ("attn", "value", "kernel", "value")])
+      [('attn', 'q', 'kernel'), ('attn', 'value', 'kernel')]
+      >>> without_boxes([("attn", "query"), ("attn", "value")])
+      [('attn', 'query'), ('attn', 'value')]
+    """
+    found = list(paths)
+    while True:
+        count = collections.Counter(path[:end] for path in found for end in range(1, len(path)))
+        is_last = len({path[-1:] for path in found}) == 1 < len({path[-2:] for path in found})
+        shorter = [path[:-1] if _ends_in_box(path, count, is_last) else path for path in found]
+        if shorter == found:
+            return found
+        found = shorter
+
+
+def _ends_in_box(
+    path: tuple[str, ...], count: collections.Counter[tuple[str, ...]], is_last: bool
+) -> bool:
+    """Returns whether the last component is a box; `is_last` if all paths have this last one."""
+    if len(path) < 2 or count[path[:-1]] > 1:
+        return False
+    if path[-1] not in _PERHAPS_BOXES:
+        return path[-1] in _BOXES
+    return is_last or path[-2] in _BOXES or _ARRAYS.fullmatch(path[-2].lower()) is not None
 
 
 def path_string(path: Sequence[Any]) -> str:
@@ -107,8 +188,7 @@ def _split_name(name: str) -> tuple[str, ...]:
 
 
 def _split_dots(name: str) -> tuple[str, ...]:
-    """Splits `layers.0.weight`, and nothing that has other characters or begins with a number."""
-    first, *others = (part for part in name.split(".") if part != "~" or name == "~")
-    if others and first.isidentifier() and all(p.isidentifier() or p.isdigit() for p in others):
-        return (first, *others)
-    return (name,)
+    """Splits `layers.0.weight` and `0.weight`, and nothing with other characters, nor `0.5`."""
+    parts = tuple(part for part in name.split(".") if part != "~" or name == "~")
+    is_path = all(p.isidentifier() or p.isdigit() for p in parts)
+    return parts if is_path and any(map(str.isidentifier, parts)) else (name,)

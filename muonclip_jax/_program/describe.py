@@ -5,8 +5,9 @@ import math
 from collections.abc import Hashable, Sequence
 
 from muonclip_jax._program.axes import Axis, Digit, Part, View
+from muonclip_jax._program.closed import Closed
 from muonclip_jax._program.head_map import HeadMap, SiteSource, head_maps
-from muonclip_jax._program.sites import Closed, Source, Traced
+from muonclip_jax._program.sites import Source, Traced
 
 # Components that name an array inside a projection.
 _ARRAYS = frozenset("kernel weight w bias b lora_a lora_b w_lora_a w_lora_b value".split())
@@ -107,12 +108,19 @@ def describe(
         for side, some in (("query", traced.queries), ("key", traced.keys))
         for s in some
     )
+<<<<<<< HEAD
     both = (*traced.queries, *traced.keys)
     kernels = [s for s in both if not s.is_inner] or both
     rows = softmax.top.inputs[0].shape
     layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
     marks = frozenset().union(*(s.marks for s in both))
     faults = list(traced.faults)
+=======
+    rows = softmax.shape
+    layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
+    marks = frozenset().union(*(s.marks for s in (*traced.queries, *traced.keys)))
+    faults = [*traced.faults, *traced.notes]
+>>>>>>> program
     faults += [
         f"{m} is applied to queries, keys or their kernels" for m in sorted(marks - {"norm"})
     ]

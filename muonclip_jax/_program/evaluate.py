@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._program.jaxprs import CUSTOM, JIT, REMAT, bare, called, scan_counts
-from muonclip_jax._program.softmax import LOGIT_CHAIN
+from muonclip_jax._program.logits import LOGIT_CHAIN
 
 Path: TypeAlias = tuple[int, ...]
 Stats: TypeAlias = dict[int, jax.Array]
@@ -26,7 +26,8 @@ class Statistic(NamedTuple):
     Attributes:
       number: Its number among all.
       path: Where its row maximum, or the kernel, is.
-      heads: Axes of the row maxima that are heads, outermost first.
+      shape: Sizes of the axes of the row maxima; an axis may count as several.
+      heads: Those of these axes that are heads, outermost first.
       batch: Axes that stay in front of them.
       layers: Paths of the scans over layers.
       cuts: By path, which operands are kept: of a tanh or a clamp, or of a concatenation.
@@ -36,6 +37,7 @@ class Statistic(NamedTuple):
 
     number: int
     path: Path
+    shape: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     layers: tuple[Path, ...] = ()
@@ -54,12 +56,12 @@ class Statistic(NamedTuple):
         Returns:
           The max logits.
         """
-        rest = [d for d in range(rows.ndim) if d not in (*self.heads, *self.batch)]
-        rows = jax.lax.stop_gradient(rows)
+        rest = [d for d in range(len(self.shape)) if d not in (*self.heads, *self.batch)]
+        rows = jax.lax.stop_gradient(rows).reshape(self.shape)
         rows = jax.lax.optimization_barrier(rows) if keep else rows
         x = jnp.max(rows, axis=rest, keepdims=True)
         x = jnp.transpose(x, (*self.batch, *self.heads, *rest))
-        x = x.reshape(*(rows.shape[d] for d in self.batch), -1).astype(jnp.float32)
+        x = x.reshape(*(self.shape[d] for d in self.batch), -1).astype(jnp.float32)
         return x * math.log(2) if self.base == 2 else x
 
 

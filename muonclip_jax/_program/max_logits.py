@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from muonclip_jax._program.closed import Closed
 from muonclip_jax._program.describe import AttentionSite
 from muonclip_jax._program.evaluate import Statistic, evaluate
 from muonclip_jax._program.jaxprs import bare
 from muonclip_jax._program.read import Program, call, read
-from muonclip_jax._program.sites import Closed
 
 _NAME = "max_logits"
 
@@ -142,6 +142,7 @@ def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
         Statistic(
             number,
             one.softmax.top.path,
+            tuple(n for d, n in enumerate(one.softmax.shape) if d != one.softmax.axis),
             _without_keys(one.heads, one.softmax.axis),
             _without_keys(one.batch, one.softmax.axis),
             one.layers,

@@ -9,10 +9,11 @@ import numpy as np
 
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.types import ArrayTree
+from muonclip_jax._program.closed import Closed, activations, trace_closed
 from muonclip_jax._program.describe import AttentionSite, closed_site, describe, distinct
 from muonclip_jax._program.graph import DATA, Graph, Node
 from muonclip_jax._program.rules import has_rule
-from muonclip_jax._program.sites import Closed, Traced, activations, trace, trace_closed
+from muonclip_jax._program.sites import Traced, trace
 from muonclip_jax._program.softmax import softmaxes
 from muonclip_jax._program.uses import is_float
 from muonclip_jax._program.walk import set_kinds

@@ -30,6 +30,11 @@ REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax "
     "argmin".split()
 )
+# Each element of the result is an element of an operand, or 0.
+MOVES = frozenset(
+    "transpose reshape broadcast_in_dim squeeze expand_dims slice split concatenate pad "
+    "dynamic_slice rev unstack stack tile layer shard unshard".split()
+)
 # Primitives that choose along one axis: of experts, tokens or classes.
 CHOICES = frozenset("top_k approx_top_k sort argmax argmin".split())
 

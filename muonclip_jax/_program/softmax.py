@@ -1,65 +1,26 @@
 """Finds every softmax over a product of activations, from the row maximum that it subtracts."""
 
-from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 from muonclip_jax._program.axes import View, identity
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, Graph, Node
+<<<<<<< HEAD
 from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
 from muonclip_jax._program.walk import is_scaling, names_of_product, parameters_of, walk
+=======
+from muonclip_jax._program.logits import (
+    COPIES,
+    SAME,
+    Softmax,
+    multiplies_elementwise,
+    products,
+    softmax_of,
+)
+from muonclip_jax._program.rules import ELEMENTWISE, MOVES, REDUCTIONS, pull
+from muonclip_jax._program.walk import names_of_product
+>>>>>>> program
 
-_MOVES = frozenset(
-    "transpose reshape broadcast_in_dim squeeze expand_dims slice split concatenate pad "
-    "dynamic_slice rev unstack stack tile layer shard unshard".split()
-)
-_SAME = frozenset(
-    "convert_element_type copy stop_gradient sharding_constraint optimization_barrier name "
-    "reduce_precision mul div add sub neg select_n max min clamp carry join".split()
-)
-COPIES = frozenset(
-    "convert_element_type copy stop_gradient sharding_constraint optimization_barrier name".split()
-)
-# What logits may pass between queries times keys and the softmax.
-LOGIT_CHAIN = _SAME | _MOVES | COPIES | {"tanh", "reduce_max"}
 _EXPONENTIALS = frozenset({"exp", "exp2"})
-
-
-class Product(NamedTuple):
-    """A product of queries and keys.
-
-    Attributes:
-      node: The product.
-      query: Which operand has the queries.
-      view: A view of the product by the axes of the logits, `("row", axis)`.
-    """
-
-    node: Node
-    query: int
-    view: View
-
-
-class Softmax(NamedTuple):
-    """A softmax over a product of activations.
-
-    Attributes:
-      top: The row maximum.
-      axis: The axis of the keys.
-      products: The products that are added to logits.
-      caps: What bounds the logits, by path: a tanh, or a clamp; and which operand it bounds.
-      sinks: For each concatenation with columns that are no logits, by path, which operands are
-        logits.
-      mixes: Whether logits of several heads are mixed.
-      base: The base of the exponentials: 2, or 0 for e.
-    """
-
-    top: Node
-    axis: int
-    products: tuple[Product, ...]
-    caps: dict[tuple[int, ...], tuple[int, ...]]
-    sinks: dict[tuple[int, ...], tuple[int, ...]]
-    mixes: bool
-    base: int
 
 
 def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
@@ -82,10 +43,17 @@ def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
         if any(_hides_later(e, top) for e in exps):
             continue  # and so one of the suspects
         taken |= set(exps)
-        if exps and (softmax := _softmax(top, axis, exps[0])):
+        base = 2 if exps and exps[0].op == "exp2" else 0
+        if exps and (softmax := softmax_of(top, top.inputs[0].shape, axis, base)):
             found.append(softmax)
+<<<<<<< HEAD
         elif exps and _multiplies_elementwise(top.inputs[0], axis):
             taken, unread = taken - set(exps), [*unread, *exps]
+=======
+        elif exps and multiplies_elementwise(top.inputs[0], axis):
+            taken -= set(exps)
+            unread += exps
+>>>>>>> program
     suspects = [
         e
         for e in forward
@@ -98,12 +66,12 @@ def _exponentials(top: Node) -> Iterator[Node]:
     """Yields the exponentials of `x - max(x)`, also with a maximum over blocks or a log-sum-exp."""
     masks: set[Node] = set()
     logits = {*_copies(top.inputs[0], masks, collect=True)}
-    passes = COPIES | _MOVES | {"max", "select_n", "carry", "join", "add", "log", "reduce_sum"}
+    passes = COPIES | MOVES | {"max", "select_n", "carry", "join", "add", "log", "reduce_sum"}
     seen = set()
     for node in _forward(top, passes):
         if node.op == "sub" and not logits.isdisjoint(_copies(node.inputs[0], masks)):
             # A scale or a mask after the subtraction would not be in the row maximum.
-            for after in _forward(node, COPIES | _MOVES):
+            for after in _forward(node, COPIES | MOVES):
                 if after.op in _EXPONENTIALS and after not in seen:
                     seen.add(after)
                     yield after
@@ -121,7 +89,7 @@ def _copies(node: Node, masks: set[Node], *, collect: bool = False) -> Iterator[
     while todo:
         node = todo.pop()
         yield node
-        if node.op in COPIES | _MOVES and len(node.inputs) == 1:
+        if node.op in COPIES | MOVES and len(node.inputs) == 1:
             todo += node.inputs
         elif node.op == "select_n":
             mask = {*_copies(node.inputs[0], set())}
@@ -183,7 +151,7 @@ def _weighs_values(exponential: Node, axis: int) -> bool:
                 todo.append(user)  # a mask or a mixture of heads, as a product
             elif _is_weighted_sum(user, node, exponential):
                 return True
-            elif user.op in _SAME | _MOVES:
+            elif user.op in SAME | MOVES:
                 todo.append(user)
     return False
 
@@ -218,12 +186,13 @@ def _depends(node: Node, start: Node) -> bool:
         v = todo.pop()
         if v is start:
             return True
-        if v not in seen and (v.op in ELEMENTWISE | _MOVES | REDUCTIONS):
+        if v not in seen and (v.op in ELEMENTWISE | MOVES | REDUCTIONS):
             seen.add(v)
             todo += v.inputs
     return False
 
 
+<<<<<<< HEAD
 def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
     """Walks back from the logits to the products of activations."""
     logits = top.inputs[0]
@@ -328,12 +297,14 @@ def _marker(node: Node, i: int, view: View, key: Any) -> frozenset[Any]:
     return frozenset()
 
 
+=======
+>>>>>>> program
 def _is_suspect(exponential: Node) -> bool:
     """Returns whether this is a softmax without a row maximum."""
     (x,) = exponential.inputs
     view = identity(x.shape, [("row", d) for d in range(len(x.shape))])
     return any(
-        n > 1 and _weighs_values(exponential, axis) and any(_products(x, view, ("row", axis)))
+        n > 1 and _weighs_values(exponential, axis) and any(products(x, view, ("row", axis)))
         for axis, n in enumerate(x.shape)
     )
 

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array
 
 from muonclip_jax._attention.flax_attention import BOUND
-from muonclip_jax._common.paths import components
+from muonclip_jax._common.paths import all_components, components, without_boxes
 from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._qk_clip.attention_module import AttentionModule, Path
 from muonclip_jax._qk_clip.head_layout import HeadLayout, Leaf
@@ -158,7 +158,8 @@ def _modules(params: ArrayTree) -> tuple[Modules, set[Path], set[Path]]:
     for _, value in flat:
         positions.append(position)
         position += value is not None and not _hides(value)
-    for index, path in _below("params", [components(path) for path, _ in flat]):
+    paths = without_boxes(all_components([path for path, _ in flat]))
+    for index, path in _below("params", paths):
         value = flat[index][1]
         if value is None:
             absent.add(path)
@@ -177,7 +178,9 @@ def _sown(max_logits: ArrayTree, names: Collection[str]) -> tuple[MaxLogits, set
     bounds = set()
     known = {suffixed: name for name in names for suffixed in (name + BOUND, name)}
     flat = jax.tree_util.tree_flatten_with_path(max_logits)[0]
-    for index, path in _below("intermediates", [without_index(path) for path, _ in flat]):
+    paths = [without_index(path) for path, _ in flat]
+    paths = [p[:-1] if p[-1:] == ("value",) and p[-2:-1] and p[-2] in known else p for p in paths]
+    for index, path in _below("intermediates", paths):
         if path and path[-1] in known:
             key = (path[:-1], known[path[-1]])
             sown.setdefault(key, []).append(jnp.asarray(flat[index][1]))

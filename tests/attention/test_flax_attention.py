@@ -311,6 +311,7 @@ def test_linen_nnx_and_functions_clip_equally_bit_for_bit():
         assert all(map(same_bits, jax.tree.leaves(other), jax.tree.leaves(new)))
 
 
+@pytest.mark.every_combination
 @pytest.mark.parametrize("options", [{}, {"max_logit": "lse_bound"}, {"implementation": "xla"}])
 @pytest.mark.parametrize("masked", [False, True])
 def test_is_causal_of_linen_equals_a_causal_mask(options, masked):

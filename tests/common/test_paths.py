@@ -1,9 +1,13 @@
 """Paths of parameters: keys that hold whole paths are split, others are not."""
 
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
 import pytest
 
 from muonclip_jax._common.folding import fold
-from muonclip_jax._common.paths import leaf_paths
+from muonclip_jax._common.paths import leaf_paths, without_boxes
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,9 @@ from muonclip_jax._common.paths import leaf_paths
         ("a.~.b", ("a", "b")),
         ("v1.5", ("v1", "5")),
         ("0.5", ("0.5",)),
+        ("0.weight", ("0", "weight")),
+        ("mlp/~/linear_0.w", ("mlp", "linear_0", "w")),
+        (("a/~/b", "c.~.d", 0), ("a", "b", "c", "d", "0")),
         ("a..b", ("a..b",)),
         ("w[0,0] 32x0e,1x0e", ("w[0,0] 32x0e,1x0e",)),
         ("/", ("/",)),
@@ -31,6 +38,40 @@ def test_keys_that_are_paths_are_split(key, components):
 def test_paths_that_collide_stay_apart():
     tree = {"a": {"b": 1.0}, "a/b": 2.0, "c/d": 3.0}
     assert leaf_paths(tree) == [("a", "b"), ("a/b",), ("c", "d")]
+
+
+@flax.struct.dataclass
+class Attention:
+    query: Any
+    key: Any
+    value: Any
+
+
+def test_an_attribute_value_with_siblings_is_no_box():
+    assert leaf_paths({"attn": Attention(1.0, 2.0, 3.0)})[-1] == ("attn", "value")
+    assert leaf_paths({"up": nn.Partitioned(1.0, names=())}) == [("up",)]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("attn/q/kernel/value", "attn/q/kernel"),
+        ("attn/value/kernel/raw_value", "attn/value/kernel"),
+        ("wq/value/_value", "wq"),
+        ("attn/value", "attn/value"),
+        ("memory/value", "memory/value"),
+        ("kernel", "kernel"),
+        ("value", "value"),
+    ],
+)
+def test_boxes_are_left_out(path, expected):
+    assert without_boxes([tuple(path.split("/"))]) == [tuple(expected.split("/"))]
+
+
+def test_a_component_of_all_paths_is_a_box_unless_it_has_siblings():
+    assert without_boxes([("a", "x", "data"), ("a", "y", "data")]) == [("a", "x"), ("a", "y")]
+    siblings = [("q", "kernel"), ("q", "value")]
+    assert without_boxes(siblings) == siblings
 
 
 def test_equal_layers_fold_into_runs_of_numbers():

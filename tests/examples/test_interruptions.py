@@ -406,7 +406,8 @@ def kill_and_resume(folder, kills, steps, whole, model="gqa"):
     assert logged == list(range(1, steps + 1))
 
 
-@pytest.mark.parametrize("kills", by_day([1, 3], 1))
+@pytest.mark.nightly
+@pytest.mark.parametrize("kills", [1, 3])
 def test_kill_nine(tmp_path, long, kills):
     kill_and_resume(tmp_path, kills, STEPS, long)
 

@@ -66,6 +66,7 @@ def test_resume_without_a_run_starts_one(program, tmp_path, capsys):
     assert (tmp_path / "runs/gqa-muonclip/summary.json").exists()
 
 
+@pytest.mark.nightly
 def test_resume_uses_the_last_default_folder(program, tmp_path, capsys):
     for _ in range(2):
         program()
@@ -200,6 +201,7 @@ def start(folder, *arguments):
     )
 
 
+@pytest.mark.nightly
 def test_sixty_steps_from_the_command_line(tmp_path):
     process = start(tmp_path, "--steps", "60")
     out, err = process.communicate(timeout=300)

@@ -32,7 +32,7 @@ class Policy:
 
 def equinox_model():
     eqx = pytest.importorskip("equinox")
-    return eqx.filter(eqx.nn.MLP(8, 8, 24, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    return eqx.filter(eqx.nn.Linear(8, 24, key=jax.random.key(0)), eqx.is_inexact_array)
 
 
 def nnx_model():
@@ -135,6 +135,34 @@ def test_parameters_with_colliding_paths_have_their_own_roles():
     tree = {"a": {"b": {"kernel": W}}, "a/b": {"kernel": W}, "c/d": W}
     rows = mc.routing_table(tree, overrides={"c/d": None}).rows
     assert [row.optimizer for row in rows] == ["muon", "muon", "adamw"]
+
+
+@pytest.mark.parametrize(
+    "box", "data _value unboxed param value raw_value array value/raw_value raw_value/value".split()
+)
+def test_boxes_below_parameters_change_no_role(box):
+    shapes = {
+        "layers_0/attn/query/kernel": (64, 4, 16),
+        "layers_0/attn/value/kernel": (64, 2, 16),
+        "layers_0/attn/out/kernel": (4, 16, 64),
+        "layers_0/norm/scale": (64,),
+        "layers_0/mlp/wo": (256, 64),
+        "embed/embedding": (100, 64),
+        "lm_head/kernel": (64, 100),
+    }
+    arrays = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    expected = [row[1:] for row in mc.routing_table(arrays).rows]
+    boxed = {f"{path}/{box}": x for path, x in arrays.items()}
+    assert [row[1:] for row in mc.routing_table(boxed).rows] == expected
+
+
+def test_boxes_below_kernels_do_not_hide_queries_from_the_clip():
+    kernels = {"query": {"kernel": {"value": jnp.ones((8, 2, 4))}}}
+    kernels |= {"key": {"kernel": {"value": jnp.ones((8, 2, 4))}}}
+    logits = {"attn": {"max_logits": (jnp.full((2,), 200.0),)}}
+    clipped, info = mc.qk_clip({"attn": kernels}, logits)
+    assert float(clipped["attn"]["query"]["kernel"]["value"].max()) < 1
+    assert "attn" in info.max_logits
 
 
 # Masks and numbers as an nnx.State

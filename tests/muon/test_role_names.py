@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import muonclip_jax as mc
-from muonclip_jax._muon.roles.names import ADAMW_ROLES, adamw_role, core
+from muonclip_jax._muon.roles.names import adamw_role, core
+from muonclip_jax._muon.roles.role_table import ADAMW_ROLES
 
 
 def optimizers(tree, **arguments):
@@ -23,7 +24,8 @@ MODULES = (
     "positional_embedding relative_position_bias_table relpos_bias rel_pos_h abs_pos_enc "
     "lm_head unembed output_head logits_dense to_logits vocab_proj router moe_gate mlp_router "
     "norm norm1 ln ln_1 ln_f query_ln LayerNorm_0 RMSNorm_3 input_layernorm final_norm enorm bn1 "
-    "q_a_layernorm kv_a_norm dwconv depthwise_conv mhc_attention hc_head layer_scale"
+    "q_a_layernorm kv_a_norm dwconv depthwise_conv mhc_attention hc_head layer_scale "
+    "FourierEmbs_0 fourier_features routing gate_logits centroids attention_sink query_feat"
 ).split()
 
 
@@ -37,7 +39,9 @@ PARAMETERS = (
     "bias scale embedding q_bias router_bias e_score_correction_bias expert_bias dt_bias "
     "attn_scale gamma layer_scale ls1 ls2 lambda_1 sinks attention_sinks A_log D "
     "time_decay class_token cls mask_token register_tokens probe input_embedding "
-    "embedding_table pos_table pre_norm offset static_alpha gate_factor resid_lambdas"
+    "embedding_table pos_table pre_norm offset static_alpha gate_factor resid_lambdas "
+    "persistent_memory_k prefix_key initial_state h0 mu_k x_r decay_rate alibi_slopes theta pi "
+    "value_residual_mix ia3_l scaling coefficients"
 ).split()
 
 
@@ -50,7 +54,8 @@ def test_parameter_names_go_to_adamw_at_any_rank(name):
 OTHERS = (
     "gate_proj wi_gate up_proj o_proj wi_0 Dense_0 normalizer slender embark token_mixing head_mix "
     "position_wise_ff pre_logits adaLN_modulation multi_head types scaler routers_mlp biased d "
-    "time_mixing converter conv_free tabled output_dense classify depth"
+    "time_mixing converter conv_free tabled output_dense classify depth decay decay_proj "
+    "persistent prefixes mask_projection initial fourier_layer route_mlp"
 ).split()
 
 

@@ -324,7 +324,8 @@ def test_a_side_of_one_goes_to_adamw():
     ("tree", "doubt"),
     [
         ({"input": {"kernel": (3, 256)}}, "a side of 3"),
-        ({"mixture": (64, 4, 16)}, "64 matrices of only 4 x 16"),
+        ({"mixture": (16, 4, 8)}, "16 matrices of only 4 x 8"),
+        ({"mixture": (64, 32, 48)}, "matrices or heads"),
         ({"wte": (1000, 64), "readout": {"kernel": (64, 1000)}}, "vocabulary"),
         ({"far": {"kernel": (64, 50000)}}, "vocabulary"),
         (
@@ -375,10 +376,23 @@ def test_queries_of_the_size_of_the_embedding_go_to_muon():
     assert (query.numbers, query.doubt) == (mc.MuonDimensionNumbers(-2, -1), "")
 
 
-def test_last_unnamed_layer_of_a_network_is_a_head():
-    tree = {f"Dense_{i}": {"kernel": shape} for i, shape in enumerate([(32, 64), (64, 10)])}
-    assert results(tree) == {"Dense_0/kernel": (1, 32, 64), "Dense_1/kernel": "adamw"}
-    assert not warnings_of(tree)
+@pytest.mark.parametrize("module", ["encoder", "QNetwork_0", ""])
+def test_last_unnamed_layer_of_a_network_is_a_head_and_is_doubted(module):
+    layers = {f"Dense_{i}": {"kernel": shape} for i, shape in enumerate([(32, 64), (64, 10)])}
+    tree: Any = {module: layers} if module else layers
+    assert list(results(tree).values()) == [(1, 32, 64), "adamw"]
+    (text,) = warnings_of(tree)
+    assert "Dense_1" in text
+    assert "To keep AdamW" in text
+
+
+@pytest.mark.parametrize("sides", [(64, 64), (64, 128)])
+def test_last_layer_of_a_network_without_a_head_is_doubted(sides):
+    tree = {"Dense_0": {"kernel": (8, 64)}, "Dense_1": {"kernel": sides}}
+    (text,) = warnings_of(tree)
+    assert text.startswith("Dense_1/kernel")
+    assert "may be one" in text
+    assert not warnings_of({**tree, "head": {"kernel": (128, 10)}})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.support.role_cases import MODELS
 
 
 def rows_of(name):
-    for line in MODELS[name].split("\n")[1:-1]:
+    for line in MODELS[name].splitlines():
         path, shape, right = line.split()
         yield path, tuple(int(n) for n in shape.split(",") if n != "-"), right
 

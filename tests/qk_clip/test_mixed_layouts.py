@@ -109,7 +109,8 @@ def test_muonclip_equals_muon_then_qk_clip(dtype):
     for threshold in (100.0, None):
         tx = mc.muonclip(0.01, threshold=threshold, **settings)
         extra = {} if threshold is None else {"max_logits": STATS}
-        updates[threshold], _ = tx.update(grads, tx.init(params), params, **extra)
+        update = jax.jit(tx.update)
+        updates[threshold], _ = update(grads, tx.init(params), params, **extra)
     actual = optax.apply_updates(params, updates[100.0])
     expected, _ = mc.qk_clip(optax.apply_updates(params, updates[None]), STATS, ALL)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, params)

@@ -12,7 +12,7 @@ _MUCH_LONGER = 8
 
 def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     """A component of the path names a role, unless the shapes beside it contradict."""
-    if leaf.role is None:
+    if leaf.role is None or _is_low_rank(leaf, evidence):
         return None
     role, name = leaf.role
     doubt = ""
@@ -27,12 +27,22 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         if _is_dense(leaf, evidence):
             return None
         doubt = _doubt_table(leaf, evidence, name)
-    if role.where == "top":
-        if _is_hidden_layer(leaf, evidence, name):
+    if role.name == "output head":
+        is_top = role.where == "top"
+        if (is_top and _is_hidden_layer(leaf, evidence, name)) or _is_in_head(leaf, evidence, name):
             return None
-        if len(leaf.shape) == 2 and leaf.shape[0] == leaf.shape[1]:
+        is_square = len(leaf.shape) == 2 and leaf.shape[0] == leaf.shape[1]
+        if is_square and (is_top or name != leaf.name):
             doubt = "its inputs and outputs have equal sizes, as in hidden layers"
     return Decision(None, f"{role.name} '{name}'", doubt)
+
+
+def _is_in_head(leaf: Leaf, evidence: Evidence, name: str) -> bool:
+    """Returns whether a square dense layer is inside a head with a vocabulary, as in BERT."""
+    is_dense = name != leaf.name and names.matches(names.DENSE, leaf.name)
+    if not is_dense or len(leaf.shape) != 2 or leaf.shape[0] != leaf.shape[1]:
+        return False
+    return evidence.vocabulary not in (0, leaf.shape[0])
 
 
 def _is_dense(leaf: Leaf, evidence: Evidence) -> bool:
@@ -42,6 +52,17 @@ def _is_dense(leaf: Leaf, evidence: Evidence) -> bool:
         return False
     has_bias = len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence)
     return has_bias or leaf.name not in computed or names.matches(names.DENSE, leaf.name)
+
+
+def _is_low_rank(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether `g1` and `g2` are a matrix to a low rank and one from it, as in RWKV-7."""
+    *module, name = leaf.core
+    if name.lower() not in ("g1", "g2") or len(leaf.shape) < 2:
+        return False
+    first, second = (evidence.by_core.get((*module, name[0] + end)) for end in "12")
+    if first is None or second is None or min(len(first.shape), len(second.shape)) < 2:
+        return False
+    return first.shape[-1] == second.shape[-2] != first.shape[-2]
 
 
 def _doubt_table(leaf: Leaf, evidence: Evidence, name: str) -> str:
@@ -69,8 +90,28 @@ def state_space(leaf: Leaf, evidence: Evidence) -> Decision | None:
     name, module = leaf.core[-1], leaf.core[:-1]
     if not names.matches(names.STATE_SPACE_MATRICES, name):
         return None
-    if any(names.matches(names.STATE_SPACE, n) for n in evidence.children[module] if n != name):
+    is_complex = names.matches(r"[abc]_(re|im|real|imag)", name)
+    beside = evidence.children[module] - {name}
+    if is_complex or any(names.matches(names.STATE_SPACE, n) for n in beside):
         return Decision(None, f"state-space parameter '{name}'")
+    return None
+
+
+def noise(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """`sigma` beside `mu` of the same shape scales noise, element by element."""
+    if not leaf.is_inside or not names.matches(names.NOISE, leaf.name):
+        return None
+    beside = [x for x in evidence.beside(leaf) if names.matches(names.MEAN, x.name)]
+    if any(x.shape == leaf.shape for x in beside):
+        return Decision(None, f"noise '{leaf.name}'")
+    return None
+
+
+def per_head(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """`u` and `w` beside `receptance` are vectors of each head, as in RWKV."""
+    name, module = leaf.core[-1], leaf.core[:-1]
+    if name.lower() in ("u", "w") and evidence.has_child(module, "receptance"):
+        return Decision(None, f"time-mixing vector '{name}'")
     return None
 
 

@@ -9,6 +9,7 @@ from muonclip_jax._muon.roles.evidence import Evidence
 from muonclip_jax._muon.roles.kernels import (
     fused_axis,
     heads_name,
+    inputs_near,
     is_expert,
     numbers_of,
     partners,
@@ -77,7 +78,7 @@ def with_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
     fused = fused_axis(name, shape)
     axes = [axis for axis in range(len(shape)) if axis != fused]
     sub = tuple(shape[axis] for axis in axes)
-    if len(sub) == 4 and not stack.axes and is_convolution_shape(sub):
+    if len(sub) == 4 and not stack.axes and (sub[:2] == (1, 1) or is_convolution_shape(sub)):
         return None
     doubt = ""
     if not stack.known and len(sub) > 2:
@@ -87,10 +88,17 @@ def with_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
         # Flat projections; a doubt stays with them.
         return last_two_axes(leaf, evidence, settings)._replace(doubt=doubt) if doubt else None
     inner, why = _residual_axis(leaf, sub, side, evidence, settings)
+    if not why and _is_block_diagonal(sub) and not leaf.is_lora:
+        why = "its heads are tiny, so that it may be the blocks of a diagonal"
     others = tuple(axis for i, axis in enumerate(axes) if i != inner)
     sides = ((axes[inner],), others) if side == "in" else (others, (axes[inner],))
     reason = f"attention '{name}'" + (f", {shape[fused]} in one" if fused is not None else "")
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt or why)
+
+
+def _is_block_diagonal(shape: Shape) -> bool:
+    """Returns whether a kernel may be many small square blocks, as the ones of xLSTM."""
+    return len(shape) == 3 and shape[1] == shape[2] <= 16 and shape[0] >= _FEW * shape[1]
 
 
 def _residual_axis(
@@ -109,9 +117,11 @@ def _residual_axis(
         return usual, ""
     if middle := [axis for axis in hits if 0 < axis < last]:
         return middle[0], ""
-    beside = partners(leaf.module, "in", evidence).values()
-    if side == "out" and hits == [0] and any(p.shape == leaf.shape for p in beside):
+    beside = inputs_near(leaf.module, evidence)
+    if side == "out" and hits == [0] and any(p.shape[-3:] == shape for p in beside):
         return 0, ""  # stored as the queries are
+    if side == "in" and hits == [last] and math.prod(shape[:-1]) % shape[last] == 0:
+        return last, ""  # stored outputs first, as AlphaFold 3 does
     convention = evidence.convention.get(leaf.core[-1], settings.outputs_first)
     if convention and last - usual in hits:
         return last - usual, ""

@@ -26,13 +26,15 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decis
         if leaf.has(names.EXPERTS) or not is_convolution_shape(shape):
             return None
         doubt = "no name confirms it, only its shape"
+    elif leaf.has(names.SPECTRAL):
+        doubt = "it may be one matrix for each frequency"
     last = len(shape) - 1
     outputs_first = settings.outputs_first
     if outputs_first is None:
         front, back = _is_window(shape[:-2], shape[-2:]), _is_window(shape[2:], shape[:2])
         outputs_first = back and not front
-        if front == back and not doubt and leaf.core[-1] == "weight":
-            outputs_first = evidence.convention.get("weight", False)
+        if front == back and not doubt and leaf.core[-1].startswith("weight"):
+            outputs_first = evidence.convention.get(leaf.core[-1], False)
             doubt = f"nothing shows where the window of {shape} is; set outputs_first"
     if outputs_first:
         numbers = numbers_of(leaf, stack, tuple(range(1, last + 1)), (0,))
@@ -62,10 +64,27 @@ def _doubt_one_input(leaf: Leaf, evidence: Evidence, shape: Shape) -> str:
 
     The first convolution of gray images has one input channel too.
     """
-    is_image = len(shape) == 4 and shape[2] == 1
-    if not is_image or evidence.has_output(leaf, shape[-1]):
+    if len(shape) != 4 or shape[2] != 1:
         return ""
-    return f"no other parameter has {shape[-1]} outputs, so it may be the first convolution"
+    if not evidence.has_output(leaf, shape[-1]):
+        return f"no other parameter has {shape[-1]} outputs, so it may be the first convolution"
+    if _is_first_of_series(leaf, evidence, shape[-1]):
+        return f"the next one has {shape[-1]} inputs, so it may be the first convolution"
+    return ""
+
+
+def _is_first_of_series(leaf: Leaf, evidence: Evidence, channels: int) -> bool:
+    """Returns whether the next convolution of its series outside of numbered modules is dense."""
+    if any(map(names.is_numbered, leaf.module)) or not leaf.is_inside:
+        return False
+    name = leaf.core[-2]
+    children = sorted(evidence.children[leaf.module], key=names.number)
+    stem = names.without_number(name)
+    series = [child for child in children if names.without_number(child) == stem]
+    if len(series) < 2 or name != series[0]:
+        return False
+    after = evidence.by_core.get((*leaf.module, series[1], leaf.core[-1]))
+    return after is not None and len(after.shape) == 4 and after.shape[-2] == channels
 
 
 def _unnamed_depthwise(shape: Shape) -> Decision | None:

@@ -8,6 +8,7 @@ widths of the activations, which enter a projection on its input side.
 import collections
 from collections.abc import Sequence
 
+from muonclip_jax._common.paths import without_boxes
 from muonclip_jax._muon.roles import names
 from muonclip_jax._muon.roles.modules import Experts, Group, Leaf, Path, Shape, Stack, common
 
@@ -34,7 +35,7 @@ class Evidence:
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[Shape]):
-        cores = [names.core(path) or ("",) for path in paths]  # one array has no path
+        cores = [names.core(path) or ("",) for path in without_boxes(paths)]  # () of one array
         self.leaves = [
             Leaf(path, inner, shape, names.adamw_role(inner))
             for path, inner, shape in zip(paths, cores, shapes, strict=True)
@@ -50,6 +51,7 @@ class Evidence:
             _without_window(leaf)
             for leaf in self.leaves
             if len(leaf.shape) > 1 and not (leaf.role and leaf.role[0].name in vectors)
+            if not names.matches(names.NOISE, leaf.name)
         )
         self.matrix_sizes = collections.Counter(n for shape in matrices for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
@@ -267,7 +269,9 @@ class Evidence:
         candidates = [f"{names.stem(name)}{end}" for end in names.BIAS_SUFFIXES]
         if name.startswith("w_"):
             candidates.append(f"b_{name[2:]}")
-        if names.matches(names.MATRIX_NAMES, name):
+        if names.matches(names.OF_CELL, name):
+            candidates.insert(0, name.replace("weight", "bias"))
+        if names.matches(f"{names.MATRIX_NAMES}|{names.OF_CELL}", name):
             candidates += ["b", "bias"]
         if name[:1] == "w" and name[1:].isdigit():
             candidates.insert(0, f"b{name[1:]}")

@@ -1,6 +1,7 @@
 """Inputs and outputs among the axes of a kernel: common parts of the rules for matrices."""
 
 import math
+import re
 
 from optax.contrib import MuonDimensionNumbers
 
@@ -28,13 +29,34 @@ def numbers_of(leaf: Leaf, stack: Stack, inputs: Shape, outputs: Shape) -> MuonD
 
 def heads_name(leaf: Leaf, evidence: Evidence) -> str | None:
     """Returns `in` or `out` if a parameter has the name of a projection into or out of heads."""
-    if names.matches(names.INTO_HEADS, leaf.name):
+    if names.matches(names.INTO_HEADS, leaf.name) or _is_glued(leaf, evidence):
         return "in"
     if names.matches(names.OUT_OF_HEADS, leaf.name):
         return "out"
     if names.matches(names.PERHAPS_OUT, leaf.name) and partners(leaf.module, "in", evidence):
         return "out"
     return None
+
+
+_GLUED = re.compile(r"(\w+?)[qkv](_proj(?:ection)?)")
+
+
+def _is_glued(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a name is `q_projection` behind a prefix, beside those of keys and values.
+
+    Source: AlphaFold 3 glues the name of its transformer to the names of the projections.
+    """
+    match = _GLUED.fullmatch(leaf.name)
+    children = evidence.children.get(leaf.module, set())
+    return match is not None and all(f"{match[1]}{one}{match[2]}" in children for one in "qkv")
+
+
+def inputs_near(module: Path, evidence: Evidence) -> list[Leaf]:
+    """Lists the projections into heads in a module, and in the modules directly in it."""
+    found = [*partners(module, "in", evidence).values()]
+    for child in evidence.children.get(module, ()):
+        found += partners((*module, child), "in", evidence).values()
+    return found
 
 
 def partners(module: Path, side: str, evidence: Evidence) -> dict[str, Leaf]:
@@ -68,6 +90,8 @@ def is_expert(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a parameter named `wo` or the like stacks the matrices of experts."""
     if leaf.has(names.EXPERTS):
         return True
+    if _is_glued(leaf, evidence):
+        return False
     if partners(leaf.module, "in", evidence) or any("att" in n.lower() for n in leaf.core):
         return False
     if leaf.has(names.FEED_FORWARD):

@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple, TypeAlias
 
 from muonclip_jax._muon.roles import names
+from muonclip_jax._muon.roles.role_table import Role
 
 Path: TypeAlias = tuple[str, ...]
 Shape: TypeAlias = tuple[int, ...]
@@ -24,7 +25,7 @@ class Leaf(NamedTuple):
     path: Path
     core: Path
     shape: Shape
-    role: tuple[names.Role, str] | None
+    role: tuple[Role, str] | None
 
     @property
     def is_inside(self) -> bool:

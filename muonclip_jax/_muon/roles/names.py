@@ -1,150 +1,25 @@
-"""Roles of parameters by name: one table, each row with the public code where the names occur.
-
-A pattern is matched against a whole path component in lower case, without a trailing number
-(`LayerNorm_0`, `layers_3`). `where` limits the components that count:
-
-- `any`: every component;
-- `near`: the parameter and, if its own name is one of `PARAMETER_NAMES`, its module;
-- `leaf`: the name of the parameter alone;
-- `top`: as `near`, if no component before it is a layer, a block or an attention module.
-"""
+"""Patterns of names, and the role that the names in a path have, see `role_table`."""
 
 import functools
 import re
-from typing import NamedTuple
 
-
-class Role(NamedTuple):
-    """A role that assigns parameters to AdamW.
-
-    Attributes:
-      name: What the table prints.
-      where: Which components count.
-      pattern: Regular expression.
-      source: Public code or paper with these names.
-    """
-
-    name: str
-    where: str
-    pattern: str
-    source: str
-
-
-_EMBED = r"embed(d(ing|er)s?|s)?"
-
-ADAMW_ROLES = (
-    Role("embedding", "any", rf"(\w+_)?({_EMBED}|embs?)(_\w+)?|wte|wpe", "Flax, HF, big_vision"),
-    Role("embedding", "top", r"shared", "T5"),
-    Role("embedding", "near", r"ve|codebooks?|(\w+_)?(lookup|hash)_tables?", "modded-nanogpt"),
-    Role("n-gram table", "near", r"(\w+_)?(n_?gram|bigram|trigram|engram)s?(_\w+)?", "Engram"),
-    Role("table", "leaf", r"(\w+_)?tables?(_[a-z]+)?", "Swin, DiT, Engram"),
-    Role(
-        "positional table",
-        "any",
-        r"(abs(olute)?_?)?pos(ition)?(al)?s?_?(emb\w*|enc(oding)?s?|tables?|bias(_table)?)",
-        "CLIP, Whisper, scenic",
-    ),
-    Role(
-        "positional table",
-        "near",
-        r"(\w+_)?pos(ition)?s?(_[hwtxy])?|pe|rel_[kv]",
-        "learned positions, DETR, ViTDet",
-    ),
-    Role(
-        "embedding",
-        "near",
-        r"vocab(ulary)?|words?|tok|segments?|(\w+_)?table|(user|item)_factors",
-        "word2vec",
-    ),
-    Role(
-        "relative positional table",
-        "any",
-        r"rel(ative)?_?(pos(ition(al)?)?(_?(bias(es)?|emb\w*|table|bias_table|[hwkv]))?"
-        r"|bias|attention_bias|attn_bias|embedding)",
-        "T5, T5X, Swin, SAM",
-    ),
-    Role(
-        "learned token",
-        "near",
-        r"((\w+_)?(cls|class|mask|registers?|reg|dist(illation)?|sep|query|prompt|storage|bos|eos|pad"
-        r"|summary|latent|learned|memory|null|start|end|cond)_?tokens?)|registers?|probe"
-        r"|(object|learned|latent)_queries|class_embedding|prototypes",
-        "big_vision, DINOv2, BLIP-2, MAE, DETR",
-    ),
-    Role(
-        "learned token",
-        "leaf",
-        r"(\w+_)?(cls|null|tokens?)|null_(k?v|cond\w*)|latents?|queries|slots|(soft_)?prompts?|prefix"
-        r"|anchors|mem(ory)?_[kv]|(\w+_)?memory|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
-        "big_vision, Perceiver IO, DETR",
-    ),
-    Role("attention vector", "leaf", r"att(n|ention)?_(l|r|left|right|src|dst|vec(tor)?)", "GAT"),
-    Role(
-        "output head",
-        "any",
-        r"lm_heads?|un_?emb(ed(d(ing|er))?)?|output_head|(to_)?logits?(_?(dense|proj\w*|layer|linear|head))?"
-        r"|vocab_(proj\w*|head)|output_logits|projection_shard",
-        "HF, MaxText, lucidrains, mesh-transformer-jax",
-    ),
-    Role(
-        "output head",
-        "top",
-        r"(?!(multi|per)_head)(\w+_)?heads?|classifier|output|score|pred(iction)?|w_out|proj_out"
-        r"|(output|out|final|last|prediction)_layer",
-        "big_vision, HF, LLaMA, scenic, Dreamer, ProteinMPNN, LTX-Video, Wan",
-    ),
-    Role("router", "any", r"(\w+_)?router(_\w+)?|moe_gate|gating_network", "MaxText, HF, T5X"),
-    Role("norm", "any", r"(\w*_)?(ln|bn|gn)(_\w*)?|\w*norm\d*(_\w*)?", "all"),
-    Role("depthwise convolution", "any", r"depthwise\w*|dw_?conv\w*", "ConvNeXt, MobileNet"),
-    Role("layer scale", "near", r"gamma|layer_?scale\w*|ls|res(idual)?_scale", "CaiT, ConvNeXt"),
-    Role("attention sink", "leaf", r"(\w+_)?sinks?", "gpt-oss"),
-    Role(
-        "state-space parameter",
-        "leaf",
-        r"a_log|(\w+_)?dt_bias|d_skip|log_(step|dt|lambda)|(nu|theta|gamma)_log|lambda_(re|im)"
-        r"|inv_dt|a_param|delta_bias",
-        "Mamba, Gated DeltaNet, KDA, S5, LRU, RG-LRU",
-    ),
-    Role(
-        "time-mixing vector",
-        "leaf",
-        r"decay|mu|time_(decay|first|faaaa|mix_[a-z]+|maa_[kvrgx])|[rk]_k|k_a|bonus",
-        "RWKV",
-    ),
-    Role(
-        "hyper-connection",
-        "any",
-        r"m?hc(_\w+)?|(\w+_)?hyper_?connections?(_\w+)?",
-        "Hyper-Connections, mHC, DeepSeek-V4, MaxText",
-    ),
-    Role(
-        "gate vector",
-        "leaf",
-        r"(static_)?(alpha|beta)(_\w+)?|(gate|gating)_\w*factors?",
-        "Hyper-Connections, Flamingo",
-    ),
-    Role("bias", "leaf", r"(\w+_)?bias(es)?(_\w+)?", "all"),
-    Role(
-        "scale",
-        "leaf",
-        r"(\w+_)?(scales?|scalars?|gains?|gamma|offset|temperature|lambdas?|sigma)(_[a-z]+)?"
-        r"|skip_weights?|g|scale_shift_\w+|coefficients|freq(s|uenc(y|ies))",
-        "all; noisy networks",
-    ),
-)
+from muonclip_jax._muon.roles.role_table import ADAMW_NAMES, ADAMW_ROLES, Role
 
 # Names that show a state-space layer, and its parameters beside them: S4, S4D, DSS, S5.
-STATE_SPACE = r"log_(step|dt|lambda)|lambda(_re|_im|_real|_imag)?|a_log|(nu|theta)_log"
+STATE_SPACE = (
+    r"log_(step|dt|lambda)|lambda(_re|_im|_real|_imag)?|a_log|(nu|theta)_log"
+    r"|dt(_\w+)?|x_proj|conv1d"
+)
 STATE_SPACE_MATRICES = r"[abcpw](_re|_im|_real|_imag)?|lambda(_re|_im|_real|_imag)?"
 
-# Names whose case matters: `D`, the skip vector of a state-space layer, is no `d`.
-ADAMW_NAMES = {"D": "state-space parameter"}
-
 # Names of a parameter inside a module that has the name of the layer.
-# Attributes of containers around an array: Haliax, Penzai, NNX, Equinox modules of users.
-BOXES = ("array", "data_array", "raw_value", "_value", "data", "unboxed", "param")
-MATRIX_NAMES = r"(kernel|w|weights?)(_mu)?|(\w+_)?lora_[ab]"
+MATRIX_NAMES = r"(kernel|w|weights?)(_mu|_v|_orig)?|(\w+_)?lora_[ab]"
 PARAMETER_NAMES = rf"{MATRIX_NAMES}|embeddings?|scale|bias|b|offset|gamma|alpha"
+# Weights of a recurrent cell, which PyTorch and Equinox store (outputs, inputs).
+OF_CELL = r"weight_[ih]h(_l\d+)?(_reverse)?"
+CELL = r"\w*(rnn|lstm|gru)(_?(cell|layer))?"
+# The noise of a noisy layer, and its mean.
+NOISE, MEAN = r"sigma|rho|std|stddev", r"mu|mean|loc"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
 MATRIX_SUFFIXES = ("_w", "_kernel", "_weight", "_weights")
 BIAS_SUFFIXES = ("_b", "_bias")
@@ -157,7 +32,7 @@ BLOCKS = (
 
 # Projections into and out of heads: Flax, Llama ports, tunix, haiku, lucidrains, Gemma, MaxText.
 INTO_HEADS = (
-    r"w?(q|k|v|kv|qkv)|w_(q|k|v|qkv)|(q|k|v|kv|qkv)_(proj(ection)?|einsum|up|up_proj|linear)"
+    r"w?(q|k|v|kv|qkv)|w_(q|k|v|qkv)|(q|k|v|kv|qkv|r)_(proj(ection)?|einsum|up|up_proj|linear)"
     r"|(query|key|value|query_key_value)(_(proj(ection)?|layer|kernel|linear|dense))?"
     r"|(queries|keys|values)|q_wi_fused|kv_fused|c_attn|to_(q|k|v|kv|qkv)|w?(q|kv|k|v)_b(_proj)?|(q|k|v|qkv|kv)_kernel"
 )
@@ -190,18 +65,25 @@ BESIDE_GATE = (
     r"|w[123qkvo]|fc[12]|linear\w*"
 )
 MIXTURES = r"\w*moe\w*|sparse_?mlp\w*|routed_?experts?"
-HEAD = r"(\w+_)?heads?|classifier|predictions"
+HEAD = r"(?!(multi|per|num)_?head)(\w+_)?heads?|classifier|predictions"
 # Norms inside latent attention, whose width is a low rank.
 LOW_RANK_NORM = r"\w*(q|kv)_(a_)?(layer_?|rms_?)?norm|\w*(q|kv)_(a_)?ln|compressed_\w*norm"
 # Names that show nothing about a dense layer, so that the last of a network may be its head.
 GENERIC = (
-    r"|dense|linear|fc|layers?|out(put)?(_proj(ection)?)?|final|last|sequential|decoder|noisy\w*"
+    r"|dense|linear|fc|layers?|hidden|out(put)?(_proj(ection)?)?|proj(ection)?|final|last"
+    r"|sequential|decoder|noisy\w*|mu|(\w+_)?(mean|log_?std|log_?var)(_\w+)?|output_?dense\w*"
+    r"|advantages?|q_values?|policy|actions?|regression"
 )
+READOUT = r"(\w+_)?read_?out(_\w+)?"
+# Names of the last module of a network, and of its last layer outside of all blocks.
+ENDS = r"\w*(decod|read_?out|pred|regress|classif|logit|policy|value|critic|actor)\w*"
+OUTPUT = r"(\w+_)?out(put)?(_(proj(ection)?|layer|dense|linear|mlp))?"
 PREDICTOR = r"\w+(predictor|classifier)"
 LAST_LAYER = r"(output|final|last|prediction)_?layer"
-FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?)(_?block)?|ff"
+FEED_FORWARD = r"\w*(moe|mlp|ffn|feed_?forward|experts?|channel_mix\w*)(_?block)?|ff"
 EXPERTS = r"(shared_)?experts?(_\w*)?"
 CONVOLUTION = r"\w*conv\w*"
+SPECTRAL = r"\w*(spectral|fourier)_?(conv\w*|layer|block)\w*"
 # Embeddings of a number or a vector, computed by dense layers: DiT, diffusers, SD3, Flux.
 COMPUTED = (
     r"(\w+_)?(t|time_?steps?|time|sigma|noise|cond(ition(ing)?)?|pooled|guidance)"
@@ -251,7 +133,7 @@ def is_qk_norm(name: str) -> bool:
 def core(path: tuple[str, ...]) -> tuple[str, ...]:
     """Returns a path without the components of the container around its parameter.
 
-    The arrays of Haliax end in `weight/0` or `weight/array`, arrays of Penzai in `data_array`.
+    The arrays of Haliax end in `weight/0`. `paths.without_boxes` removes boxes.
 
     Example:
       >>> core(("q_proj", "weight", "0"))
@@ -259,11 +141,7 @@ def core(path: tuple[str, ...]) -> tuple[str, ...]:
     """
     if len(path) > 2 and path[-1].isdigit() and path[-2] == "args":  # Paramax
         path = path[:-2]
-    while (
-        len(path) > 1
-        and (path[-1].isdigit() or path[-1] in BOXES)
-        and matches(PARAMETER_NAMES, path[-2])
-    ):
+    while len(path) > 1 and path[-1].isdigit() and matches(PARAMETER_NAMES, path[-2]):
         path = path[:-1]
     return path
 

@@ -15,6 +15,12 @@ from muonclip_jax._muon.roles.kernels import (
 )
 from muonclip_jax._muon.roles.modules import Leaf, Shape
 
+# The longest window of a transposed convolution: 16 in HiFi-GAN.
+_LONGEST_WINDOW = 32
+# A first axis of three that is no longer than this may number layers without further evidence.
+_SHORT_STACK = 16
+_LORA = re.compile(r"(\w+_)?lora_[abAB]")
+
 
 class _Fit(NamedTuple):
     """Axes of a kernel that a bias determines, as axes of one layer."""
@@ -85,7 +91,7 @@ def by_bias(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision 
         return None
     fit, both = bias_fit(leaf, evidence)
     if fit is None:
-        return None
+        return _transposed_convolution(leaf, evidence)
     is_stacked_heads = heads_name(leaf, evidence) is not None and len(fit.inputs) == 1
     if is_stacked_heads and fit.inputs[0] > 0 and len(fit.outputs) == 1 and stack.known:
         return None
@@ -99,12 +105,51 @@ def by_bias(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision 
     return Decision(numbers_of(leaf, stack, fit.inputs, fit.outputs), reason)
 
 
+def _transposed_convolution(leaf: Leaf, evidence: Evidence) -> Decision | None:
+    """(inputs, outputs, *window), as PyTorch stores transposed convolutions."""
+    bias, (stack, shape) = evidence.bias_of(leaf), evidence.layer_of(leaf)
+    is_named = leaf.core[-1].startswith("weight")
+    if bias is None or not is_named or stack.without(bias.shape) != shape[1:2]:
+        return None
+    if max(shape[2:]) > _LONGEST_WINDOW or max(shape[2:]) >= max(shape[:2]):
+        return None
+    numbers = numbers_of(leaf, stack, (0,), tuple(range(1, len(shape))))
+    return Decision(numbers, "transposed convolution, as its bias shows")
+
+
+def gates_of_a_cell(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """(inputs, gates, outputs) of a recurrent cell: a matrix for each of three or four gates."""
+    del settings
+    stack, shape = evidence.layer_of(leaf)
+    is_cell = len(shape) == 3 and shape[1] in (3, 4) and leaf.has(names.CELL)
+    if not is_cell or min(shape[0], shape[2]) <= shape[1]:
+        return None
+    return Decision(numbers_of(leaf, stack, (0,), (2,)), f"{shape[1]} gates of a recurrent cell")
+
+
+def beside_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """(inputs, *outputs) with the inputs of a kernel beside it that has the heads as outputs.
+
+    Source: `wb_in` beside `wx_in` and `w_out` in Nemotron 3 of jax-llm-examples.
+    """
+    del settings
+    stack, shape = evidence.layer_of(leaf)
+    widths = evidence.widths(leaf)
+    if len(shape) != 3 or shape[0] not in widths or widths & {*shape[1:]} or leaf.is_lora:
+        return None
+    layers = [evidence.layer_of(x)[1] for x in evidence.beside(leaf)]
+    pairs = [s for s in layers if len(s) == 3 and s[0] == shape[0] and (*s[1:], s[0]) in layers]
+    if not pairs:
+        return None
+    return Decision(numbers_of(leaf, stack, (0,), (1, 2)), "inputs of the kernels beside it")
+
+
 def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision:
     """The last two axes are a matrix, and the axes before them number matrices."""
     stack, shape = evidence.layer_of(leaf)
     last = len(shape) - 1
     outputs_first, reason, doubt = _orientation(leaf, evidence, settings)
-    is_unknown = stack.known or _is_beside_heads(leaf, evidence)
+    is_unknown = stack.known or _is_beside_heads(leaf, evidence) or _is_lone(leaf, evidence)
     is_unknown &= not _is_named_stack(leaf)
     if is_unknown and last > 1 and not doubt and not _is_batch(leaf, evidence):
         doubt = f"nothing shows whether the axes {shape} are matrices or heads"
@@ -116,6 +161,13 @@ def _is_named_stack(leaf: Leaf) -> bool:
     """Returns whether names show that a third axis numbers layers or experts, and no heads."""
     is_mlp = names.matches(f"{names.FROM_RESIDUAL}|{names.TO_RESIDUAL}", leaf.name)
     return is_mlp or any(names.matches(names.STACKS, part) for part in leaf.core[:-1])
+
+
+def _is_lone(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether nothing else in its module begins with the same long axis."""
+    if leaf.is_lora or len(leaf.shape) < 3 or leaf.shape[0] <= _SHORT_STACK:
+        return False
+    return all(x.shape[:1] != leaf.shape[:1] for x in evidence.beside(leaf))
 
 
 def _is_beside_heads(leaf: Leaf, evidence: Evidence) -> bool:
@@ -143,7 +195,7 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> tupl
             doubt = f"outputs_first={settings.outputs_first}, but its bias fits the other axis"
         return settings.outputs_first, _reason(settings.outputs_first, "as set"), doubt
     if by_bias is not None:
-        return by_bias, _reason(by_bias, "as its bias shows"), ""
+        return by_bias, _reason(by_bias, f"as its {'rank' if leaf.is_lora else 'bias'} shows"), ""
     convention = evidence.convention.get(leaf.core[-1])
     if _is_inputs_first_by_custom(leaf):
         by_name = None
@@ -197,16 +249,24 @@ def _orientation_by_bias(leaf: Leaf, evidence: Evidence) -> bool | None:
 
 
 def _orientation_by_rank(leaf: Leaf, evidence: Evidence) -> bool | None:
-    """Compares the sides of `lora_A` and `lora_B`, which share the rank."""
-    *module, name = leaf.core
-    if not name.lower().endswith(("lora_a", "lora_b")):
+    """Compares the sides of `lora_A` and `lora_B`, which share the rank; else the rank is short."""
+    depth = next((d for d, n in enumerate(leaf.core) if _LORA.fullmatch(n)), None)
+    shape = evidence.layer_of(leaf)[1]
+    if depth is None or len(shape) != 2:
         return None
+    name = leaf.core[depth]
     pair = "ab" if name[-1] in "ab" else "AB"
-    down, up = (evidence.by_core.get((*module, name[:-1] + end)) for end in pair)
-    if down is None or up is None or len(down.shape) != 2 or len(up.shape) != 2:
+    paths = ((*leaf.core[:depth], name[:-1] + end, *leaf.core[depth + 1 :]) for end in pair)
+    down, up = map(evidence.by_core.get, paths)
+    if down and up and len(down.shape) == len(up.shape) == len(leaf.shape):
+        inputs_first = down.shape[-1] == up.shape[-2]
+        outputs_first = down.shape[-2] == up.shape[-1]
+        if inputs_first != outputs_first:
+            return outputs_first
+    if 2 * min(shape) > max(shape):
         return None
-    inputs_first, outputs_first = down.shape[1] == up.shape[0], down.shape[0] == up.shape[1]
-    return outputs_first if inputs_first != outputs_first else None
+    rank_is_last = shape[1] < shape[0]
+    return rank_is_last == (name[-1] in "bB")
 
 
 def _is_inputs_first_by_custom(leaf: Leaf) -> bool:
@@ -217,16 +277,28 @@ def _is_inputs_first_by_custom(leaf: Leaf) -> bool:
 def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
     """Compares the sides of projections from and to the residual stream with its width."""
     name = leaf.name
+    if names.matches(names.OF_CELL, leaf.core[-1]):
+        return True
     shape = evidence.layer_of(leaf)[1][-2:]
     widths = evidence.widths(leaf) & {evidence.embedded, evidence.usual_width}
     inside = [n in widths for n in shape]
-    if sum(inside) != 1:
+    if sum(inside) != 1 or _is_numbered_letter(leaf, evidence):
         return None
+    if name == "value" and any(names.matches(names.FEED_FORWARD, n) for n in leaf.module[-1:]):
+        return inside[0]  # RWKV: `key` is the projection up, `value` the one down
     if names.matches(names.FROM_RESIDUAL, name) or names.matches(names.INTO_HEADS, name):
         return inside[1]
     if names.matches(names.TO_RESIDUAL, name) or names.matches(names.OUT_OF_HEADS, name):
         return inside[0]
     return None
+
+
+def _is_numbered_letter(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether `v2` is one of several parameters `v1`, `v2`, and hence no values."""
+    name = leaf.core[-1]
+    others = (f"{name[:1]}{n}" for n in "0123" if n != name[1:])
+    is_letter = len(name) == 2 and name[0] in "qkv" and name[1].isdigit()
+    return is_letter and any((*leaf.core[:-1], other) in evidence.by_core for other in others)
 
 
 def find_convention(evidence: Evidence) -> dict[str, bool]:
