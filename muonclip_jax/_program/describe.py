@@ -108,19 +108,12 @@ def describe(
         for side, some in (("query", traced.queries), ("key", traced.keys))
         for s in some
     )
-<<<<<<< HEAD
     both = (*traced.queries, *traced.keys)
     kernels = [s for s in both if not s.is_inner] or both
-    rows = softmax.top.inputs[0].shape
-    layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
-    marks = frozenset().union(*(s.marks for s in both))
-    faults = list(traced.faults)
-=======
     rows = softmax.shape
     layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
-    marks = frozenset().union(*(s.marks for s in (*traced.queries, *traced.keys)))
+    marks = frozenset().union(*(s.marks for s in both))
     faults = [*traced.faults, *traced.notes]
->>>>>>> program
     faults += [
         f"{m} is applied to queries, keys or their kernels" for m in sorted(marks - {"norm"})
     ]

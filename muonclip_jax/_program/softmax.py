@@ -3,11 +3,7 @@
 from collections.abc import Iterator
 
 from muonclip_jax._program.axes import View, identity
-from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, Graph, Node
-<<<<<<< HEAD
-from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
-from muonclip_jax._program.walk import is_scaling, names_of_product, parameters_of, walk
-=======
+from muonclip_jax._program.graph import CONSTANT, DATA, Graph, Node
 from muonclip_jax._program.logits import (
     COPIES,
     SAME,
@@ -18,7 +14,6 @@ from muonclip_jax._program.logits import (
 )
 from muonclip_jax._program.rules import ELEMENTWISE, MOVES, REDUCTIONS, pull
 from muonclip_jax._program.walk import names_of_product
->>>>>>> program
 
 _EXPONENTIALS = frozenset({"exp", "exp2"})
 
@@ -46,14 +41,9 @@ def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
         base = 2 if exps and exps[0].op == "exp2" else 0
         if exps and (softmax := softmax_of(top, top.inputs[0].shape, axis, base)):
             found.append(softmax)
-<<<<<<< HEAD
-        elif exps and _multiplies_elementwise(top.inputs[0], axis):
-            taken, unread = taken - set(exps), [*unread, *exps]
-=======
         elif exps and multiplies_elementwise(top.inputs[0], axis):
             taken -= set(exps)
             unread += exps
->>>>>>> program
     suspects = [
         e
         for e in forward
@@ -192,113 +182,6 @@ def _depends(node: Node, start: Node) -> bool:
     return False
 
 
-<<<<<<< HEAD
-def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
-    """Walks back from the logits to the products of activations."""
-    logits = top.inputs[0]
-    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
-    found = list(_products(logits, view, ("row", axis)))
-    if not found:
-        return None
-    sides = defaultdict(set)
-    for _, markers in found:
-        for kind, path, i in markers:
-            sides[kind, path].add(i)
-    sinks = {}
-    for (kind, path), found_in in sides.items():
-        if kind == "join":
-            operands, (count, *_) = zip(*sorted(found_in), strict=True)
-            sinks |= {path: operands} if len(operands) < count else {}
-    return Softmax(
-        top,
-        axis,
-        tuple(dict.fromkeys(product for product, _ in found)),
-        {path: tuple(found_in) for (kind, path), found_in in sides.items() if kind == "cap"},
-        sinks,
-        any(kind == "mix" for kind, _ in sides),
-        2 if exponential.op == "exp2" else 0,
-    )
-
-
-def _products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any]]:
-    """Yields the products of activations that logits are made of, and what is on the way."""
-
-    def follow(node: Node, view: View, markers: Any) -> Iterator[tuple[int, Any]]:
-        mixed = any(kind == "mix" for kind, _, _ in markers)
-        if key not in view.names or node.kind != DATA:
-            return
-        if is_scaling(node):
-            yield from ((i, markers) for i in (0, 1) if node.inputs[i].kind == DATA)
-        elif node.op == "dot_general":
-            if not mixed and (i := _mixed_operand(node, view, key)) is not None:
-                yield i, markers | {("mix", node.path, 0)}
-        elif node.op in REDUCTIONS or not has_rule(node.op) or (mixed and _is_nonlinear(node)):
-            return
-        else:
-            for i in range(len(node.inputs)):
-                yield i, markers | _marker(node, i, view, key)
-
-    for node, at, markers in walk(logits, view, follow, frozenset()):
-        is_dot = node.op == "dot_general" and not is_scaling(node)
-        if not is_dot or node.kind != DATA or key not in at.names:
-            continue
-        sides = [pull(node, i, at) for i in (0, 1)]
-        has_key = [side is not None and key in side.names for side in sides]
-        kinds = [v.kind for v in node.inputs]
-        i = has_key.index(False) if False in has_key else 0
-        if kinds == [DATA, DATA] or (kinds[1 - i] == DATA and _is_learned_query(node, i, markers)):
-            yield Product(node, i, at), markers
-
-
-def _multiplies_elementwise(logits: Node, axis: int) -> bool:
-    """Returns whether logits are sums of elementwise products of activations."""
-    key = ("row", axis)
-    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
-
-    def follow(node: Node, view: View, state: Any) -> Iterator[tuple[int, Any]]:
-        if key in view.names and node.kind == DATA and node.op in _SAME | _MOVES | {"tanh"}:
-            yield from ((i, state) for i in range(len(node.inputs)))
-
-    for node, at, _ in walk(logits, view, follow):
-        if node.op == "reduce_sum" and key in at.names and node.inputs[0].op == "mul":
-            a, b = node.inputs[0].inputs[:2]
-            if a is not b and a.kind == b.kind == DATA:
-                return True
-    return False
-
-
-def _is_learned_query(node: Node, i: int, markers: Any) -> bool:
-    """Returns whether an operand is a product of parameters: a learned query."""
-    if node.inputs[i].kind != PARAMETER or markers:
-        return False
-    return any(r.is_chained for r in parameters_of(node.inputs[i], names_of_product(node, i)))
-
-
-def _mixed_operand(node: Node, view: View, key: Any) -> int | None:
-    """Returns which operand has logits, if a product mixes those of several heads."""
-    for i in (0, 1):
-        pulled = pull(node, i, view)
-        if node.inputs[i].kind == DATA and node.inputs[1 - i].kind == PARAMETER and pulled:
-            if key in pulled.names:
-                return i
-    return None
-
-
-def _is_nonlinear(node: Node) -> bool:
-    """Returns whether a value is more than a scaled, masked or moved operand."""
-    return node.op in ELEMENTWISE and sum(v.kind == DATA and v.shape != () for v in node.inputs) > 1
-
-
-def _marker(node: Node, i: int, view: View, key: Any) -> frozenset[Any]:
-    if node.op in ("tanh", "min") or (node.op == "clamp" and i == 1):
-        return frozenset({("cap", node.path, i)})
-    if node.op == "concatenate" and key in view.axes[node.params["dimension"]].names:
-        return frozenset({("join", node.path, (i, len(node.inputs)))})
-    return frozenset()
-
-
-=======
->>>>>>> program
 def _is_suspect(exponential: Node) -> bool:
     """Returns whether this is a softmax without a row maximum."""
     (x,) = exponential.inputs
@@ -315,6 +198,6 @@ def _is_segmented(node: Node) -> bool:
         return False
     logits = node.inputs[2]
     view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
-    is_logits = _multiplies_elementwise(logits, 0) or any(_products(logits, view, ("row", 0)))
-    after = _forward(node, COPIES | _MOVES | {"sub", "select_n", "gather"})
+    is_logits = multiplies_elementwise(logits, 0) or any(products(logits, view, ("row", 0)))
+    after = _forward(node, COPIES | MOVES | {"sub", "select_n", "gather"})
     return is_logits and any(v.op in _EXPONENTIALS for v in after)
