@@ -108,15 +108,17 @@ def describe(
         for side, some in (("query", traced.queries), ("key", traced.keys))
         for s in some
     )
+    both = (*traced.queries, *traced.keys)
+    kernels = [s for s in both if not s.is_inner] or both
     rows = softmax.shape
     layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
-    marks = frozenset().union(*(s.marks for s in (*traced.queries, *traced.keys)))
+    marks = frozenset().union(*(s.marks for s in both))
     faults = [*traced.faults, *traced.notes]
     faults += [
         f"{m} is applied to queries, keys or their kernels" for m in sorted(marks - {"norm"})
     ]
     site = AttentionSite(
-        path=_common((*traced.queries, *traced.keys), paths),
+        path=_common(kernels, paths),
         query=_unique(paths, traced.queries),
         key=_unique(paths, traced.keys),
         num_heads=math.prod(rows[d] for d in traced.heads),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from muonclip_jax._program.axes import Shape, View, identity, reshape
 from muonclip_jax._program.graph import DATA, PARAMETER, Node
 from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, MOVES, REDUCTIONS, has_rule, pull
-from muonclip_jax._program.walk import names_of_product, parameters_of, walk
+from muonclip_jax._program.walk import is_scaling, names_of_product, parameters_of, walk
 
 # Primitives that change logits less than a nonlinear function: casts, masks, scales, and sums.
 SAME = frozenset(
@@ -118,7 +118,9 @@ def products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any]
         mixed = any(kind == "mix" for kind, _, _ in markers)
         if key not in view.names or node.kind != DATA:
             return
-        if node.op == "dot_general":
+        if is_scaling(node):
+            yield from ((i, markers) for i in (0, 1) if node.inputs[i].kind == DATA)
+        elif node.op == "dot_general":
             if not mixed and (i := _mixed_operand(node, view, key)) is not None:
                 yield i, markers | {("mix", node.path, 0)}
         elif node.op in REDUCTIONS or not has_rule(node.op) or (mixed and _is_nonlinear(node)):
@@ -129,7 +131,8 @@ def products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any]
                 yield i, markers | _marker(node, i, view, key)
 
     for node, at, markers in walk(logits, view, follow, frozenset()):
-        if node.op != "dot_general" or node.kind != DATA or key not in at.names:
+        is_dot = node.op == "dot_general" and not is_scaling(node)
+        if not is_dot or node.kind != DATA or key not in at.names:
             continue
         sides = [pull(node, i, at) for i in (0, 1)]
         has_key = [side is not None and key in side.names for side in sides]

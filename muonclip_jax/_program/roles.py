@@ -10,7 +10,14 @@ from muonclip_jax._program.axes import identity
 from muonclip_jax._program.experts import expert_axes
 from muonclip_jax._program.graph import DATA, Graph, Node, reached_back
 from muonclip_jax._program.rules import CHOICES
-from muonclip_jax._program.uses import Use, Uses, is_float, outputs_at, products_behind
+from muonclip_jax._program.uses import (
+    Use,
+    Uses,
+    is_float,
+    outputs_at,
+    products_behind,
+    scored_by_a_table,
+)
 
 _SLICES = frozenset("slice split unstack dynamic_slice".split())
 
@@ -66,7 +73,7 @@ class _Facts:
         for node in graph.nodes:
             if node not in graph.live or not node.inputs or not is_float(node.inputs[0]):
                 continue
-            if node.op in CHOICES and node.out == 0:
+            if node.op in CHOICES:
                 self.routers |= uses.chosen_from(node)
             elif _takes_one(node):
                 for number, axis, offset in _slots(node, uses):
@@ -81,6 +88,7 @@ class _Facts:
 def _heads(graph: Graph, uses: Uses) -> set[int]:
     """Finds output heads: the last products with parameters before the results."""
     operands = [v for node in uses.products for v in node.inputs if v.kind == DATA]
+    operands += scored_by_a_table(graph)
     before = reached_back(operands, stop=lambda node: not is_float(node))
     last = reached_back(graph.outputs, stop=lambda node: node in uses.products)
     followed = {n for node, numbers in uses.products.items() if node in before for n in numbers}
@@ -118,6 +126,8 @@ def _role(number: int, shape: Sequence[int], uses: Sequence[Use], facts: _Facts)
         return _adamw("elementwise with activations")
     if found["depthwise"]:
         return _adamw("depthwise convolution")
+    if found["reduced"]:
+        return _adamw("reduced before it meets activations")
     if not uses:
         return _unknown("not used")
     if found["mixed"]:
@@ -128,6 +138,8 @@ def _role(number: int, shape: Sequence[int], uses: Sequence[Use], facts: _Facts)
         return _matrix(number, len(shape), products + found["chain"], facts)
     if found["vector"] and not found["single"]:
         return _adamw("contracted to a number")
+    if found["single"] and number in facts.heads:
+        return _adamw("output head: no product with a parameter follows")
     if found["single"]:
         return _unknown("one of its axes has size 1")
     return _unknown("multiplied with parameters alone")

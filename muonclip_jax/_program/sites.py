@@ -11,7 +11,7 @@ from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Nod
 from muonclip_jax._program.logits import COPIES, Softmax, divided
 from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, MOVES, REDUCTIONS, has_rule, pull
 from muonclip_jax._program.uses import is_float
-from muonclip_jax._program.walk import is_tiled, parameters_of, walk
+from muonclip_jax._program.walk import is_scaling, is_tiled, parameters_of, walk
 
 _MOVES = MOVES | {"stacked", "gather", "reduce_sum"}
 _FACTORS = frozenset(
@@ -189,10 +189,10 @@ def sources(node: Node, view: View) -> tuple[list[Source], list[str], list[str]]
     added: list[str] = []
 
     def follow(node: Node, view: View, marks: frozenset[str]) -> Iterator[tuple[int, Any]]:
-        if node.kind != DATA or node.op in PRODUCTS:
-            return
-        if node.op in ("mul", "div"):
+        if node.kind == DATA and (node.op in ("mul", "div") or is_scaling(node)):
             yield from _carriers(node, marks)
+        elif node.kind != DATA or node.op in PRODUCTS:
+            return
         elif node.op in LINEAR or node.op in _MOVES:
             if node.op in ("add", "sub") and any(map(_is_offset, node.inputs)):
                 added.append("a constant is added to its queries or keys")
@@ -207,7 +207,7 @@ def sources(node: Node, view: View) -> tuple[list[Source], list[str], list[str]]
     for reached, at, marks in walk(node, view, follow, frozenset()):
         if reached.kind == PARAMETER:
             parameters = [(r, False) for r in parameters_of(reached, at)]
-        elif reached.kind == DATA and reached.op in PRODUCTS:
+        elif reached.kind == DATA and reached.op in PRODUCTS and not is_scaling(reached):
             parameters = [(r, True) for r in _kernels(reached, at)]
             if not parameters:
                 faults.append("a product with an array that is no parameter is on the way")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from muonclip_jax._program.axes import View, identity
-from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, Graph, Node
+from muonclip_jax._program.graph import CONSTANT, DATA, Graph, Node
 from muonclip_jax._program.logits import (
     COPIES,
     SAME,
@@ -49,7 +49,7 @@ def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
         for e in forward
         if e.op in _EXPONENTIALS and e.kind == DATA and e not in taken and _is_suspect(e)
     ]
-    return found, [*suspects, *unread]
+    return found, [*suspects, *unread, *filter(_is_segmented, forward)]
 
 
 def _exponentials(top: Node) -> Iterator[Node]:
@@ -141,8 +141,7 @@ def _weighs_values(exponential: Node, axis: int) -> bool:
                 summed = _summed(user, i, parents, exponential)
                 if other.kind != CONSTANT and _sums(summed, axis):
                     return True
-                if other.kind == PARAMETER:
-                    todo.append(user)
+                todo.append(user)  # a mask or a mixture of heads, as a product
             elif _is_weighted_sum(user, node, exponential):
                 return True
             elif user.op in SAME | MOVES:
@@ -194,3 +193,14 @@ def _is_suspect(exponential: Node) -> bool:
         n > 1 and _weighs_values(exponential, axis) and any(products(x, view, ("row", axis)))
         for axis, n in enumerate(x.shape)
     )
+
+
+def _is_segmented(node: Node) -> bool:
+    """Returns whether this is the maximum of a softmax over segments, as over edges of a graph."""
+    if node.op not in ("scatter-max", "scatter_max") or node.kind != DATA:
+        return False
+    logits = node.inputs[2]
+    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
+    is_logits = multiplies_elementwise(logits, 0) or any(products(logits, view, ("row", 0)))
+    after = _forward(node, COPIES | MOVES | {"sub", "select_n", "gather"})
+    return is_logits and any(v.op in _EXPONENTIALS for v in after)

@@ -79,6 +79,25 @@ def with_kernel(p, x):
     return kernel_sum(q, k).sum()
 
 
+@pytest.mark.parametrize("as_product", [False, True], ids=["sum", "product"])
+def test_a_softmax_over_edges_of_a_graph_is_an_error(as_product):
+    edges = np.random.default_rng(0).integers(0, 6, (2, 20))
+
+    def fn(p, x):
+        senders, receivers = edges
+        q, k, v = (jnp.einsum("nd,dhk->nhk", x[0], p[n]) for n in "qkv")
+        pairs = q[receivers], k[senders]
+        logits = jnp.einsum("ehk,ehk->eh", *pairs) if as_product else (pairs[0] * pairs[1]).sum(-1)
+        top = jax.ops.segment_max(logits, receivers, 6)
+        weights = jnp.exp(logits - top[receivers])
+        total = jax.ops.segment_sum(weights, receivers, 6)
+        out = jax.ops.segment_sum(weights[..., None] * v[senders], receivers, 6)
+        return (out / total[..., None]).sum()
+
+    with pytest.raises(ValueError, match="not understood: scatter"):
+        found(fn, {n: PARAMS[n] for n in "qkv"}, X, expect=0)
+
+
 def test_an_opaque_kernel_is_an_error_by_name():
     with pytest.raises(ValueError, match="the kernel 'fused' has two activations"):
         found(with_kernel, PARAMS, X)
