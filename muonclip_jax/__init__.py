@@ -10,9 +10,15 @@ from optax.contrib import MuonDimensionNumbers as MuonDimensionNumbers
 
 from muonclip_jax._attention.attention import dot_product_attention as dot_product_attention
 from muonclip_jax._attention.max_logit import max_attention_logit as max_attention_logit
+from muonclip_jax._head_layouts.fused_qkv import FusedQKVLayout as FusedQKVLayout
+from muonclip_jax._head_layouts.mla import MLALayout as MLALayout
+from muonclip_jax._head_layouts.multi_head import MultiHeadLayout as MultiHeadLayout
 from muonclip_jax._muon.analyze import analyze as analyze
 from muonclip_jax._muon.muon import muon as muon
-from muonclip_jax._muon.routing import RoutingTable as RoutingTable, routing_table as routing_table
+from muonclip_jax._muon.routing_table import (
+    RoutingTable as RoutingTable,
+    routing_table as routing_table,
+)
 from muonclip_jax._muon.scale_by_muon import (
     ScaleByMuonState as ScaleByMuonState,
     scale_by_muon as scale_by_muon,
@@ -28,14 +34,11 @@ from muonclip_jax._orthogonalize.polar_express import (
 from muonclip_jax._program.analysis import Analysis as Analysis
 from muonclip_jax._program.max_logits import with_max_logits as with_max_logits
 from muonclip_jax._qk_clip.clip import merge_max_logits as merge_max_logits, qk_clip as qk_clip
-from muonclip_jax._qk_clip.fused_qkv import FusedQKVLayout as FusedQKVLayout
 from muonclip_jax._qk_clip.info import (
     QKClipInfo as QKClipInfo,
     heads_ever_clipped as heads_ever_clipped,
     qk_clip_metrics as qk_clip_metrics,
 )
-from muonclip_jax._qk_clip.mla import MLALayout as MLALayout
-from muonclip_jax._qk_clip.multi_head import MultiHeadLayout as MultiHeadLayout
 
 if TYPE_CHECKING:
     from muonclip_jax import linen as linen, nnx as nnx

@@ -24,26 +24,20 @@ import optax
 from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.adamw import adamw
+from muonclip_jax._head_layouts.head_layout import HeadLayout
+from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.muon import MatrixScale, with_adamw
+from muonclip_jax._muon.muon import with_adamw
 from muonclip_jax._muon.overrides import ROLE_RULES
-from muonclip_jax._muon.roles.decision import HeadPatterns, Overrides, RoleSettings
-from muonclip_jax._muon.scale_by_muon import (
-    MuonSettings,
-    ScaleByMuonState,
-    momentum,
-    newton_schulz_of,
-    plain_nesterov,
-)
+from muonclip_jax._muon.per_head import PER_HEAD_OR_LAYOUT_RULES
+from muonclip_jax._muon.roles.decision import Overrides
+from muonclip_jax._muon.scale_by_muon import ScaleByMuonState
+from muonclip_jax._muon.settings import OptimizerSettings, momentum, plain_nesterov
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
-from muonclip_jax._qk_clip.head_layout import HeadLayout
-from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
-from muonclip_jax._sharding.placement import shardings_by_path
 
 _OPTIONAL = (
     "threshold",
@@ -59,7 +53,7 @@ _OPTIONAL = (
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muonclip` that are not allowed."""
-    rules = {**CLIP_RULES, **COEFFICIENT_RULES, **ROLE_RULES}
+    rules = {**CLIP_RULES, **COEFFICIENT_RULES, **ROLE_RULES, **PER_HEAD_OR_LAYOUT_RULES}
     check_settings("muonclip", arguments, optional=_OPTIONAL, rules=rules)
 
 
@@ -93,6 +87,7 @@ def muonclip(
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
     adam_nesterov: bool | None = None,
+    per_head: bool | HeadLayout | tuple[HeadLayout, ...] | Analysis = False,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -147,6 +142,8 @@ def muonclip(
       ns_dtype: See `newton_schulz`.
       shardings: See `scale_by_muon`.
       adam_nesterov: See `muon`.
+      per_head: Whether each head that `layout` describes is a matrix of its own; or the head
+        layouts for this, see `muon`.
       overrides: See `muon`.
       outputs_first: See `muon`.
 
@@ -174,52 +171,18 @@ def muonclip(
     References:
       Kimi K2, arXiv 2507.20534, algorithm 1; Liu et al. 2025 (Moonlight), arXiv 2502.16982.
     """
-    _check(locals())
-    update = MuonSettings(  # lines 4 and 5
-        direction=plain_nesterov if nesterov else momentum,
-        orthogonalize=newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
-        eps=eps,
-        beta=beta,
-        mu_dtype=mu_dtype,
-        adaptive=adaptive,
-        shardings=shardings_by_path("muonclip", shardings),
-    )
-    roles = RoleSettings(
-        muon_weight_dimension_numbers,
-        overrides,
-        outputs_first,
-        consistent_rms is None,
-        () if threshold is None else _heads(layout),
-    )
-    rest = adamw(
-        learning_rate=learning_rate if adam_learning_rate is None else adam_learning_rate,
-        b1=adam_b1,
-        b2=adam_b2,
-        eps=eps,
-        eps_root=adam_eps_root,
-        mu_dtype=mu_dtype,
-        weight_decay=weight_decay if adam_weight_decay is None else adam_weight_decay,
-        nesterov=nesterov if adam_nesterov is None else adam_nesterov,
-    )
-    scale = MatrixScale(learning_rate, weight_decay, weight_decay_mask, consistent_rms)  # line 6
-    optimizer = with_adamw("muonclip", roles, update, scale, rest)
+    arguments = locals()
+    _check(arguments)
+    heads = (layout if per_head else None) if isinstance(per_head, bool) else per_head
+    clipped = None if threshold is None else layout
+    direction = plain_nesterov if nesterov else momentum
+    optimizer = with_adamw(OptimizerSettings.of("muonclip", direction, arguments, heads, clipped))
     if threshold is None:
         return optimizer
     clip = functools.partial(
         qk_clip, layout=layout, alpha=alpha, shared_key=shared_key, ignore=ignore
     )
     return _then_clip(optimizer, clip, threshold)
-
-
-def _heads(layout: HeadLayout | tuple[HeadLayout, ...] | Analysis) -> tuple[HeadPatterns, ...]:
-    """Lists for each layout the modules that project into heads, with the axes of their kernels."""
-    if isinstance(layout, Analysis):
-        return ()  # its dimension numbers are passed on their own
-    layouts = layout if isinstance(layout, tuple) else (layout,)
-    return tuple(
-        {name: (pattern.axes, one.stack_axis) for name, pattern in one.patterns.items()}
-        for one in layouts
-    )
 
 
 def _then_clip(

@@ -13,7 +13,6 @@ import optax
 from optax import contrib
 
 import muonclip_jax as mc
-from benchmarks.evidence.per_head_kernels import by_head, split
 from examples.language_model import data
 from examples.language_model.config import Config
 from examples.language_model.models import gqa, mla
@@ -43,8 +42,6 @@ def _latent(max_logit: str) -> nn.Module:
     del max_logit  # exact
     return mla.MLA(LAYERS, WIDTH, Latent(HEADS, 48, 32, 16, 8, 16), HIDDEN)
 
-
-PROJECTIONS = tuple(f"/attn/{name}/kernel" for name in ("query", "key", "value"))
 
 MODELS = {
     "mha": functools.partial(_multi_head, HEADS),
@@ -175,10 +172,7 @@ def optimizer(run: Run, shapes: Any, learning_rate: Any) -> optax.GradientTransf
     """
     if run.optimizer == "adamw":
         return optax.adamw(learning_rate, b2=ADAM_B2, weight_decay=run.weight_decay)
-    if run.per_head and run.attention == "mla":
-        full = dataclasses.replace(run, per_head=False)
-        return by_head(optimizer(full, jax.eval_shape(split, shapes), learning_rate))
-    numbers = dimension_numbers(shapes, run.per_head)
+    numbers = dimension_numbers(shapes)
     if run.optimizer in ("mc.muon", "optax.muon"):
         muon = {"mc.muon": mc.muon, "optax.muon": contrib.muon}[run.optimizer]
         return muon(learning_rate, muon_weight_dimension_numbers=numbers)
@@ -192,15 +186,12 @@ def optimizer(run: Run, shapes: Any, learning_rate: Any) -> optax.GradientTransf
         adam_b2=ADAM_B2,
         threshold=None,
         muon_weight_dimension_numbers=numbers,
+        layout=MODELS[run.attention](run.max_logit).layout,
+        per_head=run.per_head,
     )
 
 
-def dimension_numbers(shapes: Any, per_head: bool) -> Any:
-    """Returns the dimension numbers of `mc.routing_table`, or one matrix per head."""
-
-    def numbers(row: Any) -> Any:
-        if per_head and row.path.endswith(PROJECTIONS):
-            return mc.MuonDimensionNumbers(-3, -1)
-        return row.dimension_numbers
-
-    return jax.tree.structure(shapes).unflatten(map(numbers, mc.routing_table(shapes).rows))
+def dimension_numbers(shapes: Any) -> Any:
+    """Returns the dimension numbers of `mc.routing_table`."""
+    rows = mc.routing_table(shapes).rows
+    return jax.tree.structure(shapes).unflatten(row.dimension_numbers for row in rows)

@@ -16,6 +16,7 @@ MODULE = "examples.language_model"  # after `python -m`
 
 MODELS = tuple(PRESETS)
 OPTIMIZERS = ("muonclip", "muon", "adamw")
+SCHEDULES = ("linear", "cosine")
 
 # The best of the values tried at the other defaults. Validation loss in nats per byte, seed 0:
 # muonclip 0.007: 1.490, 0.01: 1.485 (threshold 20); adamw 0.003: 1.947, 0.004: 1.784, 0.006: 1.818.
@@ -57,6 +58,9 @@ class Config:
       model: Architecture, one of `MODELS`.
       preset: Name of its sizes in `presets.PRESETS`.
       optimizer: One of `OPTIMIZERS`; all three record the max logits, only muonclip clips.
+      per_head: Whether Muon orthogonalizes each head of the queries, keys and values alone. With
+        muonclip and the cosine schedule it is the recipe of Kimi K3.
+      schedule: One of `SCHEDULES`, see `training.optimizer`.
       steps: Optimizer steps. The learning rate is 0 after the last one.
       batch_size: Sequences for each optimizer step, over all micro-batches.
       seq_len: Bytes in a sequence.
@@ -87,6 +91,17 @@ class Config:
     optimizer: str = field(
         default="muonclip",
         metadata={"help": "only muonclip clips, all three record", "choices": OPTIMIZERS},
+    )
+    per_head: bool = field(
+        default=False,
+        metadata={"help": "each head of queries, keys and values is a matrix of its own (Kimi K3)"},
+    )
+    schedule: str = field(
+        default="linear",
+        metadata={
+            "help": "decay of the learning rate; cosine is Kimi K3's, after a warmup of 1%%",
+            "choices": SCHEDULES,
+        },
     )
     steps: int = field(
         default=600,
@@ -288,6 +303,8 @@ def check(config: Config) -> None:
             f"argument --preset: got {config.preset!r}, expected one of"
             f" {', '.join(PRESETS[config.model])} for --model {config.model}"
         )
+    if config.per_head and config.optimizer == "adamw":
+        raise BadInput("argument --per-head: got --optimizer adamw, expected muonclip or muon")
     if config.batch_size % config.accumulate:
         raise BadInput(
             f"argument --accumulate: got {config.accumulate}, expected a divisor of"

@@ -1,6 +1,5 @@
 """Muon for the matrices and AdamW for the rest, as one optimizer, by the role of each parameter."""
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,25 +12,21 @@ import optax
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.adamw import adamw
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.moments import in_float32, where_moments_are
 from muonclip_jax._muon.overrides import ROLE_RULES
-from muonclip_jax._muon.roles.decision import Overrides, RoleSettings
+from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
+from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.routing import Routing, dtype_of, route
 from muonclip_jax._muon.scale_by_muon import (
-    MuonSettings,
     ScaleByMuonState,
-    bias_corrected,
-    bias_corrected_nesterov,
-    newton_schulz_of,
     scale_by_direction,
     scale_by_shape,
 )
+from muonclip_jax._muon.settings import OptimizerSettings, bias_corrected, bias_corrected_nesterov
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, is_function, spread
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
-from muonclip_jax._sharding.placement import shardings_by_path
 
 _OPTIONAL = (
     "mu_dtype",
@@ -45,7 +40,8 @@ _OPTIONAL = (
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muon` that are not allowed."""
-    check_settings("muon", arguments, optional=_OPTIONAL, rules={**COEFFICIENT_RULES, **ROLE_RULES})
+    rules = {**COEFFICIENT_RULES, **ROLE_RULES, **PER_HEAD_RULES}
+    check_settings("muon", arguments, optional=_OPTIONAL, rules=rules)
 
 
 @injectable(NUMBERS, _check)
@@ -73,6 +69,7 @@ def muon(
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
     adam_nesterov: bool | None = None,
+    per_head: PerHead = None,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,6 +111,10 @@ def muon(
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
       shardings: See `scale_by_muon`.
+      per_head: A head layout, or a tuple of head layouts: each head of the query, key and, where
+        they are named, value kernels that it describes is a matrix of its own, with its own scale.
+        An `Analysis` splits queries and keys. Biases and output projections are not split. None:
+        each projection is one matrix.
       overrides: Mapping of path patterns (`fnmatch`, on paths joined by slashes) to
         `MuonDimensionNumbers` or None (AdamW). Other parameters keep their roles. If several
         patterns match a path, the last one counts. An override also silences its warning.
@@ -146,59 +147,15 @@ def muon(
       Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025, arXiv
       2502.16982, section 2.2 (decay, consistent_rms); optax/contrib/_muon.py (arguments).
     """
-    _check(locals())
-    update = MuonSettings(
-        direction=bias_corrected_nesterov if nesterov else bias_corrected,
-        orthogonalize=newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
-        eps=eps,
-        beta=beta,
-        mu_dtype=mu_dtype,
-        adaptive=adaptive,
-        shardings=shardings_by_path("muon", shardings),
-    )
-    roles = RoleSettings(
-        muon_weight_dimension_numbers, overrides, outputs_first, consistent_rms is None
-    )
-    rest = adamw(
-        learning_rate=learning_rate if adam_learning_rate is None else adam_learning_rate,
-        b1=adam_b1,
-        b2=adam_b2,
-        eps=eps,
-        eps_root=adam_eps_root,
-        mu_dtype=mu_dtype,
-        weight_decay=adam_weight_decay,
-        nesterov=nesterov if adam_nesterov is None else adam_nesterov,
-    )
-    scale = MatrixScale(learning_rate, weight_decay, weight_decay_mask, consistent_rms)
-    return with_adamw("muon", roles, update, scale, rest)
+    arguments = locals()
+    _check(arguments)
+    direction = bias_corrected_nesterov if nesterov else bias_corrected
+    return with_adamw(OptimizerSettings.of("muon", direction, arguments, per_head))
 
 
-@dataclasses.dataclass(frozen=True)
-class MatrixScale:
-    """The step along the orthogonalized matrices; each field is the argument of `muon`."""
-
-    learning_rate: optax.ScalarOrSchedule
-    weight_decay: optax.ScalarOrSchedule
-    weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None
-    consistent_rms: Scalar | None
-
-
-def with_adamw(
-    caller: str,
-    roles: RoleSettings,
-    update: MuonSettings,
-    scale: MatrixScale,
-    rest: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Builds the optimizer of a model: Muon for its matrices, `rest` for everything else.
-
-    Args:
-      caller: Name of the public function that was called.
-      roles: Which parameters are matrices.
-      update: The update of the matrices.
-      scale: Its learning rate, decay and scale.
-      rest: The optimizer of the other parameters.
-    """
+def with_adamw(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:
+    """Builds the optimizer of a model: Muon for its matrices, AdamW for everything else."""
+    caller, roles = settings.caller, settings.roles
 
     @functools.lru_cache(maxsize=4)
     def route_shapes(structure, shapes):
@@ -219,8 +176,8 @@ def with_adamw(
             shapes = zip(map(jnp.shape, leaves), dtypes, strict=True)
             routing = route_shapes(structure, tuple(shapes))
         labels = structure.unflatten(["adam" if n is None else "muon" for n in routing.numbers])
-        matrices = _for_matrices(tree, structure.unflatten(routing.numbers), update, scale)
-        return routing, optax.partition({"muon": matrices, "adam": rest}, lambda _: labels)
+        matrices = _for_matrices(tree, structure.unflatten(routing.numbers), settings)
+        return routing, optax.partition({"muon": matrices, "adam": settings.rest}, lambda _: labels)
 
     def init_fn(params):
         routing, optimizer = routed(params)
@@ -236,14 +193,14 @@ def with_adamw(
 
 
 def _for_matrices(
-    tree: ArrayTree, numbers: ArrayTree, update: MuonSettings, scale: MatrixScale
+    tree: ArrayTree, numbers: ArrayTree, settings: OptimizerSettings
 ) -> optax.GradientTransformation:
     """Builds the optimizer of the matrices of a pytree, in float32 and rounded once."""
-    mask = scale.weight_decay_mask
+    scale, mask = settings.scale, settings.scale.weight_decay_mask
     if mask is not None and jax.tree.leaves(tree):
         mask = jax.tree.structure(tree).unflatten(spread("weight_decay_mask", mask, tree))
     chain = optax.chain(
-        scale_by_direction(update, numbers),
+        scale_by_direction(settings.update, numbers),
         scale_by_shape(numbers, scale.consistent_rms),
         optax.add_decayed_weights(scale.weight_decay, None if mask is None else lambda _: mask),
         optax.scale_by_learning_rate(scale.learning_rate),

@@ -1,8 +1,7 @@
-"""Which parameter is assigned to Muon and which to AdamW: the table, its warnings, overrides."""
+"""Which parameter is assigned to Muon and which to AdamW: roles, overrides, heads, warnings."""
 
-import dataclasses
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,90 +11,19 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._common.folding import fold
-from muonclip_jax._common.paths import aligned, leaf_paths, path_string
-from muonclip_jax._common.settings import check_settings
-from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.overrides import ROLE_RULES, matched
-from muonclip_jax._muon.roles.decision import DEFAULTS, Decision, Overrides, RoleSettings
+from muonclip_jax._common.paths import leaf_paths, path_string
+from muonclip_jax._common.types import ArrayTree
+from muonclip_jax._muon.overrides import matched
+from muonclip_jax._muon.per_head import PerHead, find_heads, head_patterns
+from muonclip_jax._muon.roles.decision import DEFAULTS, Decision, RoleSettings
 from muonclip_jax._muon.roles.rules import decide
 from muonclip_jax._orthogonalize.matrix_axes import (
     LAST_TWO_AXES,
-    DimensionNumbersOrFn,
     axes_of,
     per_leaf,
     sides,
-    update_scale,
 )
-
-
-class Route(NamedTuple):
-    """The optimizer of one parameter.
-
-    Attributes:
-      path: Its path, components joined by slashes.
-      shape: Its shape.
-      optimizer: `"muon"` or `"adamw"`.
-      num_matrices: Number of matrices, each orthogonalized on its own; 0 under AdamW.
-      n_in: Inputs of each matrix, the reduced side; 0 under AdamW.
-      n_out: Outputs of each matrix; 0 under AdamW.
-      scale: Factor on the orthogonalized matrix, see `scale_by_shape`; 1 under AdamW.
-      reason: Why.
-      dimension_numbers: Which axes are the inputs and outputs; None under AdamW.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    optimizer: str
-    num_matrices: int
-    n_in: int
-    n_out: int
-    scale: float
-    reason: str
-    dimension_numbers: MuonDimensionNumbers | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RoutingTable:
-    """The optimizer that `muon` assigns to each parameter; `str` of it is an aligned table.
-
-    The text folds equal layers into one line, and ends with the totals of each optimizer and the
-    warnings.
-
-    Attributes:
-      rows: One `Route` for each parameter, in the order of `jax.tree.leaves`.
-      warnings: One text for each group of rows that names and shapes do not decide: path, shape,
-        decision, the reason to doubt it, and the override that changes it.
-    """
-
-    rows: tuple[Route, ...]
-    warnings: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """Formats the rows under a header, then totals and warnings."""
-        lines = [("path", "shape", "optimizer", "matrices", "scale", "why")]
-        cells = [row[1:] for row in self.rows]
-        for path, indices in fold([row.path.split("/") for row in self.rows], cells):
-            r = self.rows[indices[0]]
-            is_muon = r.optimizer == "muon"
-            matrices = f"{r.num_matrices} x {r.n_in} x {r.n_out}" if is_muon else "-"
-            scale = f"{r.scale:.4g}" if is_muon else "-"
-            lines.append(("/".join(path), str(r.shape), r.optimizer, matrices, scale, r.reason))
-        return "\n".join([aligned(lines), *self._totals(), *self._warnings()])
-
-    def _totals(self) -> list[str]:
-        totals = []
-        for optimizer in ("muon", "adamw"):
-            sizes = [
-                np.prod(r.shape, dtype=np.int64) for r in self.rows if r.optimizer == optimizer
-            ]
-            totals.append(f"{optimizer}: {len(sizes):,} leaves, {sum(sizes):,} parameters")
-        return totals
-
-    def _warnings(self) -> list[str]:
-        if not self.warnings:
-            return []
-        count = len(self.warnings)
-        return [f"{count} warning{'s' * (count > 1)}:", *(f"  {text}" for text in self.warnings)]
+from muonclip_jax._orthogonalize.split import Split
 
 
 class Routing(NamedTuple):
@@ -105,16 +33,18 @@ class Routing(NamedTuple):
       paths: Path of each parameter.
       shapes: Its shape.
       decisions: Its optimizer, with the reason.
+      splits: How its heads are matrices of their own, by index.
     """
 
     paths: tuple[tuple[str, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
     decisions: tuple[Decision, ...]
+    splits: Mapping[int, Split]
 
     @property
-    def numbers(self) -> list[MuonDimensionNumbers | None]:
-        """Dimension numbers of each parameter; None under AdamW."""
-        return [decision.numbers for decision in self.decisions]
+    def numbers(self) -> list[MuonDimensionNumbers | Split | None]:
+        """Dimension numbers of each parameter, or how it is split; None under AdamW."""
+        return [self.splits.get(i, decision.numbers) for i, decision in enumerate(self.decisions)]
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -163,67 +93,27 @@ def _shown(numbers: MuonDimensionNumbers) -> str:
     return f"mc.MuonDimensionNumbers{tuple(numbers)}"
 
 
-def routing_table(
-    params: ArrayTree,
-    muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
-    *,
-    consistent_rms: float | None = None,
-    overrides: Overrides | None = None,
-    outputs_first: bool | None = None,
-) -> RoutingTable:
-    """Shows which optimizer `muon` and `muonclip` use for each parameter, and why.
+def role_settings(
+    arguments: Mapping[str, Any], per_head: PerHead, layout: PerHead = None
+) -> RoleSettings:
+    """Builds the settings of roles.
 
     Args:
-      params: Parameters, or their shapes as `jax.eval_shape` returns them.
-      muon_weight_dimension_numbers: See `muon`.
-      consistent_rms: See `muon`; the scale depends on it.
-      overrides: See `muon`.
-      outputs_first: See `muon`.
+      arguments: Arguments of a public function by name, checked.
+      per_head: See `muon`.
+      layout: The head layouts that are clipped.
 
     Returns:
-      The table: print it.
-
-    Raises:
-      ValueError: if a parameter fits no optimizer, naming its path; if an override matches no
-        parameter.
-      TypeError: if `overrides` is not a mapping of patterns to `MuonDimensionNumbers` or None.
-
-    Example:
-      >>> import muonclip_jax as mc, jax.numpy as jnp
-      >>> params = {"up": {"kernel": jnp.ones((4, 16)), "bias": jnp.ones(16)}}
-      >>> print(mc.routing_table(params))
-      path       shape    optimizer  matrices    scale  why
-      up/bias    (16,)    adamw      -           -      bias 'bias'
-      up/kernel  (4, 16)  muon       1 x 4 x 16  2      last two axes
-      muon: 1 leaves, 64 parameters
-      adamw: 1 leaves, 16 parameters
+      The settings.
     """
-    optional = ("consistent_rms", "outputs_first")
-    check_settings("routing_table", locals(), optional=optional, rules=ROLE_RULES)
-    settings = RoleSettings(
-        muon_weight_dimension_numbers, overrides, outputs_first, consistent_rms is None
+    return RoleSettings(
+        arguments["muon_weight_dimension_numbers"],
+        arguments["overrides"],
+        arguments["outputs_first"],
+        arguments.get("consistent_rms") is None,
+        (*head_patterns(per_head), *head_patterns(layout)),
+        per_head,
     )
-    routing = route("routing_table", params, settings)
-    rows = (_row(*entry, consistent_rms) for entry in zip(*routing, strict=True))
-    return RoutingTable(tuple(rows), routing.warnings)
-
-
-def _row(
-    path: tuple[str, ...],
-    shape: tuple[int, ...],
-    decision: Decision,
-    consistent_rms: Scalar | None,
-) -> Route:
-    numbers, reason = decision.numbers, decision.reason
-    name = "/".join(path)
-    if numbers is None:
-        return Route(name, shape, "adamw", 0, 0, 0, 1.0, reason, None)
-    _check_axes("routing_table", name, shape, numbers)
-    axes = axes_of(numbers, len(shape))
-    n_in, n_out = sides(shape, axes)
-    count = int(np.prod([shape[axis] for axis in axes.batch], dtype=np.int64))
-    scale = float(update_scale(n_in, n_out, consistent_rms))
-    return Route(name, shape, "muon", count, n_in, n_out, scale, reason, numbers)
 
 
 def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> Routing:
@@ -247,7 +137,7 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
     """
     leaves = jax.tree.leaves(params)
     if not leaves:  # such as the placeholder of `optax.tree.map_params`
-        return Routing((), (), ())
+        return Routing((), (), (), {})
     paths = leaf_paths(params)
     shapes = tuple(tuple(np.shape(x)) for x in leaves)
     if settings.numbers is not None:
@@ -255,27 +145,42 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
     else:
         _check_dtypes(caller, paths, leaves)
         decisions = decide(paths, shapes, settings)
-    if settings.overrides:
-        joined = ["/".join(path) for path in paths]
-        found = matched(caller, settings.overrides, joined, _hidden_paths(params))
-        for index, (pattern, numbers) in found.items():
-            reason = f"override '{pattern}'"
-            if numbers is not None:
-                _check_axes(f"{caller}: {reason}", joined[index], shapes[index], numbers)
-            decisions[index] = Decision(numbers, reason)
-    return Routing(tuple(paths), shapes, tuple(decisions))
+    joined, hidden = ["/".join(path) for path in paths], _hidden_paths(params)
+    found = matched(caller, settings.overrides, joined, hidden)
+    for index, (pattern, numbers) in found.items():
+        reason = f"override '{pattern}'"
+        if numbers is not None:
+            check_axes(f"{caller}: {reason}", joined[index], shapes[index], numbers)
+        decisions[index] = Decision(numbers, reason)
+    given = [i for i, d in enumerate(decisions) if d.numbers is None and d.reason == "given"]
+    hidden = [tuple(path.split("/")) for path in hidden]
+    is_part = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_hides))
+    decided = {*found, *given}
+    heads = find_heads(caller, paths, shapes, settings.per_head, decided, hidden, is_part=is_part)
+    for index, note in [
+        *dict.fromkeys(heads.splits, "per head").items(),
+        *heads.left_whole.items(),
+    ]:
+        decision = decisions[index]
+        numbers = decision.numbers or (LAST_TWO_AXES if index in heads.splits else None)
+        decisions[index] = Decision(numbers, f"{decision.reason}, {note}")
+    return Routing(tuple(paths), shapes, tuple(decisions), heads.splits)
 
 
 def _hidden_paths(params: ArrayTree) -> list[str]:
     """Lists the paths at and below which another optimizer has the leaves."""
-    is_hidden = lambda x: x is None or isinstance(x, optax.MaskedNode)  # noqa: E731
-    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hidden)
-    return [path_string(path) for path, x in flat if is_hidden(x)]
+    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=_hides)
+    return [path_string(path) for path, x in flat if _hides(x)]
 
 
-def _check_axes(
+def _hides(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def check_axes(
     caller: str, path: str, shape: tuple[int, ...], numbers: MuonDimensionNumbers
 ) -> None:
+    """Raises, with the path of the parameter, if dimension numbers do not name its axes."""
     try:
         axes_of(numbers, len(shape))
     except ValueError as error:

@@ -9,10 +9,9 @@ With G the gradient, M the momentum and t the step, from 1:
 Source: Jordan et al. 2024, KellerJordan/Muon, muon.py; optax/contrib/_muon.py for the form.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,48 +25,20 @@ from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
-from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients, is_single_step
-from muonclip_jax._orthogonalize.matrix_axes import (
-    Axes,
-    DimensionNumbersOrFn,
-    matrix_axes,
-    sides,
-    update_scale,
+from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
+from muonclip_jax._muon.settings import (
+    MuonSettings,
+    bias_corrected,
+    bias_corrected_nesterov,
 )
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
+from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
+from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
+from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, sides, update_scale
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._orthogonalize.split import Split, splits_of
 from muonclip_jax._sharding import exchange
-from muonclip_jax._sharding.placement import shardings_by_path
+from muonclip_jax._sharding.parts import put_together, take_apart
 from muonclip_jax._sharding.plan import plan_for
-
-# w_M, w_G of the matrix that is orthogonalized, w_M M + w_G G; None leaves G out.
-Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
-# (β, t) -> the weights.
-Direction: TypeAlias = Callable[[jax.Array, jax.Array], Weights]
-
-
-@dataclasses.dataclass(frozen=True)
-class MuonSettings:
-    """The checked settings of a Muon update, built once by the public function.
-
-    Attributes:
-      direction: The weights of the momentum and the gradient in the matrix to orthogonalize.
-      orthogonalize: Newton-Schulz with its settings.
-      eps: See `newton_schulz`.
-      beta: Decay of the momentum.
-      mu_dtype: Dtype in which the momentum of real leaves is kept; None: as the parameters.
-      adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
-      shardings: How parameters are sharded on an Auto mesh, by path.
-    """
-
-    direction: Direction
-    orthogonalize: Orthogonalizer
-    eps: Scalar
-    beta: Scalar
-    mu_dtype: Any
-    adaptive: bool
-    shardings: Mapping[str, Any]
 
 
 class ScaleByMuonState(NamedTuple):
@@ -84,7 +55,8 @@ class ScaleByMuonState(NamedTuple):
 
 def _check_muon(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `scale_by_muon` that are not allowed."""
-    check_settings("scale_by_muon", arguments, optional=("mu_dtype",), rules=COEFFICIENT_RULES)
+    rules = {**COEFFICIENT_RULES, **PER_HEAD_RULES}
+    check_settings("scale_by_muon", arguments, optional=("mu_dtype",), rules=rules)
 
 
 @injectable(NUMBERS, _check_muon)
@@ -102,6 +74,7 @@ def scale_by_muon(
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
     shardings: ArrayTree = None,
+    per_head: PerHead = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each gradient by its orthogonalized momentum.
 
@@ -129,6 +102,7 @@ def scale_by_muon(
       shardings: How the parameters are sharded on an Auto mesh, a pytree of `NamedSharding`:
         `jax.tree.map(lambda x: x.sharding, params)`. With None, XLA decides on such a mesh how
         data moves. On an Explicit mesh the types of the parameters have the shardings.
+      per_head: See `muon`. The leaves that it describes need no dimension numbers.
 
     Returns:
       An optax transformation, which ignores extra arguments. Updates have the dtype of the
@@ -152,39 +126,12 @@ def scale_by_muon(
       Jordan et al. 2024, KellerJordan/Muon, muon.py. `adaptive`: Bernstein & Newhouse 2024, arXiv
       2409.20325.
     """
-    _check_muon(locals())
-    settings = MuonSettings(
-        direction=bias_corrected_nesterov if nesterov else bias_corrected,
-        orthogonalize=newton_schulz_of(ns_coeffs, ns_steps, preconditioning, ns_method, ns_dtype),
-        eps=eps,
-        beta=beta,
-        mu_dtype=mu_dtype,
-        adaptive=adaptive,
-        shardings=shardings_by_path("scale_by_muon", shardings),
-    )
-    return scale_by_direction(settings, weight_dimension_numbers)
-
-
-def momentum(beta: jax.Array, t: jax.Array) -> Weights:
-    """M: Kimi K2's direction. Newton-Schulz of the average equals Newton-Schulz of the sum."""
-    del t
-    return jnp.ones_like(beta), None
-
-
-def plain_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
-    """β M + (1 − β) G: Keller Jordan's Nesterov momentum, G + β M with M the sum."""
-    del t
-    return beta, 1 - beta
-
-
-def bias_corrected(beta: jax.Array, t: jax.Array) -> Weights:
-    """M / (1 − β^t): optax's momentum. The factor changes `adaptive` updates only."""
-    return 1 / (1 - beta**t), None
-
-
-def bias_corrected_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
-    """β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t): optax's Nesterov momentum."""
-    return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
+    arguments = locals()
+    _check_muon(arguments)
+    direction = bias_corrected_nesterov if nesterov else bias_corrected
+    settings = MuonSettings.of("scale_by_muon", direction, arguments)
+    numbers = with_heads("scale_by_muon", weight_dimension_numbers, per_head)
+    return scale_by_direction(settings, numbers)
 
 
 def scale_by_direction(
@@ -195,19 +142,19 @@ def scale_by_direction(
 
     def init_fn(params):
         if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
-            matrix_axes("scale_by_muon", params, weight_dimension_numbers)
+            splits_of("scale_by_muon", params, weight_dimension_numbers)
         mu = jax.tree.map(functools.partial(_zeros_like, dtype=settings.mu_dtype), params)
         return ScaleByMuonState(count=jnp.zeros([], jnp.int32), mu=mu)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _check_match(updates, state.mu)
-        axes = matrix_axes("scale_by_muon", updates, weight_dimension_numbers)
+        splits = splits_of("scale_by_muon", updates, weight_dimension_numbers)
         t = jnp.asarray(optax.safe_increment(state.count))
         G = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
         M = jax.tree.map(lambda m, g: _average(m, g, beta), state.mu, G)
         D = jax.tree.map(lambda m, g: _combine(m, g, *direction(_real(beta, m), _real(t, m))), M, G)
-        O = _orthogonalized(D, axes, settings)  # noqa: E741
+        O = _orthogonalized(D, splits, settings)  # noqa: E741
         O = jax.tree.map(lambda o, g: o.astype(g.dtype), O, G)  # noqa: E741
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), M, state.mu)
         return placed_like_tree(O, params), ScaleByMuonState(count=t, mu=mu)
@@ -215,11 +162,12 @@ def scale_by_direction(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _orthogonalized(D: ArrayTree, axes: Sequence[Axes], settings: MuonSettings) -> ArrayTree:
+def _orthogonalized(D: ArrayTree, splits: Sequence[Split], settings: MuonSettings) -> ArrayTree:
     """Orthogonalizes the matrices of all leaves, which stay sharded as they are."""
-    leaves, structure = jax.tree.flatten(D)
+    parts = take_apart("scale_by_muon", D, splits, settings.shardings)
+    leaves, axes = jax.tree.leaves(parts.tree), parts.axes
     orthogonalize, eps = settings.orthogonalize, settings.eps
-    plan = plan_for("scale_by_muon", D, axes, settings.shardings, orthogonalize)
+    plan = plan_for("scale_by_muon", parts.tree, axes, parts.shardings, orthogonalize)
     if plan is None:  # every device has full matrices, or XLA decides how they move
         found = orthogonalize_leaves(lambda X: orthogonalize(X, eps), leaves, axes)
     else:
@@ -229,18 +177,20 @@ def _orthogonalized(D: ArrayTree, axes: Sequence[Axes], settings: MuonSettings) 
             o * jnp.sum(d.conj() * o, axis=a.reduction + a.output, keepdims=True)
             for o, d, a in zip(found, leaves, axes, strict=True)
         ]
-    return structure.unflatten(found)
+    return put_together(found, D, splits)
 
 
 def _check_shape(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `scale_by_shape` that are not allowed."""
-    check_settings("scale_by_shape", arguments, optional=("consistent_rms",))
+    optional = ("consistent_rms",)
+    check_settings("scale_by_shape", arguments, optional=optional, rules=PER_HEAD_RULES)
 
 
 @injectable(NUMBERS, _check_shape)
 def scale_by_shape(
     weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     consistent_rms: Scalar | None = None,
+    per_head: PerHead = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales orthogonalized updates by a factor that depends on the shape of their matrices.
 
@@ -248,6 +198,7 @@ def scale_by_shape(
       weight_dimension_numbers: See `scale_by_muon`.
       consistent_rms: None scales by √max(1, n_out / n_in). A number r scales by
         r √max(n_in, n_out), which gives every update the root mean square r; 0.2 matches AdamW.
+      per_head: See `muon`: the shape of a head counts.
 
     Returns:
       An optax transformation without state.
@@ -266,16 +217,19 @@ def scale_by_shape(
       section 2.2.
     """
     _check_shape(locals())
+    numbers = with_heads("scale_by_shape", weight_dimension_numbers, per_head)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        axes = matrix_axes("scale_by_shape", updates, weight_dimension_numbers)
+        updates = jax.tree.map(jnp.asarray, updates)
+        splits = splits_of("scale_by_shape", updates, numbers)
+        parts = take_apart("scale_by_shape", updates, splits, {})
         scaled = []
-        for u, a in zip(map(jnp.asarray, jax.tree.leaves(updates)), axes, strict=True):
+        for u, a in zip(jax.tree.leaves(parts.tree), parts.axes, strict=True):
             wide = u.astype(accumulator(u.dtype))
             scale = jnp.asarray(update_scale(*sides(u.shape, a), consistent_rms), wide.dtype)
             scaled.append((wide * scale).astype(u.dtype))
-        return jax.tree.structure(updates).unflatten(scaled), state
+        return put_together(scaled, updates, splits), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
@@ -319,15 +273,3 @@ def _check_match(updates: ArrayTree, mu: ArrayTree) -> None:
             + "\n".join(faults)
             + "\nCall init with the parameters of these gradients."
         )
-
-
-def newton_schulz_of(
-    coefficients: Coefficients,
-    steps: Any,
-    preconditioning: str,
-    method: str,
-    dtype: Any,
-) -> Orthogonalizer:
-    """Builds the Newton-Schulz iteration of an optimizer, whose `ns_steps` is never None."""
-    steps = steps if is_single_step(coefficients) else None
-    return orthogonalizer(coefficients, steps, method, dtype, preconditioning)

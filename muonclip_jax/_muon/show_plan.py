@@ -12,20 +12,22 @@ from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.settings import check_settings
 from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._muon.overrides import ROLE_RULES
-from muonclip_jax._muon.roles.decision import Overrides, RoleSettings
-from muonclip_jax._muon.routing import route
-from muonclip_jax._muon.scale_by_muon import newton_schulz_of
+from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
+from muonclip_jax._muon.roles.decision import Overrides
+from muonclip_jax._muon.routing import role_settings, route
+from muonclip_jax._muon.settings import newton_schulz_of
 from muonclip_jax._orthogonalize.batching import groups_of
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import (
     Axes,
     DimensionNumbersOrFn,
     is_tall,
-    matrix_axes,
     to_matrices,
 )
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
+from muonclip_jax._orthogonalize.split import splits_of
+from muonclip_jax._sharding.parts import take_apart
 from muonclip_jax._sharding.placement import PlacedLeaf, shardings_by_path
 from muonclip_jax._sharding.plan import Group, Member, Plan, plan_for
 
@@ -39,6 +41,7 @@ def sharding_plan(
     ns_steps: int = 5,
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
+    per_head: PerHead = None,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
 ) -> Plan:
@@ -54,6 +57,7 @@ def sharding_plan(
       ns_steps: See `muon`.
       ns_method: See `muon`.
       ns_dtype: See `muon`.
+      per_head: See `muon`. `muonclip(..., per_head=True)` has `per_head=layout` here.
       overrides: See `muon`.
       outputs_first: See `muon`.
 
@@ -76,9 +80,10 @@ def sharding_plan(
       matrices  rows        columns  on each device    FLOPs     MB sent  leaves
       4         256 / fsdp  512      exchange: 1 full  7.05e+08  0.8      up/kernel
     """
-    rules = {**COEFFICIENT_RULES, **ROLE_RULES}
-    check_settings("sharding_plan", locals(), optional=("outputs_first",), rules=rules)
-    roles = RoleSettings(muon_weight_dimension_numbers, overrides, outputs_first)
+    arguments = locals()
+    rules = {**COEFFICIENT_RULES, **ROLE_RULES, **PER_HEAD_RULES}
+    check_settings("sharding_plan", arguments, optional=("outputs_first",), rules=rules)
+    roles = role_settings(arguments, per_head)
     numbers = route("sharding_plan", params, roles).numbers
     structure = jax.tree.structure(params)
     passed = shardings_by_path("sharding_plan", shardings)
@@ -92,11 +97,11 @@ def sharding_plan(
             for x, n in zip(jax.tree.leaves(params), numbers, strict=True)
         )
         matrices = structure.unflatten(masked)
-        axes = matrix_axes(
-            "sharding_plan", matrices, structure.unflatten(n or optax.MaskedNode() for n in numbers)
-        )
-        plan = plan_for("sharding_plan", matrices, axes, passed, orthogonalize)
-        plans.append(plan or _without_plan(matrices, axes, orthogonalize))
+        unmasked = structure.unflatten(n or optax.MaskedNode() for n in numbers)
+        splits = splits_of("sharding_plan", matrices, unmasked)
+        tree, axes, placed = take_apart("sharding_plan", matrices, splits, passed)
+        plan = plan_for("sharding_plan", tree, axes, placed, orthogonalize)
+        plans.append(plan or _without_plan(tree, axes, orthogonalize))
 
     jax.eval_shape(look, params)
     return plans[0]

@@ -255,14 +255,13 @@ def _by_path(
     return found if used >= at.keys() else None
 
 
-def per_leaf(
-    dimension_numbers: DimensionNumbersOrFn | None, tree: ArrayTree
-) -> list[MuonDimensionNumbers | None]:
+def per_leaf(dimension_numbers: DimensionNumbersOrFn | None, tree: ArrayTree) -> list[Any]:
     """Finds the dimension numbers of each leaf.
 
     Args:
       dimension_numbers: Pytree or prefix of one of `MuonDimensionNumbers` and None, or a function
-        that makes one from `tree`. None as a whole stands for `LAST_TWO_AXES` everywhere.
+        that makes one from `tree`; `split.Split`s are leaves too. None as a whole stands for
+        `LAST_TWO_AXES` everywhere.
       tree: Parameters or gradients, or their shapes.
 
     Returns:

@@ -1,4 +1,1 @@
-"""QK-clip of parameters.
-
-Head layouts, the matching of max logits to kernels, the clip, and metrics.
-"""
+"""QK-clip of parameters: the matching of max logits to kernels, the clip, and metrics."""

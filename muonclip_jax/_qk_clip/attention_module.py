@@ -4,8 +4,8 @@ from typing import NamedTuple, TypeAlias
 
 from jaxtyping import Array
 
-from muonclip_jax._qk_clip.head_layout import HeadLayout, Leaf, Shape, axes_first
-from muonclip_jax._qk_clip.kernel_pattern import stack_axes
+from muonclip_jax._head_layouts.head_layout import HeadLayout, Leaf, Shape, axes_first
+from muonclip_jax._head_layouts.kernel_pattern import stack_axes
 
 Path: TypeAlias = tuple[str, ...]
 

@@ -21,16 +21,16 @@ from jaxtyping import Array, Bool, Float
 from muonclip_jax._common.resharding import placed_like, unsharded
 from muonclip_jax._common.settings import check_settings, flag, shown
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._head_layouts.head_layout import HeadLayout, layouts_of
+from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
 from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._qk_clip.attention_module import AttentionModule
 from muonclip_jax._qk_clip.by_analysis import ClippedSite, clipped_sites, site_factors
 from muonclip_jax._qk_clip.errors import check_matching
 from muonclip_jax._qk_clip.head_factors import power
-from muonclip_jax._qk_clip.head_layout import HeadLayout
 from muonclip_jax._qk_clip.info import QKClipInfo, clip_info, is_nonfinite
 from muonclip_jax._qk_clip.matching import match
 from muonclip_jax._qk_clip.module_faults import fits
-from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
 from muonclip_jax._qk_clip.one_reduction import Sown, maxima_over_batch
 
 
@@ -233,10 +233,7 @@ def _is_infinite(threshold: Any) -> bool:
 
 def layout_rule(value: Any) -> Exception | None:
     """Requires a head layout, a tuple of head layouts, or an analysis."""
-    if isinstance(value, Analysis):
-        return None
-    layouts = value if isinstance(value, tuple) and value else (value,)
-    if all(isinstance(layout, HeadLayout) for layout in layouts):
+    if isinstance(value, Analysis) or layouts_of(value):
         return None
     return TypeError(f"a head layout or a tuple of head layouts, got {shown(value)}")
 

@@ -15,8 +15,8 @@ from jaxtyping import Array
 from muonclip_jax._attention.flax_attention import BOUND
 from muonclip_jax._common.paths import all_components, components, without_boxes
 from muonclip_jax._common.types import ArrayTree
+from muonclip_jax._head_layouts.head_layout import HeadLayout, Leaf
 from muonclip_jax._qk_clip.attention_module import AttentionModule, Path
-from muonclip_jax._qk_clip.head_layout import HeadLayout, Leaf
 
 # One leaf at or below a child of a module: its path, its index and its value.
 Entry: TypeAlias = tuple[Path, int, Any]

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from muonclip_jax._head_layouts.head_layout import HeadLayout
+from muonclip_jax._head_layouts.module_names import letters, names_keys_and_values, normalizes
+from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
 from muonclip_jax._qk_clip.attention_module import AttentionModule, Path
-from muonclip_jax._qk_clip.head_layout import HeadLayout
 from muonclip_jax._qk_clip.matching import Matching, attention_module
 from muonclip_jax._qk_clip.module_faults import fits
-from muonclip_jax._qk_clip.module_names import letters, names_keys_and_values, normalizes
-from muonclip_jax._qk_clip.multi_head import MultiHeadLayout
 
 _PATTERNS = (
     "inputs heads head_dim",

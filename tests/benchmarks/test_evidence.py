@@ -5,9 +5,9 @@ import json
 import math
 import pathlib
 import re
-from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 import muonclip_jax as mc
 from benchmarks.evidence import (
     __main__ as program,
-    per_head_kernels,
     runner,
     summaries,
     token_efficiency,
@@ -287,48 +286,13 @@ def test_last_clip_counts_from_step_one():
     assert summaries.last_clip({"clipped": [0, 0]}) == 0
 
 
-def latent_params():
-    random = np.random.default_rng(0)
-    shapes = {"q_b": (2, 48, 96), "kv_b": (2, 32, 128), "out": (2, 64, 64)}
-    return {
-        name: {"kernel": jnp.float32(random.normal(size=shape))} for name, shape in shapes.items()
-    }
-
-
-def test_join_inverts_split():
-    params = latent_params()
-    viewed = per_head_kernels.split(params)
-    assert [x.shape for x in viewed["kv_b"]["kernel"]] == [(2, 4, 32, 16)] * 2
-    back = per_head_kernels.join(viewed, params)
-    for name, module in params.items():
-        np.testing.assert_array_equal(back[name]["kernel"], module["kernel"])
-
-
-def test_each_head_of_a_split_kernel_is_orthogonalized_alone():
-    params = latent_params()
-    tx = per_head_kernels.by_head(mc.scale_by_muon(beta=0.0, nesterov=False, ns_method="standard"))
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    kernel, update = (np.asarray(tree["kv_b"]["kernel"]) for tree in (params, updates))
-    for head in range(4):
-        for part in (slice(0, 16), slice(16, 32)):  # key, value
-            columns = np.arange(32 * head, 32 * head + 32)[part]
-            alone = mc.newton_schulz(kernel[1][:, columns], method="standard")
-            np.testing.assert_allclose(update[1][:, columns], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_split_columns_match_the_model():
-    sizes: Any = training.MODELS["mla"]("exact").attention
-    assert per_head_kernels.HEADS == sizes.heads
-    columns = {"q_b": (sizes.nope + sizes.rope,), "kv_b": (sizes.nope, sizes.value)}
-    assert per_head_kernels.COLUMNS == columns
-
-
-def test_per_head_selects_matrices_of_heads():
-    shapes = {"blocks": {"attn": {"query": {"kernel": jnp.zeros((2, 64, 4, 16))}}}}
-    numbers = training.dimension_numbers(shapes, per_head=True)
-    assert numbers["blocks"]["attn"]["query"]["kernel"] == mc.MuonDimensionNumbers(-3, -1)
-    (row,) = mc.routing_table(shapes, training.dimension_numbers(shapes, per_head=False)).rows
-    assert (row.num_matrices, row.n_in, row.n_out) == (2, 64, 64)
+@pytest.mark.parametrize(("attention", "split"), [("gqa", 3), ("mla", 2)])
+def test_per_head_splits_queries_keys_and_values(attention, split):
+    model = training.MODELS[attention]("exact")
+    text = jnp.zeros((1, 2), jnp.int32)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), text))["params"]
+    rows = mc.routing_table(shapes, per_head=model.layout).rows
+    assert sum("per head" in row.reason for row in rows) == split
 
 
 @pytest.mark.parametrize("name", ["mc.muon", "optax.muon"])

@@ -189,6 +189,11 @@ def test_micro_batches_must_divide_the_batch(tmp_path):
     assert_bad_input(arguments, tmp_path, line)
 
 
+def test_adamw_has_no_matrices_per_head(tmp_path):
+    line = "argument --per-head: got --optimizer adamw, expected muonclip or muon"
+    assert_bad_input(["--per-head", "--optimizer", "adamw"], tmp_path, line)
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [

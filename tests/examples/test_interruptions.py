@@ -1,6 +1,7 @@
 """An interrupted or damaged run resumes bitwise identical, or exits with the reason."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -275,6 +276,8 @@ CHANGES = {
     "preset": "small",
     "dtype": "bfloat16",
     "optimizer": "adamw",
+    "per_head": True,
+    "schedule": "cosine",
     "steps": 21,
     "batch_size": 8,
     "seq_len": 8,
@@ -313,6 +316,16 @@ def test_settings_that_were_not_passed_are_those_of_the_run(whole):
     assert config == dataclasses.replace(
         CONFIG, out=whole, resume=True, learning_rate=CONFIG.peak, no_progress=False
     )
+
+
+def test_a_run_from_before_these_settings_has_their_defaults(tmp_path):
+    opening.open_run(dataclasses.replace(CONFIG, out=tmp_path), CORPUS)
+    settings = json.loads((tmp_path / "run.json").read_bytes())
+    identity = opening.identity(tmp_path)
+    older = {name: value for name, value in settings.items() if name not in opening.ADDED}
+    (tmp_path / "run.json").write_text(json.dumps(older))
+    assert opening.identity(tmp_path) == identity
+    assert (resumed(tmp_path).per_head, resumed(tmp_path).schedule) == (False, "linear")
 
 
 def test_mesh_and_text_that_were_not_passed_are_those_of_the_run(tmp_path):

@@ -180,10 +180,8 @@ def test_clip_keeps_recomputed_logits_at_the_threshold():
 
 
 def test_train_step_moves_the_biases_by_their_rate():
-    model, tx = (
-        tiny("moe"),
-        optimizer.make_optimizer(dataclasses.replace(CONFIG, optimizer="adamw")),
-    )
+    model, config = tiny("moe"), dataclasses.replace(CONFIG, optimizer="adamw")
+    tx = optimizer.make_optimizer(config, model.layout)
     state = jax.jit(lambda: step.initial_state(model, tx, 0))()
     text = SEQUENCES[None].astype(np.uint8)
     now, metrics = jax.jit(step.make_train_step(model, tx))(state, text, 1.0)
@@ -276,3 +274,41 @@ def test_muon_orthogonalizes_each_kernel_as_its_matrix(name):
     shapes = nn.unbox(jax.eval_shape(tiny(name).init, jax.random.key(0), TEXT))["params"]
     rows = {r.path: (r.optimizer, *r[3:6]) for r in mc.routing_table(shapes).rows}
     assert rows | ROUTES[name] == rows
+
+
+@pytest.mark.parametrize("name", ["mla", "moe"])
+def test_per_head_splits_queries_keys_and_values(name):
+    """Kimi K3's recipe on the program's own model: its flag, its clip, its schedule."""
+    model = tiny(name)
+    config = dataclasses.replace(CONFIG, per_head=True, schedule="cosine")
+    tx = optimizer.make_optimizer(config, model.layout)
+    state = jax.jit(lambda: step.initial_state(model, tx, 0))()
+    text = SEQUENCES[None].astype(np.uint8)
+    now, metrics = jax.jit(step.make_train_step(model, tx))(state, text, 1e-3)
+    assert np.isfinite(metrics["loss"])
+    assert metrics["qk_clip/clipped_heads"] > 0
+    rows = mc.routing_table(now.params, per_head=model.layout).rows
+    s = model.attention
+    split = {row.path.split("/")[-2]: row.parts for row in rows if "per head" in row.reason}
+    assert split.keys() == {"q_b", "kv_b"}
+    assert [part.n_out for part in split["q_b"]] == [s.nope + s.rope]
+    assert [part.n_out for part in split["kv_b"]] == [s.nope, s.value]
+    assert all(part.num_matrices % s.heads == 0 for parts in split.values() for part in parts)
+
+
+def test_per_head_changes_the_update_of_heads_alone():
+    model = tiny("mla")
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    params = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape), jnp.float32),
+        shapes["params"],
+    )
+    updates = []
+    for per_head in (False, True):
+        config = dataclasses.replace(CONFIG, per_head=per_head)
+        tx = optimizer.make_optimizer(config, model.layout)
+        updates.append(jax.jit(tx.update)(params, tx.init(params), params)[0])
+    differ = jax.tree.map(lambda a, b: bool(jnp.any(jnp.abs(a - b) > 1e-6)), *updates)
+    flat = jax.tree_util.tree_leaves_with_path(differ)
+    changed = {path[-2].key for path, is_other in flat if is_other}
+    assert changed == {"q_b", "kv_b"}

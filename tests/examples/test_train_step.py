@@ -27,6 +27,14 @@ def test_schedule_rises_to_its_peak_and_ends_at_zero():
     assert rates[99] > 0 == rates[100]
 
 
+def test_cosine_schedule_warms_up_for_one_percent():
+    config = dataclasses.replace(CONFIG, steps=200, learning_rate=0.5, schedule="cosine")
+    rates = np.array([optimizer.make_schedule(config)(n) for n in range(201)])
+    np.testing.assert_allclose(rates[:3], [0.25, 0.375, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(rates[101], 0.25, rtol=1e-6)  # half of the way, half of the peak
+    assert rates[200] == 0
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_shortest_schedules_are_positive(steps):
     schedule = optimizer.make_schedule(dataclasses.replace(CONFIG, steps=steps))
@@ -105,7 +113,7 @@ def test_model_does_not_look_ahead(random_params):
 def test_train_step_compiles_once_for_all_thresholds():
     made = loop.Trainer(CONFIG, CORPUS, pathlib.Path("unused"), TINY)
     state = jax.jit(made.initial_state)()
-    tx = optimizer.make_optimizer(CONFIG)
+    tx = optimizer.make_optimizer(CONFIG, TINY.layout)
     train_step = chex.assert_max_traces(step.make_train_step(TINY, tx), n=1)
     compiled = jax.jit(train_step)
     text = data.batch(CORPUS.train, 0, 1, 4, 16)[None]
@@ -116,6 +124,6 @@ def test_train_step_compiles_once_for_all_thresholds():
 def test_adamw_is_optax_adamw():
     config = dataclasses.replace(CONFIG, optimizer="adamw", learning_rate=0.5)
     grads = {"w": jnp.array([2.0, -3.0])}
-    tx = optimizer.make_optimizer(config)
+    tx = optimizer.make_optimizer(config, TINY.layout)
     updates, _ = tx.update(grads, tx.init(grads), {"w": jnp.zeros(2)})
     chex.assert_trees_all_close(updates, {"w": jnp.array([-0.5, 0.5])}, rtol=1e-5)

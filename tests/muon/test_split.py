@@ -1,6 +1,6 @@
-"""A split leaf equals its parts: the recipes of docs/choosing.md beside one leaf for each matrix.
+"""A leaf of many matrices equals its parts: docs/choosing.md beside one leaf for each matrix.
 
-The functions of the page are used as they stand there.
+Heads are in `test_per_head.py`.
 """
 
 import dataclasses
@@ -17,16 +17,13 @@ import pytest
 
 import muonclip_jax as mc
 from tests.support import reference
-from tests.support.pages import run_page
 from tests.support.training_cases import assert_same_way, gradients
 
-PAGE = run_page("choosing.md")
 STEPS = 3
 # The preset takes every singular value near one, so that the scale of an update can be read off it.
 SETTINGS = {"learning_rate": 1.0, "ns_coeffs": "polar_express_6"}
 
 LAST_TWO = HEAD_OF_OUT = mc.MuonDimensionNumbers(-2, -1)
-HEAD = mc.MuonDimensionNumbers(-3, -1)
 PROJECTION = mc.MuonDimensionNumbers(-3, (-2, -1))
 FILTER = mc.MuonDimensionNumbers((-4, -3, -2), -1)
 
@@ -40,7 +37,6 @@ class Recipe:
       shape: Its shape.
       parts: Takes a leaf apart into its matrices, inputs x outputs.
       numbers: Dimension numbers of the recipe; None for what routing by role does.
-      views: Views and inverses of the recipe, for flat kernels.
       whole: Dimension numbers that take the leaf for something else, which must make a difference.
     """
 
@@ -48,7 +44,6 @@ class Recipe:
     shape: tuple[int, ...]
     parts: Callable[[np.ndarray], list[np.ndarray]]
     numbers: mc.MuonDimensionNumbers | None = None
-    views: tuple[dict[str, Any], dict[str, Any]] | None = None
     whole: mc.MuonDimensionNumbers = LAST_TWO
 
     def tree(self, leaf: Any) -> Any:
@@ -61,8 +56,7 @@ class Recipe:
         """Builds Muon with the recipe, as the page does."""
         if self.numbers is not None:
             settings["overrides"] = {self.path: self.numbers}
-        tx = mc.muon(**settings)
-        return tx if self.views is None else PAGE["through"](*self.views, tx)
+        return mc.muon(**settings)
 
 
 def _slices(axes):
@@ -78,30 +72,8 @@ def _fused(x):
     return [x[:, i].reshape(len(x), -1) for i in range(3)]
 
 
-def _flat_fused(x):
-    """Query, key and value of 8 query heads and 2 key heads, 16 wide."""
-    return [x[:, :128], x[:, 128:160], x[:, 160:]]
-
-
-def _flat_heads(width):
-    return lambda x: [x[:, i : i + width] for i in range(0, x.shape[1], width)]
-
-
-def _view_of_heads(path, width):
-    """The page's view of `q_b`, for a kernel of another name and width."""
-    heads_apart = lambda x: jnp.moveaxis(x.reshape(*x.shape[:-1], -1, width), -2, -3)  # noqa: E731
-    return {path: heads_apart}, {path: PAGE["inverses"]["q_b/kernel"]}
-
-
 # Widths are such that the scale of a part is not that of the whole.
 RECIPES = {
-    "query per head": Recipe("attn/query/kernel", (6, 3, 8), _slices((1,)), HEAD, whole=PROJECTION),
-    "key per head, fewer heads": Recipe(
-        "attn/key/kernel", (6, 2, 8), _slices((1,)), HEAD, whole=PROJECTION
-    ),
-    "value per head, scanned": Recipe(
-        "attn/value/kernel", (2, 6, 3, 8), _slices((0, 2)), HEAD, whole=PROJECTION
-    ),
     "output per head": Recipe(
         "attn/out/kernel",
         (3, 4, 24),
@@ -134,37 +106,12 @@ RECIPES = {
         mc.MuonDimensionNumbers(-4, (-2, -1)),
         whole=mc.MuonDimensionNumbers(-4, (-3, -2, -1)),
     ),
-    "fused, per head": Recipe(
-        "attn/qkv/kernel",
-        (6, 3, 2, 8),
-        _slices((1, 2)),
-        mc.MuonDimensionNumbers(-4, -1),
-        whole=mc.MuonDimensionNumbers(-4, (-2, -1)),
-    ),
     "fused gate and up": Recipe(
         "wi/kernel",
         (6, 2, 16),
         _slices((1,)),
         mc.MuonDimensionNumbers(-3, -1),
         whole=PROJECTION,
-    ),
-    "flat fused, grouped queries": Recipe(
-        "attn/qkv/kernel", (24, 192), _flat_fused, views=(PAGE["views"], PAGE["inverses"])
-    ),
-    "flat per head": Recipe(
-        "attn/q_proj/kernel",
-        (6, 24),
-        _flat_heads(8),
-        LAST_TWO,
-        views=_view_of_heads("q_proj/kernel", 8),
-    ),
-    "up-projection of MLA": Recipe("attn/kv_b/kernel", (6, 3, 8), _slices((1,)), HEAD),
-    "flat up-projection of MLA": Recipe(
-        "attn/q_b/kernel",
-        (12, 96),
-        _flat_heads(24),
-        LAST_TWO,
-        views=(PAGE["views"], PAGE["inverses"]),
     ),
 }
 
@@ -223,11 +170,11 @@ def test_a_split_leaf_equals_its_parts_as_leaves_in_direction_and_scale(name):
 def test_other_dimension_numbers_give_another_update(name):
     """The mutant of the test above: a leaf that is not split, or not so, does not pass it."""
     recipe = RECIPES[name]
-    got = _together(dataclasses.replace(recipe, numbers=recipe.whole, views=None))
+    got = _together(dataclasses.replace(recipe, numbers=recipe.whole))
     assert _largest_error(got, _alone(name)) > 0.1
 
 
-@pytest.mark.parametrize("name", ["query per head", "flat fused, grouped queries"])
+@pytest.mark.parametrize("name", ["experts", "fused"])
 def test_a_split_leaf_follows_the_float64_reference(name):
     recipe = RECIPES[name]
     leaves = gradients(recipe.shape, STEPS)

@@ -7,7 +7,12 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = "muonclip_jax"
 # Where the tests are of what has no package of its own.
-FOLDERS = {"_muonclip.py": "muon", "linen.py": "attention", "nnx.py": "attention"}
+FOLDERS = {
+    "_head_layouts": "qk_clip",
+    "_muonclip.py": "muon",
+    "linen.py": "attention",
+    "nnx.py": "attention",
+}
 
 
 class Mutant(NamedTuple):

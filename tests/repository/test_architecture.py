@@ -15,12 +15,13 @@ PACKAGE = ROOT / "muonclip_jax"
 # Which packages a package may import; the modules at the top may import all of them.
 MAY_IMPORT = {
     "_common": set(),
+    "_head_layouts": set(),
     "_orthogonalize": {"_common"},
     "_sharding": {"_common", "_orthogonalize"},
     "_program": {"_common"},
-    "_muon": {"_common", "_orthogonalize", "_sharding", "_program"},
+    "_muon": {"_common", "_head_layouts", "_orthogonalize", "_sharding", "_program"},
     "_attention": {"_common"},
-    "_qk_clip": {"_common", "_program", "_attention"},
+    "_qk_clip": {"_common", "_head_layouts", "_program", "_attention"},
 }
 TOP = {"__init__", "_muonclip", "linen", "nnx"}
 FILES = sorted(PACKAGE.rglob("*.py"))

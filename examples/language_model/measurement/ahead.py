@@ -42,7 +42,7 @@ def report(config: Config, model: nn.Module) -> str:
     config, notes = fit_batch(config, mesh)
     micro_batch = config.batch_size // config.accumulate
     shardings = make_shardings(model, mesh, micro_batch)
-    tx = make_optimizer(config, shardings.params)
+    tx = make_optimizer(config, model.layout, shardings.params)
     shapes = jax.eval_shape(lambda: initial_state(model, tx, config.seed))
     state = jax.tree.map(_with_sharding, shapes, shardings.state(tx, shapes))
     # The training loop passes bytes; a larger vocabulary needs integers.
@@ -59,7 +59,9 @@ def report(config: Config, model: nn.Module) -> str:
     lines = [*_head(config, mesh, state.params), *notes, *shardings.notes]
     lines += compile_and_format(lowered, chips[0])
     if config.optimizer != "adamw":
-        lines += [str(mc.sharding_plan(state.params, shardings=shardings.params))]
+        per_head = model.layout if config.per_head else None
+        plan = mc.sharding_plan(state.params, shardings=shardings.params, per_head=per_head)
+        lines.append(str(plan))
     return "\n".join(lines)
 
 

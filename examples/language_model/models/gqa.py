@@ -127,7 +127,7 @@ class GQA(nn.Module):
     @property
     def layout(self) -> mc.MultiHeadLayout:
         """The head layout of QK-clip."""
-        return mc.MultiHeadLayout()
+        return mc.MultiHeadLayout(value="value")
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:

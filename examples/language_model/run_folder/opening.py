@@ -23,6 +23,8 @@ PINNED = (
     "preset",
     "dtype",
     "optimizer",
+    "per_head",
+    "schedule",
     "steps",
     "batch_size",
     "seq_len",
@@ -30,6 +32,8 @@ PINNED = (
     "accumulate",
     "learning_rate",
 )
+# The values of these settings in runs that were started without them.
+ADDED = {"per_head": False, "schedule": "linear"}
 # A resume may change these; without the flag, the value of the run is used.
 CHANGEABLE = ("threshold", "checkpoint_every", "mesh", "simulate_devices")
 TEXT = "text"  # size and digest of the text in `run.json`, which are pinned too
@@ -110,7 +114,9 @@ def open_run(config: Config, corpus: Corpus) -> Run:
 def identity(path: pathlib.Path) -> bytes:
     """Returns the pinned settings of a run, which its checkpoints have to match."""
     before = _read_settings(path)
-    return json.dumps({name: before[name] for name in (*PINNED, TEXT)}).encode()
+    pinned = {name: before[name] for name in (*PINNED, TEXT)}
+    since = {name for name, value in ADDED.items() if before[name] == value}
+    return json.dumps({k: v for k, v in pinned.items() if k not in since}).encode()
 
 
 def _settings(config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -171,6 +177,7 @@ def _read_settings(path: pathlib.Path) -> dict[str, Any]:
         before = json.loads((path / SETTINGS).read_bytes())
         if not isinstance(before, dict):
             raise ValueError("not an object")
+        before = ADDED | before
         if absent := {*PINNED, *CHANGEABLE, "data", TEXT} - before.keys():
             raise ValueError(f"no {', '.join(sorted(absent))}")
     except (OSError, ValueError) as error:

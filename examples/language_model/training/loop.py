@@ -131,7 +131,7 @@ class Trainer:
 
     @functools.cached_property
     def _tx(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config, self.shardings.params)
+        return make_optimizer(self.config, self.model.layout, self.shardings.params)
 
     @functools.cached_property
     def _stop(self) -> Callable[[], Any]:

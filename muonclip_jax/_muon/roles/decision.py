@@ -38,6 +38,7 @@ class RoleSettings:
       outputs_first: Whether matrices are stored (outputs, inputs); None decides by evidence.
       scale_by_sides: Whether the scale of an update depends on which side is the inputs.
       heads: For each head layout, the modules that project into heads.
+      per_head: See `muon`.
     """
 
     numbers: Any = None
@@ -45,6 +46,7 @@ class RoleSettings:
     outputs_first: bool | None = None
     scale_by_sides: bool = True
     heads: tuple[HeadPatterns, ...] = ()
+    per_head: Any = None
 
 
 DEFAULTS = RoleSettings()

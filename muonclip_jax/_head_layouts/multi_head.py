@@ -7,9 +7,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._qk_clip import layout_evidence
-from muonclip_jax._qk_clip.head_layout import Children, HeadLayout, Leaf
-from muonclip_jax._qk_clip.kernel_pattern import NAMES, Columns, KernelPattern, kernel_pattern
+from muonclip_jax._head_layouts import layout_evidence
+from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._head_layouts.kernel_pattern import NAMES, Columns, KernelPattern, kernel_pattern
+from muonclip_jax._head_layouts.sections import Section, Sections, one_section
 
 _KEY_NAMES = ("inputs", "heads", "kv_heads", "head_dim")
 _IF_GATE = "; query heads that hold a gate too need query_dim="
@@ -31,8 +32,8 @@ class MultiHeadLayout(HeadLayout):
     Attributes:
       query: Name of the query module inside the attention module.
       key: Name of the key module, or of the module of keys and values.
-      value: Name of the value module. A clip never scales it. The name shows that the key module
-        holds no values.
+      value: Name of the value module, which `per_head` then splits too. A clip never scales it. The
+        name shows that the key module holds no values.
       kernel: Pattern of one layer's query kernel: `"inputs heads head_dim"`,
         `"inputs (heads head_dim)"`, `"(heads head_dim) inputs"`, `"heads inputs head_dim"`,
         `"heads head_dim inputs"`, `"kv_heads groups head_dim inputs"`, or any other order.
@@ -52,6 +53,10 @@ class MultiHeadLayout(HeadLayout):
       qk_norm: Children that normalize queries or keys, which cancels a clip. None recognizes them
         by name, and raises for a norm with an ambiguous name. A tuple names all norms of queries
         and keys; `()` declares that there are none.
+      split_values: For `per_head` only: whether values in the kernel of the keys, or of queries
+        and keys, are split by head too. A `value` module that is named is split.
+      heads_per_matrix: For `per_head` only: number of adjacent heads that are one matrix, such as 2
+        for pairs. None: all heads, so that only queries, keys and values are split.
 
     Raises:
       ValueError: if a pattern has an unknown name, or lacks one; if `head_dim` is missing; if a
@@ -194,6 +199,65 @@ class MultiHeadLayout(HeadLayout):
             self.query: Columns(queries, names, self.patterns[self.query]),
             self.key: Columns(keys, key_names, pattern),
         }
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the children that `per_head` splits: the modules, and values if named."""
+        return self.modules if self.value is None else (*self.modules, self.value)
+
+    def num_heads(self, kernels: Mapping[str, Leaf], stack: int) -> int:
+        """Infers the number of query heads. Arguments: see `HeadLayout`."""
+        query = kernels[self.query]
+        if self.query_dim and self.patterns[self.query].is_flat:
+            raise ValueError(
+                f"{query}: a flat kernel with query_dim={self.query_dim} does not show its number "
+                "of heads, expected an axis of heads."
+            )
+        sizes = self._query_sizes(query, stack, 0)
+        return 1 if sizes is None else _heads(sizes)
+
+    def sections(self, kernels: Mapping[str, Leaf], stack: int) -> dict[str, Sections]:
+        """Describes the matrices of each kernel. Arguments: see `HeadLayout`."""
+        found = {}
+        if self.query in kernels:
+            heads = self.num_heads(kernels, stack)
+            sizes = self._query_sizes(kernels[self.query], stack, heads) or {}
+            axes, width = self.patterns[self.query].axes, self.query_dim or sizes["head_dim"]
+            found[self.query] = one_section(axes, sizes, "queries")
+            if gate := sizes["head_dim"] - width:
+                parts = Section("queries", width, True), Section("gates", gate, False)
+                found[self.query] = Sections(axes, sizes, parts, "head_dim")
+        if self.key in kernels:
+            found[self.key] = self._key_sections(kernels[self.key], stack)
+        if self.value in kernels:
+            found[self.value] = self._value_sections(kernels, stack)
+        return found
+
+    def _key_sections(self, key: Leaf, stack: int) -> Sections:
+        """Describes the keys, and the values in the same kernel."""
+        pattern = self.patterns[self.key]
+        known = {"head_dim": self.head_dim or 0} if pattern.is_flat else {}
+        sizes = self.sizes(self.key, key, stack, **known) or {}
+        if pattern.literal != 2:
+            return one_section(pattern.axes, sizes, "keys")
+        parts = Section("keys", 1, True), Section("values", 1, self.split_values)
+        return Sections(pattern.axes, {**sizes, "2": 2}, parts, "2")
+
+    def _value_sections(self, kernels: Mapping[str, Leaf], stack: int) -> Sections:
+        """Describes the values of a module of their own: as many heads as keys."""
+        value: Leaf = kernels[self.value or ""]
+        pattern = self.patterns[self.key]
+        pattern = self.patterns[self.query].key() if pattern.literal == 2 else pattern
+        known: dict[str, int] = {}
+        if pattern.is_flat and self.key not in kernels:
+            raise ValueError(f"{value}: values need the keys, which show the number of heads.")
+        if pattern.is_flat:
+            known = {"heads": _heads(self._key_sections(kernels[self.key], stack).sizes)}
+        sizes = pattern.sizes(self.split(value.shape, stack)[1], known)
+        if sizes is None:
+            text = f"{str(pattern)!r} with {known['heads']} heads, as its keys have"
+            raise ValueError(f"{value} does not divide into {text}.")
+        return one_section(pattern.axes, sizes, "values")
 
     def _query_sizes(self, query: Leaf, stack: int, heads: int) -> dict[str, int] | None:
         """Returns the sizes of the axes of the query kernel; None if they do not fit."""

@@ -7,8 +7,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._qk_clip.head_layout import Children, HeadLayout, Leaf
-from muonclip_jax._qk_clip.kernel_pattern import Columns
+from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._head_layouts.kernel_pattern import Columns
+from muonclip_jax._head_layouts.sections import Section, Sections
 
 _ORDERS = ("sectioned", "interleaved")
 
@@ -94,6 +95,41 @@ class FusedQKVLayout(HeadLayout):
                 f"{kernel} has {sizes['heads']} heads of head_dim {self.head_dim}, not {total}: "
                 f"{heads} of {parts}, by its {self.stat}."
             )
+
+    def num_heads(self, kernels: Mapping[str, Leaf], stack: int) -> int:
+        """Infers the number of query heads. Arguments: see `HeadLayout`."""
+        kernel = kernels[self.qkv]
+        sizes = self.sizes(self.qkv, kernel, stack, head_dim=self.head_dim)
+        if sizes is None or self.patterns[self.qkv].literal == 3:
+            return 1 if sizes is None else sizes["heads"]
+        total = sizes["heads"]
+        others = 2 * total // 3 if self.num_kv_heads is None else 2 * self.num_kv_heads
+        heads = total - others
+        if heads < 1 or heads % (others // 2 or 1) or (self.num_kv_heads is None and total % 3):
+            keys = self.num_kv_heads or "as many"
+            raise ValueError(
+                f"{kernel} has {total} heads of head_dim {self.head_dim}, expected queries, {keys} "
+                f"keys and {keys} values."
+            )
+        return heads
+
+    def sections(self, kernels: Mapping[str, Leaf], stack: int) -> dict[str, Sections]:
+        """Describes the matrices of the kernel. Arguments: see `HeadLayout`."""
+        heads, pattern = self.num_heads(kernels, stack), self.patterns[self.qkv]
+        key_heads = self.num_kv_heads or heads
+        sizes = self.sizes(self.qkv, kernels[self.qkv], stack, head_dim=self.head_dim) or {}
+        axes, along, counts = pattern.axes, "heads", (heads, key_heads, key_heads)
+        if pattern.literal == 3:
+            sizes, along, counts = {**sizes, "3": 3}, "3", (1, 1, 1)
+        elif self.order == "interleaved":  # by key head: its queries, itself, its value
+            along, counts = "groups", (heads // key_heads, 1, 1)
+            sizes = {**sizes, "kv_heads": key_heads, "groups": sum(counts)}
+            axes = tuple(
+                tuple(" ".join(axis).replace("heads", "kv_heads groups").split()) for axis in axes
+            )
+        names = ("queries", True), ("keys", True), ("values", self.split_values)
+        parts = [Section(n, c, each) for (n, each), c in zip(names, counts, strict=True)]
+        return {self.qkv: Sections(axes, sizes, tuple(parts), along)}
 
     def key_heads(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> int:
         """Returns the number of key heads. Arguments: see `HeadLayout`."""

@@ -6,8 +6,12 @@ then raises, and the user confirms or corrects the layout; nothing here chooses 
 
 from collections.abc import Collection, Mapping
 
-from muonclip_jax._qk_clip.head_layout import Children, HeadLayout, Leaf
-from muonclip_jax._qk_clip.module_names import is_out_projection, letters, names_keys_and_values
+from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._head_layouts.module_names import (
+    is_out_projection,
+    letters,
+    names_keys_and_values,
+)
 
 _IF_FUSED = (
     "If it holds keys and values, pass key_kernel with a 2 for the axis that stacks them, such as "

@@ -13,8 +13,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muonclip_jax._qk_clip.head_layout import Children, HeadLayout, Leaf
-from muonclip_jax._qk_clip.kernel_pattern import Columns
+from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._head_layouts.kernel_pattern import Columns
+from muonclip_jax._head_layouts.sections import Section, Sections
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -29,7 +30,8 @@ class MLALayout(HeadLayout):
 
     Attributes:
       nope_dim: Columns of a head without rotation.
-      rope_dim: Columns of a query head with rotation; 0 for attention without a rotary key.
+      rope_dim: Columns of a query head that meet the key that all heads share, rotated as in
+        DeepSeek-V3 or not as in Kimi K3; 0 for attention without a shared key.
       value_dim: Columns of a value head; 0 if keys have a projection of their own.
       query: Name of the module that computes the queries: the up-projection from the latent query,
         or, without a latent query, the only projection, such as `"q"`.
@@ -97,6 +99,35 @@ class MLALayout(HeadLayout):
                 yield f"{kernel} does not have heads of {terms} = {width} columns."
             elif sizes["heads"] != heads:
                 yield f"{kernel} has {sizes['heads']} heads, but its {self.stat} has {heads}."
+
+    def num_heads(self, kernels: Mapping[str, Leaf], stack: int) -> int:
+        """Infers the number of heads. Arguments: see `HeadLayout`."""
+        width = self.nope_dim + self.rope_dim
+        sizes = self.sizes(self.query, kernels[self.query], stack, head_dim=width)
+        return 1 if sizes is None else sizes["heads"]
+
+    def sections(self, kernels: Mapping[str, Leaf], stack: int) -> dict[str, Sections]:
+        """Describes the matrices of each kernel. Arguments: see `HeadLayout`.
+
+        The nope and rope columns of a query head are one matrix; the nope key and the value of a
+        head are two.
+        """
+        widths = {
+            self.query: (("queries", self.nope_dim + self.rope_dim, True),),
+            self.key_value: (
+                ("keys", self.nope_dim, True),
+                ("values", self.value_dim, self.split_values),
+            ),
+        }
+        found = {}
+        for name, parts in widths.items():
+            if name in kernels:
+                present = tuple(Section(*part) for part in parts if part[1])
+                total = sum(section.size for section in present)
+                sizes = self.sizes(name, kernels[name], stack, head_dim=total) or {}
+                along = "head_dim" if len(present) > 1 else ""
+                found[name] = Sections(self.patterns[name].axes, sizes, present, along)
+        return found
 
     def key_heads(self, kernels: Mapping[str, Leaf], stack: int, heads: int) -> int:
         """Returns the number of heads: every head has its own nope key."""

@@ -9,8 +9,14 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float
 
-from muonclip_jax._qk_clip.kernel_pattern import Columns, KernelPattern, kernel_pattern, stack_axes
-from muonclip_jax._qk_clip.module_names import normalizes
+from muonclip_jax._head_layouts.kernel_pattern import (
+    Columns,
+    KernelPattern,
+    kernel_pattern,
+    stack_axes,
+)
+from muonclip_jax._head_layouts.module_names import normalizes
+from muonclip_jax._head_layouts.sections import Sections
 
 Shape: TypeAlias = tuple[int, ...]
 # Shapes of the leaves at or below each child of an attention module.
@@ -64,6 +70,8 @@ class HeadLayout(abc.ABC):
     scaled_leaves: tuple[str, ...] = ("kernel", "bias", "lora_b")
     kept_leaves: tuple[str, ...] = ("lora_a",)
     qk_norm: tuple[str, ...] | None = None
+    split_values: bool = True
+    heads_per_matrix: int | None = 1
 
     def __post_init__(self):
         self._parse("kernel", self.literals, self.axis_names)
@@ -71,6 +79,10 @@ class HeadLayout(abc.ABC):
             raise ValueError(f"{self}: scaled_leaves must be a tuple, the kernel's name first.")
         for field in ("stack_axis", "stat_stack_axis"):
             self._check_int(field)
+        if self.heads_per_matrix is not None:
+            self._check_int("heads_per_matrix", 1)
+        if not isinstance(self.split_values, bool):
+            raise TypeError(f"{self}: split_values must be True or False.")
         for field in ("scaled_leaves", "kept_leaves", "qk_norm"):
             self._check_names(field)
         for field in (*self.module_fields, "stat"):
@@ -138,6 +150,38 @@ class HeadLayout(abc.ABC):
           The factors of all columns, by module name.
         """
 
+    @abc.abstractmethod
+    def num_heads(self, kernels: Mapping[str, Leaf], stack: int) -> int:
+        """Infers the number of query heads from kernels alone.
+
+        Args:
+          kernels: The kernels by module name, with `stack` axes of layers each.
+          stack: Number of stack axes.
+
+        Raises:
+          ValueError: if the kernels do not show it.
+        """
+
+    @abc.abstractmethod
+    def sections(self, kernels: Mapping[str, Leaf], stack: int) -> dict[str, Sections]:
+        """Describes which columns of each kernel are matrices under `per_head`.
+
+        Args:
+          kernels: The kernels by module name, which fit. A mask may hide some.
+          stack: Number of stack axes.
+
+        Returns:
+          The sections by module name, without those of hidden kernels.
+
+        Raises:
+          ValueError: if the kernels do not show their heads.
+        """
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the children that `per_head` splits: the modules, and values if named."""
+        return self.modules
+
     def normalizes(self, child: str) -> str | None:
         """Returns whether a child of the attention module normalizes queries or keys, by its name.
 
@@ -145,7 +189,7 @@ class HeadLayout(abc.ABC):
           child: Its name.
 
         Returns:
-          See `muonclip_jax._qk_clip.module_names.normalizes`.
+          See `muonclip_jax._head_layouts.module_names.normalizes`.
         """
         return normalizes(child)
 
@@ -207,3 +251,9 @@ def axes_first(axes: Shape, ndim: int) -> list[int]:
     """Orders the axes of an array as `moveaxis` would, with these in front."""
     front = [axis % ndim for axis in axes]
     return front + [axis for axis in range(ndim) if axis not in front]
+
+
+def layouts_of(value: Any) -> tuple[HeadLayout, ...] | None:
+    """Returns a head layout or a tuple of head layouts as a tuple; None for anything else."""
+    layouts = value if isinstance(value, tuple) else (value,)
+    return layouts if layouts and all(isinstance(one, HeadLayout) for one in layouts) else None

@@ -1,0 +1,171 @@
+"""The settings of the optimizers, built once from the arguments of the public functions."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.adamw import adamw
+from muonclip_jax._muon.per_head import PerHead
+from muonclip_jax._muon.roles.decision import RoleSettings
+from muonclip_jax._muon.routing import role_settings
+from muonclip_jax._orthogonalize.coefficients import Coefficients, is_single_step
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
+from muonclip_jax._sharding.placement import shardings_by_path
+
+# w_M, w_G of the matrix that is orthogonalized, w_M M + w_G G; None leaves G out.
+Weights: TypeAlias = tuple[jax.Array, jax.Array | None]
+# (β, t) -> the weights.
+Direction: TypeAlias = Callable[[jax.Array, jax.Array], Weights]
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonSettings:
+    """The checked settings of a Muon update, built once from the arguments of a public function.
+
+    Attributes:
+      direction: The weights of the momentum and the gradient in the matrix to orthogonalize.
+      orthogonalize: Newton-Schulz with its settings.
+      eps: See `newton_schulz`.
+      beta: Decay of the momentum.
+      mu_dtype: Dtype in which the momentum of real leaves is kept; None: as the parameters.
+      adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
+      shardings: How parameters are sharded on an Auto mesh, by path.
+    """
+
+    direction: Direction
+    orthogonalize: Orthogonalizer
+    eps: Scalar
+    beta: Scalar
+    mu_dtype: Any
+    adaptive: bool
+    shardings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, caller: str, direction: Direction, arguments: Mapping[str, Any]) -> "MuonSettings":
+        """Builds the settings.
+
+        Args:
+          caller: Name of the public function.
+          direction: See `MuonSettings`.
+          arguments: Its arguments by name, checked; those of other settings are ignored.
+        """
+        names = "ns_coeffs ns_steps preconditioning ns_method ns_dtype".split()
+        return cls(
+            direction=direction,
+            orthogonalize=newton_schulz_of(*(arguments[name] for name in names)),
+            eps=arguments["eps"],
+            beta=arguments["beta"],
+            mu_dtype=arguments["mu_dtype"],
+            adaptive=arguments["adaptive"],
+            shardings=shardings_by_path(caller, arguments["shardings"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixScale:
+    """The step along the orthogonalized matrices; each field is the argument of `muon`."""
+
+    learning_rate: optax.ScalarOrSchedule
+    weight_decay: optax.ScalarOrSchedule
+    weight_decay_mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None
+    consistent_rms: Scalar | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """The checked settings of an optimizer, built once from the arguments of a public function.
+
+    Attributes:
+      caller: Name of the public function, `muon` or `muonclip`.
+      roles: Which parameters are matrices.
+      update: The update of the matrices.
+      scale: Its learning rate, decay and scale.
+      rest: The optimizer of the other parameters.
+    """
+
+    caller: str
+    roles: RoleSettings
+    update: MuonSettings
+    scale: MatrixScale
+    rest: optax.GradientTransformation
+
+    @classmethod
+    def of(
+        cls,
+        caller: str,
+        direction: Direction,
+        arguments: Mapping[str, Any],
+        per_head: PerHead,
+        layout: PerHead = None,
+    ) -> "OptimizerSettings":
+        """Builds the settings.
+
+        Args:
+          caller: Name of the public function.
+          direction: See `MuonSettings`.
+          arguments: Its arguments by name, checked.
+          per_head: See `muon`.
+          layout: The head layouts that are clipped.
+        """
+        roles = role_settings(arguments, per_head, layout)
+        update = MuonSettings.of(caller, direction, arguments)
+        scale = MatrixScale(*(arguments[field.name] for field in dataclasses.fields(MatrixScale)))
+        return cls(caller, roles, update, scale, _adamw_of(arguments))
+
+
+def _adamw_of(arguments: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Builds AdamW; each of its settings that is None is the setting of the matrices."""
+
+    def own(name: str) -> Any:
+        value = arguments[f"adam_{name}"]
+        return arguments[name] if value is None else value
+
+    return adamw(
+        learning_rate=own("learning_rate"),
+        b1=arguments["adam_b1"],
+        b2=arguments["adam_b2"],
+        eps=arguments["eps"],
+        eps_root=arguments["adam_eps_root"],
+        mu_dtype=arguments["mu_dtype"],
+        weight_decay=own("weight_decay"),
+        nesterov=own("nesterov"),
+    )
+
+
+def momentum(beta: jax.Array, t: jax.Array) -> Weights:
+    """M: Kimi K2's direction. Newton-Schulz of the average equals Newton-Schulz of the sum."""
+    del t
+    return jnp.ones_like(beta), None
+
+
+def plain_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
+    """β M + (1 − β) G: Keller Jordan's Nesterov momentum, G + β M with M the sum."""
+    del t
+    return beta, 1 - beta
+
+
+def bias_corrected(beta: jax.Array, t: jax.Array) -> Weights:
+    """M / (1 − β^t): optax's momentum. The factor changes `adaptive` updates only."""
+    return 1 / (1 - beta**t), None
+
+
+def bias_corrected_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
+    """β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t): optax's Nesterov momentum."""
+    return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
+
+
+def newton_schulz_of(
+    coefficients: Coefficients,
+    steps: Any,
+    preconditioning: str,
+    method: str,
+    dtype: Any,
+) -> Orthogonalizer:
+    """Builds the Newton-Schulz iteration of an optimizer, whose `ns_steps` is never None."""
+    steps = steps if is_single_step(coefficients) else None
+    return orthogonalizer(coefficients, steps, method, dtype, preconditioning)
