@@ -82,6 +82,7 @@ class Config:
         JAX detects the cluster; None is a run of one process.
       aot_topology: TPU topology for which to compile a step and print its cost, instead of
         training; needs libtpu, but no TPU.
+      analyze: Whether to print the analysis of the model (`mc.analyze`) instead of training.
       given: Names of the flags that were passed; not a flag itself.
     """
 
@@ -204,6 +205,13 @@ class Config:
         metadata={
             "help": "compile a step for a TPU topology such as v5p:2x2x1, print its cost and exit;"
             " needs libtpu, but no TPU"
+        },
+    )
+    analyze: bool = field(
+        default=False,
+        metadata={
+            "help": "print the role of each parameter and the attention that the program of the"
+            " model shows, and exit"
         },
     )
     given: frozenset[str] = frozenset()

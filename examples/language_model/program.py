@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.aot_topology is not None:
             print(compile_ahead(config))
             return 0
+        if config.analyze:
+            print(analysis(config))
+            return 0
         corpus = data.load(config.data, config.seq_len)
         if config.mesh or config.simulate_devices or config.distributed:
             return train_on_devices(config, corpus, stop)
@@ -146,6 +149,14 @@ def compile_ahead(config: settings.Config) -> str:
     from examples.language_model.training.loop import make_model
 
     return ahead.report(config, make_model(config))
+
+
+def analysis(config: settings.Config) -> str:
+    """Returns what the program of the model shows; reads no text and writes no file."""
+    from examples.language_model.measurement import analysis
+    from examples.language_model.training.loop import make_model
+
+    return analysis.report(config, make_model(config))
 
 
 def report(path: pathlib.Path, tokens_per_second: float | None) -> list[str]:

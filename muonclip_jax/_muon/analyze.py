@@ -50,7 +50,13 @@ def analyze(fn: Callable[..., Any], params: ArrayTree, *args: Any, **kwargs: Any
 def _roles_by_name(
     paths: Sequence[tuple[str, ...]], shapes: Sequence[tuple[int, ...]]
 ) -> list[Role]:
+    # A guess does not begin with `output head`: where the program differs, it keeps no AdamW.
     return [
-        Role("adamw" if d.numbers is None else "muon", d.numbers, 0, d.reason)
+        Role(
+            "adamw" if d.numbers is None else "muon",
+            d.numbers,
+            0,
+            f"a guess: {d.reason}, but {d.doubt}" if d.doubt else d.reason,
+        )
         for d in decide(paths, shapes)
     ]

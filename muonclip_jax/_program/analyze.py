@@ -1,6 +1,5 @@
 """`analyze`: reads the program of a model."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,6 +91,6 @@ def _warnings(
     if program.without_rule:
         counts = ", ".join(f"{op} x {n}" for op, n in sorted(program.without_rule.items()))
         lines.append(f"primitives without a rule, through which no axis is followed: {counts}")
-    sites = Counter(site.path for site in program.sites if site.faults)
-    lines += [f"attention {path or '(root)'}: its heads are not clear" for path in sites]
+    faults = [(site.path, fault) for site in program.sites for fault in site.faults]
+    lines += [f"attention {path or '(root)'}: {fault}" for path, fault in dict.fromkeys(faults)]
     return lines

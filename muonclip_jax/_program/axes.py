@@ -88,6 +88,18 @@ def base(name: Hashable) -> Hashable:
     return name
 
 
+def sizes_of(view: View) -> dict[Hashable, int]:
+    """Returns the size of each named index of a view, as far as digits show it."""
+    sizes: dict[Hashable, int] = {}
+    digits = [digit for axis in view.axes for _, digit in axis.terms]
+    digits += [part.digit for part in view.parts]
+    for digit in digits:
+        while isinstance(digit.name, Part):
+            digit = digit.name.digit
+        sizes[digit.name] = max(sizes.get(digit.name, 1), digit.div * digit.size)
+    return sizes
+
+
 def named(name: Hashable, size: int) -> Axis:
     """Returns the axis along which the index is `name`, in `range(size)`."""
     return Axis(0, ((1, Digit(name, 1, size)),) if size > 1 else ())

@@ -4,10 +4,10 @@ import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 
-from muonclip_jax._program.axes import Axis, Digit, Part, View, identity
-from muonclip_jax._program.graph import Node
+from muonclip_jax._program.axes import Axis, Digit, Part, View
+from muonclip_jax._program.closed import Closed
 from muonclip_jax._program.head_map import HeadMap, SiteSource, head_maps
-from muonclip_jax._program.sites import Source, Traced, sources
+from muonclip_jax._program.sites import Source, Traced
 
 # Components that name an array inside a projection.
 _ARRAYS = frozenset("kernel weight w bias b lora_a lora_b w_lora_a w_lora_b value".split())
@@ -66,8 +66,8 @@ class AttentionSite:
 
     def __str__(self) -> str:
         """Describes it in one line."""
-        heads = f"{self.num_heads} heads"
-        if self.num_kv_heads != self.num_heads:
+        heads = f"{self.num_heads or '?'} heads"
+        if self.num_kv_heads not in (0, self.num_heads):
             heads += f", {self.num_kv_heads} key heads"
         stack = f"{self.num_layers} x " if self.layers else ""
         notes = [
@@ -80,7 +80,7 @@ class AttentionSite:
             ]
             if there
         ]
-        line = f"{stack}{heads} of {self.head_dim} columns"
+        line = f"{stack}{heads} of {self.head_dim or '?'} columns"
         line += f"; queries {', '.join(self.query) or '?'}; keys {', '.join(self.key) or '?'}"
         line += f"; {', '.join(notes)}" if notes else ""
         return line + "".join(f"; WARNING: {fault}" for fault in self.faults)
@@ -100,15 +100,7 @@ def describe(
       The site.
     """
     softmax = traced.softmax
-    names: dict[Hashable, Hashable] = {("row", d): ("head", i) for i, d in enumerate(traced.heads)}
-    names |= {("layer", path): ("layer", i) for i, path in enumerate(traced.layers)}
-    dims: list[tuple[int, ...]] = []
-    for product in softmax.products:
-        contract = product.node.params["dimension_numbers"][0][0]
-        sizes = tuple(product.node.inputs[0].shape[d] for d in contract)
-        start = sum(map(len, dims))
-        names |= {("sum", product.node.path, k): ("dim", start + k) for k in range(len(sizes))}
-        dims.append(sizes)
+    names, dims = _names_of_indices(traced)
     found = tuple(
         SiteSource(
             side, "/".join(paths[s.number]), shapes[s.number], _renamed(s.view, names), s.is_inner
@@ -116,15 +108,17 @@ def describe(
         for side, some in (("query", traced.queries), ("key", traced.keys))
         for s in some
     )
-    rows = softmax.top.inputs[0].shape
+    both = (*traced.queries, *traced.keys)
+    kernels = [s for s in both if not s.is_inner] or both
+    rows = softmax.shape
     layers = tuple(traced.sizes[("layer", path)] for path in traced.layers)
-    marks = frozenset().union(*(s.marks for s in (*traced.queries, *traced.keys)))
-    faults = list(traced.faults)
+    marks = frozenset().union(*(s.marks for s in both))
+    faults = [*traced.faults, *traced.notes]
     faults += [
         f"{m} is applied to queries, keys or their kernels" for m in sorted(marks - {"norm"})
     ]
     site = AttentionSite(
-        path=_common((*traced.queries, *traced.keys), paths),
+        path=_common(kernels, paths),
         query=_unique(paths, traced.queries),
         key=_unique(paths, traced.keys),
         num_heads=math.prod(rows[d] for d in traced.heads),
@@ -137,10 +131,26 @@ def describe(
         faults=tuple(faults),
         layers=layers,
         heads=tuple(rows[d] for d in traced.heads),
-        dims=tuple(dims),
+        dims=dims,
         sources=found,
     )
     return _with_key_heads(site)
+
+
+def _names_of_indices(
+    traced: Traced,
+) -> tuple[dict[Hashable, Hashable], tuple[tuple[int, ...], ...]]:
+    """Returns lasting names of named indices, and for each product the sizes of its sum."""
+    names: dict[Hashable, Hashable] = {("row", d): ("head", i) for i, d in enumerate(traced.heads)}
+    names |= {("layer", path): ("layer", i) for i, path in enumerate(traced.layers)}
+    dims: list[tuple[int, ...]] = []
+    for product in traced.softmax.products:
+        contract = product.node.params["dimension_numbers"][0][0]
+        sizes = tuple(product.node.inputs[0].shape[d] for d in contract)
+        start = sum(map(len, dims))
+        names |= {("sum", product.node.path, k): ("dim", start + k) for k in range(len(sizes))}
+        dims.append(sizes)
+    return names, tuple(dims)
 
 
 def distinct(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
@@ -226,28 +236,26 @@ def _renamed(view: View, names: dict[Hashable, Hashable]) -> View:
     return View(axes, tuple(map(part, view.parts)), view.is_partial)
 
 
-def closed_site(node: Node, paths: Sequence[Sequence[str]]) -> AttentionSite:
-    """Describes a kernel that cannot be read, its first operand taken for the queries.
+def closed_site(closed: Closed, paths: Sequence[Sequence[str]]) -> AttentionSite:
+    """Describes a kernel that cannot be read.
 
     Args:
-      node: The kernel.
+      closed: What is known of it.
       paths: Components of the path of each parameter.
 
     Returns:
-      The site; its numbers of heads are 0.
+      The site; its number of heads is 0 if it is not clear.
     """
-    found = []
-    for operand in node.inputs[:2]:
-        view = identity(operand.shape, [("row", d) for d in range(len(operand.shape))])
-        found.append(tuple(dict.fromkeys(sources(operand, view)[0])))
-    queries, keys = (*found, (), ())[:2]
+    name = closed.node.params["name"]
     return AttentionSite(
-        path=_common((*queries, *keys), paths),
-        query=_unique(paths, queries),
-        key=_unique(paths, keys),
-        num_heads=0,
+        path=_common((*closed.queries, *closed.keys), paths),
+        query=_unique(paths, closed.queries),
+        key=_unique(paths, closed.keys),
+        num_heads=math.prod(closed.heads),
         num_kv_heads=0,
         head_dim=0,
-        opaque=node.params["name"],
-        faults=(f"the kernel {node.params['name']} cannot be read",),
+        num_layers=math.prod(closed.layers.values()),
+        opaque=name,
+        faults=(f"the kernel {name} cannot be read",),
+        layers=tuple(closed.layers.values()),
     )

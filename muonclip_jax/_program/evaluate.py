@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._program.jaxprs import CUSTOM, JIT, REMAT, bare, called, scan_counts
-from muonclip_jax._program.softmax import LOGIT_CHAIN
+from muonclip_jax._program.logits import LOGIT_CHAIN
 
 Path: TypeAlias = tuple[int, ...]
 Stats: TypeAlias = dict[int, jax.Array]
@@ -26,7 +26,8 @@ class Statistic(NamedTuple):
     Attributes:
       number: Its number among all.
       path: Where its row maximum, or the kernel, is.
-      heads: Axes of the row maxima that are heads, outermost first.
+      shape: Sizes of the axes of the row maxima; an axis may count as several.
+      heads: Those of these axes that are heads, outermost first.
       batch: Axes that stay in front of them.
       layers: Paths of the scans over layers.
       cuts: By path, which operands are kept: of a tanh or a clamp, or of a concatenation.
@@ -36,6 +37,7 @@ class Statistic(NamedTuple):
 
     number: int
     path: Path
+    shape: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     layers: tuple[Path, ...] = ()
@@ -43,12 +45,23 @@ class Statistic(NamedTuple):
     base: int = 0
     kernel: Any = None
 
-    def reduce(self, rows: jax.Array) -> jax.Array:
-        """Reduces row maxima to `[*batch, heads]`, float32."""
-        rest = [d for d in range(rows.ndim) if d not in (*self.heads, *self.batch)]
-        x = jnp.max(jax.lax.stop_gradient(rows), axis=rest, keepdims=True)
+    def reduce(self, rows: jax.Array, *, keep: bool) -> jax.Array:
+        """Reduces row maxima to `[*batch, heads]`, float32.
+
+        Args:
+          rows: The row maxima.
+          keep: Whether XLA has them in memory. Otherwise it joins both maxima into one pass over
+            all logits, so that the softmax stays one kernel.
+
+        Returns:
+          The max logits.
+        """
+        rest = [d for d in range(len(self.shape)) if d not in (*self.heads, *self.batch)]
+        rows = jax.lax.stop_gradient(rows).reshape(self.shape)
+        rows = jax.lax.optimization_barrier(rows) if keep else rows
+        x = jnp.max(rows, axis=rest, keepdims=True)
         x = jnp.transpose(x, (*self.batch, *self.heads, *rest))
-        x = x.reshape(*(rows.shape[d] for d in self.batch), -1).astype(jnp.float32)
+        x = x.reshape(*(self.shape[d] for d in self.batch), -1).astype(jnp.float32)
         return x * math.log(2) if self.base == 2 else x
 
 
@@ -77,6 +90,7 @@ class _Evaluator:
         self.prefixes = {s.path[:i] for s in statistics for i in range(1, len(s.path))}
         self.cuts = {path: i for s in statistics for path, i in s.cuts.items()}
         self.around_cuts = {path[:i] for path in self.cuts for i in range(1, len(path))}
+        self.repeated: set[Path] = set()  # loops and checkpoints
 
     def run(
         self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], path: Path
@@ -94,7 +108,9 @@ class _Evaluator:
                 else:
                     outs = _bind(eqn, values)
                 for statistic in self.at.get(here, ()):
-                    stats[statistic.number] = _collect(statistic, eqn, values, outs, uncut)
+                    keep = any(here[:n] in self.repeated for n in range(1, len(here)))
+                    found = _collect(statistic, eqn, values, outs, uncut, keep=keep)
+                    stats[statistic.number] = found
                 if here in self.around_cuts or here in self.cuts or _any_in(eqn.invars, uncut):
                     old = [_read(uncut if _is_in(a, uncut) else env, a) for a in eqn.invars]
                     uncut |= zip(eqn.outvars, self._uncut(eqn, old, here), strict=False)
@@ -119,6 +135,8 @@ class _Evaluator:
     def _inside(self, eqn: Any, values: Sequence[Any], here: Path) -> tuple[list[Any], Stats]:
         """Evaluates a call, a loop or a branch that contains an attention."""
         name = eqn.primitive.name
+        if name in REMAT | {"scan", "while"}:
+            self.repeated.add(here)
         if name in CUSTOM:
             jaxpr, consts = bare(called(eqn))
             alone = [jax.lax.stop_gradient(value) for value in values]
@@ -246,10 +264,12 @@ def _collect(
     values: Sequence[Any],
     outs: Sequence[Any],
     uncut: Mapping[Any, Any],
+    *,
+    keep: bool,
 ) -> jax.Array:
     """Computes the max logits at their equation."""
     if statistic.kernel is not None:
-        return jax.lax.stop_gradient(jnp.asarray(statistic.kernel(*values), jnp.float32))
+        return statistic.kernel(*map(jax.lax.stop_gradient, values))
     rows = outs[0]
     if statistic.cuts:
         (logits,) = eqn.invars
@@ -259,7 +279,7 @@ def _collect(
                 "computed, because a loop or a checkpoint is between them and the softmax."
             )
         rows = _bind(eqn, [uncut[logits]])[0]
-    return statistic.reduce(rows)
+    return statistic.reduce(rows, keep=keep)
 
 
 def _without(eqn: Any, values: Sequence[Any], kept: tuple[int, ...]) -> Any:

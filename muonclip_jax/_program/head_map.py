@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from muonclip_jax._program.axes import Axis, Part, View, evaluate
+from muonclip_jax._program.axes import Axis, View, evaluate, sizes_of
 
 NONE, OWN, GROUP, SHARED = range(4)
 _MINE = frozenset({"head", "dim", "layer"})
@@ -123,7 +123,7 @@ def _points(
     view = View(tuple(source.view.axes[d] for d in axes), source.view.parts)
     if source.view.is_partial or not view.is_exact:
         raise ValueError(f"{source.path}: the program moves its heads in a way that is not exact.")
-    others = dict(_digits(view))
+    others = sizes_of(view)
     product, names = _dims_of(source.path, view, dims)
     known = {name: sizes[name] for name in order} | {name: sizes[name] for name in names}
     grid_sizes = {**known, **{k: n for k, n in others.items() if k not in known}}
@@ -154,21 +154,9 @@ def _varies(axis: Axis, size: int) -> bool:
     return size > 1
 
 
-def _digits(view: View) -> list[tuple[Hashable, int]]:
-    """Lists the named indices of a view, with sizes as far as digits show them."""
-    sizes: dict[Hashable, int] = {}
-    digits = [digit for axis in view.axes for _, digit in axis.terms]
-    digits += [part.digit for part in view.parts]
-    for digit in digits:
-        while isinstance(digit.name, Part):
-            digit = digit.name.digit
-        sizes[digit.name] = max(sizes.get(digit.name, 1), digit.div * digit.size)
-    return list(sizes.items())
-
-
 def _dims_of(path: str, view: View, dims: Sequence[Sequence[int]]) -> tuple[int, list[Hashable]]:
     """Returns the product whose columns a view has, and the names of these."""
-    found = {name for name, _ in _digits(view)}
+    found = {*sizes_of(view)}
     start = 0
     for product, sizes in enumerate(dims):
         names: list[Hashable] = [("dim", start + k) for k in range(len(sizes))]

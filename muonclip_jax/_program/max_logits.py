@@ -1,11 +1,15 @@
 """`with_max_logits`: a function of a model, with the max logits of its attention beside."""
 
 import functools
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from muonclip_jax._program.closed import Closed
 from muonclip_jax._program.describe import AttentionSite
 from muonclip_jax._program.evaluate import Statistic, evaluate
 from muonclip_jax._program.jaxprs import bare
@@ -37,8 +41,11 @@ def with_max_logits(
         at first: the error prints the right one, with a table to check.
       has_aux: Whether `fn` returns a pair `(output, aux)`, as for `jax.value_and_grad`.
       kernels: For each kernel that cannot be read, by its name: a function that computes its max
-        logits `[..., heads]` from its operands, such as one around `max_attention_logit`. The name
-        of a jitted function works too, and keeps it from being read.
+        logits `[..., heads]` from its operands, at the cost of one more product. It gets as many
+        of them as it has parameters without a default. So `{"flash": mc.max_attention_logit}`
+        uses the first two, queries and keys; for a causal kernel with a scale of its own, use
+        `functools.partial(mc.max_attention_logit, is_causal=True, scale=0.1)`. The name of a
+        jitted function works too, and keeps it from being read.
       ignore: Names of such kernels that are no attention.
 
     Returns:
@@ -106,8 +113,9 @@ def _check(program: Program, expect: int, hooks: Mapping[str, Any], ignore: Sequ
         if name not in ignore:
             faults.append(
                 f"the kernel {name!r} has two activations as operands and cannot be read. If it is "
-                f"attention, pass kernels={{{name!r}: f}}, where f(*operands) computes its max "
-                f"logits [..., heads]; if it is not, pass ignore=({name!r},)."
+                f"attention, pass kernels={{{name!r}: mc.max_attention_logit}} or another function "
+                "of its operands that returns max logits [..., heads]; if it is not, pass "
+                f"ignore=({name!r},)."
             )
     for name in (*hooks, *ignore):
         if name not in names:
@@ -134,6 +142,7 @@ def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
         Statistic(
             number,
             one.softmax.top.path,
+            tuple(n for d, n in enumerate(one.softmax.shape) if d != one.softmax.axis),
             _without_keys(one.heads, one.softmax.axis),
             _without_keys(one.batch, one.softmax.axis),
             one.layers,
@@ -143,11 +152,27 @@ def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
         for number, one in enumerate(program.traced)
     ]
     start = len(statistics)
-    statistics += [
-        Statistic(start + i, node.path, kernel=hooks[node.params["name"]])
-        for i, node in enumerate(program.hooked)
-    ]
+    for i, one in enumerate(program.hooked):
+        kernel = functools.partial(_max_logits_of, one, hooks[one.node.params["name"]])
+        layers = tuple(one.layers)
+        statistics.append(Statistic(start + i, one.node.path, layers=layers, kernel=kernel))
     return statistics
+
+
+def _max_logits_of(closed: Closed, fn: Callable[..., Any], *operands: Any) -> jax.Array:
+    """Computes the max logits of a kernel from as many operands as a function takes."""
+    taken = inspect.signature(fn).parameters.values()
+    if not any(one.kind is one.VAR_POSITIONAL for one in taken):
+        needed = [one.kind is not one.KEYWORD_ONLY and one.default is one.empty for one in taken]
+        operands = operands[: sum(needed)]
+    x = jnp.asarray(fn(*operands), jnp.float32)
+    heads = math.prod(closed.heads)
+    if heads and x.shape[-1:] != (heads,):
+        raise ValueError(
+            f"with_max_logits: kernels[{closed.node.params['name']!r}] returned max logits "
+            f"{x.shape}, expected (..., {heads}): its queries have {heads} heads."
+        )
+    return x
 
 
 def _without_keys(axes: Sequence[int], keys: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.types import ArrayTree
+from muonclip_jax._program.closed import Closed, activations, trace_closed
 from muonclip_jax._program.describe import AttentionSite, closed_site, describe, distinct
 from muonclip_jax._program.graph import DATA, Graph, Node
 from muonclip_jax._program.rules import has_rule
@@ -43,7 +44,7 @@ class Program(NamedTuple):
       graph: Its values.
       traced: What is known of each attention that can be read.
       sites: The same in words and numbers; then one site for each kernel that cannot be read.
-      hooked: The kernels that were named, as nodes; their sites are the last ones.
+      hooked: The kernels that were named; their sites are the last ones.
       suspects: Where a softmax was seen that no site explains.
       without_rule: How often each primitive without a rule was met.
     """
@@ -51,7 +52,7 @@ class Program(NamedTuple):
     graph: Graph
     traced: list[Traced]
     sites: list[AttentionSite]
-    hooked: list[Node]
+    hooked: list[Closed]
     suspects: list[str]
     without_rule: dict[str, int]
 
@@ -114,9 +115,9 @@ def read(traced: Call, kernels: Collection[str] = ()) -> Program:
     shapes = [node.shape for node in graph.parameters]
     sites = distinct([describe(one, traced.paths, shapes) for one in attentions])
     closed = [node for node in graph.nodes if node in graph.live and node.out == 0]
-    opaque = [n for n in closed if n.op == "opaque" and _has_two_activations(n)]
-    hooked = [n for n in closed if n.op == "kernel"]
-    sites += [closed_site(node, traced.paths) for node in (*opaque, *hooked)]
+    opaque = [trace_closed(n) for n in closed if n.op == "opaque" and _has_two_activations(n)]
+    hooked = [trace_closed(n) for n in closed if n.op == "kernel" and not n.is_backward]
+    sites += [closed_site(one, traced.paths) for one in (*opaque, *hooked)]
     without = Counter(
         node.op
         for node in closed
@@ -127,10 +128,7 @@ def read(traced: Call, kernels: Collection[str] = ()) -> Program:
 
 
 def _has_two_activations(node: Node) -> bool:
-    if node.is_backward:
-        return False
-    large = [v for v in node.inputs if v.kind == DATA and is_float(v) and len(v.shape) > 1]
-    return len({id(v) for v in large}) > 1
+    return not node.is_backward and len(activations(node)) > 1
 
 
 _KNOWN = frozenset(

@@ -9,8 +9,15 @@ from optax.contrib import MuonDimensionNumbers
 from muonclip_jax._program.axes import identity
 from muonclip_jax._program.experts import expert_axes
 from muonclip_jax._program.graph import DATA, Graph, Node, reached_back
-from muonclip_jax._program.rules import CHOICES, choice_axis
-from muonclip_jax._program.uses import Use, Uses, is_float, outputs_at, products_behind
+from muonclip_jax._program.rules import CHOICES
+from muonclip_jax._program.uses import (
+    Use,
+    Uses,
+    is_float,
+    outputs_at,
+    products_behind,
+    scored_by_a_table,
+)
 
 _SLICES = frozenset("slice split unstack dynamic_slice".split())
 
@@ -54,48 +61,39 @@ class _Facts:
 
     Attributes:
       heads: Parameters whose product no other product with a parameter follows.
-      routers: Parameters whose product is sorted along its outputs.
+      routers: Parameters whose product is sorted along its outputs, and how many these are.
       stacks: Axes of parameters that are a stack, though products contract or put them out.
     """
 
     def __init__(self, graph: Graph, uses: Uses):
         self.heads = _heads(graph, uses)
-        self.routers: set[int] = set()
+        self.routers: dict[int, int] = {}
         self.stacks: dict[int, set[int]] = defaultdict(set)
         taken: dict[tuple[int, int], set[int]] = defaultdict(set)
         for node in graph.nodes:
             if node not in graph.live or not node.inputs or not is_float(node.inputs[0]):
                 continue
-            if node.op in CHOICES and node.out == 0:
-                self.routers |= set(_chosen_from(node, uses))
+            if node.op in CHOICES:
+                self.routers |= uses.chosen_from(node)
             elif _takes_one(node):
                 for number, axis, offset in _slots(node, uses):
                     taken[number, axis].add(offset)
         for (number, axis), offsets in taken.items():
             if len(offsets) == graph.parameters[number].shape[axis]:
                 self.stacks[number].add(axis)
-        for number, axis in expert_axes(graph, uses, self.routers):
+        for number, axis in expert_axes(graph, uses, self.routers, self.heads):
             self.stacks[number].add(axis)
 
 
 def _heads(graph: Graph, uses: Uses) -> set[int]:
     """Finds output heads: the last products with parameters before the results."""
     operands = [v for node in uses.products for v in node.inputs if v.kind == DATA]
+    operands += scored_by_a_table(graph)
     before = reached_back(operands, stop=lambda node: not is_float(node))
     last = reached_back(graph.outputs, stop=lambda node: node in uses.products)
     followed = {n for node, numbers in uses.products.items() if node in before for n in numbers}
     found = {n for node, numbers in uses.products.items() if node in last for n in numbers}
     return found - followed
-
-
-def _chosen_from(node: Node, uses: Uses) -> Iterator[int]:
-    """Yields the parameters whose outputs a node chooses among."""
-    operand, chosen = node.inputs[0], ("axis", choice_axis(node))
-    view = identity(operand.shape, [("axis", d) for d in range(len(operand.shape))])
-    for product, at in products_behind(operand, view, uses.products):
-        for reached in outputs_at(product, at):
-            if chosen in reached.view.names:
-                yield reached.node.number
 
 
 def _takes_one(node: Node) -> bool:
@@ -128,6 +126,8 @@ def _role(number: int, shape: Sequence[int], uses: Sequence[Use], facts: _Facts)
         return _adamw("elementwise with activations")
     if found["depthwise"]:
         return _adamw("depthwise convolution")
+    if found["reduced"]:
+        return _adamw("reduced before it meets activations")
     if not uses:
         return _unknown("not used")
     if found["mixed"]:
@@ -138,6 +138,8 @@ def _role(number: int, shape: Sequence[int], uses: Sequence[Use], facts: _Facts)
         return _matrix(number, len(shape), products + found["chain"], facts)
     if found["vector"] and not found["single"]:
         return _adamw("contracted to a number")
+    if found["single"] and number in facts.heads:
+        return _adamw("output head: no product with a parameter follows")
     if found["single"]:
         return _unknown("one of its axes has size 1")
     return _unknown("multiplied with parameters alone")

@@ -30,6 +30,11 @@ REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax "
     "argmin".split()
 )
+# Each element of the result is an element of an operand, or 0.
+MOVES = frozenset(
+    "transpose reshape broadcast_in_dim squeeze expand_dims slice split concatenate pad "
+    "dynamic_slice rev unstack stack tile layer shard unshard".split()
+)
 # Primitives that choose along one axis: of experts, tokens or classes.
 CHOICES = frozenset("top_k approx_top_k sort argmax argmin".split())
 
@@ -63,7 +68,7 @@ def choice_axis(node: Node) -> int:
     """Returns the axis along which a node chooses."""
     if node.op == "sort":
         return int(node.params["dimension"])
-    if node.op in ("argmax", "argmin"):
+    if node.op in REDUCTIONS:
         return int(node.params["axes"][0])
     if node.op == "approx_top_k":
         return node.params["reduction_dimension"] % len(node.inputs[0].shape)
@@ -217,6 +222,28 @@ def _dot_general(node: Node, i: int, view: View) -> View:
     return view._replace(axes=tuple(found[d] for d in range(len(shape))))
 
 
+def _conv_general_dilated(node: Node, i: int, view: View) -> View:
+    """Pixels stay where they are only under kernels of one pixel."""
+    numbers, params = node.params["dimension_numbers"], node.params
+    if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
+        return _unknown(node, i, view)
+    spec, out, shape = (
+        (numbers.lhs_spec, numbers.rhs_spec)[i],
+        numbers.out_spec,
+        node.inputs[i].shape,
+    )
+    found = {spec[0]: view.axes[out[i]], spec[1]: named(("sum", node.path, 0), shape[spec[1]])}
+    for k, (d, pixel, kernel) in enumerate(
+        zip(spec[2:], out[2:], numbers.rhs_spec[2:], strict=True)
+    ):
+        if i == 1:
+            found[d] = named(("sum", node.path, 1 + k), shape[d])
+        else:
+            moved = node.inputs[1].shape[kernel] > 1 or shape[d] != node.shape[pixel]
+            found[d] = lost(view.axes[pixel]) if moved else view.axes[pixel]
+    return view._replace(axes=tuple(found[d] for d in range(len(shape))))
+
+
 def _ragged_dot_general(node: Node, i: int, view: View) -> View:
     """Rows of the first operand times the matrix of their group."""
     numbers = node.params["ragged_dot_dimension_numbers"]
@@ -296,6 +323,7 @@ _RULES: dict[str, Rule] = {
     "pad": _pad,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
+    "conv_general_dilated": _conv_general_dilated,
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot_general,
     "layer": _layer,

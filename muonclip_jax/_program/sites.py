@@ -1,19 +1,19 @@
 """Attention sites: the parameters of queries and keys, their heads, and what is on the way."""
 
-from collections.abc import Hashable, Iterator
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from muonclip_jax._program.axes import Axis, Part, View, base
-from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Node, reached_back
-from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, has_rule, pull
-from muonclip_jax._program.softmax import COPIES, Softmax
-from muonclip_jax._program.uses import is_float
-from muonclip_jax._program.walk import is_tiled, parameters_of, walk
+import numpy as np
 
-_MOVES = frozenset(
-    "transpose reshape broadcast_in_dim squeeze expand_dims slice split concatenate pad "
-    "dynamic_slice rev unstack stack tile layer stacked shard unshard gather reduce_sum".split()
-)
+from muonclip_jax._program.axes import Axis, Shape, View, base, sizes_of
+from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Node, reached_back
+from muonclip_jax._program.logits import COPIES, Softmax, divided
+from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, MOVES, REDUCTIONS, has_rule, pull
+from muonclip_jax._program.uses import is_float
+from muonclip_jax._program.walk import is_scaling, is_tiled, parameters_of, walk
+
+_MOVES = MOVES | {"stacked", "gather", "reduce_sum"}
 _FACTORS = frozenset(
     "rsqrt sqrt pow integer_pow square exp exp2 cos sin logistic tanh div reduce_sum reduce_max "
     "iota input constant literal".split()
@@ -51,6 +51,7 @@ class Traced(NamedTuple):
       layers: Paths of the scans over layers, outermost first.
       sizes: Size of each named index of the views.
       faults: Why its heads cannot be read.
+      notes: Why a factor on its kernels would not be one on its logits.
     """
 
     softmax: Softmax
@@ -61,10 +62,13 @@ class Traced(NamedTuple):
     layers: tuple[tuple[int, ...], ...]
     sizes: dict[Hashable, int]
     faults: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def trace(softmax: Softmax) -> Traced:
     """Walks back from both operands of an attention to parameters.
+
+    Heads may be in one axis with the batch.
 
     Args:
       softmax: The attention.
@@ -72,7 +76,29 @@ def trace(softmax: Softmax) -> Traced:
     Returns:
       What is known of it.
     """
-    shape, faults, sizes = softmax.top.inputs[0].shape, [], {}
+    found = _trace(softmax)
+    sizes = _heads_apart(found.queries, softmax.shape)
+    return found if all(len(parts) == 1 for parts in sizes) else _trace(divided(softmax, sizes))
+
+
+def _heads_apart(queries: Sequence[Source], shape: Shape) -> list[list[int]]:
+    """Divides axes of logits, of which kernels of queries have a part only."""
+    kernels = [source.view for source in queries if source.is_kernel]
+    digits = [digit for view in kernels for axis in view.axes for _, digit in axis.terms]
+    sizes = []
+    for d, n in enumerate(shape):
+        mine = {digit for digit in digits if digit.name == ("row", d)}
+        ends = sorted({1, n, *(e for m in mine for e in (m.div, m.div * m.size))})
+        pairs = [*itertools.pairwise(ends)]
+        known = {(m.div, m.div * m.size) for m in mine}
+        is_part = mine and not known.issuperset(pairs) and all(b % a == 0 for a, b in pairs)
+        sizes.append([b // a for a, b in reversed(pairs)] if is_part else [n])
+    return sizes
+
+
+def _trace(softmax: Softmax) -> Traced:
+    shape, notes, sizes = softmax.shape, [], {}
+    faults = [f"{op} is applied to its logits" for op in softmax.bends]
     both: tuple[list[Source], list[Source]] = [], []
     shared: set[Hashable] = set()
     for product in softmax.products:
@@ -84,26 +110,44 @@ def trace(softmax: Softmax) -> Traced:
                 shared |= view.names
             if side == 0 and ("row", softmax.axis) in view.names:
                 faults.append("queries and keys are not told apart")
-            found, wrong = sources(product.node.inputs[i], view)
+            operand = product.node.inputs[i]
+            found, wrong, added = sources(operand, view)
             both[side].extend(found)
             faults += wrong
+            notes += added
+            kernels = [source for source in found if source.is_kernel and not source.is_inner]
+            sums = {("sum", product.node.path, k) for k in range(len(operand.shape))}
+            if side == 0 and kernels and all(sums.isdisjoint(s.view.names) for s in kernels):
+                faults.append("its queries are not summed over their columns")
+            own = {product.node, *_made_of_products(operand)}
+            if any(_depends(factor, own) for factor in softmax.factors):
+                notes.append("its logits are scaled by what its queries or keys decide")
     for source in (*both[0], *both[1]):
-        sizes |= _sizes(source.view)
+        sizes |= sizes_of(source.view)
     sizes |= {("row", d): n for d, n in enumerate(shape)}
     queries, keys = (tuple(dict.fromkeys(side)) for side in both)
     if softmax.mixes:
         faults.append("logits of several heads are mixed (talking heads)")
-    heads, layers, wrong = _heads(softmax, queries)
+    heads, layers, wrong = head_axes(queries, softmax.axis)
     rows = [d for d in range(len(shape)) if d != softmax.axis]
     batch = tuple(d for d in rows if ("row", d) in shared and d not in heads)
     faults = tuple(dict.fromkeys((*faults, *wrong)))
-    return Traced(softmax, queries, keys, heads, batch, layers, sizes, faults)
+    notes = tuple(dict.fromkeys(notes))
+    return Traced(softmax, queries, keys, heads, batch, layers, sizes, faults, notes)
 
 
-def _heads(
-    softmax: Softmax, queries: tuple[Source, ...]
+def head_axes(
+    queries: Sequence[Source], key_axis: int
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], list[str]]:
-    """Finds the axes of heads and the scans over layers among the axes of query kernels."""
+    """Finds the axes of heads and the scans over layers among the axes of query kernels.
+
+    Args:
+      queries: Where queries are, by the axes of the logits.
+      key_axis: The axis of the logits that is no head: that of the keys.
+
+    Returns:
+      The axes of heads, outermost first; the paths of the scans; and why they are not clear.
+    """
     kernels = [source for source in queries if source.is_kernel]
     order: dict[int, tuple[int, int]] = {}
     layers: dict[tuple[int, ...], None] = {}
@@ -112,7 +156,7 @@ def _heads(
         for d, axis in enumerate(source.view.axes):
             for name in axis.names:
                 kind = name[0]  # pyright: ignore[reportIndexIssue]
-                if kind == "row" and name != ("row", softmax.axis):
+                if kind == "row" and name != ("row", key_axis):
                     order.setdefault(name[1], (d, -_stride(axis, name)))  # pyright: ignore
                     if not axis.is_exact:
                         faults.append("its heads are not clear")
@@ -129,19 +173,7 @@ def _stride(axis: Axis, name: Hashable) -> int:
     return max((stride for stride, digit in axis.terms if base(digit.name) == name), default=0)
 
 
-def _sizes(view: View) -> Iterator[tuple[Hashable, int]]:
-    """Yields the size of each named index, as far as digits show it."""
-    digits = [digit for axis in view.axes for _, digit in axis.terms]
-    digits += [part.digit for part in view.parts]
-    sizes: dict[Hashable, int] = {}
-    for digit in digits:
-        while isinstance(digit.name, Part):
-            digit = digit.name.digit
-        sizes[digit.name] = max(sizes.get(digit.name, 1), digit.div * digit.size)
-    return iter(sizes.items())
-
-
-def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
+def sources(node: Node, view: View) -> tuple[list[Source], list[str], list[str]]:
     """Walks back from queries or keys to the parameters that they are linear in.
 
     Args:
@@ -149,17 +181,21 @@ def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
       view: A view of them.
 
     Returns:
-      Where they are in parameters, and what cannot be read on the way.
+      Where they are in parameters, what cannot be read on the way, and what is added to them that
+      no parameter decides.
     """
     found: list[Source] = []
     faults: list[str] = []
+    added: list[str] = []
 
     def follow(node: Node, view: View, marks: frozenset[str]) -> Iterator[tuple[int, Any]]:
-        if node.kind != DATA or node.op in PRODUCTS:
-            return
-        if node.op in ("mul", "div"):
+        if node.kind == DATA and (node.op in ("mul", "div") or is_scaling(node)):
             yield from _carriers(node, marks)
+        elif node.kind != DATA or node.op in PRODUCTS:
+            return
         elif node.op in LINEAR or node.op in _MOVES:
+            if node.op in ("add", "sub") and any(map(_is_offset, node.inputs)):
+                added.append("a constant is added to its queries or keys")
             for i, operand in enumerate(node.inputs):
                 if operand.kind != CONSTANT and is_float(operand):
                     yield i, marks
@@ -171,7 +207,7 @@ def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
     for reached, at, marks in walk(node, view, follow, frozenset()):
         if reached.kind == PARAMETER:
             parameters = [(r, False) for r in parameters_of(reached, at)]
-        elif reached.kind == DATA and reached.op in PRODUCTS:
+        elif reached.kind == DATA and reached.op in PRODUCTS and not is_scaling(reached):
             parameters = [(r, True) for r in _kernels(reached, at)]
             if not parameters:
                 faults.append("a product with an array that is no parameter is on the way")
@@ -179,10 +215,18 @@ def sources(node: Node, view: View) -> tuple[list[Source], list[str]]:
             faults.append(f"{reached.op}, which has no rule, is on the way")
             continue
         else:
+            if reached.op == "input":
+                added.append("an input of the model is added to its queries or keys")
             continue
         for r, is_kernel in parameters:
             found.append(Source(r.node.number, r.view, is_kernel, marks | r.marks, r.is_chained))
-    return found, faults
+    return found, faults, added
+
+
+def _is_offset(node: Node) -> bool:
+    """Returns whether a value is a constant other than 0."""
+    is_zero = node.op == "literal" and not np.any(node.value)
+    return node.kind == CONSTANT and is_float(node) and not is_zero
 
 
 def _kernels(node: Node, view: View) -> Iterator[Any]:

@@ -1,65 +1,21 @@
 """Finds every softmax over a product of activations, from the row maximum that it subtracts."""
 
-from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 from muonclip_jax._program.axes import View, identity
-from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, Graph, Node
-from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
-from muonclip_jax._program.walk import names_of_product, parameters_of, walk
+from muonclip_jax._program.graph import CONSTANT, DATA, Graph, Node
+from muonclip_jax._program.logits import (
+    COPIES,
+    SAME,
+    Softmax,
+    multiplies_elementwise,
+    products,
+    softmax_of,
+)
+from muonclip_jax._program.rules import ELEMENTWISE, MOVES, REDUCTIONS, pull
+from muonclip_jax._program.walk import names_of_product
 
-_MOVES = frozenset(
-    "transpose reshape broadcast_in_dim squeeze expand_dims slice split concatenate pad "
-    "dynamic_slice rev unstack stack tile layer shard unshard".split()
-)
-_SAME = frozenset(
-    "convert_element_type copy stop_gradient sharding_constraint optimization_barrier name "
-    "reduce_precision mul div add sub neg select_n max min clamp carry join".split()
-)
-COPIES = frozenset(
-    "convert_element_type copy stop_gradient sharding_constraint optimization_barrier name".split()
-)
-# What logits may pass between queries times keys and the softmax.
-LOGIT_CHAIN = _SAME | _MOVES | COPIES | {"tanh", "reduce_max"}
 _EXPONENTIALS = frozenset({"exp", "exp2"})
-
-
-class Product(NamedTuple):
-    """A product of queries and keys.
-
-    Attributes:
-      node: The product.
-      query: Which operand has the queries.
-      view: A view of the product by the axes of the logits, `("row", axis)`.
-    """
-
-    node: Node
-    query: int
-    view: View
-
-
-class Softmax(NamedTuple):
-    """A softmax over a product of activations.
-
-    Attributes:
-      top: The row maximum.
-      axis: The axis of the keys.
-      products: The products that are added to logits.
-      caps: What bounds the logits, by path: a tanh, or a clamp; and which operand it bounds.
-      sinks: For each concatenation with columns that are no logits, by path, which operands are
-        logits.
-      mixes: Whether logits of several heads are mixed.
-      base: The base of the exponentials: 2, or 0 for e.
-    """
-
-    top: Node
-    axis: int
-    products: tuple[Product, ...]
-    caps: dict[tuple[int, ...], tuple[int, ...]]
-    sinks: dict[tuple[int, ...], tuple[int, ...]]
-    mixes: bool
-    base: int
 
 
 def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
@@ -82,9 +38,10 @@ def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
         if any(_hides_later(e, top) for e in exps):
             continue  # and so one of the suspects
         taken |= set(exps)
-        if exps and (softmax := _softmax(top, axis, exps[0])):
+        base = 2 if exps and exps[0].op == "exp2" else 0
+        if exps and (softmax := softmax_of(top, top.inputs[0].shape, axis, base)):
             found.append(softmax)
-        elif exps and _multiplies_elementwise(top.inputs[0], axis):
+        elif exps and multiplies_elementwise(top.inputs[0], axis):
             taken -= set(exps)
             unread += exps
     suspects = [
@@ -92,19 +49,19 @@ def softmaxes(graph: Graph) -> tuple[list[Softmax], list[Node]]:
         for e in forward
         if e.op in _EXPONENTIALS and e.kind == DATA and e not in taken and _is_suspect(e)
     ]
-    return found, [*suspects, *unread]
+    return found, [*suspects, *unread, *filter(_is_segmented, forward)]
 
 
 def _exponentials(top: Node) -> Iterator[Node]:
     """Yields the exponentials of `x - max(x)`, also with a maximum over blocks or a log-sum-exp."""
     masks: set[Node] = set()
     logits = {*_copies(top.inputs[0], masks, collect=True)}
-    passes = COPIES | _MOVES | {"max", "select_n", "carry", "join", "add", "log", "reduce_sum"}
+    passes = COPIES | MOVES | {"max", "select_n", "carry", "join", "add", "log", "reduce_sum"}
     seen = set()
     for node in _forward(top, passes):
         if node.op == "sub" and not logits.isdisjoint(_copies(node.inputs[0], masks)):
             # A scale or a mask after the subtraction would not be in the row maximum.
-            for after in _forward(node, COPIES | _MOVES):
+            for after in _forward(node, COPIES | MOVES):
                 if after.op in _EXPONENTIALS and after not in seen:
                     seen.add(after)
                     yield after
@@ -122,7 +79,7 @@ def _copies(node: Node, masks: set[Node], *, collect: bool = False) -> Iterator[
     while todo:
         node = todo.pop()
         yield node
-        if node.op in COPIES | _MOVES and len(node.inputs) == 1:
+        if node.op in COPIES | MOVES and len(node.inputs) == 1:
             todo += node.inputs
         elif node.op == "select_n":
             mask = {*_copies(node.inputs[0], set())}
@@ -134,15 +91,18 @@ def _copies(node: Node, masks: set[Node], *, collect: bool = False) -> Iterator[
 def _hides_later(exponential: Node, top: Node) -> bool:
     """Returns whether pairs are hidden after the row maximum, before the exponentials are summed.
 
-    Dropout hides after the division by the sum.
+    A mask that hid them before the row maximum too is none of these. Dropout hides after the
+    division by the sum.
     """
     masks: set[Node] = set()
-    if any(v.op == "select_n" for v in _copies(top.inputs[0], masks, collect=True)):
-        return False
+    masks: set[Node] = set()
+    for _ in _copies(top.inputs[0], masks, collect=True):
+        pass
     for node in _forward(exponential, COPIES | {"mul", "select_n"}):
-        is_summed = any(user.op == "reduce_sum" for user in node.users)
-        if is_summed and node.op in ("mul", "select_n"):
-            if any(v.shape and not _depends(v, exponential) for v in node.inputs):
+        if node.op in ("mul", "select_n") and any(u.op == "reduce_sum" for u in node.users):
+            hiding = node.inputs[:1] if node.op == "select_n" else node.inputs
+            others = (v for v in hiding if v.shape and not _depends(v, exponential))
+            if any(masks.isdisjoint(_copies(v, set())) for v in others):
                 return True
     return False
 
@@ -181,11 +141,10 @@ def _weighs_values(exponential: Node, axis: int) -> bool:
                 summed = _summed(user, i, parents, exponential)
                 if other.kind != CONSTANT and _sums(summed, axis):
                     return True
-                if other.kind == PARAMETER:
-                    todo.append(user)
+                todo.append(user)  # a mask or a mixture of heads, as a product
             elif _is_weighted_sum(user, node, exponential):
                 return True
-            elif user.op in _SAME | _MOVES:
+            elif user.op in SAME | MOVES:
                 todo.append(user)
     return False
 
@@ -220,111 +179,10 @@ def _depends(node: Node, start: Node) -> bool:
         v = todo.pop()
         if v is start:
             return True
-        if v not in seen and (v.op in ELEMENTWISE | _MOVES | REDUCTIONS):
+        if v not in seen and (v.op in ELEMENTWISE | MOVES | REDUCTIONS):
             seen.add(v)
             todo += v.inputs
     return False
-
-
-def _softmax(top: Node, axis: int, exponential: Node) -> Softmax | None:
-    """Walks back from the logits to the products of activations."""
-    logits = top.inputs[0]
-    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
-    found = list(_products(logits, view, ("row", axis)))
-    if not found:
-        return None
-    sides = defaultdict(set)
-    for _, markers in found:
-        for kind, path, i in markers:
-            sides[kind, path].add(i)
-    sinks = {}
-    for (kind, path), found_in in sides.items():
-        if kind == "join":
-            operands, (count, *_) = zip(*sorted(found_in), strict=True)
-            sinks |= {path: operands} if len(operands) < count else {}
-    return Softmax(
-        top,
-        axis,
-        tuple(dict.fromkeys(product for product, _ in found)),
-        {path: tuple(found_in) for (kind, path), found_in in sides.items() if kind == "cap"},
-        sinks,
-        any(kind == "mix" for kind, _ in sides),
-        2 if exponential.op == "exp2" else 0,
-    )
-
-
-def _products(logits: Node, view: View, key: Any) -> Iterator[tuple[Product, Any]]:
-    """Yields the products of activations that logits are made of, and what is on the way."""
-
-    def follow(node: Node, view: View, markers: Any) -> Iterator[tuple[int, Any]]:
-        mixed = any(kind == "mix" for kind, _, _ in markers)
-        if key not in view.names or node.kind != DATA:
-            return
-        if node.op == "dot_general":
-            if not mixed and (i := _mixed_operand(node, view, key)) is not None:
-                yield i, markers | {("mix", node.path, 0)}
-        elif node.op in REDUCTIONS or not has_rule(node.op) or (mixed and _is_nonlinear(node)):
-            return
-        else:
-            for i in range(len(node.inputs)):
-                yield i, markers | _marker(node, i, view, key)
-
-    for node, at, markers in walk(logits, view, follow, frozenset()):
-        if node.op != "dot_general" or node.kind != DATA or key not in at.names:
-            continue
-        sides = [pull(node, i, at) for i in (0, 1)]
-        has_key = [side is not None and key in side.names for side in sides]
-        kinds = [v.kind for v in node.inputs]
-        i = has_key.index(False) if False in has_key else 0
-        if kinds == [DATA, DATA] or (kinds[1 - i] == DATA and _is_learned_query(node, i, markers)):
-            yield Product(node, i, at), markers
-
-
-def _multiplies_elementwise(logits: Node, axis: int) -> bool:
-    """Returns whether logits are sums of elementwise products of activations."""
-    key = ("row", axis)
-    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
-
-    def follow(node: Node, view: View, state: Any) -> Iterator[tuple[int, Any]]:
-        if key in view.names and node.kind == DATA and node.op in _SAME | _MOVES | {"tanh"}:
-            yield from ((i, state) for i in range(len(node.inputs)))
-
-    for node, at, _ in walk(logits, view, follow):
-        if node.op == "reduce_sum" and key in at.names and node.inputs[0].op == "mul":
-            a, b = node.inputs[0].inputs[:2]
-            if a is not b and a.kind == b.kind == DATA:
-                return True
-    return False
-
-
-def _is_learned_query(node: Node, i: int, markers: Any) -> bool:
-    """Returns whether an operand is a product of parameters: a learned query."""
-    if node.inputs[i].kind != PARAMETER or markers:
-        return False
-    return any(r.is_chained for r in parameters_of(node.inputs[i], names_of_product(node, i)))
-
-
-def _mixed_operand(node: Node, view: View, key: Any) -> int | None:
-    """Returns which operand has logits, if a product mixes those of several heads."""
-    for i in (0, 1):
-        pulled = pull(node, i, view)
-        if node.inputs[i].kind == DATA and node.inputs[1 - i].kind == PARAMETER and pulled:
-            if key in pulled.names:
-                return i
-    return None
-
-
-def _is_nonlinear(node: Node) -> bool:
-    """Returns whether a value is more than a scaled, masked or moved operand."""
-    return node.op in ELEMENTWISE and sum(v.kind == DATA and v.shape != () for v in node.inputs) > 1
-
-
-def _marker(node: Node, i: int, view: View, key: Any) -> frozenset[Any]:
-    if node.op in ("tanh", "min") or (node.op == "clamp" and i == 1):
-        return frozenset({("cap", node.path, i)})
-    if node.op == "concatenate" and key in view.axes[node.params["dimension"]].names:
-        return frozenset({("join", node.path, (i, len(node.inputs)))})
-    return frozenset()
 
 
 def _is_suspect(exponential: Node) -> bool:
@@ -332,6 +190,17 @@ def _is_suspect(exponential: Node) -> bool:
     (x,) = exponential.inputs
     view = identity(x.shape, [("row", d) for d in range(len(x.shape))])
     return any(
-        n > 1 and _weighs_values(exponential, axis) and any(_products(x, view, ("row", axis)))
+        n > 1 and _weighs_values(exponential, axis) and any(products(x, view, ("row", axis)))
         for axis, n in enumerate(x.shape)
     )
+
+
+def _is_segmented(node: Node) -> bool:
+    """Returns whether this is the maximum of a softmax over segments, as over edges of a graph."""
+    if node.op not in ("scatter-max", "scatter_max") or node.kind != DATA:
+        return False
+    logits = node.inputs[2]
+    view = identity(logits.shape, [("row", d) for d in range(len(logits.shape))])
+    is_logits = multiplies_elementwise(logits, 0) or any(products(logits, view, ("row", 0)))
+    after = _forward(node, COPIES | MOVES | {"sub", "select_n", "gather"})
+    return is_logits and any(v.op in _EXPONENTIALS for v in after)

@@ -1,61 +1,31 @@
-"""Views and containers as JSON: tuples become lists, and named indices lists too."""
+"""Views and containers as JSON, which has no tuples and no names of classes."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from muonclip_jax._program.axes import Axis, Digit, Part, View
 
-
-def view_to_json(view: View) -> Any:
-    """Returns a view as lists and dicts."""
-    axes = [
-        {
-            "offset": axis.offset,
-            "terms": [[stride, _digit_to_json(digit)] for stride, digit in axis.terms],
-            "lost": None if axis.lost is None else sorted(map(_name_to_json, axis.lost), key=str),
-        }
-        for axis in view.axes
-    ]
-    parts = [_part_to_json(part) for part in view.parts]
-    return {"axes": axes, "parts": parts, "is_partial": view.is_partial}
+_CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (Axis, Digit, Part, View)}
 
 
-def view_from_json(data: Mapping[str, Any]) -> View:
+def view_to_json(value: Any) -> Any:
+    """Returns a view, or what is in one: tuples as lists, classes as keys."""
+    if isinstance(value, Axis | Digit | Part | View):
+        return {type(value).__name__: [view_to_json(field) for field in value]}
+    if isinstance(value, frozenset):
+        return {"set": [view_to_json(name) for name in sorted(value, key=str)]}
+    return [view_to_json(item) for item in value] if isinstance(value, tuple) else value
+
+
+def view_from_json(data: Any) -> Any:
     """Reads what `view_to_json` returned."""
-    axes = tuple(
-        Axis(
-            axis["offset"],
-            tuple((stride, _digit_from_json(digit)) for stride, digit in axis["terms"]),
-            None if axis["lost"] is None else frozenset(map(_name_from_json, axis["lost"])),
-        )
-        for axis in data["axes"]
-    )
-    return View(axes, tuple(map(_part_from_json, data["parts"])), data["is_partial"])
-
-
-def _digit_to_json(digit: Digit) -> Any:
-    return [_name_to_json(digit.name), digit.div, digit.size]
-
-
-def _digit_from_json(data: Any) -> Digit:
-    name, div, size = data
-    return Digit(_name_from_json(name), div, size)
-
-
-def _part_to_json(part: Part) -> Any:
-    return {"digit": _digit_to_json(part.digit), "start": part.start, "size": part.size}
-
-
-def _part_from_json(data: Any) -> Part:
-    return Part(_digit_from_json(data["digit"]), data["start"], data["size"])
-
-
-def _name_to_json(name: Hashable) -> Any:
-    return _part_to_json(name) if isinstance(name, Part) else name
-
-
-def _name_from_json(data: Any) -> Hashable:
-    return _part_from_json(data) if isinstance(data, dict) else tuple(data)
+    if isinstance(data, list):
+        return tuple(map(view_from_json, data))
+    if not isinstance(data, Mapping):
+        return data
+    ((name, items),) = data.items()
+    values = map(view_from_json, items)
+    return frozenset(values) if name == "set" else _CLASSES[name](*values)
 
 
 def tree_to_json(tree: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from muonclip_jax._program.axes import View, identity
 from muonclip_jax._program.graph import DATA, PARAMETER, PRODUCTS, Graph, Node
-from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, has_rule, pull
+from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, choice_axis, has_rule, pull
 from muonclip_jax._program.walk import (
     Reached,
     is_lookup,
@@ -22,7 +22,7 @@ _JOINS = ELEMENTWISE | frozenset(
     "concatenate pad stack carry join dynamic_update_slice scatter scatter_add scatter_mul "
     "scatter-add".split()
 )
-_STACKS = frozenset({"stack", "layer", "loop", "pick", "shard", "slot"})
+STACKS = frozenset({"stack", "layer", "loop", "pick", "shard", "slot"})
 
 
 class Use(NamedTuple):
@@ -30,7 +30,8 @@ class Use(NamedTuple):
 
     Attributes:
       what: One of `product`, `chosen` (a product with weights that data choose), `chain` (a product
-        with parameters alone), `vector`, `lookup`, `elementwise`, `depthwise`, `opaque`, `mixed`.
+        with parameters alone), `vector`, `lookup`, `elementwise`, `depthwise`, `opaque`, `mixed`,
+        `reduced` (only norms or sums of it meet data).
       inputs: Axes that are contracted.
       outputs: Axes that are free.
       node: Where.
@@ -56,6 +57,24 @@ class Uses:
         for node in graph.nodes:
             if node in graph.live and node.kind == DATA:
                 self._meet(node)
+        for node in graph.parameters:
+            if node in graph.live and not self.of[node.number]:
+                self._add(node, Use("reduced", (), (), node))
+
+    def chosen_from(self, node: Node) -> Iterator[tuple[int, int]]:
+        """Yields the parameters among whose outputs a node chooses, and how many outputs.
+
+        Experts that choose their tokens do so along the axis of the tokens.
+        """
+        operand, chosen = node.inputs[0], ("axis", choice_axis(node))
+        view = identity(operand.shape, [("axis", d) for d in range(len(operand.shape))])
+        for product, at in products_behind(operand, view, self.products):
+            for reached in outputs_at(product, at):
+                by_experts = node.op == "top_k" and chosen not in reached.view.names
+                for axis, n in zip(reached.view.axes, reached.node.shape, strict=True):
+                    named = any(name[0] == "axis" for name in axis.names)  # pyright: ignore
+                    if chosen in axis.names or (by_experts and named):
+                        yield reached.node.number, n
 
     def _meet(self, node: Node) -> None:
         operands = [i for i, v in enumerate(node.inputs) if v.kind == PARAMETER]
@@ -76,10 +95,12 @@ class Uses:
             what = "lookup" if i == 0 else "elementwise"
         else:
             joins = node.op in _JOINS or node.op == "dot_general"
-            what = "elementwise" if joins else f"opaque {node.op}"
+            name = node.params["name"] if node.op in ("opaque", "kernel") else node.op
+            what = "elementwise" if joins else f"opaque {name}"
         for reached in parameters_of(operand, identity(operand.shape, range(len(operand.shape)))):
             chained = reached.is_chained and what == "elementwise"
-            self._add(reached.node, Use("chain" if chained else what, (), (), node))
+            closed = next((f"opaque {mark}" for mark in reached.marks if not has_rule(mark)), what)
+            self._add(reached.node, Use("chain" if chained else closed, (), (), node))
 
     def _product(self, node: Node, i: int, view: View) -> None:
         if is_one_hot(node.inputs[1 - i]):
@@ -97,7 +118,7 @@ class Uses:
             if use.what == "product" and is_alone:
                 use = use._replace(what="chain")
             self._add(reached.node, use)
-            if use.what in ("product", "vector", "chain"):
+            if use.what in ("product", "vector", "single", "chain"):
                 self.products[node].append(reached.node.number)
 
     def _chosen(self, node: Node, i: int) -> None:
@@ -140,7 +161,7 @@ def products_behind(
 
 def outputs_at(product: Node, view: View) -> Iterator[Reached]:
     """Yields the parameters of a product, with the view that a view of the result is."""
-    if product.op in ("dot_general", "ragged_dot_general"):
+    if product.op in PRODUCTS:
         for i, operand in enumerate(product.inputs[:2]):
             pulled = pull(product, i, view)
             if operand.kind == PARAMETER and pulled is not None:
@@ -176,6 +197,17 @@ def is_float(node: Node) -> bool:
     return getattr(node.dtype, "kind", "f") not in "iub"
 
 
+def scored_by_a_table(graph: Graph) -> Iterator[Node]:
+    """Yields the activations whose products with looked up rows are summed, such as scores."""
+    for node in graph.nodes:
+        if node not in graph.live or node.kind != DATA or node.op not in ("mul", "dot_general"):
+            continue
+        summed = node.op == "dot_general" or any(user.op == "reduce_sum" for user in node.users)
+        for one, other in (node.inputs[:2], node.inputs[1::-1]):
+            if summed and one.kind == DATA and is_lookup(_source(other)):
+                yield one
+
+
 def _is_depthwise(node: Node) -> bool:
     in_axis = node.params["dimension_numbers"].rhs_spec[1]
     return node.params["feature_group_count"] > 1 and node.inputs[1].shape[in_axis] == 1
@@ -206,7 +238,7 @@ def _use(reached: Reached, node: Node) -> Use:
     sides: dict[str, list[int]] = defaultdict(list)
     for d, (axis, n) in enumerate(zip(reached.view.axes, reached.node.shape, strict=True)):
         kinds = {name[0] for name in axis.names} - {"shard"}  # pyright: ignore[reportIndexIssue]
-        side = "stack" if kinds <= _STACKS else kinds.pop() if len(kinds) == 1 else "mixed"
+        side = "stack" if kinds <= STACKS else kinds.pop() if len(kinds) == 1 else "mixed"
         sides["single" if n == 1 else side].append(d)
     inputs, outputs, chain = sides["in"], sides["out"], sides["sum"]
     if chain and bool(inputs) != bool(outputs):

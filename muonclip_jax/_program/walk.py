@@ -1,11 +1,12 @@
 """Walks back from a value to the parameters that it is made of."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from muonclip_jax._program.axes import View, identity, lost, named
 from muonclip_jax._program.graph import CONSTANT, DATA, PARAMETER, PRODUCTS, Graph, Node
-from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, REDUCTIONS, pull
+from muonclip_jax._program.rules import ELEMENTWISE, LINEAR, MOVES, REDUCTIONS, has_rule, pull
 
 _RANDOM = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
 # A walk that meets the same value in this number of ways goes on with lost axes only.
@@ -66,7 +67,7 @@ def parameters_of(node: Node, view: View) -> list[Reached]:
     """Lists the parameters that a value of parameters is a view of.
 
     Norms and other reductions of parameters are left out: their elements are no elements of the
-    parameter.
+    parameter. What is added to one is marked.
 
     Args:
       node: A value of kind `PARAMETER`.
@@ -83,13 +84,25 @@ def parameters_of(node: Node, view: View) -> list[Reached]:
         chained = chained or node.op in PRODUCTS
         active = [i for i, operand in enumerate(node.inputs) if operand.kind == PARAMETER]
         is_factor = (node.op == "mul" and len(active) > 1) or (node.op == "div" and 1 in active)
-        if is_factor or (node.op in ELEMENTWISE and node.op not in LINEAR):
+        is_scaled = any(operand.kind == DATA for operand in node.inputs)
+        is_unknown = not has_rule(node.op)
+        is_nonlinear = node.op in ELEMENTWISE and node.op not in LINEAR
+        if is_factor or is_scaled or is_unknown or is_nonlinear:
             marks |= {node.op}
+        if node.op in ("add", "sub") and any(map(_is_reduced, node.inputs)):
+            marks |= {"a mean"}
         for i in active:
             yield i, (chained, marks)
 
     found = walk(node, view, follow, (False, frozenset()))
     return [Reached(at, view, *state) for at, view, state in found if at.op == "parameter"]
+
+
+def _is_reduced(node: Node) -> bool:
+    """Returns whether a value is a reduction of a parameter, perhaps scaled or repeated."""
+    while node.kind == PARAMETER and (node.op in LINEAR or node.op in MOVES):
+        node = next(v for v in node.inputs if v.kind == PARAMETER)
+    return node.kind == PARAMETER and node.op in REDUCTIONS
 
 
 def set_kinds(graph: Graph) -> None:
@@ -114,12 +127,24 @@ def _kind(node: Node) -> int:
         return CONSTANT
     kind = max((operand.kind for operand in node.inputs), default=CONSTANT)
     if kind != PARAMETER:
-        return kind
+        return PARAMETER if kind == DATA and _is_scaled(node) else kind
     if node.op in PRODUCTS and any(operand.kind == CONSTANT for operand in node.inputs[:2]):
         return DATA  # activations that do not depend on the batch, such as positions
     if node.op == "dot_general" and any(is_tiled(node, i) for i in (0, 1)):
         return DATA
     return DATA if is_lookup(node) else PARAMETER
+
+
+def _is_scaled(node: Node) -> bool:
+    """Returns whether a parameter is multiplied with or divided by one number of data."""
+    if node.op not in ("mul", "div"):
+        return False
+    one, other = node.inputs
+    if node.op == "mul" and one.kind == DATA:
+        one, other = other, one
+    while other.op in ("broadcast_in_dim", "reshape", "convert_element_type"):
+        other = other.inputs[0]
+    return one.kind == PARAMETER and math.prod(one.shape) > 1 == math.prod(other.shape)
 
 
 def is_lookup(node: Node) -> bool:
@@ -132,6 +157,14 @@ def is_lookup(node: Node) -> bool:
         operand, *indices = node.inputs
         return operand.kind == PARAMETER and any(i.kind == DATA for i in indices)
     return False
+
+
+def is_scaling(node: Node) -> bool:
+    """Returns whether a product sums and repeats nothing, as that with a gain or a mask."""
+    if node.op != "dot_general" or node.params["dimension_numbers"][0][0]:
+        return False
+    batch = node.params["dimension_numbers"][1]
+    return any(len(sides) == len(v.shape) for sides, v in zip(batch, node.inputs, strict=True))
 
 
 def is_tiled(node: Node, i: int) -> bool:

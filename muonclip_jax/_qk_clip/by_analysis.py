@@ -4,7 +4,7 @@ import fnmatch
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,12 +77,7 @@ def clipped_sites(
     groups: dict[str, list[AttentionSite]] = defaultdict(list)
     for site in analysis.attention:
         groups[site.path].append(site)
-    unused = [p for p in ignore if not any(fnmatch.fnmatchcase(path, p) for path in groups)]
-    if unused:
-        raise ValueError(
-            f"qk_clip: ignore={unused} matches no attention of the analysis; there are "
-            f"{sorted(groups)}."
-        )
+    _check_ignored(ignore, groups)
     found: list[ClippedSite] = []
     faults: list[str] = []
     unpaired: list[str] = []
@@ -113,6 +108,15 @@ def clipped_sites(
         text = "qk_clip: skipped because of strict=False: " + " ".join(unpaired)
         warnings.warn(text, stacklevel=3)
     return found, len(unpaired)
+
+
+def _check_ignored(ignore: Sequence[str], paths: Collection[str]) -> None:
+    unused = [p for p in ignore if not any(fnmatch.fnmatchcase(path, p) for path in paths)]
+    if unused:
+        raise ValueError(
+            f"qk_clip: ignore={unused} matches no attention of the analysis; there are "
+            f"{sorted(paths)}."
+        )
 
 
 def site_factors(

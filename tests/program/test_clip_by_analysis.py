@@ -51,7 +51,11 @@ def test_clip_equals_a_clip_with_the_right_layout(case, settings):
     for (name, a), b in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
-        np.testing.assert_array_equal(a, b, err_msg=str(name))
+        # "exact" divides by the factor of a group, for which XLA has two ways: the measured factors
+        # differ by 1 ulp, and the weights by 2.
+        most = 2 if settings.get("shared_key") == "exact" else 0
+        np.testing.assert_array_max_ulp(a, b, maxulp=most)
+        assert a.dtype == b.dtype, name
     assert info.clipped_heads == expected_info.clipped_heads > 0
     np.testing.assert_array_equal(info.gamma[path], expected_info.gamma[module])
     changed = [

@@ -79,6 +79,25 @@ def with_kernel(p, x):
     return kernel_sum(q, k).sum()
 
 
+@pytest.mark.parametrize("as_product", [False, True], ids=["sum", "product"])
+def test_a_softmax_over_edges_of_a_graph_is_an_error(as_product):
+    edges = np.random.default_rng(0).integers(0, 6, (2, 20))
+
+    def fn(p, x):
+        senders, receivers = edges
+        q, k, v = (jnp.einsum("nd,dhk->nhk", x[0], p[n]) for n in "qkv")
+        pairs = q[receivers], k[senders]
+        logits = jnp.einsum("ehk,ehk->eh", *pairs) if as_product else (pairs[0] * pairs[1]).sum(-1)
+        top = jax.ops.segment_max(logits, receivers, 6)
+        weights = jnp.exp(logits - top[receivers])
+        total = jax.ops.segment_sum(weights, receivers, 6)
+        out = jax.ops.segment_sum(weights[..., None] * v[senders], receivers, 6)
+        return (out / total[..., None]).sum()
+
+    with pytest.raises(ValueError, match="not understood: scatter"):
+        found(fn, {n: PARAMS[n] for n in "qkv"}, X, expect=0)
+
+
 def test_an_opaque_kernel_is_an_error_by_name():
     with pytest.raises(ValueError, match="the kernel 'fused' has two activations"):
         found(with_kernel, PARAMS, X)
@@ -87,15 +106,56 @@ def test_an_opaque_kernel_is_an_error_by_name():
     assert analysis.attention[0].query == ("q",)
 
 
-def test_a_named_kernel_gives_its_max_logits():
-    def max_logits(q, k):
-        return mc.max_attention_logit(q, k)
+def logits64(p, x, scale=8**-0.5):
+    q, k = (np.einsum("btd,dhk->bthk", np.float64(x), np.float64(p[n])) for n in "qk")
+    return np.einsum("bthk,bshk->bhts", q, k) * scale
 
-    out, stats = found(with_kernel, PARAMS, X, kernels={"fused": max_logits})
-    q, k = (np.einsum("btd,dhk->bthk", np.float64(X), np.float64(PARAMS[n])) for n in "qk")
-    expected = np.einsum("bthk,bshk->bhts", q, k).max((-2, -1)) * 8**-0.5
-    np.testing.assert_allclose(stats["max_logits"], expected, rtol=1e-5)
+
+def test_a_named_kernel_gives_its_max_logits():
+    out, stats = found(with_kernel, PARAMS, X, kernels={"fused": mc.max_attention_logit})
+    np.testing.assert_allclose(stats["max_logits"], logits64(PARAMS, X).max((-2, -1)), rtol=1e-5)
     assert out == with_kernel(PARAMS, X)
+
+
+@jax.jit
+def flash(q, k, v, mask):
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=0.5)
+
+
+def test_max_logits_of_named_kernels_in_a_scan():
+    """Each layer has its own; the function gets as many operands as it takes."""
+    params = {n: jnp.stack([PARAMS[n], 2 * PARAMS[n], 0.5 * PARAMS[n]]) for n in "qkv"}
+    mask = jnp.tri(6, dtype=bool)[None, None]
+
+    def fn(p, x):
+        def layer(x, p):
+            q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[n]) for n in "qkv")
+            return x, flash(q, k, v, mask).sum()
+
+        return jax.lax.scan(layer, x, p)[1].sum()
+
+    causal = functools.partial(mc.max_attention_logit, is_causal=True, scale=0.5)
+    kernels = {
+        "two operands": causal,
+        "all operands": lambda q, k, v, mask: mc.max_attention_logit(q, k, mask=mask, scale=0.5),
+        "any operands": lambda *qkv: causal(*qkv[:2]),
+    }
+    layers = [{n: w[i] for n, w in params.items()} for i in range(3)]
+    logits = np.stack([logits64(p, X, 0.5) for p in layers])
+    expected = np.where(mask, logits, -np.inf).max((-2, -1))
+    for kernel in kernels.values():
+        out, stats = found(fn, params, X, expect=3, kernels={"flash": kernel})
+        np.testing.assert_allclose(stats["max_logits"], expected, rtol=1e-5)
+        np.testing.assert_allclose(out, fn(params, X), rtol=1e-6)
+
+
+def test_max_logits_of_a_kernel_with_other_axes_are_an_error():
+    def heads_first(p, x):
+        q, k = (jnp.einsum("btd,dhk->bhtk", x, p[n]) for n in "qk")
+        return kernel_sum(q, k).sum()
+
+    with pytest.raises(ValueError, match=r"max logits \(2, 6\), expected \(..., 4\)"):
+        found(heads_first, PARAMS, X, kernels={"fused": mc.max_attention_logit})
 
 
 def test_an_ignored_kernel_is_no_attention():
@@ -216,6 +276,22 @@ def test_the_program_wins_over_the_name():
     assert analysis.roles["weird"].optimizer == "muon"
     assert analysis.roles["weird"].dimension_numbers == (-1, -2)
     assert "names that suggest another role" in str(analysis)
+
+
+def test_the_program_wins_over_a_guess_from_shapes():
+    """Both have a side of the size of the vocabulary, outside of any block."""
+    params = {"embed": array(64, 16), "first": array(16, 64), "second": array(64, 16)}
+    params |= {"head": array(16, 64)}
+
+    def fn(p, tokens):
+        x = p["embed"][tokens]
+        return loss_of((x + jax.nn.relu(x @ p["first"]) @ p["second"]) @ p["head"])
+
+    analysis = mc.analyze(fn, params, TOKENS)
+    assert analysis.names["first"].reason.startswith("a guess: output head")
+    assert {p: analysis.decision(p).optimizer for p in params} == {
+        "embed": "adamw", "first": "muon", "second": "muon", "head": "adamw"
+    }  # fmt: skip
 
 
 # Rule 5

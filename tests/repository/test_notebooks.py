@@ -19,7 +19,7 @@ import muonclip_jax as mc
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
-NAMES = ("quick_start", "newton_schulz", "exploding_logits", "sharding")
+NAMES = ("quick_start", "any_model", "newton_schulz", "exploding_logits", "sharding")
 ADDRESS = "https://colab.research.google.com/github/muonclip-jax/muonclip_jax/blob/main/notebooks"
 BADGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 MOST_CELLS, MOST_BYTES = 15, 200_000
@@ -151,7 +151,7 @@ def test_the_readme_lists_the_notebooks():
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "devices"),
-    [("quick_start", 8), ("newton_schulz", 8), ("exploding_logits", 8), ("sharding", 1)],
+    [*((name, 8) for name in NAMES if name != "sharding"), ("sharding", 1)],
 )
 def test_a_notebook_runs_on_another_number_of_devices(name, devices):
     # The backend starts first, so that no notebook can ask for its own number.

@@ -46,12 +46,16 @@ class Family:
         `[..., heads axes, queries, keys]`, minus infinity where hidden.
       args: Its arguments.
       sites: By path of an attention: heads, key heads, columns, layers, and notes.
+      group: The kind of model that it is.
+      sizes: Sizes of letters that differ from `SIZES`.
     """
 
     spec: dict[str, str]
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     sites: dict[str, tuple] = dataclasses.field(default_factory=dict)
+    group: str = ""
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def params(self, scale=0.4):
         rng = np.random.default_rng(0)
@@ -61,7 +65,7 @@ class Family:
             node = tree
             for part in parents:
                 node = node.setdefault(part, {})
-            shape = tuple(SIZES[letter] for letter in text.split(":")[0])
+            shape = tuple((SIZES | self.sizes)[letter] for letter in text.split(":")[0])
             node[last] = jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
         return tree
 
@@ -76,12 +80,12 @@ MEMORY = np.random.default_rng(3).normal(size=(2, SIZES["s"], SIZES["d"])).astyp
 FAMILIES: dict[str, Family] = {}
 
 
-def family(args=(TOKENS,), sites=None, **spec):
+def family(args=(TOKENS,), sites=None, into=FAMILIES, sizes=None, **spec):
     """Adds a family; `__` in the names of parameters stands for a slash."""
 
     def add(fn):
         names = {path.replace("__", "/"): text for path, text in spec.items()}
-        FAMILIES[fn.__name__] = Family(names, fn, args, sites or {})
+        into[fn.__name__] = Family(names, fn, args, sites or {}, sizes=sizes or {})
         return fn
 
     return add

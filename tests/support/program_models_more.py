@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tests.support.program_models import IMAGES, MEMORY, family, loss_of, no_tap, norm
+from tests.support.program_models import IMAGES, MEMORY, family, hidden, loss_of, no_tap, norm
 
 
 @family(
@@ -223,3 +223,35 @@ def absorbed_latent(p, x, tap=no_tap):
     tap("", logits)
     out = jnp.einsum("bhts,bsr->bthr", jax.nn.softmax(logits), c)
     return loss_of(jnp.einsum("bthr,rhk->bthk", out, p["uv"]).reshape(2, 6, 32) @ p["head"])
+
+
+@family(
+    args=(MEMORY,), gate="de:d>e", up="edf:d>f", down="efd:f>d", head="dv:d>v output head",
+)  # fmt: skip
+def experts_soft(p, x, **_):
+    """Every expert, weighed by a softmax; the sum over experts is one product."""
+    h = jax.nn.silu(jnp.einsum("btd,edf->btef", x, p["up"]))
+    y = jnp.einsum("btef,efd,bte->btd", h, p["down"], jax.nn.softmax(x @ p["gate"]))
+    return loss_of((x + y) @ p["head"])
+
+
+@family(
+    args=(MEMORY,), up="edf:d>f", down="efd:f>d", head="dv:d>v output head",
+)  # fmt: skip
+def ensemble(p, x, **_):
+    """The mean of several networks, by `vmap`."""
+    y = jax.vmap(lambda up, down: jax.nn.silu(x @ up) @ down)(p["up"], p["down"])
+    return loss_of((x + y.mean(0)) @ p["head"])
+
+
+@family(
+    args=(MEMORY,), q="hdk:d>hk", c="dr:d>r", k="hrk:k>r", v="hdk:d>hk", mix="hkk:k>k",
+    o="hkd:hk>d", head="dv:d>v output head", sites={"": (4, 1, 12, 1)},
+)  # fmt: skip
+def heads_with_kernels_of_their_own(p, x, tap=no_tap):
+    """Absorbed keys, and values with one more kernel for each head: heads are no ensemble."""
+    q, v = (jnp.einsum("btd,hdk->bthk", x, p[n]) for n in "qv")
+    q, c = jnp.einsum("bthk,hrk->bthr", q, p["k"]), x @ p["c"]
+    w = jax.nn.softmax(hidden(jnp.einsum("bthr,bsr->bhts", q, c), tap, ""))
+    v = jnp.einsum("bthk,hkj->bthj", v, p["mix"])
+    return loss_of((x + jnp.einsum("bhts,bshk,hkd->btd", w, v, p["o"])) @ p["head"])
