@@ -106,8 +106,8 @@ def _training(optimizer: str) -> Any:
             return (optax.apply_updates(params, updates), state), None
 
         params = {"wte": jnp.zeros_like(T)}
-        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(STEPS))
-        return jnp.mean((params["wte"] - T) ** 2, axis=1)
+        end: Any = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(STEPS))[0]
+        return jnp.mean((end[0]["wte"] - T) ** 2, axis=1)
 
     return train
 

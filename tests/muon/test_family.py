@@ -46,7 +46,7 @@ def assert_equal(got, expected, dtype=jnp.float32):
 
 def each_matrix(oracle, updates, **settings):
     """Applies an oracle of one matrix to every matrix of stacked leaves."""
-    stacks = [np.asarray(u, np.float64).reshape(-1, *u.shape[-2:]) for u in updates]
+    stacks = [np.array(u, dtype=np.float64).reshape(-1, *u.shape[-2:]) for u in updates]
     found = [oracle([s[i] for s in stacks], **settings) for i in range(len(stacks[0]))]
     return [np.stack(step).reshape(updates[0].shape) for step in zip(*found, strict=True)]
 
@@ -68,7 +68,7 @@ def test_cautious_decay_equals_its_equation(dtype):
 def test_cautious_decay_compares_signs_of_tiny_numbers():
     W, U = jnp.full(2, 1e-30), jnp.array([1e-30, -1e-30])
     (got,) = run(mc.add_cautious_weight_decay(1.0), [U], W)
-    np.testing.assert_array_equal(got, np.float32([2e-30, -1e-30]))
+    np.testing.assert_array_equal(got, np.array([2e-30, -1e-30], np.float32))
 
 
 def test_cautious_decay_of_complex_weights():
@@ -397,12 +397,12 @@ def test_inject_hyperparams(name, dtype):
 
 
 def test_momentum_and_decay_follow_schedules():
-    beta = optax.join_schedules(
+    beta: Any = optax.join_schedules(
         [optax.linear_schedule(0.5, 0.9, 2), optax.linear_schedule(0.9, 0.5, 2)], [3]
     )
-    decay = optax.linear_schedule(0.3, 0.0, 4)
-    rate = optax.linear_schedule(0.1, 0.0, 6)
-    params = {"up": {"kernel": draw((4, 6), 9)}}
+    decay: Any = optax.linear_schedule(0.3, 0.0, 4)
+    rate: Any = optax.linear_schedule(0.1, 0.0, 6)
+    params: Any = {"up": {"kernel": draw((4, 6), 9)}}
     tx = optax.inject_hyperparams(mc.muonclip)(
         rate,
         beta=beta,
