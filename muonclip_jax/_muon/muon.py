@@ -198,7 +198,7 @@ def with_adamw(settings: OptimizerSettings) -> optax.GradientTransformationExtra
         labels = structure.unflatten(routing.labels)
         matrices = _for_matrices(tree, structure.unflatten(routing.numbers), settings)
         parts: dict[Any, optax.GradientTransformation] = {"muon": matrices, "adam": settings.rest}
-        if "sinkhorn" in routing.labels:
+        if roles.has_tables:
             parts["sinkhorn"] = settings.tables(structure.unflatten(routing.token_axes))
         return routing, optax.partition(parts, lambda _: labels)
 

@@ -59,7 +59,7 @@ CASES = {
             preconditioning="outputs",
             cautious_weight_decay=True,
             neuron_b2=0.9,
-            overrides={"out/kernel": mc.Sinkhorn(-1)},
+            overrides={"*out/kernel": mc.Sinkhorn(-1)},
         ),
         _with_vectors,
         {},

@@ -52,5 +52,10 @@ class RoleSettings:
     heads: tuple[HeadPatterns, ...] = ()
     per_head: Any = None
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether an override is `Sinkhorn`: of any pytree, even one that has no such leaf."""
+        return any(isinstance(value, Sinkhorn) for value in (self.overrides or {}).values())
+
 
 DEFAULTS = RoleSettings()
