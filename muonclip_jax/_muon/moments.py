@@ -1,9 +1,10 @@
-"""Runs an optimizer in the dtype and in the sharding of its moments."""
+"""Runs an optimizer in the dtype and in the sharding of its moments, and checks their shapes."""
 
 import jax
 import optax
 
 from muonclip_jax._common.dtypes import cast, widened
+from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.types import ArrayTree
 
@@ -59,3 +60,36 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 def _cast_like(new: ArrayTree, old: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda a, b: cast(a, getattr(b, "dtype", None)), new, old)
+
+
+def check_match(caller: str, updates: ArrayTree, mu: ArrayTree) -> None:
+    """Checks that gradients have the leaves and shapes of the momentum.
+
+    Args:
+      caller: Name of the public function.
+      updates: Gradients.
+      mu: Momentum in the state.
+
+    Raises:
+      ValueError: if they differ, with the path and both shapes of each such leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_match("scale_by_muon", {"w": jnp.ones(2)}, {"w": jnp.zeros(2)})
+    """
+    shapes = [
+        {path_string(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (updates, mu)
+    ]
+    got, expected = shapes
+    faults = [
+        f"  {path}: got {got.get(path, 'no leaf')}, expected {expected.get(path, 'no leaf')}."
+        for path in sorted(got.keys() | expected.keys())
+        if got.get(path) != expected.get(path)
+    ]
+    if faults:
+        raise ValueError(
+            f"{caller}: the gradients do not match the state.\n"
+            + "\n".join(faults)
+            + "\nCall init with the parameters of these gradients."
+        )

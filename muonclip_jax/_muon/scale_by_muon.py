@@ -20,12 +20,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from muonclip_jax._common.dtypes import accumulator
-from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.family.normalize import normalized
 from muonclip_jax._muon.injection import injectable
+from muonclip_jax._muon.moments import check_match
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
 from muonclip_jax._muon.settings import (
     UPDATE_RULES,
@@ -155,7 +155,7 @@ def scale_by_direction(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _check_match(updates, state.mu)
+        check_match("scale_by_muon", updates, state.mu)
         splits = splits_of("scale_by_muon", updates, weight_dimension_numbers)
         t = jnp.asarray(optax.safe_increment(state.count))
         G = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
@@ -265,23 +265,3 @@ def _combine(M: jax.Array, G: jax.Array, w_M: jax.Array, w_G: jax.Array | None) 
 def _real(value: Scalar, like: jax.Array) -> jax.Array:
     """Casts a scalar to the real dtype of an array, so that nothing is promoted."""
     return jnp.asarray(value).astype(like.real.dtype)
-
-
-def _check_match(updates: ArrayTree, mu: ArrayTree) -> None:
-    """Raises for gradients that do not have the leaves and shapes of the momentum."""
-    shapes = [
-        {path_string(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (updates, mu)
-    ]
-    got, expected = shapes
-    faults = [
-        f"  {path}: got {got.get(path, 'no leaf')}, expected {expected.get(path, 'no leaf')}."
-        for path in sorted(got.keys() | expected.keys())
-        if got.get(path) != expected.get(path)
-    ]
-    if faults:
-        raise ValueError(
-            "scale_by_muon: the gradients do not match the state.\n"
-            + "\n".join(faults)
-            + "\nCall init with the parameters of these gradients."
-        )

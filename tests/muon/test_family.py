@@ -289,6 +289,16 @@ def test_sinkhorn_rejects_leaves_that_are_no_tables():
         mc.scale_by_sinkhorn().init({"wte": jnp.ones((4, 2)), "bias": jnp.ones(3)})
 
 
+def test_sinkhorn_rejects_gradients_of_other_shapes():
+    tx = mc.scale_by_sinkhorn()
+    state = tx.init({"wte": jnp.ones((4, 2))})
+    message = r"scale_by_sinkhorn(.|\n)*got \(1, 2\), expected \(4, 2\)"
+    with pytest.raises(ValueError, match=message):
+        ValueError, match=r"scale_by_sinkhorn(.|\n)*got \(1, 2\), expected \(4, 2\)"
+    ):
+        tx.update({"wte": jnp.ones((1, 2))}, state)
+
+
 def _model():
     return {
         "wte": draw((9, 4), 0),

@@ -27,6 +27,7 @@ from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
+from muonclip_jax._muon.moments import check_match
 from muonclip_jax._orthogonalize.matrix_axes import spread
 
 NUM_NORMALIZATIONS = 11  # K
@@ -111,8 +112,8 @@ def scale_by_sinkhorn(
 
     Raises:
       TypeError: when built, for settings of a wrong type.
-      ValueError: when built, for settings out of range; at `init` and while tracing, for leaves
-        with fewer than two axes.
+      ValueError: when built, for settings out of range; at `init`, for leaves
+        with fewer than two axes; while tracing, for gradients that do not match the state.
 
     Example:
       >>> import muonclip_jax as mc, jax.numpy as jnp
@@ -135,7 +136,7 @@ def scale_by_sinkhorn(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _check_tables(updates)
+        check_match("scale_by_sinkhorn", updates, state.mu)
         G = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
         M = jax.tree.map(lambda m, g: _average(m, g, beta), state.mu, G)
         G_hat = jax.tree.map(lambda m, g: _average(m, g, beta), M, G)
