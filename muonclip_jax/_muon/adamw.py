@@ -13,7 +13,10 @@ import optax
 
 from muonclip_jax._common.dtypes import cast, widened
 from muonclip_jax._common.types import Scalar
-from muonclip_jax._muon.family.cautious_decay import add_cautious_weight_decay
+from muonclip_jax._muon.family.cautious_decay import (
+    add_cautious_weight_decay,
+    add_decayed_weights,
+)
 from muonclip_jax._muon.moments import in_float32, where_moments_are
 
 
@@ -46,7 +49,7 @@ def adamw(
       >>> state[0].mu["scale"].dtype, state[0].nu["scale"].dtype
       (dtype(bfloat16), dtype('float32'))
     """
-    decay = add_cautious_weight_decay if cautious_weight_decay else optax.add_decayed_weights
+    decay = add_cautious_weight_decay if cautious_weight_decay else add_decayed_weights
     tx = optax.chain(
         optax.scale_by_adam(eps=_not_zero(eps), **settings),
         decay(weight_decay),

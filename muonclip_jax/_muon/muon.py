@@ -12,7 +12,10 @@ import optax
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.family.cautious_decay import add_cautious_weight_decay
+from muonclip_jax._muon.family.cautious_decay import (
+    add_cautious_weight_decay,
+    add_decayed_weights,
+)
 from muonclip_jax._muon.family.normuon import NEURON_EPS, neurons_normalized
 from muonclip_jax._muon.family.sinkhorn import ScaleBySinkhornState
 from muonclip_jax._muon.injection import injectable
@@ -226,7 +229,7 @@ def _for_matrices(
     if scale.neuron_b2 is not None:
         steps.append(neurons_normalized(scale.neuron_b2, NEURON_EPS, numbers))
     cautious = scale.cautious_weight_decay
-    add_decay = add_cautious_weight_decay if cautious else optax.add_decayed_weights
+    add_decay = add_cautious_weight_decay if cautious else add_decayed_weights
     steps += [
         scale_by_shape(numbers, scale.consistent_rms),
         add_decay(scale.weight_decay, None if mask is None else lambda _: mask),

@@ -404,6 +404,18 @@ def test_inject_hyperparams(name, dtype):
 # Schedules.
 
 
+@pytest.mark.parametrize("cautious", [False, True])
+def test_decay_follows_a_schedule_without_injection(cautious):
+    params = {"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    settings: dict[str, Any] = {"cautious_weight_decay": cautious}
+    schedule = optax.linear_schedule(0.0, 1.0, 2)
+    tx = mc.muon(0.5, weight_decay=schedule, adam_weight_decay=schedule, **settings)
+    for got, decay in zip(run(tx, [grads] * 3, params), (0.0, 0.5, 1.0), strict=True):
+        for x in jax.tree.leaves(got):
+            np.testing.assert_allclose(x, np.full(x.shape, -0.5 * decay), atol=1e-6)
+
+
 def test_momentum_and_decay_follow_schedules():
     beta: Any = optax.join_schedules(
         [optax.linear_schedule(0.5, 0.9, 2), optax.linear_schedule(0.9, 0.5, 2)], [3]

@@ -160,7 +160,10 @@ def _balanced(G: jax.Array, token_axis: int, tau: Scalar) -> jax.Array:
     masked = row_norms <= jnp.asarray(tau).astype(mean.dtype) * mean  # NaN is not masked
     U = jnp.where(masked, jnp.zeros_like(U), U)
     for k in range(NUM_NORMALIZATIONS):
-        U = U / (_norms(U, columns if k % 2 == 0 else token_axis) + EPS).astype(U.dtype)
+        norms = _norms(U, columns if k % 2 == 0 else token_axis)
+        # Rows of zeros are divided by 1: XLA may divide by the product of several divisors, and a
+        # product of 1e-20 is 0.
+        U = U / jnp.where(norms == 0, 1, norms + EPS).astype(U.dtype)
     return U * G.shape[columns] ** 0.5
 
 
