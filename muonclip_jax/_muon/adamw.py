@@ -17,7 +17,7 @@ from muonclip_jax._muon.family.cautious_decay import (
     add_cautious_weight_decay,
     add_decayed_weights,
 )
-from muonclip_jax._muon.moments import in_float32, where_moments_are
+from muonclip_jax._muon.moments import in_float32, with_sharding_of_mu
 
 
 def adamw(
@@ -55,7 +55,7 @@ def adamw(
         decay(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    wide = where_moments_are(in_float32(tx))
+    wide = with_sharding_of_mu(in_float32(tx))
 
     def init_fn(params):
         def with_dtypes(state):

@@ -9,7 +9,7 @@ from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.types import ArrayTree
 
 
-def where_moments_are(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def with_sharding_of_mu(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Runs an optimizer on gradients and parameters that are sharded as its first moment `mu`.
 
     Args:
@@ -20,7 +20,7 @@ def where_moments_are(tx: optax.GradientTransformation) -> optax.GradientTransfo
 
     Example:
       >>> import jax.numpy as jnp
-      >>> tx = where_moments_are(optax.adamw(0.1))
+      >>> tx = with_sharding_of_mu(optax.adamw(0.1))
       >>> tx.update(jnp.ones(()), tx.init(jnp.ones(())), jnp.ones(()))[0].round(3)
       Array(-0.1, dtype=float32)
     """

@@ -19,7 +19,7 @@ from muonclip_jax._muon.family.cautious_decay import (
 from muonclip_jax._muon.family.normuon import NEURON_EPS, neurons_normalized
 from muonclip_jax._muon.family.sinkhorn import ScaleBySinkhornState
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.moments import in_float32, where_moments_are
+from muonclip_jax._muon.moments import in_float32, with_sharding_of_mu
 from muonclip_jax._muon.overrides import ROLE_RULES
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
 from muonclip_jax._muon.roles.decision import Overrides
@@ -235,7 +235,7 @@ def _for_matrices(
         add_decay(scale.weight_decay, None if mask is None else lambda _: mask),
         optax.scale_by_learning_rate(scale.learning_rate),
     ]
-    return where_moments_are(in_float32(optax.chain(*steps)))
+    return with_sharding_of_mu(in_float32(optax.chain(*steps)))
 
 
 def _warn(caller: str, routing: Routing) -> None:

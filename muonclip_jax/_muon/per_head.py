@@ -256,7 +256,7 @@ def _kernel(
     """Finds the kernel of a child; None if a mask hides it."""
     if child not in module.children:
         there = ", ".join(map(repr, sorted(module.children)))
-        raise ValueError(f"no child {child!r}, which value names; there are {there}.")
+        raise ValueError(f"value={child!r} is no child; the children are {there}.")
     indices, expected = module.children[child], layout.scaled_leaves[0]
     depth = len(module.path) + 1
     # A child that is itself an array is a kernel without a module around it.

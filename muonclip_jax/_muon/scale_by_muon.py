@@ -145,18 +145,18 @@ def scale_by_direction(
     settings: MuonSettings, weight_dimension_numbers: DimensionNumbersOrFn | None
 ) -> optax.GradientTransformationExtraArgs:
     """Builds `scale_by_muon` for any direction."""
-    direction, beta = settings.direction, settings.beta
+    caller, direction, beta = settings.caller, settings.direction, settings.beta
 
     def init_fn(params):
         if jax.tree.leaves(params):  # optax.tree.map_params calls with a placeholder without any
-            splits_of("scale_by_muon", params, weight_dimension_numbers)
+            splits_of(caller, params, weight_dimension_numbers)
         mu = jax.tree.map(functools.partial(_zeros_like, dtype=settings.mu_dtype), params)
         return ScaleByMuonState(count=jnp.zeros([], jnp.int32), mu=mu)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        check_match("scale_by_muon", updates, state.mu)
-        splits = splits_of("scale_by_muon", updates, weight_dimension_numbers)
+        check_match(caller, updates, state.mu)
+        splits = splits_of(caller, updates, weight_dimension_numbers)
         t = jnp.asarray(optax.safe_increment(state.count))
         G = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
         M = jax.tree.map(lambda m, g: _average(m, g, beta), state.mu, G)
@@ -171,14 +171,14 @@ def scale_by_direction(
 
 def _orthogonalized(D: ArrayTree, splits: Sequence[Split], settings: MuonSettings) -> ArrayTree:
     """Orthogonalizes the matrices of all leaves, which stay sharded as they are."""
-    parts = take_apart("scale_by_muon", D, splits, settings.shardings)
+    parts = take_apart(settings.caller, D, splits, settings.shardings)
     leaves, axes = jax.tree.leaves(parts.tree), parts.axes
     orthogonalize, eps = settings.orthogonalize, settings.eps
     if by := settings.equilibrate:
         X = [normalized(x, a, by) for x, a in zip(leaves, axes, strict=True)]
     else:
         X = leaves
-    plan = plan_for("scale_by_muon", parts.tree, axes, parts.shardings, orthogonalize)
+    plan = plan_for(settings.caller, parts.tree, axes, parts.shardings, orthogonalize)
     if plan is None:  # every device has full matrices, or XLA decides how they move
         found = orthogonalize_leaves(lambda x: orthogonalize(x, eps), X, axes)
     else:

@@ -13,7 +13,7 @@ from muonclip_jax._common.settings import PRECONDITIONINGS, Rule, choice
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.adamw import adamw
 from muonclip_jax._muon.family.sinkhorn import RMS, scale_by_sinkhorn
-from muonclip_jax._muon.moments import in_float32, where_moments_are
+from muonclip_jax._muon.moments import in_float32, with_sharding_of_mu
 from muonclip_jax._muon.per_head import PerHead
 from muonclip_jax._muon.roles.decision import RoleSettings
 from muonclip_jax._muon.routing import role_settings
@@ -42,6 +42,7 @@ class MuonSettings:
     """The checked settings of a Muon update, built once from the arguments of a public function.
 
     Attributes:
+      caller: Name of the public function, for errors.
       direction: The weights of the momentum and the gradient in the matrix to orthogonalize.
       orthogonalize: Newton-Schulz with its settings.
       eps: See `newton_schulz`.
@@ -52,6 +53,7 @@ class MuonSettings:
       shardings: How parameters are sharded on an Auto mesh, by path.
     """
 
+    caller: str
     direction: Direction
     orthogonalize: Orthogonalizer
     eps: Scalar
@@ -76,6 +78,7 @@ class MuonSettings:
         if equilibrate:
             arguments = {**arguments, "preconditioning": "frobenius"}
         return cls(
+            caller=caller,
             direction=direction,
             orthogonalize=newton_schulz_of(*(arguments[name] for name in names)),
             eps=arguments["eps"],
@@ -174,7 +177,7 @@ def _sinkhorn_of(
         optax.scale(RMS),
         optax.scale_by_learning_rate(arguments["learning_rate"] if rate is None else rate),
     )
-    return where_moments_are(in_float32(chain))
+    return with_sharding_of_mu(in_float32(chain))
 
 
 def momentum(beta: jax.Array, t: jax.Array) -> Weights:

@@ -46,7 +46,7 @@ def standard(
 
     def step(X: jax.Array, A: Symmetric, a: Scalar, b: Scalar, c: Scalar) -> jax.Array:
         """X ← (a I + b A + c A²) X."""
-        return ((a + _even_part(A, b, c)) @ X).astype(X.dtype)
+        return ((a + _quadratic(A, b, c)) @ X).astype(X.dtype)
 
     X = step(X, A, *coefficients[0])
     if steps is not None:
@@ -72,17 +72,17 @@ def gram(X: jax.Array, R: Symmetric, windows: Sequence[Sequence[Step]]) -> jax.A
         if number > 0:
             R = gram_matrix(X, R.products)
         a, b, c = window[0]
-        Y = a + _even_part(R, b, c)
+        Y = a + _quadratic(R, b, c)
         Q = _initial_product(Y)
         for a, b, c in window[1:]:
             R = (Y @ (R @ Y).rounded()).rounded()
-            Y = a + _even_part(R, b, c)
+            Y = a + _quadratic(R, b, c)
             Q = (Y @ Q).rounded()
         X = (Q @ X).astype(X.dtype)
     return X
 
 
-def _even_part(A: Symmetric, b: Scalar, c: Scalar) -> Symmetric:
+def _quadratic(A: Symmetric, b: Scalar, c: Scalar) -> Symmetric:
     """Computes b A + c A²; cubic steps have c = 0, and no product."""
     if isinstance(c, float) and c == 0:
         return (b * A).rounded()

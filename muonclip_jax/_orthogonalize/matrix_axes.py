@@ -327,7 +327,7 @@ def matrix_axes(
         raise ValueError(
             f"{caller}: {len(faults)} of {len(paths_and_leaves)} leaves cannot be orthogonalized.\n"
             + "\n".join(faults)
-            + "\nSend them to another optimizer: `muon` does so by role, and by None in "
-            "muon_weight_dimension_numbers; `optax.masked` does so for any transform."
+            + "\nAssign them to another optimizer: use `muon`, pass None for them in "
+            "muon_weight_dimension_numbers, or wrap this transform in `optax.masked`."
         )
     return found

@@ -125,8 +125,8 @@ class Orthogonalizer:
     It is a pytree of the settings that are traced, and so an argument of compiled functions.
 
     Attributes:
-      coefficients: `(a, b, c)` of each step. Ones, in their number, if they are traced; a single
-        one if the number of steps is traced.
+      coefficients: `(a, b, c)` of each step. Placeholders of ones, one per step, if they are
+        traced; a single one if the number of steps is traced.
       method: See `newton_schulz`, as for the next two.
       dtype: Dtype of the products.
       preconditioning: How to scale a matrix to singular values of at most one.

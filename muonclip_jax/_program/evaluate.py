@@ -45,20 +45,20 @@ class Statistic(NamedTuple):
     base: int = 0
     kernel: Any = None
 
-    def reduce(self, rows: jax.Array, *, keep: bool) -> jax.Array:
+    def reduce(self, rows: jax.Array) -> jax.Array:
         """Reduces row maxima to `[*batch, heads]`, float32.
 
         Args:
           rows: The row maxima.
-          keep: Whether XLA has them in memory. Otherwise it joins both maxima into one pass over
-            all logits, so that the softmax stays one kernel.
 
         Returns:
           The max logits.
         """
         rest = [d for d in range(len(self.shape)) if d not in (*self.heads, *self.batch)]
         rows = jax.lax.stop_gradient(rows).reshape(self.shape)
-        rows = jax.lax.optimization_barrier(rows) if keep else rows
+        # Otherwise XLA joins both maxima, in one more pass over the logits, or in a softmax that is
+        # rounded in another way.
+        rows = jax.lax.optimization_barrier(rows)
         x = jnp.max(rows, axis=rest, keepdims=True)
         x = jnp.transpose(x, (*self.batch, *self.heads, *rest))
         x = x.reshape(*(self.shape[d] for d in self.batch), -1).astype(jnp.float32)
@@ -90,7 +90,6 @@ class _Evaluator:
         self.prefixes = {s.path[:i] for s in statistics for i in range(1, len(s.path))}
         self.cuts = {path: i for s in statistics for path, i in s.cuts.items()}
         self.around_cuts = {path[:i] for path in self.cuts for i in range(1, len(path))}
-        self.repeated: set[Path] = set()  # loops and checkpoints
 
     def run(
         self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], path: Path
@@ -108,9 +107,7 @@ class _Evaluator:
                 else:
                     outs = _bind(eqn, values)
                 for statistic in self.at.get(here, ()):
-                    keep = any(here[:n] in self.repeated for n in range(1, len(here)))
-                    found = _collect(statistic, eqn, values, outs, uncut, keep=keep)
-                    stats[statistic.number] = found
+                    stats[statistic.number] = _collect(statistic, eqn, values, outs, uncut)
                 if here in self.around_cuts or here in self.cuts or _any_in(eqn.invars, uncut):
                     old = [_read(uncut if _is_in(a, uncut) else env, a) for a in eqn.invars]
                     uncut |= zip(eqn.outvars, self._uncut(eqn, old, here), strict=False)
@@ -135,8 +132,6 @@ class _Evaluator:
     def _inside(self, eqn: Any, values: Sequence[Any], here: Path) -> tuple[list[Any], Stats]:
         """Evaluates a call, a loop or a branch that contains an attention."""
         name = eqn.primitive.name
-        if name in REMAT | {"scan", "while"}:
-            self.repeated.add(here)
         if name in CUSTOM:
             jaxpr, consts = bare(called(eqn))
             alone = [jax.lax.stop_gradient(value) for value in values]
@@ -264,8 +259,6 @@ def _collect(
     values: Sequence[Any],
     outs: Sequence[Any],
     uncut: Mapping[Any, Any],
-    *,
-    keep: bool,
 ) -> jax.Array:
     """Computes the max logits at their equation."""
     if statistic.kernel is not None:
@@ -279,7 +272,7 @@ def _collect(
                 "computed, because a loop or a checkpoint is between them and the softmax."
             )
         rows = _bind(eqn, [uncut[logits]])[0]
-    return statistic.reduce(rows, keep=keep)
+    return statistic.reduce(rows)
 
 
 def _without(eqn: Any, values: Sequence[Any], kept: tuple[int, ...]) -> Any:

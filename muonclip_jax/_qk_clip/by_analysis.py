@@ -18,7 +18,7 @@ from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._program.describe import AttentionSite
 from muonclip_jax._program.head_map import GROUP, OWN, SHARED, HeadMap, overlap
-from muonclip_jax._qk_clip.head_factors import power
+from muonclip_jax._qk_clip.head_factors import factors_of_group, power
 from muonclip_jax._qk_clip.matching import without_index
 
 _STAT = "max_logits"
@@ -53,7 +53,7 @@ def clipped_sites(
     ignore: Sequence[str],
     *,
     strict: bool,
-    watching: bool,
+    report_only: bool,
 ) -> tuple[list[ClippedSite], int]:
     """Joins the attention sites of an analysis to their max logits.
 
@@ -64,7 +64,7 @@ def clipped_sites(
       ignore: Patterns (`fnmatch`) of paths of sites to leave out.
       strict: Whether a site without max logits, or max logits without a site, is an error or
         skipped.
-      watching: Whether nothing is clipped, so that norms of queries and keys are accepted.
+      report_only: Whether nothing is clipped, so that norms of queries and keys are accepted.
 
     Returns:
       The sites, and how many are skipped.
@@ -90,11 +90,11 @@ def clipped_sites(
             unpaired.append(f"{path or '(root)'}: no max logits.")
             continue
         for name, site, stats in _paired(path, sites, mine, faults):
-            wrong = [*_faults(name, site, stats, places, watching=watching)]
+            wrong = [*_faults(name, site, stats, places, report_only=report_only)]
             faults += wrong
             if not wrong:
                 axes = tuple(range(len(site.layers)))
-                maps = [] if watching and site.faults else site.head_maps()
+                maps = [] if report_only and site.faults else site.head_maps()
                 found.append(ClippedSite(name, site, maps, places, stats, axes))
     faults += _shared(found)
     unpaired += [f"{path or '(root)'}: max logits, but no attention." for path in entries]
@@ -160,13 +160,7 @@ def _factors(
     key = {OWN: power(gamma, 1 - alpha)}  # what heads share beside keys of their own stays
     if groups is not None:
         least = jnp.min(gamma[groups], axis=-1)
-        if shared_key == "query":
-            query[GROUP] = gamma
-        elif shared_key == "group":
-            query[GROUP], key[GROUP] = power(least, alpha), power(least, 1 - alpha)
-        else:
-            key[GROUP] = power(least, 1 - alpha)
-            query[GROUP] = jnp.where(key[GROUP] == 1, gamma, gamma / key[GROUP])
+        query[GROUP], key[GROUP] = factors_of_group(gamma, least, alpha, shared_key)
     return {"query": query, "key": key}
 
 
@@ -205,7 +199,7 @@ def _faults(
     entries: Sequence[Array],
     places: Mapping[str, "_Place"],
     *,
-    watching: bool,
+    report_only: bool,
 ) -> Iterator[str]:
     expected = (*site.layers, "...", math.prod(site.heads))
     for entry in entries:
@@ -217,7 +211,7 @@ def _faults(
         if place is None or place.leaf is None or place.shape != source.shape:
             got = place.shape if place else "no such parameter"
             yield f"{name}: {source.path} is {got}, expected {source.shape}."
-    if watching:
+    if report_only:
         return
     if site.qk_norm:
         yield (

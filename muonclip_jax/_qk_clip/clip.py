@@ -5,7 +5,8 @@
     W_k,h ← γ_h¹⁻ᵃ W_k,h
 
 after the update of the optimizer, with S_h the max logit of head h in the forward pass (Kimi K2,
-arXiv 2507.20534, algorithm 1, lines 8 to 17).
+arXiv 2507.20534, algorithm 1, lines 8 to 17). Where heads share a key, `head_factors` has the
+rules; in MLA, the rotary query columns take γ_h, and the shared rotary key stays.
 """
 
 import functools
@@ -27,7 +28,7 @@ from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._qk_clip.attention_module import AttentionModule
 from muonclip_jax._qk_clip.by_analysis import ClippedSite, clipped_sites, site_factors
 from muonclip_jax._qk_clip.errors import check_matching
-from muonclip_jax._qk_clip.head_factors import power
+from muonclip_jax._qk_clip.head_factors import query_and_key_factors
 from muonclip_jax._qk_clip.info import QKClipInfo, clip_info, is_nonfinite
 from muonclip_jax._qk_clip.matching import match
 from muonclip_jax._qk_clip.module_faults import fits
@@ -97,17 +98,17 @@ def qk_clip(
     """
     check_settings("qk_clip", locals(), schedules=False, rules=_RULES)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    watching = _is_infinite(threshold)
+    report_only = _is_infinite(threshold)
     clipped: Sequence[ClippedSite | AttentionModule]
     if isinstance(layout, Analysis):
         clipped, skipped = clipped_sites(
-            params, max_logits, layout, ignore, strict=strict, watching=watching
+            params, max_logits, layout, ignore, strict=strict, report_only=report_only
         )
     else:
         head_layouts = layout if isinstance(layout, tuple) else (layout,)
-        is_fitting = functools.partial(fits, watching=watching)
+        is_fitting = functools.partial(fits, report_only=report_only)
         found = match(params, max_logits, head_layouts, ignore, is_fitting)
-        skipped = check_matching(found, strict=strict, watching=watching)
+        skipped = check_matching(found, strict=strict, report_only=report_only)
         clipped = found.matched
 
     s = maxima_over_batch(
@@ -117,9 +118,8 @@ def qk_clip(
     gamma = {name: unsharded(_gamma(s_h, threshold, where)) for name, s_h in s.items()}
     leaves, treedef = jax.tree.flatten(params)
     for one in clipped:
-        share = gamma[one.name], alpha, shared_key
-        is_site = isinstance(one, ClippedSite)
-        factors = site_factors(one, *share) if is_site else _module_factors(one, *share)
+        factors_of = site_factors if isinstance(one, ClippedSite) else _module_factors
+        factors = factors_of(one, gamma[one.name], alpha, shared_key)
         for position, factor in factors:
             leaves[position] = _scaled(jnp.asarray(leaves[position]), factor)
     bounds = sum(one.is_bound for one in clipped)
@@ -140,47 +140,6 @@ def _gamma(
     ratio = jnp.where(exceeds, tau, 1) / jnp.where(exceeds, s, 1)
     # The smallest normal number: a head cannot recover from weights that a gamma of 0 scaled.
     return jnp.where(exceeds, jnp.maximum(ratio, jnp.finfo(jnp.float32).tiny), 1)
-
-
-def query_and_key_factors(
-    gamma: Float[Array, "*stack heads"], key_heads: int, alpha: Scalar, shared_key: str
-) -> tuple[Float[Array, "*stack heads"], Float[Array, "*stack key_heads"]]:
-    """Distributes γ between the queries and the keys of each head.
-
-    With a = alpha, and g the smallest γ among the query heads of one key head:
-
-                               queries       key
-        a key for each query   γᵃ            γ¹⁻ᵃ
-        "query"                γ             1            as the paper scales a shared rotary key
-        "group"                gᵃ            g¹⁻ᵃ         as Megatron-LM does, in attention.py
-        "exact"                γ / g¹⁻ᵃ      g¹⁻ᵃ         from γᵃ γ¹⁻ᵃ = γ for every query head
-
-    Args:
-      gamma: Factor on the logits of each query head, in (0, 1].
-      key_heads: Number of key heads; a divisor of heads.
-      alpha: Share of the query, in [0, 1].
-      shared_key: One of `SHARED_KEY_RULES`.
-
-    Returns:
-      The factors of the query heads and of the key heads.
-
-    Example:
-      >>> query, key = query_and_key_factors(jnp.array([0.25, 1.0]), 1, 0.5, "exact")
-      >>> query.tolist(), key.tolist()
-      ([0.5, 2.0], [0.5])
-    """
-    if key_heads == gamma.shape[-1]:
-        return power(gamma, alpha), power(gamma, 1 - alpha)
-    groups = gamma.reshape(*gamma.shape[:-1], key_heads, -1)
-    g = jnp.min(groups, axis=-1, keepdims=True)
-    if shared_key == "query":
-        query, key = groups, jnp.ones_like(g)
-    elif shared_key == "group":
-        query, key = jnp.broadcast_to(power(g, alpha), groups.shape), power(g, 1 - alpha)
-    else:
-        key = power(g, 1 - alpha)
-        query = jnp.where(key == 1, groups, groups / key)
-    return query.reshape(gamma.shape), key[..., 0]
 
 
 def _module_factors(

@@ -23,14 +23,14 @@ _IF_ABOVE = (
 )
 
 
-def check_matching(found: Matching, *, strict: bool, watching: bool = False) -> int:
+def check_matching(found: Matching, *, strict: bool, report_only: bool = False) -> int:
     """Raises, or under `strict=False` warns, if modules and max logits do not fit.
 
     Args:
       found: The attention modules and max logits.
       strict: Whether a module without max logits, or max logits without a module, is an error or
         skipped.
-      watching: Whether nothing is clipped, so that norms of queries and keys are accepted.
+      report_only: Whether nothing is clipped, so that norms of queries and keys are accepted.
 
     Returns:
       The number of modules and max logits that are skipped.
@@ -41,10 +41,10 @@ def check_matching(found: Matching, *, strict: bool, watching: bool = False) -> 
     unpaired = [*_missing(found), *_unused(found)]
     if not (found.described or found.max_logits or found.left_out):
         unpaired = [_nothing(found)]
-    faults = [f for module in found.matched for f in module_faults(module, watching=watching)]
+    faults = [f for module in found.matched for f in module_faults(module, report_only=report_only)]
     if faults or (strict and unpaired):
         faults = [*(unpaired if strict else ()), *faults]
-        raise ValueError(_message(found, faults, watching))
+        raise ValueError(_message(found, faults, report_only))
     if unpaired:
         _warn_skipped(unpaired)
     return len(unpaired)
@@ -101,7 +101,7 @@ def _nearest(path: Path, paths: Iterable[Path]) -> str:
     return f"; nearest is {near[0]!r}" if near else ""
 
 
-def _message(found: Matching, faults: Sequence[Fault], watching: bool) -> str:
+def _message(found: Matching, faults: Sequence[Fault], report_only: bool) -> str:
     """Writes the one error: each mismatch with its path, then each fix once."""
     count = len({fault.path for fault in faults})
     subject = "1 module does" if count == 1 else f"{count} modules do"
@@ -114,7 +114,7 @@ def _message(found: Matching, faults: Sequence[Fault], watching: bool) -> str:
     kept = dict.fromkeys(layout for path, layout in found.described.items() if path not in wrong)
     paths = [path for path in wrong if path in found.modules]
     fixes = [line for fault in faults for line in fault.fix.splitlines()]
-    proposed = proposal(found, paths, kept, watching=watching) or hint(
+    proposed = proposal(found, paths, kept, report_only=report_only) or hint(
         found, [path for path in paths if path not in found.described]
     )
     fixes += proposed.splitlines()

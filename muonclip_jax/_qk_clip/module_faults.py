@@ -42,24 +42,24 @@ class Fault(NamedTuple):
     fix: str = ""
 
 
-def module_faults(module: AttentionModule, *, watching: bool = False) -> list[Fault]:
+def module_faults(module: AttentionModule, *, report_only: bool = False) -> list[Fault]:
     """Lists all mismatches of one attention module.
 
     Args:
       module: The module, with the head layout that describes it and its max logits.
-      watching: Whether nothing is clipped, so that norms of queries and keys are no fault.
+      report_only: Whether nothing is clipped, so that norms of queries and keys are no fault.
 
     Returns:
       The faults; none if the clip is right.
     """
-    faults = [] if watching else list(_norm_faults(module))
+    faults = [] if report_only else list(_norm_faults(module))
     leaves = [*_bias_faults(module), *_leaf_faults(module)]
     return [*faults, *leaves] if leaves else [*faults, *_shape_faults(module)]
 
 
-def fits(module: AttentionModule, *, watching: bool = False) -> bool:
+def fits(module: AttentionModule, *, report_only: bool = False) -> bool:
     """Returns whether a module has no fault. Arguments: see `module_faults`."""
-    return not module_faults(module, watching=watching)
+    return not module_faults(module, report_only=report_only)
 
 
 def _norm_faults(module: AttentionModule) -> Iterator[Fault]:

@@ -47,7 +47,7 @@ _MOST = 3  # Head layouts in one message. If more fit, the shapes decide nothing
 
 
 def proposal(
-    found: Matching, paths: Iterable[Path], kept: Iterable[HeadLayout], *, watching: bool = False
+    found: Matching, paths: Iterable[Path], kept: Iterable[HeadLayout], *, report_only: bool = False
 ) -> str:
     """Proposes head layouts that describe modules without a fault.
 
@@ -55,13 +55,13 @@ def proposal(
       found: All modules and max logits.
       paths: The modules to describe.
       kept: Head layouts of other modules, which have to stay.
-      watching: See `module_faults`.
+      report_only: See `module_faults`.
 
     Returns:
       Sentences for the error message, or an empty string. If two or three head layouts fit a
       module, all are named; if more fit, none.
     """
-    fitting = {path: _fitting(found, path, watching) for path in paths}
+    fitting = {path: _fitting(found, path, report_only) for path in paths}
     alone = dict.fromkeys(choices[0] for choices in fitting.values() if len(choices) == 1)
     lines = []
     if alone:
@@ -116,13 +116,13 @@ def hint(found: Matching, paths: Iterable[Path]) -> str:
     return ""
 
 
-def _fitting(found: Matching, path: Path, watching: bool) -> list[HeadLayout]:
+def _fitting(found: Matching, path: Path, report_only: bool) -> list[HeadLayout]:
     """Lists the most plausible head layouts that describe one module without a fault."""
     own = {layout.kernel for layout in found.head_layouts}
     ranks: dict[HeadLayout, tuple[bool, bool]] = {}
     for layout in found.head_layouts:
         for candidate in _candidates(layout, found, path):
-            module = _fitting_module(candidate, found, path, watching)
+            module = _fitting_module(candidate, found, path, report_only)
             # Without stacked layers the axis of the stack decides nothing.
             if module is not None and (module.stack or candidate.stack_axis == layout.stack_axis):
                 # The user's own settings first, then heads that are not wider than the inputs.
@@ -209,7 +209,7 @@ def _head_dim(
 
 
 def _fitting_module(
-    candidate: HeadLayout, found: Matching, path: Path, watching: bool
+    candidate: HeadLayout, found: Matching, path: Path, report_only: bool
 ) -> AttentionModule | None:
     """Describes a module by a head layout; None for a fault or for unequal inputs."""
     sown = found.max_logits.get((path, candidate.stat), [])
@@ -218,7 +218,7 @@ def _fitting_module(
         return None
     if not sown:
         module = module._replace(max_logits=_stand_in(module))
-    if not module.max_logits or not fits(module, watching=watching):
+    if not module.max_logits or not fits(module, report_only=report_only):
         return None
     inputs = {_sizes(module, name)["inputs"] for name in candidate.modules}
     return module if len(inputs) == 1 or not isinstance(candidate, MultiHeadLayout) else None

@@ -217,9 +217,9 @@ def _all_to_all(x: jax.Array, group: Group) -> jax.Array:
 
 
 def _materialized(X: jax.Array) -> jax.Array:
-    """Makes the compiler assemble shards by copies, in 16 bits.
+    """Stops XLA from moving the cast to float32 in front of the copies that assemble shards.
 
-    It would cast them to float32 first, and compile what is before the rounding into each copy.
+    XLA would also fuse the computation of the shards into each copy.
     """
     return jax.lax.optimization_barrier(X)
 

@@ -49,7 +49,7 @@ def take_apart(
       The parts.
 
     Raises:
-      ValueError: if a leaf is sharded so that its parts are not sharded each, naming its path.
+      ValueError: if shards cut through the parts of a leaf, with its path.
     """
     flat = jax.tree_util.tree_leaves_with_path(tree)
     parts, passed, faults = [], dict(shardings), []

@@ -68,7 +68,7 @@ def shapes(width):
         (64, True, True, 1e-4),
         pytest.param(64, True, False, 1e-4, marks=pytest.mark.nightly),
         pytest.param(64, False, True, 1e-4, marks=pytest.mark.nightly),
-        pytest.param(128, False, False, 2e-3, marks=pytest.mark.nightly),
+        pytest.param(256, False, False, 1e-3, marks=pytest.mark.nightly),
     ],
     ids=["scan and checkpoint", "scan", "checkpoint", "neither"],
 )

@@ -13,7 +13,7 @@ import pytest
 import muonclip_jax as mc
 from muonclip_jax._head_layouts.head_layout import HeadLayout
 from muonclip_jax._orthogonalize.choices import gram_cost, restart_windows, standard_cost
-from muonclip_jax._qk_clip.clip import query_and_key_factors
+from muonclip_jax._qk_clip.head_factors import query_and_key_factors
 from tests.support import reference
 from tests.support.pages import BLOCK, ROOT, numbers, run_page, table
 from tests.support.published_numbers import ABOVE_ONE, RANGES
