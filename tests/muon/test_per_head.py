@@ -286,7 +286,7 @@ BAD = {
     "value": (
         {"attn": _kernels(query=(8, 4, 2), key=(8, 4, 2))},
         mc.MultiHeadLayout(value="value"),
-        r"attn: no child 'value'",
+        r"attn: value='value' is no child",
     ),
     "value width": (
         {"attn": _kernels(query=(8, 8), key=(8, 8), value=(8, 6))},

@@ -103,8 +103,8 @@ def test_wrong_leaf_names_its_path():
         f"  a/bias: float32[3]: {wanted}.\n"
         f"  ids: int32[2, 2]: {wanted}.\n"
         f"  x: float32[]: {wanted}.\n"
-        "Send them to another optimizer: `muon` does so by role, and by None in "
-        "muon_weight_dimension_numbers; `optax.masked` does so for any transform."
+        "Assign them to another optimizer: use `muon`, pass None for them in "
+        "muon_weight_dimension_numbers, or wrap this transform in `optax.masked`."
     )
 
 
