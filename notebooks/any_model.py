@@ -195,7 +195,7 @@ STEPS, BATCH, THRESHOLD = 100, 16, 20.0
 
 def loss_fn(params, text):
     """Returns the mean loss in nats per byte."""
-    logits = gemma.apply(params, text[:, :-1])
+    logits = jnp.asarray(gemma.apply(params, text[:, :-1]))
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
 
 

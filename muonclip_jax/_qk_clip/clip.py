@@ -118,8 +118,9 @@ def qk_clip(
     gamma = {name: unsharded(_gamma(s_h, threshold, where)) for name, s_h in s.items()}
     leaves, treedef = jax.tree.flatten(params)
     for one in clipped:
-        factors_of = site_factors if isinstance(one, ClippedSite) else _module_factors
-        factors = factors_of(one, gamma[one.name], alpha, shared_key)
+        rules = gamma[one.name], alpha, shared_key
+        is_site = isinstance(one, ClippedSite)
+        factors = site_factors(one, *rules) if is_site else _module_factors(one, *rules)
         for position, factor in factors:
             leaves[position] = _scaled(jnp.asarray(leaves[position]), factor)
     bounds = sum(one.is_bound for one in clipped)
