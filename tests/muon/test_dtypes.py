@@ -11,6 +11,7 @@ import pytest
 
 import muonclip_jax as mc
 from tests.support import reference
+from tests.support.strict import installed
 
 SHAPES = {
     "attn": {"query": {"kernel": (4, 2, 3)}, "key": {"kernel": (4, 2, 3)}},
@@ -102,8 +103,13 @@ def test_updates_have_the_dtype_of_the_gradients_under_any_wrapper(params_dtype,
 
     for wrapped in (tx, optax.apply_if_finite(tx, 3), optax.inject_hyperparams(lambda: tx)()):
         assert dtypes(shapes(wrapped)) == {jnp.dtype(grads_dtype)}
-    every: Any = optax.MultiSteps(tx, 2).gradient_transformation()
-    assert dtypes(shapes(every)) == {jnp.dtype(grads_dtype)}
+    if params_dtype == grads_dtype or installed("optax") >= (
+        0,
+        2,
+        8,
+    ):  # 0.2.6 raises, for adamw too
+        every: Any = optax.MultiSteps(tx, 2).gradient_transformation()
+        assert dtypes(shapes(every)) == {jnp.dtype(grads_dtype)}
 
 
 @pytest.mark.parametrize("dtype", HALVES)

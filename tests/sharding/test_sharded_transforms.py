@@ -18,6 +18,7 @@ from tests.support.sharding_cases import (
     planned,
     shardings_of,
 )
+from tests.support.strict import needs_jax_0_10
 
 MEMBERS = 2
 # Each strategy on four devices; see `test_each_strategy_is_here`.
@@ -69,6 +70,7 @@ def test_each_strategy_is_here(dear_work):
     }
 
 
+@needs_jax_0_10
 def test_vmap_with_members_sharded_by_their_types(dear_work):
     check(jax.vmap(update_of()), "explicit")
 
@@ -78,6 +80,7 @@ def test_vmap_with_members_sharded_by_spmd_axis_name(dear_work):
     check(jax.vmap(update_of(shardings), spmd_axis_name="x"), "auto")
 
 
+@needs_jax_0_10
 def test_a_jitted_update_is_planned_anew_under_vmap(dear_work):
     mesh = make_mesh((MEMBERS, 4), "auto")
     shardings = shardings_of(mesh, LEAVES)

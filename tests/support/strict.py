@@ -18,4 +18,5 @@ if installed("flax") <= (0, 12, 6):  # they use what jax 0.10 moved
 
 HAS_CAPTURE = installed("flax") >= (0, 12, 6)
 NEEDS_CAPTURE = "nnx.capture needs Flax 0.12.6"
+needs_jax_0_10 = pytest.mark.skipif(installed("jax") < (0, 10), reason="needs jax 0.10")
 needs_capture = pytest.mark.skipif(not HAS_CAPTURE, reason=NEEDS_CAPTURE)
