@@ -102,9 +102,7 @@ def test_other_functions_equal_one_device(function, number):
     check_equal(actual, on_one_device(function, PLACEMENTS[number][0]))
 
 
-@pytest.mark.skipif(
-    installed("flax") < (0, 12, 8), reason="Flax 0.12.3 needs equal numbers of heads"
-)
+@pytest.mark.skipif(installed("flax") < (0, 12, 8), reason="Flax 0.12.3 repeats no key heads")
 def test_nnx_attention_equals_one_device():
     function = lambda query, key, value: mc.nnx.attention_fn(query, key, value)  # noqa: E731
     actual = sharded_call(function, AxisType.Explicit, *PLACEMENTS[1])

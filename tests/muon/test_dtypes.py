@@ -107,7 +107,7 @@ def test_updates_have_the_dtype_of_the_gradients_under_any_wrapper(params_dtype,
         0,
         2,
         8,
-    ):  # 0.2.6 raises, for adamw too
+    ):  # 0.2.6: sgd raises too
         every: Any = optax.MultiSteps(tx, 2).gradient_transformation()
         assert dtypes(shapes(every)) == {jnp.dtype(grads_dtype)}
 
