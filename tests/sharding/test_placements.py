@@ -322,7 +322,7 @@ def test_an_optimizer_raises_at_its_first_update(build):
     with pytest.raises(ValueError, match="cannot be planned") as error:
         tx.update(params, tx.init(params), params, max_logits={})
     assert str(error.value).splitlines() == [
-        "scale_by_muon: 1 of 1 leaves cannot be planned.",
+        f"{build.__name__}: 1 of 1 leaves cannot be planned.",
         "  block/kernel: float32[8, 16]: `shardings` has none at this path; its first one is at "
         "other.",
         SAY,
