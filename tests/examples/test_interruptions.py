@@ -151,6 +151,7 @@ def test_second_signal_ends_at_once(number):
 # A full disk: a file may not grow beyond a limit, which needs no rights; Python ignores SIGXFSZ
 
 
+@pytest.mark.nightly
 def test_disk_full(whole, program, tmp_path, monkeypatch, capfd):
     def fill(step):
         if step == 10:

@@ -86,6 +86,7 @@ def test_newest_three_checkpoints_are_kept(whole):
     assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [7, 14, 20]
 
 
+@pytest.mark.nightly
 def test_a_fourth_checkpoint_drops_the_oldest(tmp_path):
     trainer(tmp_path, checkpoint_every=5, steps=20).train()
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [10, 15, 20]
@@ -173,6 +174,7 @@ def test_events_are_the_scalars_of_the_metrics(whole):
     assert found.keys() == {"tokens_per_second"}
 
 
+@pytest.mark.nightly
 def test_resumed_run_has_each_step_once_in_the_events(tmp_path):
     def kill():
         raise KeyboardInterrupt
