@@ -98,6 +98,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.every_combination
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("leaf", ["kernel", "w", ""])
 def test_attention_kernels_under_common_names(names, leaf):

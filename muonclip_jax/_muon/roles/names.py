@@ -13,7 +13,7 @@ STATE_SPACE = (
 STATE_SPACE_MATRICES = r"[abcpw](_re|_im|_real|_imag)?|lambda(_re|_im|_real|_imag)?"
 
 # Names of a parameter inside a module that has the name of the layer.
-MATRIX_NAMES = r"(kernel|w|weights?)(_mu|_v|_orig)?|(\w+_)?lora_[ab]"
+MATRIX_NAMES = r"(kernel|w|weights?)(_mu|_orig)?|(kernel|weights?)_v|(\w+_)?lora_[ab]"
 PARAMETER_NAMES = rf"{MATRIX_NAMES}|embeddings?|scale|bias|b|offset|gamma|alpha"
 # Weights of a recurrent cell, which PyTorch and Equinox store (outputs, inputs).
 OF_CELL = r"weight_[ih]h(_l\d+)?(_reverse)?"

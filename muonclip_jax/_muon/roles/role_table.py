@@ -108,6 +108,7 @@ ADAMW_ROLES = (
         "DeepSeek-V3, product keys",
     ),
     Role("norm", "any", r"(\w*_)?(ln|bn|gn)(_\w*)?|\w*norm\d*(_\w*)?", "all"),
+    Role("weight of each channel", "any", r"symmetric_?contractions?", "MACE, equation 10"),
     Role("depthwise convolution", "any", r"depthwise\w*|dw_?conv\w*", "ConvNeXt, MobileNet"),
     Role("layer scale", "near", r"gamma|layer_?scale\w*|ls|res(idual)?_scale", "CaiT, ConvNeXt"),
     Role("attention sink", "near", r"(\w+_)?sinks?", "gpt-oss"),
