@@ -171,7 +171,7 @@ class HeadLayout(abc.ABC):
           stack: Number of stack axes.
 
         Returns:
-          The sections by module name, without those of hidden kernels.
+          The sections by module name, without sections of hidden kernels.
 
         Raises:
           ValueError: if the kernels do not show their heads.

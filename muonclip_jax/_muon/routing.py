@@ -1,4 +1,4 @@
-"""Which parameter is assigned to Muon and which to AdamW: roles, overrides, heads, warnings."""
+"""Assigns each parameter to Muon or AdamW: roles, overrides, heads, warnings."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence

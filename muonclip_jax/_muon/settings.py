@@ -25,7 +25,7 @@ from muonclip_jax._sharding.placement import shardings_by_path
 
 # Values of `preconditioning` that are no preconditioning of `newton_schulz`.
 EQUILIBRATIONS = ("inputs", "outputs")
-# The rules of the settings of an update, beside those of `_common.settings`.
+# The rules of the settings of an update, in addition to the rules in `_common.settings`.
 UPDATE_RULES: dict[str, Rule] = {
     **COEFFICIENT_RULES,
     "preconditioning": choice(*PRECONDITIONINGS, *EQUILIBRATIONS),
@@ -70,7 +70,7 @@ class MuonSettings:
         Args:
           caller: Name of the public function.
           direction: See `MuonSettings`.
-          arguments: Its arguments by name, checked; those of other settings are ignored.
+          arguments: Its arguments by name, checked; arguments of other settings are ignored.
         """
         names = "ns_coeffs ns_steps preconditioning ns_method ns_dtype".split()
         by = arguments["preconditioning"]

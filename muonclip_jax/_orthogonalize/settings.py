@@ -1,4 +1,4 @@
-"""The rules of Newton-Schulz coefficients as settings, beside those of `_common.settings`."""
+"""The rules of Newton-Schulz coefficients, in addition to the rules in `_common.settings`."""
 
 from typing import Any
 

@@ -9,7 +9,7 @@ from muonclip_jax._program.uses import is_float
 
 
 class Closed(NamedTuple):
-    """What is known of a kernel that cannot be read.
+    """The properties of a kernel that cannot be read.
 
     Attributes:
       node: The kernel.

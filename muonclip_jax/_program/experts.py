@@ -64,7 +64,7 @@ def _members(live: Sequence[Node], uses: Uses, counts: Collection[int]) -> set[t
 
 
 def _batch_axes(reached: Reached) -> Iterator[tuple[int, bool]]:
-    """Yields the batch axes of a product, and whether they are the first but for stacks."""
+    """Yields the batch axes of a product, and whether they are the first after the stacks."""
     is_first = True
     for d, (axis, n) in enumerate(zip(reached.view.axes, reached.node.shape, strict=True)):
         name = _whole(axis, n)

@@ -17,7 +17,7 @@ SAME = frozenset(
 COPIES = frozenset(
     "convert_element_type copy stop_gradient sharding_constraint optimization_barrier name".split()
 )
-# What logits may pass between queries times keys and the softmax.
+# Operations that may be applied to logits between queries times keys and the softmax.
 LOGIT_CHAIN = SAME | MOVES | {"tanh", "reduce_max"}
 
 
@@ -167,7 +167,7 @@ def _is_learned_query(node: Node, i: int, markers: Any) -> bool:
 
 
 def _mixed_operand(node: Node, view: View, key: Any) -> int | None:
-    """Returns which operand has logits, if a product mixes those of several heads."""
+    """Returns which operand has logits, if a product mixes logits of several heads."""
     for i in (0, 1):
         pulled = pull(node, i, view)
         if node.inputs[i].kind == DATA and node.inputs[1 - i].kind == PARAMETER and pulled:

@@ -143,7 +143,7 @@ def head_axes(
 
     Args:
       queries: Where queries are, by the axes of the logits.
-      key_axis: The axis of the logits that is no head: that of the keys.
+      key_axis: The axis of the logits that numbers the keys.
 
     Returns:
       The axes of heads, outermost first; the paths of the scans; and why they are not clear.

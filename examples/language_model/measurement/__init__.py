@@ -1,4 +1,4 @@
-"""What is known before training: the cost of a step on other devices, and roles of parameters.
+"""Measures before training: the cost of a step on other devices, and roles of parameters.
 
 `ahead` compiles the step for a TPU topology, and `cost_table` prints what the compiled program
 needs on each chip: memory, FLOPs and communication. `benchmarks.compiled` reads the program.

@@ -1,4 +1,4 @@
-"""What the program of a model shows about its parameters and its attention; nothing is computed."""
+"""Prints the parameters and the attention that the program of a model shows; computes nothing."""
 
 import flax.linen as nn
 import jax

@@ -52,7 +52,7 @@ def normalize_matrices(
 
     Returns:
       An optax transformation without state, which ignores extra arguments. Updates keep their
-      dtypes; norms are computed in float32 at least. What is zero stays zero.
+      dtypes; norms are computed in float32 at least. Zeros stay zero.
 
     Raises:
       TypeError: when built, for settings of a wrong type.

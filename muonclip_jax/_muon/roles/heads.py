@@ -39,7 +39,7 @@ _UNNAMED = "no name confirms it"
 
 
 def doubt(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> str:
-    """Doubts that a matrix is hidden, where its place in the pytree is that of an output head."""
+    """Doubts that a matrix is hidden, if its place in the pytree suggests an output head."""
     if len(leaf.shape) != 2 or evidence.has_child(leaf.module, names.INTO_HEADS):
         return ""
     last = f"'{leaf.core[len(leaf.module)]}' is the last of its series"
