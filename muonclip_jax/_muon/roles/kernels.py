@@ -42,7 +42,7 @@ _GLUED = re.compile(r"(\w+?)[qkv](_proj(?:ection)?)")
 
 
 def _is_glued(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether a name is `q_projection` behind a prefix, beside projections of keys and values.
+    """Returns whether a name is `q_projection` behind a prefix, with keys and values beside it.
 
     Source: AlphaFold 3 glues the name of its transformer to the names of the projections.
     """
