@@ -31,13 +31,8 @@ from muonclip_jax._muon.muon import with_adamw
 from muonclip_jax._muon.overrides import ROLE_RULES
 from muonclip_jax._muon.per_head import PER_HEAD_OR_LAYOUT_RULES
 from muonclip_jax._muon.roles.decision import Overrides
-from muonclip_jax._muon.scale_by_muon import ScaleByMuonState
-from muonclip_jax._muon.settings import (
-    UPDATE_RULES,
-    OptimizerSettings,
-    momentum,
-    plain_nesterov,
-)
+from muonclip_jax._muon.scale_by_muon import ScaleByMuonState, momentum, plain_nesterov
+from muonclip_jax._muon.settings import UPDATE_RULES, OptimizerSettings
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import ConsistentRMS, DimensionNumbersOrFn
 from muonclip_jax._program.analysis import Analysis

@@ -26,15 +26,12 @@ from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.routing import Routing, dtype_of, route
 from muonclip_jax._muon.scale_by_muon import (
     ScaleByMuonState,
+    bias_corrected,
+    bias_corrected_nesterov,
     scale_by_direction,
     scale_by_shape,
 )
-from muonclip_jax._muon.settings import (
-    UPDATE_RULES,
-    OptimizerSettings,
-    bias_corrected,
-    bias_corrected_nesterov,
-)
+from muonclip_jax._muon.settings import UPDATE_RULES, OptimizerSettings
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import (
     ConsistentRMS,

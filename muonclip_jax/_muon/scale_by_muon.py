@@ -27,12 +27,7 @@ from muonclip_jax._muon.family.normalize import normalized
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.moments import check_match
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
-from muonclip_jax._muon.settings import (
-    UPDATE_RULES,
-    MuonSettings,
-    bias_corrected,
-    bias_corrected_nesterov,
-)
+from muonclip_jax._muon.settings import UPDATE_RULES, MuonSettings, Weights
 from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
 from muonclip_jax._orthogonalize.matrix_axes import (
@@ -43,7 +38,7 @@ from muonclip_jax._orthogonalize.matrix_axes import (
 )
 from muonclip_jax._orthogonalize.split import Split, splits_of
 from muonclip_jax._sharding import exchange
-from muonclip_jax._sharding.parts import put_together, take_apart
+from muonclip_jax._sharding.parts import map_matrices, put_together, take_apart
 from muonclip_jax._sharding.plan import plan_for
 
 
@@ -169,13 +164,35 @@ def scale_by_direction(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def momentum(beta: jax.Array, t: jax.Array) -> Weights:
+    """M: Kimi K2's direction. Newton-Schulz of the average equals Newton-Schulz of the sum."""
+    del t
+    return jnp.ones_like(beta), None
+
+
+def plain_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
+    """β M + (1 − β) G: Keller Jordan's Nesterov momentum, G + β M with M the sum."""
+    del t
+    return beta, 1 - beta
+
+
+def bias_corrected(beta: jax.Array, t: jax.Array) -> Weights:
+    """M / (1 − β^t): optax's momentum. The factor changes `adaptive` updates only."""
+    return 1 / (1 - beta**t), None
+
+
+def bias_corrected_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
+    """β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t): optax's Nesterov momentum."""
+    return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
+
+
 def _orthogonalized(D: ArrayTree, splits: Sequence[Split], settings: MuonSettings) -> ArrayTree:
     """Orthogonalizes the matrices of all leaves, which stay sharded as they are."""
     parts = take_apart(settings.caller, D, splits, settings.shardings)
     leaves, axes = jax.tree.leaves(parts.tree), parts.axes
     orthogonalize, eps = settings.orthogonalize, settings.eps
     if by := settings.equilibrate:
-        X = [normalized(x, a, by) for x, a in zip(leaves, axes, strict=True)]
+        X = [normalized(by, a, x) for x, a in zip(leaves, axes, strict=True)]
     else:
         X = leaves
     plan = plan_for(settings.caller, parts.tree, axes, parts.shardings, orthogonalize)
@@ -231,17 +248,16 @@ def scale_by_shape(
     _check_shape(locals())
     numbers = with_heads("scale_by_shape", weight_dimension_numbers, per_head)
 
+    def scaled(axes, u):
+        wide = u.astype(accumulator(u.dtype))
+        scale = jnp.asarray(update_scale(*sides(u.shape, axes), consistent_rms), wide.dtype)
+        return (wide * scale).astype(u.dtype)
+
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         updates = jax.tree.map(jnp.asarray, updates)
         splits = splits_of("scale_by_shape", updates, numbers)
-        parts = take_apart("scale_by_shape", updates, splits, {})
-        scaled = []
-        for u, a in zip(jax.tree.leaves(parts.tree), parts.axes, strict=True):
-            wide = u.astype(accumulator(u.dtype))
-            scale = jnp.asarray(update_scale(*sides(u.shape, a), consistent_rms), wide.dtype)
-            scaled.append((wide * scale).astype(u.dtype))
-        return put_together(scaled, updates, splits), state
+        return map_matrices("scale_by_shape", scaled, splits, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 

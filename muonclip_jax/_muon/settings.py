@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from muonclip_jax._common.settings import PRECONDITIONINGS, Rule, choice
@@ -178,28 +177,6 @@ def _sinkhorn_of(
         optax.scale_by_learning_rate(arguments["learning_rate"] if rate is None else rate),
     )
     return with_sharding_of_mu(in_float32(chain))
-
-
-def momentum(beta: jax.Array, t: jax.Array) -> Weights:
-    """M: Kimi K2's direction. Newton-Schulz of the average equals Newton-Schulz of the sum."""
-    del t
-    return jnp.ones_like(beta), None
-
-
-def plain_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
-    """β M + (1 − β) G: Keller Jordan's Nesterov momentum, G + β M with M the sum."""
-    del t
-    return beta, 1 - beta
-
-
-def bias_corrected(beta: jax.Array, t: jax.Array) -> Weights:
-    """M / (1 − β^t): optax's momentum. The factor changes `adaptive` updates only."""
-    return 1 / (1 - beta**t), None
-
-
-def bias_corrected_nesterov(beta: jax.Array, t: jax.Array) -> Weights:
-    """β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t): optax's Nesterov momentum."""
-    return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
 
 
 def newton_schulz_of(

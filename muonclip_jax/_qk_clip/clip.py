@@ -25,12 +25,11 @@ from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._head_layouts.head_layout import HeadLayout, layouts_of
 from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
 from muonclip_jax._program.analysis import Analysis
-from muonclip_jax._qk_clip.attention_module import AttentionModule
 from muonclip_jax._qk_clip.by_analysis import ClippedSite, clipped_sites, site_factors
 from muonclip_jax._qk_clip.errors import check_matching
-from muonclip_jax._qk_clip.head_factors import query_and_key_factors
-from muonclip_jax._qk_clip.info import QKClipInfo, clip_info, is_nonfinite
-from muonclip_jax._qk_clip.matching import match
+from muonclip_jax._qk_clip.head_factors import gamma_of, query_and_key_factors
+from muonclip_jax._qk_clip.info import QKClipInfo, clip_info
+from muonclip_jax._qk_clip.matching import AttentionModule, match
 from muonclip_jax._qk_clip.module_faults import fits
 from muonclip_jax._qk_clip.one_reduction import Sown, maxima_over_batch
 
@@ -115,7 +114,7 @@ def qk_clip(
         Sown(one.name, entry, one.stat_axes) for one in clipped for entry in one.max_logits
     )
     # Unsharded, or XLA propagates the sharding of one kernel to another through their gamma.
-    gamma = {name: unsharded(_gamma(s_h, threshold, where)) for name, s_h in s.items()}
+    gamma = {name: unsharded(gamma_of(s_h, threshold, where)) for name, s_h in s.items()}
     leaves, treedef = jax.tree.flatten(params)
     for one in clipped:
         rules = gamma[one.name], alpha, shared_key
@@ -126,21 +125,6 @@ def qk_clip(
     bounds = sum(one.is_bound for one in clipped)
     counts = {"skipped_modules": skipped, "bound_modules": bounds}
     return treedef.unflatten(leaves), clip_info(s, gamma, ever_clipped, **counts)
-
-
-def _gamma(
-    s: Float[Array, "*stack heads"], threshold: Scalar, where: bool | Bool[Array, ""]
-) -> Float[Array, "*stack heads"]:
-    """Computes γ = τ / S if S is finite and exceeds τ, otherwise exactly 1.
-
-    min(1, τ / S) alone is negative for a negative S, and 0 for an infinite one.
-    """
-    tau = jnp.asarray(threshold, jnp.float32)
-    exceeds = (s > tau) & ~is_nonfinite(s) & where
-    # Both sides are 1 where unused, so that nothing there divides by zero or infinity.
-    ratio = jnp.where(exceeds, tau, 1) / jnp.where(exceeds, s, 1)
-    # The smallest normal number: a head cannot recover from weights that a gamma of 0 scaled.
-    return jnp.where(exceeds, jnp.maximum(ratio, jnp.finfo(jnp.float32).tiny), 1)
 
 
 def _module_factors(

@@ -5,8 +5,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
-from muonclip_jax._qk_clip.attention_module import Path
-from muonclip_jax._qk_clip.matching import Matching, key_of
+from muonclip_jax._qk_clip.matching import Matching, Path, key_of
 from muonclip_jax._qk_clip.module_faults import Fault, module_faults
 from muonclip_jax._qk_clip.proposals import hint, proposal
 

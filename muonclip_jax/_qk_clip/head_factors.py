@@ -1,9 +1,29 @@
-"""How γ, the factor on the logits of a head, is distributed between its queries and its keys."""
+"""γ, the factor on the logits of a head, and its distribution between queries and keys."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from muonclip_jax._common.types import Scalar
+
+
+def gamma_of(
+    s: Float[Array, "*stack heads"], threshold: Scalar, where: bool | Bool[Array, ""]
+) -> Float[Array, "*stack heads"]:
+    """Computes γ = τ / S if S is finite and exceeds τ, otherwise exactly 1.
+
+    min(1, τ / S) alone is negative for a negative S, and 0 for an infinite one.
+    """
+    tau = jnp.asarray(threshold, jnp.float32)
+    exceeds = (s > tau) & ~is_nonfinite(s) & where
+    # Both sides are 1 where unused, so that nothing there divides by zero or infinity.
+    ratio = jnp.where(exceeds, tau, 1) / jnp.where(exceeds, s, 1)
+    # The smallest normal number: a head cannot recover from weights that a gamma of 0 scaled.
+    return jnp.where(exceeds, jnp.maximum(ratio, jnp.finfo(jnp.float32).tiny), 1)
+
+
+def is_nonfinite(s: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """Marks NaN and +inf, which show nothing about the weights; -inf is a fully masked head."""
+    return jnp.isnan(s) | (s == jnp.inf)
 
 
 def power(gamma: Float[Array, "..."], exponent: Scalar) -> Float[Array, "..."]:

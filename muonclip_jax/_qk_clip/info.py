@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from muonclip_jax._qk_clip.head_factors import is_nonfinite
+
 _PER_HEAD = ("max_logits", "gamma")
 # A clip puts a head at the threshold, and one update moves a logit by a few percent.
 _STUCK = 1.1
@@ -87,11 +89,6 @@ def clip_info(
         bound_modules=jnp.int32(bound_modules),
         stuck_heads=stuck,
     )
-
-
-def is_nonfinite(s: Float[Array, "..."]) -> Bool[Array, "..."]:
-    """Marks NaN and +inf, which show nothing about the weights; -inf is a fully masked head."""
-    return jnp.isnan(s) | (s == jnp.inf)
 
 
 def qk_clip_metrics(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from muonclip_jax._head_layouts.module_names import letters, words
-from muonclip_jax._qk_clip.attention_module import AttentionModule, Path
+from muonclip_jax._qk_clip.matching import AttentionModule, Path
 
 _IF_ADAPTERS = "Pass all parameters: a clip of adapters alone cannot keep the logits down."
 _IF_UNKNOWN = (

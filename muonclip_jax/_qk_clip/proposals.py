@@ -11,8 +11,7 @@ import numpy as np
 from muonclip_jax._head_layouts.head_layout import HeadLayout
 from muonclip_jax._head_layouts.module_names import letters, names_keys_and_values, normalizes
 from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
-from muonclip_jax._qk_clip.attention_module import AttentionModule, Path
-from muonclip_jax._qk_clip.matching import Matching, attention_module
+from muonclip_jax._qk_clip.matching import AttentionModule, Matching, Path, attention_module
 from muonclip_jax._qk_clip.module_faults import fits
 
 _PATTERNS = (

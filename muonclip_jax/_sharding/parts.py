@@ -7,7 +7,7 @@ that each device keeps its shard: the heads are sharded, and nothing is sent.
 import collections
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +97,29 @@ def put_together(
         joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts, split.axis)
         together.append(_reshaped(joined, x.shape, jax.typeof(x).sharding))
     return structure.unflatten(together)
+
+
+def map_matrices(
+    caller: str, fn: Callable[..., jax.Array], splits: Sequence[Split], *trees: ArrayTree
+) -> ArrayTree:
+    """Maps a function over the arrays of matrices of pytrees of equal shapes.
+
+    Args:
+      caller: Name of the public function that was called.
+      fn: Maps the axes of an array and the array of each pytree to an array of the same shape.
+      splits: How each leaf is split.
+      *trees: Arrays.
+
+    Returns:
+      The pytree of the results, sharded as the first.
+
+    Raises:
+      ValueError: if shards cut through the parts of a leaf, with its path.
+    """
+    first, *others = (take_apart(caller, tree, splits, {}) for tree in trees)
+    arrays = [jax.tree.leaves(parts.tree) for parts in (first, *others)]
+    found = [fn(axes, *xs) for axes, *xs in zip(first.axes, *arrays, strict=True)]
+    return put_together(found, trees[0], splits)
 
 
 def _paths(name: str, split: Split) -> list[str]:

@@ -9,6 +9,7 @@ With X a matrix n_in x n_out, X_i what it has of one input and X_j of one output
 Source: arXiv 2603.28254 (MuonEq), arXiv 2602.21545 (Muon+).
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
 from muonclip_jax._orthogonalize.matrix_axes import Axes, DimensionNumbersOrFn, sides
 from muonclip_jax._orthogonalize.split import splits_of
-from muonclip_jax._sharding.parts import put_together, take_apart
+from muonclip_jax._sharding.parts import map_matrices
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
@@ -76,27 +77,25 @@ def normalize_matrices(
         del params, extra_args
         updates = jax.tree.map(jnp.asarray, updates)
         splits = splits_of("normalize_matrices", updates, numbers)
-        parts = take_apart("normalize_matrices", updates, splits, {})
-        leaves = jax.tree.leaves(parts.tree)
-        found = [normalized(x, axes, by) for x, axes in zip(leaves, parts.axes, strict=True)]
-        return put_together(found, updates, splits), state
+        by_norm = functools.partial(normalized, by)
+        return map_matrices("normalize_matrices", by_norm, splits, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
-def normalized(x: jax.Array, axes: Axes, by: str) -> jax.Array:
+def normalized(by: str, axes: Axes, x: jax.Array) -> jax.Array:
     """Normalizes the matrices of a leaf.
 
     Args:
-      x: Leaf.
-      axes: Its axes.
       by: See `normalize_matrices`.
+      axes: Axes of the leaf.
+      x: Leaf.
 
     Returns:
       An array of the shape and dtype of `x`, sharded as it.
 
     Example:
-      >>> normalized(jnp.array([[3.0, 0.0]]), Axes((), (0,), (1,)), "matrix").tolist()
+      >>> normalized("matrix", Axes((), (0,), (1,)), jnp.array([[3.0, 0.0]])).tolist()
       [[1.0, 0.0]]
     """
     summed = {

@@ -24,7 +24,7 @@ from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
 from muonclip_jax._orthogonalize.matrix_axes import Axes, DimensionNumbersOrFn
 from muonclip_jax._orthogonalize.split import Split, splits_of
-from muonclip_jax._sharding.parts import put_together, take_apart
+from muonclip_jax._sharding.parts import map_matrices
 
 NEURON_EPS = 1e-10  # ε of `muon`
 
@@ -152,15 +152,12 @@ def _scaled(O: jax.Array, v: jax.Array, eps: Scalar) -> jax.Array:  # noqa: E741
 
 def _with_norms_of(O: ArrayTree, scaled: ArrayTree, splits: list[Split]) -> ArrayTree:  # noqa: E741
     """Ô ‖O‖_F / ‖Ô‖_F of every matrix."""
-    before = take_apart("normalize_neurons", O, splits, {})
-    after = take_apart("normalize_neurons", scaled, splits, {})
-    found = []
-    for o, x, axes in zip(
-        jax.tree.leaves(before.tree), jax.tree.leaves(after.tree), before.axes, strict=True
-    ):
+
+    def with_norm(axes, o, x):
         norm = _norm(x, axes)
-        found.append(x * (_norm(o, axes) / jnp.where(norm == 0, 1, norm)).astype(x.dtype))
-    return put_together(found, O, splits)
+        return x * (_norm(o, axes) / jnp.where(norm == 0, 1, norm)).astype(x.dtype)
+
+    return map_matrices("normalize_neurons", with_norm, splits, O, scaled)
 
 
 def _norm(X: jax.Array, axes: Axes) -> jax.Array:
