@@ -146,16 +146,16 @@ class _Clip:
         def loss_and_stats(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
             graph, params, others = nnx.split(model, nnx.Param, ...)
 
-            def loss(params: nnx.State) -> Any:
+            def loss(params: Any, others: Any) -> Any:
                 copied = nnx.merge(graph, params, others)
                 out = loss_fn(copied, *args, **kwargs)
                 out, aux = out if has_aux else (out, None)
                 return out, (aux, nnx.state(copied, nnx.Not(nnx.Param)))
 
             function = mc.with_max_logits(loss, expect=self.expect, has_aux=True)
-            out, ((aux, others), stats) = function(params)
+            out, ((aux, others), stats) = function(params, others)
             nnx.update(model, others)
-            layout = mc.analyze(lambda params: loss(params)[0], params)
+            layout = mc.analyze(loss, params, others)
             clip = functools.partial(mc.qk_clip, layout=layout, **self.options)
             jax.eval_shape(clip, params, stats)  # what cannot be clipped raises before an update
             self.qk_clip = jax.jit(clip)
