@@ -47,8 +47,8 @@ def add_qk_clip(
 
     It works for `PeftTrainer` and the trainers that inherit its train step: `DPOTrainer`,
     `DistillationTrainer`, and the `Trainer` of reinforcement learning, which is
-    `rl_cluster.actor_trainer`. Call it before training. The model is not changed: its max logits are
-    read from the program of the loss, and so are the kernels of queries and keys.
+    `rl_cluster.actor_trainer`. Call it before training. The model is not changed: its max logits
+    are read from the program of the loss, and so are the kernels of queries and keys.
 
     With `gradient_accumulation_steps`, the clip runs once per update, on the largest logits of all
     its micro-batches. The scalars of `mc.qk_clip_metrics` are logged beside the loss, as
@@ -98,17 +98,17 @@ def _checked(trainer: Any, threshold: float) -> Any:
         except importlib.metadata.PackageNotFoundError:
             version = "no version"
         raise TypeError(
-            f"add_qk_clip: {type(trainer).__name__} has no {', '.join(missing)}. Expected a trainer "
-            f"like PeftTrainer of google-tunix {_RUN_WITH}, installed is {version}. Install "
-            f"google-tunix=={_RUN_WITH}, or call mc.with_max_logits and mc.qk_clip in a loop of "
-            "your own."
+            f"add_qk_clip: {type(trainer).__name__} has no {', '.join(missing)}. Expected a "
+            f"trainer like PeftTrainer of google-tunix {_RUN_WITH}, installed is {version}. "
+            f"Install google-tunix=={_RUN_WITH}, or call mc.with_max_logits and mc.qk_clip in a "
+            "loop of your own."
         )
     if trainer._lora_enabled and threshold != math.inf:
         raise ValueError(
             "add_qk_clip: the model has LoRA parameters, and tunix trains and saves only them. A "
             "clip scales the frozen kernels of queries and keys, so that adapters restored from a "
-            "checkpoint would not fit. Train without QK-clip, or pass threshold=math.inf to log the "
-            "max logits."
+            "checkpoint would not fit. Train without QK-clip, or pass threshold=math.inf to log "
+            "the max logits."
         )
     return trainer
 

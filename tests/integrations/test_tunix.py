@@ -170,7 +170,7 @@ def test_what_cannot_be_clipped_raises_before_an_update():
 def test_a_trainer_of_another_version_raises():
     trainer = Trainer(Llama(), optax.sgd(0.0))
     del trainer._iter_steps
-    with pytest.raises(TypeError, match="Trainer has no _iter_steps. Expected a trainer like"):
+    with pytest.raises(TypeError, match=r"Trainer has no _iter_steps\. Expected a trainer like"):
         add_qk_clip(trainer)
     trainer = Trainer(Llama(), optax.sgd(0.0))
     trainer.create_train_step_fn = lambda: lambda state, batch: None
@@ -192,5 +192,5 @@ def test_the_number_of_attentions_is_needed_and_checked():
     with pytest.raises(ValueError, match="found 1 attentions, expected expect=2"):
         trainer.train(TOKENS[0])
     del model.config
-    with pytest.raises(ValueError, match="Llama has no config.num_layers. Pass expect="):
+    with pytest.raises(ValueError, match=r"Llama has no config\.num_layers\. Pass expect="):
         add_qk_clip(Trainer(model, optax.sgd(0.0)))
