@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,8 @@ SCALARS = []
 
 def make(steps=20, tx=None, clip=True, model=None, batch=BATCH, threshold=TAU, **settings):
     clip_or_not = {"trainstep": QKClipTrainStep(threshold=threshold)} if clip else {}
-    settings = {"init_transform": Loud(), "examples": 32 * BATCH} | clip_or_not | settings
+    defaults = {"workdir": tempfile.mkdtemp(), "init_transform": Loud(), "examples": 32 * BATCH}
+    settings = defaults | clip_or_not | settings
     examples = rows(settings.pop("examples"))
     return kd.train.Trainer(
         seed=0,
