@@ -110,7 +110,7 @@ def max_logits(model, params, tokens, monkeypatch):
     with monkeypatch.context() as patch, jax.disable_jit():
         record = lambda *a, **k: seen.append(rope(*a, **k)) or seen[-1]  # noqa: E731
         patch.setattr(positional, "apply_rope", record)
-        model.apply({"params": params}, tokens)
+        model.apply({"params": params}, jnp.asarray(tokens))
     found = []
     for query, key in zip(seen[::2], seen[1::2], strict=True):
         query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
