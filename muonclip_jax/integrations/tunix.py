@@ -80,14 +80,16 @@ def add_qk_clip(
     References:
       Kimi K2, arXiv 2507.20534, algorithm 1. google/tunix, `tunix/sft/peft_trainer.py`.
     """
-    clip = _Clip(_checked(trainer, threshold), threshold, alpha, shared_key, expect)
-    trainer.create_train_step_fn = lambda: clip.train_step
-    trainer._post_process_train_step = clip.after_step
-    trainer.clear_jit_cache()
+    hooked: Any = trainer
+    _check(hooked, threshold)
+    clip = _Clip(hooked, threshold, alpha, shared_key, expect)
+    hooked.create_train_step_fn = lambda: clip.train_step
+    hooked._post_process_train_step = clip.after_step
+    hooked.clear_jit_cache()
     return trainer
 
 
-def _checked(trainer: Any, threshold: float) -> Any:
+def _check(trainer: Any, threshold: float) -> None:
     """Raises if the clip cannot work in a trainer."""
     missing = [name for name in _HOOKS if not hasattr(trainer, name)]
     if not missing and list(inspect.signature(trainer.create_train_step_fn()).parameters) != _STEP:
@@ -110,7 +112,6 @@ def _checked(trainer: Any, threshold: float) -> Any:
             "checkpoint would not fit. Train without QK-clip, or pass threshold=math.inf to log "
             "the max logits."
         )
-    return trainer
 
 
 class _Clip:
@@ -128,7 +129,7 @@ class _Clip:
         self.expect = _number_of_attentions(trainer.model) if expect is None else expect
         self.post_process: Callable[[Any], None] = trainer._post_process_train_step
         self.max_logits: Any = None
-        self.qk_clip: Callable[..., Any] | None = None
+        self.qk_clip: Any = None  # known when the loss is traced
 
     def train_step(self, model: nnx.Module, optimizer: nnx.Optimizer, inputs: Any) -> Any:
         """Runs the train step of the trainer with a loss that returns the max logits too."""

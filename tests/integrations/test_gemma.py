@@ -138,7 +138,7 @@ def max_logits(params, tokens):
     return np.where(np.tri(LENGTH, dtype=bool), logits, -np.inf).max((2, 3))
 
 
-def load(monkeypatch, train_step=TrainStep):
+def load(monkeypatch, train_step: Any = TrainStep):
     """Imports the integration with a kauldron of our own."""
     replicated = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kd = types.SimpleNamespace(

@@ -2,6 +2,7 @@
 
 import math
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,8 @@ class Trainer:
     def __init__(self, model, tx, micro_batches=None, lora=False):
         self.model = model
         self.config = types.SimpleNamespace(gradient_accumulation_steps=micro_batches)
-        tx = optax.MultiSteps(tx, micro_batches) if micro_batches else tx
-        self.optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        steps: Any = optax.MultiSteps(tx, micro_batches) if micro_batches else tx
+        self.optimizer = nnx.Optimizer(model, steps, wrt=nnx.Param)
         self.loss_fn, self._has_aux, self._lora_enabled = loss_fn, True, lora
         self._iter_steps, self._buffered_train_metrics, self.aux = 0, None, []
 

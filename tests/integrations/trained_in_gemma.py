@@ -101,7 +101,8 @@ def train(trainer):
     SCALARS.clear()
     state, _ = trainer.train()
     logged = {name: np.array([step[name] for step in SCALARS]) for name in SCALARS[0]}
-    return state, logged["losses/xentropy"], logged.get("metrics/qk_clip/max_logit"), logged
+    largest = logged.get("metrics/qk_clip/max_logit", np.zeros(0))
+    return state, logged["losses/xentropy"], largest, logged
 
 
 def max_logits(model, params, tokens, monkeypatch):
@@ -158,13 +159,12 @@ def test_values_and_weights_below_the_threshold_keep_their_bits():
     trainer = make(2, optax.sgd(0.0), threshold=1e4)
     state, *_ = train(trainer)
     jax.tree.map(np.testing.assert_array_equal, state.params, trainer.init_state().params)
-    trainer = make(2, optax.sgd(0.0))
+    trainer = make(2, optax.sgd(0.0), model=tiny_model(kv_heads=4))
     state, *_ = train(trainer)
-    for name, layer in trainer.init_state().params.items():
-        if name.startswith("layer"):
-            new, old = state.params[name]["attn"], layer["attn"]
-            assert not np.array_equal(new["kv_einsum"]["w"][0], old["kv_einsum"]["w"][0])
-            np.testing.assert_array_equal(new["kv_einsum"]["w"][1], old["kv_einsum"]["w"][1])
+    new, old = (s.params["layer_0"]["attn"] for s in (state, trainer.init_state()))
+    for changed, kept in zip(new["qkv_einsum"]["w"][:2], old["qkv_einsum"]["w"][:2], strict=True):
+        assert not np.array_equal(changed, kept)
+    np.testing.assert_array_equal(new["qkv_einsum"]["w"][2], old["qkv_einsum"]["w"][2])
 
 
 def test_roles_equal_the_golden_table():
@@ -182,18 +182,18 @@ def test_roles_equal_the_golden_table():
 
 def test_micro_batches_are_clipped_once_by_their_largest_logit():
     # SGD: Muon would amplify the rounding of the sum of gradients.
-    one, _, largest, _ = train(make(4, optax.sgd(0.1)))
-    tx = optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation()
-    four, _, found, logged = train(make(16, tx, batch=BATCH // 4))
-    np.testing.assert_allclose(found.reshape(4, 4)[:, -1], largest, rtol=1e-4)
-    gammas = logged["metrics/qk_clip/min_gamma"].reshape(4, 4)
+    whole, _, largest, _ = train(make(4, optax.sgd(0.1)))
+    tx = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    parts, _, found, logged = train(make(8, tx, batch=BATCH // 2))
+    np.testing.assert_allclose(found[1::2], largest, rtol=1e-4)
+    gammas = logged["metrics/qk_clip/min_gamma"]
     assert largest[0] > 1.2 * TAU
-    assert (gammas[:, :-1] == 1).all()
-    assert gammas[0, -1] < 1
+    assert (gammas[::2] == 1).all()
+    assert gammas[1] < 1
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-        four.params,
-        one.params,
+        parts.params,
+        whole.params,
     )
 
 
@@ -205,13 +205,13 @@ def test_a_run_that_is_resumed_equals_one_that_is_not(tmp_path, micro_batches):
         tx = tx if micro_batches == 1 else optax.MultiSteps(tx, 2).gradient_transformation()
         # One batch: this data pipeline starts from the beginning.
         trainer = make(steps, tx, examples=BATCH, checkpointer=checkpointer, workdir=folder)
-        return train(trainer)
+        return train(trainer)[1:3]
 
-    _, *straight = run(8, tmp_path / "a")
+    straight = run(8, tmp_path / "a")
     run(6, tmp_path / "b")
-    _, *resumed = run(8, tmp_path / "b")
+    resumed = run(8, tmp_path / "b")
     assert len(resumed[0]) == 3  # from the checkpoint before the sixth step
-    np.testing.assert_allclose(resumed[:2], np.array(straight[:2])[:, 5:], rtol=1e-5)
+    np.testing.assert_allclose(resumed, np.array(straight)[:, 5:], rtol=1e-5)
 
 
 def losses_and_logits(**settings):

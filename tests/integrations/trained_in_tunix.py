@@ -13,7 +13,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax import checkpoint as ocp
 from tunix.distillation import distillation_trainer, strategies
+from tunix.models.gemma import model as gemma
 from tunix.models.llama3 import model as llama3
+from tunix.models.qwen2 import model as qwen2
+from tunix.models.qwen3 import model as qwen3
 from tunix.rl import trainer as rl_trainer
 from tunix.sft import peft_trainer
 from tunix.sft.dpo import dpo_trainer
@@ -26,20 +29,29 @@ jax.config.update("jax_numpy_rank_promotion", "allow")  # the models need it
 LAYERS, VOCAB, LENGTH, BATCH, TAU = 2, 96, 32, 16, 2.0
 
 
+SIZES = {
+    "num_layers": LAYERS,
+    "embed_dim": 64,
+    "hidden_dim": 128,
+    "num_heads": 4,
+    "head_dim": 16,
+    "num_kv_heads": 2,
+}
+QWEN = {"vocab_size": VOCAB, "rope_theta": 10_000, "norm_eps": 1e-5}
+GEMMA = {
+    "num_embed": VOCAB,
+    "final_logit_softcap": 30.0,
+    "attn_logits_soft_cap": 50.0,
+    "use_post_attn_norm": True,
+    "use_post_ffw_norm": True,
+    "attention_types": (gemma.AttentionType.LOCAL_SLIDING, gemma.AttentionType.GLOBAL),
+    "sliding_window_size": 16,
+}
+
+
 def tiny_model(loud=True, **settings):
     """A Llama 3; its max logits begin above the threshold if its queries and keys are loud."""
-    config = llama3.ModelConfig(
-        num_layers=LAYERS,
-        vocab_size=VOCAB,
-        embed_dim=64,
-        hidden_dim=128,
-        num_heads=4,
-        head_dim=16,
-        num_kv_heads=2,
-        rope_theta=10_000,
-        norm_eps=1e-5,
-        **settings,
-    )
+    config = llama3.ModelConfig(**SIZES, **QWEN, **settings)
     model = llama3.Llama3(config, rngs=nnx.Rngs(0))
     for layer in model.layers if loud else []:
         for weights in (layer.attn.q_proj.w, layer.attn.k_proj.w):
@@ -47,29 +59,29 @@ def tiny_model(loud=True, **settings):
     return model
 
 
-def rows(count, seed=0):
+def rows(count, seed=0, length=LENGTH):
     """Counts in steps of 1 to 3."""
     rng = np.random.default_rng(seed)
     first, by = rng.integers(VOCAB, size=(count, 1)), rng.integers(1, 4, size=(count, 1))
-    return ((first + by * np.arange(LENGTH)) % VOCAB).astype(np.int32)
+    return ((first + by * np.arange(length)) % VOCAB).astype(np.int32)
 
 
-def batches(count, size=BATCH):
-    for tokens in rows(count * size).reshape(count, size, LENGTH):
+def batches(count, size=BATCH, length=LENGTH):
+    for tokens in rows(count * size, length=length).reshape(count, size, length):
         yield peft_trainer.TrainingInput(input_tokens=tokens, input_mask=np.ones_like(tokens, bool))
 
 
 def inputs(example):
-    size = len(example.input_tokens)
+    size, length = example.input_tokens.shape
     return {
         "input_tokens": example.input_tokens,
         "input_mask": example.input_mask,
-        "positions": jnp.broadcast_to(jnp.arange(LENGTH), (size, LENGTH)),
-        "attention_mask": jnp.broadcast_to(jnp.tri(LENGTH, dtype=bool), (size, LENGTH, LENGTH)),
+        "positions": jnp.broadcast_to(jnp.arange(length), (size, length)),
+        "attention_mask": jnp.broadcast_to(jnp.tri(length, dtype=bool), (size, length, length)),
     }
 
 
-def make(model, tx=None, clip=True, steps=20, threshold=TAU, **settings):
+def make(model, tx=None, *, clip=True, steps=20, threshold=TAU, **settings):
     tx = tx or mc.muon(0.01, consistent_rms=0.2)
     config = peft_trainer.TrainingConfig(max_steps=steps, eval_every_n_steps=1000, **settings)
     trainer = peft_trainer.PeftTrainer(model, tx, config).with_gen_model_input_fn(inputs)
@@ -154,6 +166,39 @@ def two_layers():
     return type(config)(**{f: getattr(config, f) for f in config.__dict__} | {"num_layers": 2})
 
 
+def test_other_models_are_clipped():
+    for model in (
+        qwen2.Qwen2(qwen2.ModelConfig(**SIZES, **QWEN), rngs=nnx.Rngs(0)),
+        gemma.Gemma(gemma.ModelConfig(**SIZES, **GEMMA), rngs=nnx.Rngs(0)),
+        gemma.Gemma(gemma.ModelConfig(**SIZES | {"num_kv_heads": 4}, **GEMMA), rngs=nnx.Rngs(0)),
+    ):
+        tx = optax.sgd(1e-12)
+        trainer = make(model, tx, steps=1, threshold=math.inf)
+        trainer.train(batches(1))
+        largest = float(logged(trainer, "qk_clip/max_logit")[0])
+        trainer = make(model, tx, steps=2 * LAYERS, threshold=largest / 2)
+        trainer.train([*batches(1)] * (2 * LAYERS))
+        np.testing.assert_allclose(
+            logged(trainer, "qk_clip/max_logit")[[0, -1]], [largest, largest / 2], rtol=1e-5
+        )
+
+
+def test_attention_that_cannot_be_clipped_raises():
+    trainer = make(qwen3.Qwen3(qwen3.ModelConfig(**SIZES, **QWEN), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="queries or keys are normalized after their projection"):
+        trainer.train(batches(1))
+    config = qwen2.ModelConfig(
+        **SIZES | {"head_dim": 128},
+        **QWEN,
+        use_flash_attention=True,
+        flash_attention_block_size=128,
+    )
+    with mesh_of_all():
+        trainer = make(qwen2.Qwen2(config, rngs=nnx.Rngs(0)))
+        with pytest.raises(ValueError, match="cannot be read"):
+            trainer.train(batches(1, length=128))
+
+
 @pytest.mark.parametrize("remat", ["BLOCK", "DECODER"])
 def test_rematerialized_layers_train_equally(remat):
     losses = []
@@ -167,10 +212,10 @@ def test_rematerialized_layers_train_equally(remat):
 def test_micro_batches_are_clipped_once_by_their_largest_logit():
     results = []
     for micro_batches in (1, 4):
-        settings = {"gradient_accumulation_steps": micro_batches} if micro_batches > 1 else {}
         # SGD: Muon would amplify the rounding of the sum of gradients.
         model, tx = tiny_model(), optax.sgd(0.1)
-        trainer = make(model, tx, steps=4, **settings)
+        steps = micro_batches if micro_batches > 1 else None
+        trainer = make(model, tx, steps=4, gradient_accumulation_steps=steps)
         trainer.train(batches(4 * micro_batches, BATCH // micro_batches))
         weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         results.append((weights, logged(trainer, "qk_clip/max_logit")))
