@@ -22,11 +22,8 @@ _RUN_WITH = "1.4.4"
 _COLLECTION = "max_logits"
 _OPTIONS = ("threshold", "alpha", "shared_key", "ignore")
 
-if list(inspect.signature(getattr(kd.train.TrainStep, "_step", str)).parameters) != [
-    "self",
-    "state",
-    "batch",
-]:
+_step = getattr(kd.train.TrainStep, "_step", lambda: None)
+if [*inspect.signature(_step).parameters] != ["self", "state", "batch"]:
     raise ImportError(
         "muonclip_jax.integrations.gemma: kd.train.TrainStep has no method _step(state, batch). "
         f"Expected one like that of kauldron {_RUN_WITH}, installed is "
