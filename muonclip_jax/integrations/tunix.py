@@ -9,7 +9,7 @@ import importlib.metadata
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -67,9 +67,9 @@ def add_qk_clip(
     Raises:
       TypeError: if the trainer lacks what the trainers of the known version have.
       ValueError: if only LoRA parameters are trained and the threshold is finite: a clip would
-        change frozen kernels, which tunix does not save. If `expect` is needed. At the first step:
-        if another number of attentions is found, or attention that cannot be read or clipped, such
-        as flash attention and QK-norm.
+        change frozen kernels, which tunix does not save. If `expect` is needed, or the trainer has
+        a clip already. At the first step: if another number of attentions is found, or attention
+        that cannot be read or clipped, such as flash attention and QK-norm.
 
     Example:
       ```
@@ -105,6 +105,8 @@ def _check(trainer: Any, threshold: float) -> None:
             f"Install google-tunix=={_RUN_WITH}, or call mc.with_max_logits and mc.qk_clip in a "
             "loop of your own."
         )
+    if "create_train_step_fn" in vars(trainer):
+        raise ValueError("add_qk_clip: the trainer has a clip already. Call it once.")
     if trainer._lora_enabled and threshold != math.inf:
         raise ValueError(
             "add_qk_clip: the model has LoRA parameters, and tunix trains and saves only them. A "
@@ -112,6 +114,13 @@ def _check(trainer: Any, threshold: float) -> None:
             "checkpoint would not fit. Train without QK-clip, or pass threshold=math.inf to log "
             "the max logits."
         )
+
+
+class _Aux(NamedTuple):
+    """What a loss returns beside its value, and the max logits."""
+
+    aux: Any
+    max_logits: Any
 
 
 class _Clip:
@@ -136,12 +145,16 @@ class _Clip:
         trainer = copy.copy(self.trainer)
         trainer.loss_fn = self.with_max_logits(self.trainer.loss_fn, self.trainer._has_aux)
         trainer._has_aux = True
-        step = type(trainer).create_train_step_fn(trainer)
-        loss, (aux, stats), grad_norm = step(model, optimizer, inputs)
-        return loss, (aux, stats), grad_norm
+        result = type(trainer).create_train_step_fn(trainer)(model, optimizer, inputs)
+        if not isinstance(result[1], _Aux):
+            raise TypeError(
+                f"add_qk_clip: the train step of {type(trainer).__name__} returned no aux of its "
+                "loss_fn. Expected (loss, aux, grad_norm), as PeftTrainer returns them."
+            )
+        return result
 
     def with_max_logits(self, loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-        """Returns a loss of an NNX model that returns `(loss, (aux, max_logits))`."""
+        """Returns a loss of an NNX model that returns `(loss, _Aux)`."""
 
         @functools.wraps(loss_fn)  # `nnx.value_and_grad` reads the names of the arguments
         def loss_and_stats(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
@@ -160,24 +173,24 @@ class _Clip:
             clip = functools.partial(mc.qk_clip, layout=layout, **self.options)
             jax.eval_shape(clip, params, stats)  # what cannot be clipped raises before an update
             self.qk_clip = jax.jit(clip)
-            return out, (aux, stats)
+            return out, _Aux(aux, stats)
 
         return loss_and_stats
 
-    def after_step(self, aux: Any) -> None:
+    def after_step(self, aux: _Aux) -> None:
         """Clips after an update; the trainer calls this after each micro-batch."""
-        aux, stats = aux
-        merged = stats if self.max_logits is None else _merge(self.max_logits, stats)
-        self.max_logits = merged
+        before, now = self.max_logits, aux.max_logits
+        self.max_logits = now if before is None else _merge(before, now)
         trainer = self.trainer
         micro_batches = trainer.config.gradient_accumulation_steps or 1
         if (trainer._iter_steps + 1) % micro_batches == 0:
-            params, info = self.qk_clip(nnx.state(trainer.model, nnx.Param), merged)
+            params = nnx.state(trainer.model, nnx.Param)
+            params, info = self.qk_clip(params, self.max_logits)
             nnx.update(trainer.model, params)
             metrics = {name: ([x], np.max) for name, x in mc.qk_clip_metrics(info).items()}
             trainer._buffered_train_metrics.additional_metrics |= metrics
             self.max_logits = None
-        self.post_process(aux)
+        self.post_process(aux.aux)
 
 
 _merge = jax.jit(mc.merge_max_logits)

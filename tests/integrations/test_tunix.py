@@ -179,6 +179,22 @@ def test_a_trainer_of_another_version_raises():
         add_qk_clip(trainer)
 
 
+def test_a_train_step_of_another_kind_raises():
+    class Other(Trainer):
+        def create_train_step_fn(self):
+            def step(model, optimizer, inputs):
+                loss, _ = self.loss_fn(model, **inputs)
+                return loss, None, 0.0
+
+            return step
+
+    trainer = add_qk_clip(Other(Llama(), optax.sgd(0.0)))
+    with pytest.raises(TypeError, match=r"train step of Other returned no aux of its loss_fn"):
+        trainer.train(TOKENS[0])
+    with pytest.raises(ValueError, match="has a clip already"):
+        add_qk_clip(trainer)
+
+
 def test_lora_raises_unless_nothing_is_clipped():
     trainer = Trainer(Llama(), optax.sgd(0.0), lora=True)
     with pytest.raises(ValueError, match=r"LoRA parameters.*or pass threshold=math.inf"):
