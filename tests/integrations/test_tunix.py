@@ -184,7 +184,7 @@ def test_a_train_step_of_another_kind_raises():
         def create_train_step_fn(self):
             def step(model, optimizer, inputs):
                 loss, _ = self.loss_fn(model, **inputs)
-                return loss, None, 0.0
+                return loss, None, jnp.zeros(())
 
             return step
 
