@@ -10,6 +10,8 @@ python=${FOLDER:-.frameworks}/$framework
 if [[ ! -e $python/bin/python ]]; then
   case $framework in
     maxtext) uv venv --python 3.12 "$python"; uv pip install --python "$python" 'maxtext[tpu]' . ;;
+    tunix) uv venv --python 3.12 "$python"; uv pip install --python "$python" google-tunix . hypothesis ;;
+    gemma) uv venv --python 3.12 "$python"; uv pip install --python "$python" gemma kauldron 'sentencepiece<0.2.2' . hypothesis ;;
     *) echo "unknown framework: $framework" >&2; exit 1 ;;
   esac
   uv pip install --python "$python" pytest

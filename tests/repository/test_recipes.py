@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
-from tests.support.pages import run_page
+from tests.support.pages import OPTIONAL, run_page
 
 PAGE = "recipes.md"
 D, L, N, K, H, F, V, E = 16, 3, 4, 2, 8, 24, 32, 5  # width, layers, heads, key heads, ...
@@ -286,5 +286,14 @@ def test_the_loops_of_the_page_train_and_see_every_head():
     page = run_page(PAGE)
     metrics = page["metrics"]
     assert 4.0 < metrics["loss"] < 7.0  # random bytes: log 256 is 5.5
+    assert math.isfinite(metrics["qk_clip/max_logit"])
+    assert metrics["qk_clip/clipped_heads"] == metrics["qk_clip/skipped_modules"] == 0
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_the_loops_of_other_libraries_train_and_see_every_head(package):
+    pytest.importorskip(package)
+    metrics = run_page(PAGE)[f"{package}_metrics"]
+    assert 4.0 < metrics["loss"] < 7.0
     assert math.isfinite(metrics["qk_clip/max_logit"])
     assert metrics["qk_clip/clipped_heads"] == metrics["qk_clip/skipped_modules"] == 0
