@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 import muonclip_jax as mc
-from muonclip_jax.integrations.gradient_slot import arrived_once, attach, joined
-from muonclip_jax.integrations.levanter_hooks import hooks
+from muonclip_jax.integrations.levanter.framework import hooks
+from muonclip_jax.integrations.levanter.gradient_slot import arrived_once, attach, joined
 
 Attention: Any = hooks.Attention
 
@@ -63,8 +63,8 @@ def _projections(path: str, attention: Any) -> dict[str, Any]:
     for name, layer in layers.items():
         if not isinstance(layer, hooks.Linear):
             raise ValueError(
-                f"MuonClipTrainer: {path}: the {name} projection is {type(layer).__name__}, "
-                "expected haliax.nn.Linear. Set qk_clip_threshold to null to train without the clip."
+                f"MuonClipTrainer: {path}: {name} projection is {type(layer).__name__}, expected "
+                "haliax.nn.Linear. Set qk_clip_threshold to null to train without the clip."
             )
     return layers
 
@@ -164,7 +164,8 @@ def _visible(mask: Any, config: Any, query: Any, batch: tuple[Any, ...]) -> dict
                 sides = (min(radius, sides[0]), 0) if sides else (radius, radius)
             ids = mask.segment_ids
             if ids is not None:
-                ids = tuple(_flat(x, (*batch, position)) for x in ids)
+                names = {"key_position": "position"}
+                ids = tuple(_flat(x.rename(names), (*batch, position)) for x in ids)
             return {"is_causal": mask.is_causal, "local_window_size": sides, "segment_ids": ids}
     key_position = position.alias("key_position")
     mask = hooks.materialize_mask(mask, position, key_position)

@@ -43,7 +43,9 @@ def _forward(query: Array, slot: Slot, s: Array) -> tuple[Array, tuple[Slot, Arr
 
 def _backward(kept: tuple[Slot, Array], cotangent: Array) -> tuple[Array, Slot, None]:
     (value, count), s = kept
-    return cotangent, (s.astype(value.dtype), jnp.ones_like(count)), None
+    # The 1 is made of the statistic: under jax.vmap, whatever sums one sums the other.
+    one = jnp.where(jnp.isnan(s), 1, 1).astype(count.dtype)
+    return cotangent, (s.astype(value.dtype), one), None
 
 
 attach.defvjp(_forward, _backward)

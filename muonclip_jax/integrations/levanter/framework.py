@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from muonclip_jax.integrations.hooks import required
+from muonclip_jax.integrations.levanter.required import required
 
 hooks: Any = required(
     "marin-levanter",

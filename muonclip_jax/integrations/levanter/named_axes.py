@@ -87,11 +87,12 @@ def _names(axes: Any) -> tuple[str, ...]:
 def _stacks(tree: Any) -> Iterator[str]:
     """Yields the names of the axes that stack layers: `Block` of `Stacked`."""
 
+    yield from _names(getattr(tree, "Block", ()))
+
     def is_stack(node: Any) -> bool:
         return node is not tree and hasattr(node, "Block")
 
     for node in filter(is_stack, jax.tree.leaves(tree, is_leaf=is_stack)):
-        yield from _names(node.Block)
         yield from _stacks(node)
 
 
