@@ -86,7 +86,6 @@ def _names(axes: Any) -> tuple[str, ...]:
 
 def _stacks(tree: Any) -> Iterator[str]:
     """Yields the names of the axes that stack layers: `Block` of `Stacked`."""
-
     yield from _names(getattr(tree, "Block", ()))
 
     def is_stack(node: Any) -> bool:
