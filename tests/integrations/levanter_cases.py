@@ -6,7 +6,6 @@ One line is: model | path of the layer | parameter | axes | layer and its axes |
 import dataclasses
 import functools
 import pathlib
-import types
 import warnings
 
 import jax
@@ -119,7 +118,7 @@ def stand_in(golden):
 
 def parsed(attributes):
     sized = {k: tuple(Axis(n, 0) for n in v.split(",") if n) for k, v in attributes.items()}
-    if "groups" in attributes:
-        sized["groups"] = int(attributes["groups"])
-        sized["In"] = types.SimpleNamespace(name=attributes["In"], size=sized["groups"])
-    return sized
+    if "groups" not in attributes:
+        return sized
+    groups = int(attributes["groups"])  # a depthwise convolution has as many as inputs
+    return {**sized, "groups": groups, "In": Axis(attributes["In"], groups)}

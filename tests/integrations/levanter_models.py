@@ -29,6 +29,7 @@ MODELS = {
         num_layers=2, max_seq_len=LENGTH, hyena=HyenaConfig(hidden_dim=32, max_seq_len=LENGTH)
     ),
     "llama": LlamaConfig(**GROUPED),
+    "llama_unscanned": LlamaConfig(**GROUPED, scan_layers=False),
     "mistral": MistralConfig(**GROUPED),
     "mixtral": MixtralConfig(**GROUPED, n_routed_experts=3, num_experts_per_tok=2),
     "olmo2": Olmo2Config(**GROUPED),

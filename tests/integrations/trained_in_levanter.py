@@ -5,6 +5,7 @@ one, for comparison.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -83,13 +84,11 @@ class Log(Tracker):
 def batches(skip=0, constant=False):
     """Sequences that count up by 1, 2 or 3."""
     Batch, Pos = hax.Axis("batch", BATCH), hax.Axis("position", LENGTH)
-    rng = np.random.default_rng(0)
-    for index in range(10**6):
-        if not (constant and index):
-            start, by = rng.integers(VOCAB, size=(BATCH, 1)), rng.integers(1, 4, size=(BATCH, 1))
-            tokens = jnp.asarray((start + by * np.arange(LENGTH)) % VOCAB, jnp.int32)
-        if index >= skip:
-            yield hax.vmap(LmExample.causal, Batch)(hax.named(tokens, (Batch, Pos)))
+    for index in itertools.count(skip):
+        rng = np.random.default_rng(0 if constant else index)
+        start, by = rng.integers(VOCAB, size=(BATCH, 1)), rng.integers(1, 4, size=(BATCH, 1))
+        tokens = jnp.asarray((start + by * np.arange(LENGTH)) % VOCAB, jnp.int32)
+        yield hax.vmap(LmExample.causal, Batch)(hax.named(tokens, (Batch, Pos)))
 
 
 def next_token_loss(model, example, *, key=None):
@@ -166,9 +165,9 @@ def llama(tmp_path_factory):
         return folder, *train(trainer_of(folder))
 
 
-def max_logits_by_hand(model, example, layer=0):
-    """The max logits of the first layer of a Llama with scanned layers, in float64."""
-    first = jax.tree.map(lambda x: x[layer], model.transformer.layers.stacked)
+def max_logits_by_hand(model, example):
+    """The max logits of the first layer of a Llama, in float64."""
+    first = model.transformer.layers.get_layer(0)
     x = model.embeddings.embed(example.tokens)
     query, key, _ = first.self_attn._compute_qkv(first.input_layernorm(x), key=None)
     return masked_maximum(query, key, example.attn_mask)
@@ -227,8 +226,8 @@ def test_the_clip_reaches_the_threshold(tmp_path):
     assert largest[-1] <= TAU * (1 + 1e-5)
 
 
-def test_mixtral_trains_and_is_clipped(tmp_path):
-    _, losses, log = train(trainer_of(tmp_path), "mixtral")
+def test_qwen_with_biases_trains_and_is_clipped(tmp_path):
+    _, losses, log = train(trainer_of(tmp_path), "qwen")
     largest = log.series("qk_clip/max_logit")
     assert losses[-1] < 0.8 * losses[0]
     assert largest[0] > 10 * TAU
@@ -397,6 +396,15 @@ def test_micro_batches_equal_one_batch(whole, tmp_path):
     assert (slot.count.array == 1).all()
     by_hand = max_logits_by_hand(loud(build("llama")), next(batches()))
     np.testing.assert_allclose(slot.value.array[0], by_hand, rtol=1e-5)
+
+
+def test_layers_without_a_scan_have_slots_of_their_own(tmp_path):
+    _, _, metrics = gradients(trainer_of(tmp_path), "llama_unscanned")
+    first, second = metrics["qk_clip_slots"]
+    by_hand = max_logits_by_hand(loud(build("llama_unscanned")), next(batches()))
+    np.testing.assert_allclose(first.value.array, by_hand, rtol=1e-5)
+    assert (first.count.array == 1).all()
+    assert (second.count.array == 1).all()
 
 
 def test_slots_stay_out_of_gradients_and_the_optimizer(whole, tmp_path):
