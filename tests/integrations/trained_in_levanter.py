@@ -449,6 +449,7 @@ def masks():
         "segments of keys": causal.with_segment_ids(ids, ids.rename({"position": "key_position"})),
         "explicit": AttentionMask.explicit(pairs),
         "array": pairs,
+        "array of the batch": pairs.broadcast_axis(Batch),
         "causal and explicit": causal & AttentionMask.explicit(pairs),
     }
 
@@ -565,7 +566,7 @@ def test_normalized_queries_can_be_watched(tmp_path):
 
 
 def test_a_model_without_levanters_attention_raises(tmp_path):
-    with pytest.raises(ValueError, match=r"Gpt2LMHeadModel has no levanter\.layers\.attention"):
+    with pytest.raises(ValueError, match=r"stacked/attn \(Gpt2Attention\): not a levanter"):
         train(trainer_of(tmp_path), "gpt2", stop=1)
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,17 +45,31 @@ def _is_attention(node: Any) -> bool:
 
 
 def attentions(model: Any) -> list[tuple[str, Any]]:
-    """Lists the attention modules of a model with their paths."""
-    nodes = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_attention)
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    found = [(name(path), node) for path, node in nodes if _is_attention(node)]
-    if not found:
+    """Lists the attention modules of a model with their paths.
+
+    Raises:
+      ValueError: if there are none, or others, whose max logits are not known.
+    """
+    found = _nodes(model, _is_attention)
+    others = [
+        f"{path} ({type(node).__name__})"
+        for path, node in _nodes(model, lambda x: type(x).__name__.endswith("Attention"))
+        if not _nodes(node, _is_attention)
+    ]
+    if others or not found:
+        what = f"{', '.join(others)}: not a" if others else f"{type(model).__name__} has no"
         raise ValueError(
-            f"MuonClipTrainer: {type(model).__name__} has no levanter.layers.attention.Attention, "
-            "from which the max logits come. Set qk_clip_threshold to null to train without the "
-            "clip."
+            f"MuonClipTrainer: {what} levanter.layers.attention.Attention, from which the max "
+            "logits come. Set qk_clip_threshold to null to train without the clip."
         )
     return found
+
+
+def _nodes(tree: Any, is_wanted: Callable[[Any], bool]) -> list[tuple[str, Any]]:
+    """Lists nodes of a pytree with their paths."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_wanted)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return [(name(path), node) for path, node in nodes if is_wanted(node)]
 
 
 def _projections(path: str, attention: Any) -> dict[str, Any]:
@@ -172,15 +187,18 @@ def _visible(mask: Any, config: Any, query: Any, batch: tuple[Any, ...]) -> dict
     if mask is None:
         return {}
     heads = (query.resolve_axis("kv_head"), query.resolve_axis("q_heads_per_group"))
-    axes = (*batch, *heads, position, key_position)
-    shape = (-1, heads[0].size * heads[1].size, position.size, key_position.size)
-    return {"mask": _flat(mask, axes, shape)}
+    names = {axis.name for axis in mask.axes}
+    # The axes of the batch and of the heads are 1 where the mask has none of them.
+    batch, heads = (x if {a.name for a in x} & names else () for x in (batch, heads))
+    array = _flat(mask, (*batch, *heads, position, key_position))
+    sizes = (math.prod(axis.size for axis in x) for x in (batch, heads))
+    return {"mask": array.reshape(*sizes, position.size, key_position.size)}
 
 
-def _flat(x: Any, axes: tuple[Any, ...], shape: tuple[int, ...] | None = None) -> jax.Array:
-    """Broadcasts a named array to axes, and joins the axes of the batch."""
+def _flat(x: Any, axes: tuple[Any, ...]) -> jax.Array:
+    """Broadcasts a named array to axes, and joins all but the last."""
     array = x.broadcast_to(axes).rearrange(axes).array
-    return array.reshape((-1, array.shape[-1]) if shape is None else shape)
+    return array.reshape(-1, array.shape[-1])
 
 
 def clipped(
