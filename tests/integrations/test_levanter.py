@@ -70,15 +70,18 @@ def test_parameters_without_a_layer_are_listed_in_one_warning():
 
 
 def test_a_step_keeps_the_structure_of_the_model(llama):
+    few = ("k_proj", "lm_head", "transformer/norm")
+    model = {path: x for path, x in llama.blocks.items() if path.endswith(few)}
+
     def make(learning_rate):
         return mc.muonclip(
             learning_rate, threshold=None, muon_weight_dimension_numbers=dimension_numbers
         )
 
     tx = optax.inject_hyperparams(make)(learning_rate=optax.constant_schedule(1e-3))
-    grads = jax.tree.map(lambda x: np.full_like(x, 0.5), llama)
-    updates, _ = jax.eval_shape(tx.update, grads, tx.init(llama), llama)
-    chex.assert_trees_all_equal_shapes_and_dtypes(updates, llama)
+    grads = jax.tree.map(lambda x: np.full_like(x, 0.5), model)
+    updates, _ = jax.eval_shape(tx.update, grads, tx.init(model), model)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, model)
 
 
 # --- max logits as gradients ----------------------------------------------------------------------

@@ -36,10 +36,10 @@ from muonclip_jax.integrations.levanter import (
     attention as clip_of_attention,
     dimension_numbers,
 )
-from muonclip_jax.integrations.levanter.__main__ import main
 from tests.integrations.levanter_cases import GOLDEN, lines
 from tests.integrations.levanter_models import LENGTH, MODELS, VOCAB, build, parameters
 
+ROOT = pathlib.Path(__file__).parents[2]
 BATCH, STEPS, TAU = 32, 20, 1.5
 OPTIMIZER = MuonClipConfig(learning_rate=0.01, qk_clip_threshold=TAU)
 SMALL_RATE = dataclasses.replace(
@@ -189,6 +189,14 @@ def masked_maximum(query, key, mask):
     return logits.max(axis=(0, 3, 4))
 
 
+def run_module(*arguments):
+    """Runs a module in a process with one device; returns all that it prints."""
+    command = [sys.executable, "-m", *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout + run.stderr
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -250,10 +258,8 @@ def test_eight_devices_equal_one(llama, tmp_path):
     _, state, losses, log = llama
     weight = state.model.transformer.layers.stacked.self_attn.q_proj.weight.array
     assert len(weight.sharding.device_set) == jax.device_count() == 8
-    root = pathlib.Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.integrations.trained_in_levanter", str(tmp_path)]
-    output = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-    one = json.loads(output.splitlines()[-1])
+    output = run_module("tests.integrations.trained_in_levanter", str(tmp_path))
+    one = json.loads(next(x for x in output.splitlines() if x.startswith('{"devices"')))
     assert one["devices"] == 1
     assert one["micro_batches_equal_one_batch"]  # bit for bit
     count = len(one["losses"])
@@ -262,10 +268,10 @@ def test_eight_devices_equal_one(llama, tmp_path):
     np.testing.assert_allclose(one["max_logits"], largest, rtol=1e-4)
 
 
-def test_train_lm_runs_from_yaml(tmp_path, capfd):
+def test_train_lm_runs_from_yaml(tmp_path):
     write_files_of_train_lm(tmp_path)
-    main(["train_lm", "--config_path", str(tmp_path / "config.yaml")])
-    text = "".join(capfd.readouterr())
+    config = str(tmp_path / "config.yaml")
+    text = run_module("muonclip_jax.integrations.levanter", "train_lm", "--config_path", config)
     assert "qk_clip/max_logit" in text
     assert "optim/learning_rate" in text
     (exported,) = (tmp_path / "exported").glob("**/model.safetensors")
@@ -537,9 +543,8 @@ def test_sums_over_micro_batches_raise(tmp_path, monkeypatch):
 
 def test_frozen_attention_is_neither_clipped_nor_an_error(tmp_path):
     model = loud(build("llama"))
-    frozen = jax.tree.map(
-        lambda x: not isinstance(x, Attention), model, is_leaf=lambda x: isinstance(x, Attention)
-    )
+    is_leaf = lambda x: isinstance(x, Attention | hax.NamedArray)  # noqa: E731
+    frozen = jax.tree.map(lambda x: not isinstance(x, Attention), model, is_leaf=is_leaf)
     state, *_ = train(trainer_of(tmp_path), model, stop=1, is_trainable=frozen)
     of = lambda m: m.transformer.layers.stacked.self_attn  # noqa: E731
     assert equal(of(state.model), of(model))
