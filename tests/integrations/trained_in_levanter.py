@@ -606,8 +606,8 @@ def test_forward_mode_passes_the_loss(tmp_path):
 if __name__ == "__main__":
     scratch = pathlib.Path(sys.argv[1])
     _, one_losses, one_log = train(trainer_of(scratch / "one"), stop=6)
-    parts = dict(per_device_parallelism=BATCH // 4)
-    runs = [trainer_of(scratch / "whole"), trainer_of(scratch / "parts", **parts)]
+    parts = trainer_of(scratch / "parts", per_device_parallelism=BATCH // 4)
+    runs = [trainer_of(scratch / "whole"), parts]
     slots = [gradients(run)[2]["qk_clip_slots"] for run in runs]
     found = {
         "devices": jax.device_count(),
