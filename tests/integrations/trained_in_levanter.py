@@ -541,13 +541,23 @@ def test_sums_over_micro_batches_raise(tmp_path, monkeypatch):
         train(trainer_of(tmp_path, per_device_parallelism=1), stop=1)
 
 
-def test_frozen_attention_is_neither_clipped_nor_an_error(tmp_path):
-    model = loud(build("llama"))
+def test_frozen_attention_is_not_clipped(tmp_path):
+    model = loud(build("llama_unscanned"))
+    of = lambda m: [layer.self_attn for layer in m.transformer.layers.blocks]  # noqa: E731
+    frozen = jax.tree.map(lambda x: True, model, is_leaf=lambda x: isinstance(x, hax.NamedArray))
+    frozen = eqx.tree_at(lambda m: of(m)[0], frozen, False)
+    state, _, log = train(trainer_of(tmp_path), model, stop=1, is_trainable=frozen)
+    assert log.series("qk_clip/clipped_heads") == [4]  # the heads of the second layer
+    assert equal(of(state.model)[0], of(model)[0])
+    assert not equal(of(state.model)[1], of(model)[1])
+
+
+def test_a_model_without_trainable_attention_raises(tmp_path):
+    model = build("llama")
     is_leaf = lambda x: isinstance(x, Attention | hax.NamedArray)  # noqa: E731
     frozen = jax.tree.map(lambda x: not isinstance(x, Attention), model, is_leaf=is_leaf)
-    state, *_ = train(trainer_of(tmp_path), model, stop=1, is_trainable=frozen)
-    of = lambda m: m.transformer.layers.stacked.self_attn  # noqa: E731
-    assert equal(of(state.model), of(model))
+    with pytest.raises(ValueError, match="no attention module has trainable queries and keys"):
+        train(trainer_of(tmp_path), model, stop=1, is_trainable=frozen)
 
 
 def test_a_model_with_one_trainable_projection_raises(tmp_path):

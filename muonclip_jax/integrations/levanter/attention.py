@@ -232,6 +232,11 @@ def clipped(
         s, count = arrived_once(slot.arrays), slot.count.array
         stats[path] = {"max_logits": s.reshape(*s.shape[:-2], -1)}
         counts[path] = jnp.stack([jnp.min(count), jnp.max(count)])
+    if not params:
+        raise ValueError(
+            "MuonClipTrainer: no attention module has trainable queries and keys. Set "
+            "qk_clip_threshold to null to train without the clip."
+        )
     params, info = mc.qk_clip(params, stats, _LAYOUT, threshold=threshold)
 
     names = iter(attentions(model))
