@@ -10,10 +10,11 @@ python=${FOLDER:-.frameworks}/$framework
 if [[ ! -e $python/bin/python ]]; then
   case $framework in
     maxtext) uv venv --python 3.12 "$python"; uv pip install --python "$python" 'maxtext[tpu]' . ;;
-    tunix) uv venv --python 3.12 "$python"; uv pip install --python "$python" google-tunix . hypothesis ;;
-    gemma) uv venv --python 3.12 "$python"; uv pip install --python "$python" gemma kauldron 'sentencepiece<0.2.2' . hypothesis ;;
+    levanter) uv venv --python 3.12 "$python"; uv pip install --python "$python" marin-levanter . ;;
+    tunix) uv venv --python 3.12 "$python"; uv pip install --python "$python" google-tunix . ;;
+    gemma) uv venv --python 3.12 "$python"; uv pip install --python "$python" gemma kauldron 'sentencepiece<0.2.2' . ;;
     *) echo "unknown framework: $framework" >&2; exit 1 ;;
   esac
-  uv pip install --python "$python" pytest
+  uv pip install --python "$python" pytest hypothesis
 fi
 exec "$python/bin/python" -m pytest -q -o addopts= -o filterwarnings= --strict-markers "tests/integrations/trained_in_$framework.py" "$@"

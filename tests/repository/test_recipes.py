@@ -174,59 +174,6 @@ def test_other_attention_of_maxtext_is_multi_head_on_axis_1():
     assert clipped_heads(tree(shapes), stats, mc.MultiHeadLayout(stack_axis=1)) == L * N
 
 
-# --- Levanter 1.2 at commit 9263f81, haliax 1.4.dev453 --------------------------------------------
-
-# layers/attention.py, `Attention.init`, and models/llama.py, stacked; haliax keeps an array as
-# the first child of its name.
-LEVANTER = {
-    "embeddings/token_embeddings/weight/0": (V, D),
-    "transformer/layers/stacked/self_attn/q_proj/weight/0": (L, K, N // K, H, D),
-    "transformer/layers/stacked/self_attn/k_proj/weight/0": (L, K, H, D),
-    "transformer/layers/stacked/self_attn/v_proj/weight/0": (L, K, H, D),
-    "transformer/layers/stacked/self_attn/o_proj/weight/0": (L, D, N, H),
-    "transformer/layers/stacked/mlp/gate_proj/weight/0": (L, F, D),
-    "transformer/layers/stacked/mlp/up_proj/weight/0": (L, F, D),
-    "transformer/layers/stacked/mlp/down_proj/weight/0": (L, D, F),
-    "transformer/layers/stacked/input_layernorm/weight/0": (L, D),
-    "transformer/norm/weight/0": (D,),
-    "lm_head/weight/0": (V, D),
-}
-
-
-@pytest.mark.parametrize("outputs_first", [None, True])
-def test_kernels_of_levanter_are_inputs_by_outputs(outputs_first):
-    params = tree(LEVANTER)
-    found = matrices(params, outputs_first=outputs_first)
-    layer = "transformer/layers/stacked"
-    assert found == {
-        "embeddings/token_embeddings/weight/0": "adamw",
-        f"{layer}/self_attn/q_proj/weight/0": (L, D, N * H),
-        f"{layer}/self_attn/k_proj/weight/0": (L, D, K * H),
-        f"{layer}/self_attn/v_proj/weight/0": (L, D, K * H),
-        f"{layer}/self_attn/o_proj/weight/0": (L, N * H, D),
-        f"{layer}/mlp/gate_proj/weight/0": (L, D, F),
-        f"{layer}/mlp/up_proj/weight/0": (L, D, F),
-        f"{layer}/mlp/down_proj/weight/0": (L, F, D),
-        f"{layer}/input_layernorm/weight/0": "adamw",
-        "transformer/norm/weight/0": "adamw",
-        "lm_head/weight/0": "adamw",
-    }
-
-
-def test_the_clip_for_levanter_joins_groups_and_heads():
-    weights = tree({"query": (L, K, N // K, H, D), "key": (L, K, H, D)})
-    query, key = weights["query"], weights["key"]
-    max_logits = np.full((L, 2, N), 50.0)
-    max_logits[1, 0, 3] = 400.0  # the second query head of key head 1
-    clip = jax.jit(run_page(PAGE)["levanter_clip"])
-    new_query, new_key, info = clip(query, key, max_logits)
-    expected = np.ones((L, K, N // K))
-    expected[1, 1, 1] = 0.25
-    np.testing.assert_array_equal(new_query, query * expected[..., None, None])
-    np.testing.assert_array_equal(new_key, key)
-    assert info.clipped_heads == 1
-
-
 # --- EasyDeL 0.3.0 at commit 090a03b --------------------------------------------------------------
 
 # modules/llama, modules/deepseek_v3, layers/linears/_linear.py and _linear_moe.py, layers/norms.
