@@ -9,7 +9,7 @@ shift
 python=${FOLDER:-.frameworks}/$framework
 if [[ ! -e $python/bin/python ]]; then
   case $framework in
-    maxtext) uv venv --python 3.12 "$python"; uv pip install --python "$python" 'maxtext[tpu]' . ;;
+    maxtext) uv venv --python 3.12 "$python"; uv pip install --python "$python" 'maxtext[tpu]' . hypothesis ;;
     *) echo "unknown framework: $framework" >&2; exit 1 ;;
   esac
   uv pip install --python "$python" pytest

@@ -67,7 +67,7 @@ def _parameters(model: Any) -> Any:
     """Returns the parameters of a model, in the pytree that `nnx.Optimizer` passes to optax."""
     from flax import nnx
 
-    return nnx.pure(nnx.state(model, nnx.Param))
+    return nnx.State(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def _log_routing_table(model: Any, arguments: Mapping[str, Any]) -> None:
