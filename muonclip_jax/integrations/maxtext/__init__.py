@@ -34,8 +34,8 @@ _originals: list[tuple[Any, str, Any]] = []
 def install(
     *,
     qk_clip: bool = True,
-    threshold: float | None = None,
-    alpha: float = 0.5,
+    threshold: float | int | None = None,
+    alpha: float | int = 0.5,
     shared_key: str = "query",
     include_routers: bool = False,
     **muon: Any,

@@ -12,8 +12,8 @@ class Settings(NamedTuple):
     """The arguments of `install`."""
 
     qk_clip: bool
-    threshold: float | None
-    alpha: float
+    threshold: float | int | None
+    alpha: float | int
     shared_key: str
     include_routers: bool
     muon: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Replaced:
         return getattr(vars(self)["_config"], name)
 
 
-def check(config: Any, alpha: float = 0.5) -> None:
+def check(config: Any, alpha: float | int = 0.5) -> None:
     """Raises for a config of MaxText under which the clip does not bound the logits.
 
     Args:
@@ -54,6 +54,11 @@ def check(config: Any, alpha: float = 0.5) -> None:
             "trainable_parameters_mask or lora.enable_lora: the clip would change frozen "
             f"parameters. Train all parameters, {_WITHOUT}."
         )
+    if config.fused_qkv:
+        raise ValueError(
+            "fused_qkv=true: each shard of the kernel has queries, keys and values of its own, so "
+            f"that the order of the heads depends on the mesh. Set fused_qkv=false, {_WITHOUT}."
+        )
     if config.share_kv_projections and alpha != 1:
         raise ValueError(
             "share_kv_projections=true: the kernel of the keys makes the values too, so that it "
@@ -61,7 +66,7 @@ def check(config: Any, alpha: float = 0.5) -> None:
         )
 
 
-def head_layout(config: Any) -> mc.MLALayout | mc.FusedQKVLayout | mc.MultiHeadLayout:
+def head_layout(config: Any) -> mc.MLALayout | mc.MultiHeadLayout:
     """Returns the head layout of the attention of a config of MaxText.
 
     Args:
@@ -77,14 +82,6 @@ def head_layout(config: Any) -> mc.MLALayout | mc.FusedQKVLayout | mc.MultiHeadL
             value_dim=config.v_head_dim,
             query="wq_b" if config.q_lora_rank else "query",
             key_value="wkv_b",
-            stack_axis=config.param_scan_axis,
-        )
-    if config.fused_qkv:
-        return mc.FusedQKVLayout(
-            head_dim=config.head_dim,
-            num_kv_heads=config.num_kv_heads,
-            qkv="qkv_proj",
-            kernel="inputs heads head_dim",
             stack_axis=config.param_scan_axis,
         )
     return mc.MultiHeadLayout(stack_axis=config.param_scan_axis)
