@@ -6,7 +6,6 @@ MaxText's synthetic data is one constant batch, so that losses fall fast, and st
 rate of 0 show what the clip alone does.
 """
 
-import collections
 import functools
 import itertools
 import json
@@ -14,6 +13,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -50,7 +50,23 @@ app.run(train.main)
 EIGHT = "--xla_force_host_platform_device_count=8"
 FSDP = "per_device_batch_size=1 ici_fsdp_parallelism=4 ici_tensor_parallelism=2"
 
-Run = collections.namedtuple("Run", "loss max_logit clipped_heads rate log")
+
+class Run(NamedTuple):
+    """What MaxText wrote for each step, and its log."""
+
+    loss: list[float]
+    max_logit: list[float]
+    clipped_heads: list[float]
+    rate: list[float]
+    log: str
+
+
+NAMES = {
+    "loss": "learning/loss",
+    "max_logit": "qk_clip/max_logit",
+    "clipped_heads": "qk_clip/clipped_heads",
+    "rate": "learning/current_learning_rate",
+}
 _number = itertools.count()
 
 
@@ -64,6 +80,7 @@ def train(tmp_path_factory):
         name = name or f"run{next(_number)}"
         metrics = folder / f"{name}_{next(_number)}.jsonl"
         arguments = [f"base_output_directory={folder}", f"run_name={name}"]
+        arguments.append(f"metrics_file={metrics}")
         code = ["-c", program] if "\n" in program else program.split()
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -71,11 +88,8 @@ def train(tmp_path_factory):
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"--xla_backend_optimization_level=0 {flags}",
         }
-        for name in ("JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64"):
-            environment.pop(name, None)
         done = subprocess.run(
-            [sys.executable, *code, *BASE.split(), *settings.split(), *arguments]
-            + [f"metrics_file={metrics}"],
+            [sys.executable, *code, *BASE.split(), *settings.split(), *arguments],
             cwd=folder,
             env=environment,
             capture_output=True,
@@ -85,9 +99,8 @@ def train(tmp_path_factory):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-        names = ("learning/loss", "qk_clip/max_logit", "qk_clip/clipped_heads")
-        columns = [[row.get(name) for row in rows] for name in names]
-        return Run(*columns, [row["learning/current_learning_rate"] for row in rows], done.stderr)
+        columns = {key: [row.get(name) for row in rows] for key, name in NAMES.items()}
+        return Run(**columns, log=done.stderr)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Trains with MaxText and this package: `python -m muonclip_jax.integrations.maxtext base.yml …`."""
+"""Trains with MaxText: `python -m muonclip_jax.integrations.maxtext base.yml key=value …`."""
 
 from muonclip_jax.integrations.maxtext import main
 
