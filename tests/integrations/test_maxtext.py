@@ -303,16 +303,16 @@ def stand_in(monkeypatch):
 
 
 class Attention(nnx.Module):
-    def __init__(self, key_heads):
+    def __init__(self):
         self.query = nnx.Linear(1, 1, rngs=nnx.Rngs(0), use_bias=False)
         self.key = nnx.Linear(1, 1, rngs=nnx.Rngs(0), use_bias=False)
         self.query.kernel = nnx.Param(jnp.ones((D, N, H)))
-        self.key.kernel = nnx.Param(jnp.ones((D, key_heads, H)))
+        self.key.kernel = nnx.Param(jnp.ones((D, K, H)))
 
 
 class Model(nnx.Module):
-    def __init__(self, key_heads=K):
-        self.self_attention = Attention(key_heads)
+    def __init__(self):
+        self.self_attention = Attention()
 
 
 class Optimizer(nnx.Module):
@@ -320,9 +320,9 @@ class Optimizer(nnx.Module):
         self.is_skipped = nnx.Variable(jnp.array(is_skipped))
 
 
-def trained(stand_in, inputs, is_skipped=False, **settings):
+def trained(stand_in, inputs, is_skipped=False, model=None, **settings):
     """Takes a step; returns the factors on the query heads and the metrics."""
-    state = types.SimpleNamespace(model=Model(), optimizer=Optimizer(is_skipped))
+    state = types.SimpleNamespace(model=model or Model(), optimizer=Optimizer(is_skipped))
     data = {"inputs": jnp.asarray(inputs, jnp.float32)}
     state, metrics = stand_in.train.train_loop(None, config(**settings), state, data)
     return np.asarray(state.model.self_attention.query.kernel[0, :, 0]), metrics["scalar"]
@@ -382,6 +382,15 @@ def test_a_step_that_does_not_clip_raises(stand_in):
     maxtext.install()
     with pytest.raises(RuntimeError, match="clipped 0 times, not once"):
         trained(stand_in, INPUTS)
+
+
+def test_the_error_of_a_model_that_does_not_fit_names_the_way_out(stand_in):
+    model = Model()
+    model.self_attention.query_norm = nnx.RMSNorm(H, rngs=nnx.Rngs(0))
+    maxtext.install()
+    with pytest.raises(ValueError, match="'query_norm' normalizes queries or keys") as error:
+        trained(stand_in, INPUTS, model=model)
+    assert "--no-qk-clip" in error.value.__notes__[0]
 
 
 def test_attention_records_in_training_or_raises(stand_in):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import muonclip_jax as mc
 
-_WITHOUT = "or train without the clip: install(qk_clip=False) or --no-qk-clip"
+WITHOUT = "or train without the clip: install(qk_clip=False) or --no-qk-clip"
 
 
 class Settings(NamedTuple):
@@ -42,27 +42,27 @@ def check(config: Any, alpha: float | int = 0.5) -> None:
     if config.attn_logits_soft_cap:
         raise ValueError(
             f"attn_logits_soft_cap={config.attn_logits_soft_cap}: MaxText records logits after the "
-            f"soft cap, where none exceeds it. Set attn_logits_soft_cap=0.0, {_WITHOUT}."
+            f"soft cap, where none exceeds it. Set attn_logits_soft_cap=0.0, {WITHOUT}."
         )
     if config.use_qk_norm and config.attention_type != "mla":
         raise ValueError(
             "use_qk_norm=true: queries and keys are normalized after their projections, so that "
-            f"scaling the projections does not lower a logit. Set use_qk_norm=false, {_WITHOUT}."
+            f"scaling the projections does not lower a logit. Set use_qk_norm=false, {WITHOUT}."
         )
     if config.trainable_parameters_mask or config.lora.enable_lora:
         raise ValueError(
             "trainable_parameters_mask or lora.enable_lora: the clip would change frozen "
-            f"parameters. Train all parameters, {_WITHOUT}."
+            f"parameters. Train all parameters, {WITHOUT}."
         )
     if config.fused_qkv:
         raise ValueError(
             "fused_qkv=true: each shard of the kernel has queries, keys and values of its own, so "
-            f"that the order of the heads depends on the mesh. Set fused_qkv=false, {_WITHOUT}."
+            f"that the order of the heads depends on the mesh. Set fused_qkv=false, {WITHOUT}."
         )
     if config.share_kv_projections and alpha != 1:
         raise ValueError(
             "share_kv_projections=true: the kernel of the keys makes the values too, so that it "
-            f"cannot be scaled. Scale the queries alone with install(alpha=1), {_WITHOUT}."
+            f"cannot be scaled. Scale the queries alone with install(alpha=1), {WITHOUT}."
         )
 
 

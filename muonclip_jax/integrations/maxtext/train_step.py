@@ -9,7 +9,13 @@ import jax
 import muonclip_jax as mc
 from muonclip_jax.integrations.maxtext.attributes import replaced
 from muonclip_jax.integrations.maxtext.max_logits import accumulate_maxima, at_attention
-from muonclip_jax.integrations.maxtext.settings import Replaced, Settings, check, head_layout
+from muonclip_jax.integrations.maxtext.settings import (
+    WITHOUT,
+    Replaced,
+    Settings,
+    check,
+    head_layout,
+)
 
 
 def clipping(train: Any, settings: Settings) -> Callable[..., Any]:
@@ -54,15 +60,19 @@ def _clip(state: Any, intermediates: Any, config: Any, settings: Settings) -> mc
     from flax import nnx
 
     threshold = config.qk_clip_threshold if settings.threshold is None else settings.threshold
-    params, info = mc.qk_clip(
-        nnx.state(state.model, nnx.Param),
-        at_attention(intermediates),
-        head_layout(config),
-        threshold=threshold,
-        alpha=settings.alpha,
-        shared_key=settings.shared_key,
-        where=_is_updated(state) if config.skip_step_on_spikes else True,
-    )
+    try:
+        params, info = mc.qk_clip(
+            nnx.state(state.model, nnx.Param),
+            at_attention(intermediates),
+            head_layout(config),
+            threshold=threshold,
+            alpha=settings.alpha,
+            shared_key=settings.shared_key,
+            where=_is_updated(state) if config.skip_step_on_spikes else True,
+        )
+    except ValueError as error:
+        error.add_note(f"In MaxText: choose another model, {WITHOUT}.")
+        raise
     nnx.update(state.model, params)
     return info
 
