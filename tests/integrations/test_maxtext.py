@@ -445,7 +445,7 @@ def test_on_an_auto_mesh_matrices_move_by_our_plan(stand_in):
     params = nnx.State(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
     with jax.set_mesh(devices):
         text = str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
-    assert "all_to_all" in text or "shard_map" in text
+    assert "shard_map" in text
 
 
 def test_another_muon_raises(stand_in):
@@ -468,7 +468,8 @@ def test_installing_twice_is_installing_once(stand_in):
     stock = replaced(stand_in)
     maxtext.install()
     uninstall = maxtext.install()
-    assert not set(replaced(stand_in)) & set(stock)
+    assert tuple(new.__wrapped__ for new in replaced(stand_in)) == stock
+    np.testing.assert_array_equal(trained(stand_in, INPUTS)[0], FACTORS)
     uninstall()
     uninstall()
     assert replaced(stand_in) == stock
