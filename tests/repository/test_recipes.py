@@ -1,9 +1,7 @@
 """The recipes of docs/recipes.md, on trees with the names and shapes that the frameworks have."""
 
 import math
-import types
 
-import chex
 import jax
 import numpy as np
 import pytest
@@ -13,8 +11,7 @@ from tests.support.pages import OPTIONAL, run_page
 
 PAGE = "recipes.md"
 D, L, N, K, H, F, V, E = 16, 3, 4, 2, 8, 24, 32, 5  # width, layers, heads, key heads, ...
-NOPE, ROPE, VALUE, Q_RANK, KV_RANK = 6, 4, 5, 12, 7
-Numbers = mc.MuonDimensionNumbers
+Q_RANK, KV_RANK = 12, 7
 
 
 def tree(shapes):
@@ -40,138 +37,6 @@ def clipped_heads(params, stats, layout):
     return info.clipped_heads
 
 
-# --- MaxText at commit e591f30 --------------------------------------------------------------------
-
-# models/deepseek.py, layers/attention_mla.py, layers/moe.py; scanned over axis 1, and beside each
-# leaf what utils/muon_utils.py, `transform_logic`, gives for it.
-MAXTEXT = {
-    "token_embedder/embedding": ((V, D), None),
-    "decoder/decoder_norm/scale": ((D,), None),
-    "decoder/logits_dense/kernel": ((D, V), None),
-    "decoder/moe_layers/pre_self_attention_layer_norm/scale": ((D, L), None),
-    "decoder/moe_layers/self_attention/wq_a/kernel": ((D, L, Q_RANK), Numbers((0,), (-1,))),
-    "decoder/moe_layers/self_attention/q_norm/scale": ((Q_RANK, L), None),
-    "decoder/moe_layers/self_attention/wq_b/kernel": (
-        (Q_RANK, L, N, NOPE + ROPE),
-        Numbers((0,), (-2, -1)),
-    ),
-    "decoder/moe_layers/self_attention/wkv_a/kernel": (
-        (D, L, KV_RANK + ROPE),
-        Numbers((0,), (-1,)),
-    ),
-    "decoder/moe_layers/self_attention/kv_norm/scale": ((KV_RANK, L), None),
-    "decoder/moe_layers/self_attention/wkv_b/kernel": (
-        (KV_RANK, L, N, NOPE + VALUE),
-        Numbers((0,), (-2, -1)),
-    ),
-    "decoder/moe_layers/self_attention/out/kernel": ((N, L, VALUE, D), Numbers((0, -2), (-1,))),
-    "decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/gate/kernel": ((D, L, E), None),
-    "decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/wi_0": ((E, L, D, F), Numbers((-2,), (-1,))),
-    "decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/wo": ((E, L, F, D), Numbers((-2,), (-1,))),
-    "decoder/moe_layers/DeepSeekMoeBlock_0/shared_experts/wi_0/kernel": (
-        (D, L, F),
-        Numbers((0,), (-1,)),
-    ),
-}
-ATTENTION = "decoder/moe_layers/self_attention"
-
-
-@pytest.fixture(scope="module")
-def maxtext():
-    params = tree({path: shape for path, (shape, _) in MAXTEXT.items()})
-    # The router is the one leaf where the page departs from MaxText.
-    flat = mc.routing_table(params).rows
-    numbers = jax.tree.structure(params).unflatten([MAXTEXT[row.path][1] for row in flat])
-    return params, numbers
-
-
-def test_the_numbers_of_maxtext_keep_layers_apart(maxtext):
-    params, numbers = maxtext
-    found = matrices(params, numbers)
-    assert found[f"{ATTENTION}/wq_b/kernel"] == (L, Q_RANK, N * (NOPE + ROPE))
-    assert found[f"{ATTENTION}/wkv_b/kernel"] == (L, KV_RANK, N * (NOPE + VALUE))
-    assert found[f"{ATTENTION}/out/kernel"] == (L, N * VALUE, D)
-    assert found["decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/wi_0"] == (E * L, D, F)
-    assert found["decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/gate/kernel"] == "adamw"
-    for path, (_, given) in MAXTEXT.items():
-        assert (found[path] == "adamw") == (given is None)
-
-
-def test_by_names_alone_the_layers_of_maxtext_are_a_side_of_the_matrix():
-    query = tree({"self_attention/query/kernel": (D, L, N, H), "mlp/wi_0/kernel": (D, L, F)})
-    assert matrices(query) == {
-        "self_attention/query/kernel": (D, L, N * H),
-        "mlp/wi_0/kernel": (D, L, F),
-    }
-
-
-def test_the_arguments_of_maxtext_are_ours(maxtext):
-    params, numbers = maxtext
-    tx = mc.muon(
-        learning_rate=lambda step: 1e-3 / (1 + step),
-        eps=1e-8,
-        mu_dtype=None,
-        beta=0.95,
-        weight_decay=0.1,
-        muon_weight_dimension_numbers=numbers,
-        consistent_rms=0.2,
-        ns_coeffs=(3.4445, -4.7750, 2.0315),
-        ns_steps=5,
-        adam_b1=0.9,
-        adam_b2=0.95,
-        adam_eps_root=0.0,
-        adam_weight_decay=0.1,
-    )
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-    chex.assert_tree_all_finite(updates)
-
-
-def maxtext_clip(params, max_logits, q_rank=Q_RANK):
-    config = types.SimpleNamespace(
-        qk_nope_head_dim=NOPE,
-        qk_rope_head_dim=ROPE,
-        v_head_dim=VALUE,
-        q_lora_rank=q_rank,
-        param_scan_axis=1,
-        qk_clip_threshold=100.0,
-    )
-    kept = {"self_attention": {"attention_op": {"max_logits": max_logits}}}
-    clip = run_page(PAGE)["maxtext_clip"]
-    return jax.jit(lambda p, s: clip(p, s, config))(params, {"decoder": {"moe_layers": kept}})
-
-
-@pytest.mark.parametrize("wrapped", [False, True], ids=["NNX", "Linen, under params"])
-def test_the_clip_for_maxtext_takes_each_layer_and_head_on_its_own(maxtext, wrapped):
-    params, _ = maxtext
-    max_logits = np.full((L, 2, N), 50.0, np.float32)
-    max_logits[1, 0, 2], max_logits[2, 1, 0] = 400.0, -5.0
-    clipped, info = maxtext_clip({"params": params} if wrapped else params, max_logits)
-    clipped = clipped["params"] if wrapped else clipped
-    expected = np.ones((L, N))
-    expected[1, 2] = 0.25
-    (gamma,) = info.gamma.values()
-    np.testing.assert_array_equal(gamma, expected)
-    before, after = (t["decoder"]["moe_layers"]["self_attention"] for t in (params, clipped))
-    ratio = after["wq_b"]["kernel"] / before["wq_b"]["kernel"]
-    np.testing.assert_allclose(ratio[:, 1, 2, :NOPE], 0.5, rtol=1e-6)
-    np.testing.assert_allclose(ratio[:, 1, 2, NOPE:], 0.25, rtol=1e-6)
-    ratio = after["wkv_b"]["kernel"] / before["wkv_b"]["kernel"]
-    np.testing.assert_allclose(ratio[:, 1, 2, :NOPE], 0.5, rtol=1e-6)
-    np.testing.assert_array_equal(ratio[:, 1, 2, NOPE:], 1.0)
-
-
-def test_the_clip_for_maxtext_knows_a_query_without_low_rank():
-    shapes = {f"{ATTENTION}/query/kernel": (D, L, N, NOPE + ROPE)}
-    shapes[f"{ATTENTION}/wkv_b/kernel"] = (KV_RANK, L, N, NOPE + VALUE)
-    _, info = maxtext_clip(tree(shapes), np.full((L, 2, N), 200.0), q_rank=0)
-    assert info.clipped_heads == L * N
-
-
-def test_other_attention_of_maxtext_is_multi_head_on_axis_1():
-    shapes = {f"{ATTENTION}/query/kernel": (D, L, N, H), f"{ATTENTION}/key/kernel": (D, L, K, H)}
-    stats = {"decoder": {"moe_layers": {"self_attention": {"max_logits": np.full((L, N), 200.0)}}}}
-    assert clipped_heads(tree(shapes), stats, mc.MultiHeadLayout(stack_axis=1)) == L * N
 
 
 # --- EasyDeL 0.3.0 at commit 090a03b --------------------------------------------------------------
