@@ -1,19 +1,22 @@
-"""The symmetric-product kernel against XLA's products, by the cycles that the TPU compiler counts.
+"""The symmetric-product kernel against XLA's products, in cycles that the TPU compiler counts.
 
     pip install "muonclip-jax[tpu]"
     python -m benchmarks.tpu_kernel_cycles
 
-Writes results/tpu_kernel_cycles.json. For each generation of TPUs and each product: the estimated
-cycles of the kernel with every candidate of its tiles (see `kernel_cycles.py`), and those of XLA's
-program for the same expression, which are the compiler's own. No TPU is needed, and none was at
-hand. `muonclip_jax/_orthogonalize/tiles.py` has the tiles with the fewest cycles.
+Writes results/tpu_kernel_cycles.json, for each generation of TPUs: the cycles of each part of the
+kernel, by the side of its tiles, read from the compiler's bundles; the estimate for each product
+that follows from them; and the compiler's own estimate for XLA's program of the same expression.
+`muonclip_jax/_orthogonalize/tiles.py` has the first, and computes the second. No TPU is needed, and
+none has confirmed these figures.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,16 +26,56 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from benchmarks import aot, report, tpu
 from benchmarks.compiled import compiled_cost
-from benchmarks.kernel_cycles import CHIPS, Chip, Product, estimate, newest_dump, read_regions
-from muonclip_jax._orthogonalize import tpu_kernel
-from muonclip_jax._orthogonalize.tiles import Tiles
+from benchmarks.kernel_cycles import DUMP_FLAGS, newest_dump, read_regions
+from muonclip_jax._orthogonalize import tiles, tpu_kernel
+from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Tiles
+
+# A slice of each generation, and the candidates: sides of tiles, with the terms of a chunk.
+TOPOLOGIES = {
+    "TPU v5 lite": ("v5e:2x2", {256: 1024, 384: 1024, 512: 512}),
+    "TPU v5": ("v5p:2x2x1", {256: 1024, 384: 1024, 512: 512}),
+    "TPU v6 lite": ("v6e:2x2", {512: 1024, 768: 1024, 1024: 1024}),
+    "TPU7x": ("tpu7x:2x2x1", {512: 1024, 768: 1024, 1024: 1024}),
+}
+BFLOAT16 = 2  # bytes
 
 
-def xla(product: Product, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A symmetric product of one matrix, in bfloat16.
+
+    Attributes:
+      kind: `"gram"`, X Xᵀ − r I; `"square"`, a A + c A A; `"product"`, a A + b B + c A B.
+      n: Short side.
+      m: Long side; n except for `"gram"`.
+    """
+
+    kind: str
+    n: int
+    m: int
+
+    @property
+    def added(self) -> int:
+        """Matrices in the sum with A B."""
+        return ("gram", "square", "product").index(self.kind)
+
+
+PRODUCTS = (
+    *(Product("square", n, n) for n in (512, 1024, 1536, 2048, 4096)),
+    Product("gram", 1024, 4096),
+    Product("gram", 2048, 7168),
+    Product("gram", 4096, 11008),
+    Product("product", 4096, 4096),
+)
+# One for each kind, to read the cycles of the kernel from.
+SAMPLES = (PRODUCTS[4], Product("gram", 4096, 4096), PRODUCTS[-1])
+
+
+def by_xla(product: Product, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
     """Computes a product without the kernel: sums in float32, rounded once."""
-    right = A.mT if product.kind == "gram" else A if product.kind == "square" else B
-    total = jnp.matmul(A, right, preferred_element_type=jnp.float32)
     a, b, c = numbers
+    right = {"gram": A.mT, "square": A, "product": B}[product.kind]
+    total = jnp.matmul(A, right, preferred_element_type=jnp.float32)
     if product.kind == "gram":
         return (total - a * jnp.eye(product.n)).astype(A.dtype)
     total = a * A.astype(jnp.float32) + c * total
@@ -41,22 +84,98 @@ def xla(product: Product, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array
     return total.astype(A.dtype)
 
 
-def kernel(product: Product, tiles: Tiles, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
+def by_kernel(product: Product, cut: Tiles, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
     """Computes the same with the kernel."""
     a, b, c = numbers
     if product.kind == "gram":
-        return tpu_kernel.gram_matrix(A, a, tiles)
+        return tpu_kernel.gram_matrix(A, a, cut)
     if product.kind == "square":
-        return tpu_kernel.product(a, A, 0.0, A, c, tiles)
-    return tpu_kernel.product(a, A, b, B, c, tiles)
+        return tpu_kernel.product(a, A, 0.0, A, c, cut)
+    return tpu_kernel.product(a, A, b, B, c, cut)
 
 
-def compiled(f: Any, product: Product, chip: Chip) -> tuple[Any, float]:
-    """Compiles for one device; also returns the processor time."""
-    sharding = NamedSharding(Mesh(np.array(tpu.topology_devices(chip.topology)[:1]), ("x",)), P())
-    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    X = shape((product.n, product.m), product.dtype)
-    numbers = (shape((), jnp.float32),) * 3
-    lowered = jax.jit(functools.partial(f)).lower(numbers, X, X)
+def compiled(f: Callable[..., jax.Array], product: Product, topology: str) -> tuple[Any, float]:
+    """Compiles a product for one chip; also returns the processor time of the compiler."""
+    mesh = Mesh(np.array(tpu.topology_devices(topology)[:1]), ("x",))
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
+    A = shape((product.n, product.m), jnp.bfloat16)
+    lowered = jax.jit(f).lower((shape((), jnp.float32),) * 3, A, A)
     start = time.process_time()
     return lowered.compile(), time.process_time() - start
+
+
+def regions_of(product: Product, side: int, chunk: int, topology: str, dump: pathlib.Path) -> Regions:
+    """Compiles the kernel, and reads the cycles of its parts."""
+    cut = Tiles(side, 2 * chunk, chunk)
+    compiled(functools.partial(by_kernel, product, cut), product, topology)
+    found = read_regions(newest_dump(dump, "symmetric"), chunk)
+    for file in dump.iterdir():  # hundreds of megabytes
+        file.unlink()
+    return found
+
+
+def measure_kernel(kind: str, dump: pathlib.Path) -> dict[str, Any]:
+    """Reads the cycles of the kernel for all candidates and kinds of products."""
+    topology, candidates = TOPOLOGIES[kind]
+    return {
+        product.kind: {
+            str(side): regions_of(product, side, chunk, topology, dump)._asdict()
+            for side, chunk in candidates.items()
+        }
+        for product in SAMPLES
+    }
+
+
+def compare(kind: str, regions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Estimates the kernel's cycles for each product, and reads XLA's."""
+    topology, chip = TOPOLOGIES[kind][0], CHIPS[kind]
+    rows = []
+    for product in PRODUCTS:
+        cost = compiled_cost(compiled(functools.partial(by_xla, product), product, topology)[0])
+        n, m, row = product.n, product.m, {}
+        for side, fields in regions[product.kind].items():
+            r = Regions(**fields)
+            cuts = tiles.cuts(m, int(side), r.chunk, BFLOAT16, chip)
+            best = min((tiles.cycles(n, m, BFLOAT16, product.added, t, r, chip), t) for t in cuts)
+            row[side] = {"cycles": best[0], "depth": best[1].depth, "share": best[1].share(n)}
+        least = min(x["cycles"] for x in row.values())
+        rows.append(
+            dataclasses.asdict(product)
+            | {"xla": cost.cycles, "kernel_by_xla": least / cost.cycles, "kernel": row}
+        )
+        print(kind, rows[-1], flush=True)
+    return rows
+
+
+def table(results: dict[str, Any]) -> str:
+    """Formats a line for each product and generation."""
+    lines = [("chip", "product", "n", "m", "XLA", "kernel", "side", "depth", "kernel / XLA")]
+    for kind, chip in results["chips"].items():
+        for row in chip["products"]:
+            side, best = min(row["kernel"].items(), key=lambda item: item[1]["cycles"])
+            names = (kind, row["kind"], row["n"], row["m"], f"{row['xla']:.0f}")
+            figures = (f"{best['cycles']:.0f}", side, best["depth"], f"{row['kernel_by_xla']:.3f}")
+            lines.append((*map(str, names), *map(str, figures)))
+    return report.columns(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compiles everything, writes the results and prints a table."""
+    parser = report.parser("tpu_kernel_cycles", "The kernel's cycles against XLA's.")
+    parser.add_argument("--chip", choices=TOPOLOGIES, nargs="*", help="only these")
+    options = parser.parse_args(arguments)
+    if not tpu.LIBTPU:
+        parser.error(tpu.INSTALL)
+    results = aot.head("tpu_kernel_cycles") | {"chips": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(folder)
+        for kind in options.chip or TOPOLOGIES:
+            regions = measure_kernel(kind, pathlib.Path(folder))
+            found = {"regions": regions, "products": compare(kind, regions)}
+            results["chips"][kind] = report.rounded(found)
+            report.write_json(options.out / "tpu_kernel_cycles.json", results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -111,7 +111,8 @@ def cycles(n: int, m: int, itemsize: int, added: int, tiles: Tiles, r: Regions, 
     """Estimates the cycles of a product.
 
     A step takes as long as its instructions, or as the blocks that it fetches for the next step. All
-    steps take as long as that, or as all bytes. The first blocks are fetched before.
+    steps take as long as that, or as all bytes. The first blocks are fetched before, and the last
+    tile is written after them.
 
     Args:
       n: Short side.
@@ -128,19 +129,20 @@ def cycles(n: int, m: int, itemsize: int, added: int, tiles: Tiles, r: Regions, 
     side, depth, positions = tiles.side, min(tiles.depth, m), tiles.positions(n)
     count, K = -(-n // side), -(-m // depth)
     last = m - (K - 1) * depth
-    chunk = max(r.sum, side**2 * r.chunk / chip.macs)
-    remainder = side**2 * (last % r.chunk) / chip.macs
+    chunk = max(r.sum / r.chunk * tiles.chunk, side**2 * tiles.chunk / chip.macs)
+    remainder = side**2 * (last % tiles.chunk) / chip.macs
     mirrored = (positions - count) / positions  # the others are on the diagonal
     block, tile = side * depth * itemsize, side**2 * itemsize
     # The next step needs two blocks. With all terms in a step, a row of tiles shares the left one.
     fetched = 2 * block if K > 1 else block * (1 + count / positions)
     fetch = (fetched + added * tile) / chip.bandwidth
-    steps = [r.step + depth // r.chunk * chunk] * (K - 1)
-    steps += [r.step + last // r.chunk * chunk + remainder + r.write]
+    steps = [r.step + depth // tiles.chunk * chunk] * (K - 1)
+    steps += [r.step + last // tiles.chunk * chunk + remainder + r.write]
     position = sum(max(step, fetch) for step in steps) + r.step + mirrored * r.mirror
     bytes_of_position = K * fetched + (added + 1 + mirrored) * tile
     in_turn = -(-positions // chip.cores)
-    return 2 * block / chip.bandwidth + in_turn * max(position, bytes_of_position / chip.bandwidth)
+    ends = (2 * block + tile) / chip.bandwidth
+    return ends + in_turn * max(position, bytes_of_position / chip.bandwidth)
 
 
 @functools.cache
@@ -171,10 +173,17 @@ def fastest(n: int, m: int, itemsize: int, kind: str | None) -> Tiles | None:
     chip = CHIPS[kind]
     if n < chip.smallest:
         return None
-    found = []
-    for side, r in chip.sides.items():
-        for depth in {m, *(d for d in _DEPTHS if d < m)}:
-            tiles = Tiles(side, depth, r.chunk)
-            if r.chunk <= m and tiles.vmem(itemsize) <= _PART_OF_VMEM * chip.vmem:
-                found.append((cycles(n, m, itemsize, 1, tiles, r, chip), tiles))
+    found = [
+        (cycles(n, m, itemsize, 1, tiles, r, chip), tiles)
+        for side, r in chip.sides.items()
+        for tiles in cuts(m, side, r.chunk, itemsize, chip)
+    ]
     return min(found)[1] if found else None
+
+
+def cuts(m: int, side: int, chunk: int, itemsize: int, chip: Chip) -> list[Tiles]:
+    """Lists the tiles of one side that fit the fast memory."""
+    chunk = min(chunk, m // 128 * 128)
+    depths = [d for d in (m, *_DEPTHS) if 0 < chunk <= d <= m]
+    found = (Tiles(side, depth, chunk) for depth in depths)
+    return [tiles for tiles in found if tiles.vmem(itemsize) <= _PART_OF_VMEM * chip.vmem]

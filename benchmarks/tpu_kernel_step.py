@@ -1,0 +1,131 @@
+"""Whole optimizer steps with the symmetric-product kernel, compiled for TPU slices.
+
+    pip install "muonclip-jax[tpu]"
+    python -m benchmarks.tpu_kernel_step
+
+Writes results/tpu_kernel_step.json: the steps of `sharded_step` and `kimi_k2_step` with
+`ns_products="pallas"`, beside those with XLA's products and beside optax's. The compiler has no
+estimate for a Pallas kernel. Its cycles are those of `tpu_kernel_cycles`; `seconds` adds them at the
+compiler's clock. No TPU is needed, nothing is executed, and only the compiler is timed.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import muonclip_jax as mc
+from benchmarks import aot, kimi_k2_step, report, sharded_step, tpu
+from benchmarks.kernel_cycles import cycles_of
+
+# Cycles in a second that the compiler assumes for v5p: the FLOPs that it grants a chip, 394e12, by
+# those of a cycle. The chip is faster (`kimi_k2_step.CLOCK`), so this is to our disadvantage.
+COMPILER_CLOCK = 394e12 / (2 * 2 * 4 * 128**2)
+CASES = ("stacks", "v5e", "v6e", "7x")
+K2 = "kimi_k2"
+SHOWN = ("seconds", "cycles", "flops", "sent_bytes", "temporary_bytes", "compile_cpu_seconds")
+# Largest ratio to optax's that is accepted, and to the compile time with XLA's products.
+GOALS = {"stacks": {"seconds": 0.27, "flops": 0.43}, "v5e": {"cycles": 0.27}}
+COMPILE_GOAL = 1.3
+
+
+def optimizers(params: Any) -> dict[str, optax.GradientTransformation]:
+    """Builds optax's Muon, and ours with either kind of products."""
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    settings = {"shardings": shardings, "ns_dtype": jnp.bfloat16, **sharded_step.SETTINGS}
+    ours = {name: mc.muon(2e-4, ns_products=name, **settings) for name in ("xla", "pallas")}
+    return ours | {"optax": sharded_step.optimizers(params)["optax"]}
+
+
+def summary(compilation: aot.Compilation, kind: str) -> dict[str, Any]:
+    """Returns the figures of a program, with the kernel's cycles in those of the program."""
+    cost = compilation.cost
+    kernel = cycles_of(cost.kernels, kind)
+    return {
+        **dataclasses.asdict(cost),
+        "sent_bytes": cost.sent_bytes,
+        "kernel_cycles": kernel,
+        "cycles": cost.cycles + kernel,
+        "seconds": cost.seconds and cost.seconds + kernel / COMPILER_CLOCK,
+        "rematerializations": compilation.rematerializations,
+        "compile_seconds": compilation.seconds,
+        "compile_cpu_seconds": compilation.cpu_seconds,
+    }
+
+
+def ratios(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Divides the figures of one program by those of another."""
+    return {key: one[key] / other[key] for key in SHOWN if one[key] and other[key]}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Compiles a step with each optimizer."""
+    case = sharded_step.CASES[name]
+    params = case.parameters()
+    kind = tpu.topology_devices(case.topology)[0].device_kind
+    found = {}
+    for optimizer, tx in optimizers(params).items():
+        jax.clear_caches()
+        found[optimizer] = summary(aot.compile_traced(aot.trace_step(tx, params)), kind)
+        print(name, optimizer, found[optimizer], flush=True)
+    return dataclasses.asdict(case) | {
+        "pallas_by_optax": ratios(found["pallas"], found["optax"]),
+        "xla_by_optax": ratios(found["xla"], found["optax"]),
+        "pallas_by_xla": ratios(found["pallas"], found["xla"]),
+        **found,
+    }
+
+
+def measure_kimi_k2() -> dict[str, Any]:
+    """Compiles Algorithm 1 for Kimi K2 with either kind of products."""
+    topology, shape = next(iter(kimi_k2_step.MESHES.items()))
+    mesh = tpu.topology_mesh(topology, shape, kimi_k2_step.AXES)
+    kind = mesh.devices.flat[0].device_kind
+    found = {}
+    for products in ("xla", "pallas"):
+        jax.clear_caches()
+        traced = kimi_k2_step.trace(kimi_k2_step.Model(), mesh, products)
+        found[products] = summary(aot.compile_traced(traced), kind)
+        print(K2, products, found[products], flush=True)
+    return {"topology": topology, "pallas_by_xla": ratios(found["pallas"], found["xla"]), **found}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Formats the ratios, a line for each pair of programs, and then the goals."""
+    lines = ["lower is better. " + results["note"]]
+    for name, case in results["cases"].items():
+        for pair in ("pallas_by_optax", "xla_by_optax", "pallas_by_xla"):
+            if pair in case:
+                cells = ", ".join(f"{key} {value:.3f}" for key, value in case[pair].items())
+                lines.append(f"{name} {case['topology']} {pair}: {cells}")
+        goals = [("pallas_by_optax", *goal) for goal in GOALS.get(name, {}).items()]
+        for pair, key, most in [*goals, ("pallas_by_xla", "compile_cpu_seconds", COMPILE_GOAL)]:
+            got = case[pair][key]
+            verdict = "met" if got <= most else "MISSED"
+            lines.append(f"{name} {pair} {key}: {got:.3f}, at most {most:.2f}: {verdict}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compiles, prints a table and writes the results."""
+    parser = report.parser("tpu_kernel_step", "Steps with the symmetric-product kernel.")
+    parser.add_argument("--case", choices=(*CASES, K2), nargs="*", help="compile only these")
+    options = parser.parse_args(arguments)
+    if not tpu.LIBTPU:
+        parser.error(tpu.INSTALL)
+    path = options.out / "tpu_kernel_step.json"
+    results = aot.head("tpu_kernel_step") | {"goals": GOALS, "cases": {}}
+    if options.case and path.exists():  # the other cases are kept
+        results["cases"] = json.loads(path.read_text())["cases"]
+    for name in options.case or (*CASES, K2):
+        found = measure_kimi_k2() if name == K2 else measure(name)
+        results["cases"][name] = report.rounded(found)
+        report.write_json(path, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
