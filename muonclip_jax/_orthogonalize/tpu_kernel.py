@@ -15,7 +15,7 @@ K − 1 also adds A, B and I, rounds once, and writes the tile. Step K writes th
 reads nothing, and its inputs are those of the next position: a step starts to fetch the inputs of
 the next one, so that step K − 1, which is long, hides the fetch, and step K has none. The cores of
 a chip share the positions. Tiles at the right and lower edges may be partial: what they have
-outside of the matrix is garbage, and is dropped.
+outside of the matrix is garbage, which is dropped. In the last terms of the sums it is masked.
 
 The kernel has no derivative. On a CPU it is interpreted.
 """
@@ -31,9 +31,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._orthogonalize.tiles import Tiles
 
+# Numbers in a row of a register: slices of blocks start and end at multiples of it.
+_LANES = 128
 # The kernel must not use all of the fast memory that it is given.
 _SPARE_BYTES = 2**22
 
@@ -162,7 +163,7 @@ def _compiled(form: _Form, interpret: bool, numbers: jax.Array, *arrays: jax.Arr
         matrix, i, j = index(p, rows, columns)
         return matrix, jnp.where(k == K, j, i), jnp.where(k == K, i, j)
 
-    side, depth = tiles.side, tiles.depth
+    side, depth = tiles.side, -(-tiles.depth // _LANES) * _LANES
     left = block((side, depth), lambda i, j, k: (i, k))
     if form.is_gram:
         right, added = block((side, depth), lambda i, j, k: (j, k)), []
@@ -216,17 +217,20 @@ def _kernel(rows, columns, numbers, *refs, form: _Form, m: int, positions: int, 
     last_depth = m - (K - 1) * depth
     remainder = last_depth % chunk  # terms that fill no chunk, in step K - 1 alone
 
+    # Products of rows and rows, X[i, :] X[j, :]ᵀ, or of rows and columns, A[i, :] B[:, j].
+    terms_axis = 1 if form.is_gram else 0
+
     def multiply(start: Any, size: int) -> jax.Array:
         """The product of some of the terms that have been fetched."""
-        terms = pl.ds(start, size)
+        terms = pl.ds(start, -(-size // _LANES) * _LANES)
+        A, B = left[:, terms], right[:, terms] if form.is_gram else right[terms, :]
+        if size % _LANES:
+            A, B = _masked(A, 1, size), _masked(B, terms_axis, size)
         # HIGHEST: a TPU would round float32 factors to bfloat16 by default.
         precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+        dimensions = (((1,), (terms_axis,)), ((), ()))
         return jax.lax.dot_general(
-            left[:, terms],
-            right[:, terms] if form.is_gram else right[terms, :],
-            _BY_ROWS if form.is_gram else _BY_COLUMNS,
-            precision=precision,
-            preferred_element_type=accumulator(left.dtype),
+            A, B, dimensions, precision=precision, preferred_element_type=jnp.float32
         )
 
     @pl.when(k < K)
@@ -264,6 +268,7 @@ def _identity(shape: tuple[int, ...], i: Any, j: Any) -> jax.Array:
     return (row == column).astype(jnp.float32)
 
 
-# Products of rows and rows, X[i, :] X[j, :]ᵀ, and of rows and columns, A[i, :] B[:, j].
-_BY_ROWS = (((1,), (1,)), ((), ()))
-_BY_COLUMNS = (((1,), (0,)), ((), ()))
+def _masked(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Replaces what is behind the first `size` numbers of an axis by zeros."""
+    inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < size
+    return jnp.where(inside, x.astype(jnp.float32), 0.0).astype(x.dtype)
