@@ -31,8 +31,8 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 # The TPU compiler writes 2^63 - 1 cycles where it has no estimate: kernels on a SparseCore.
 _NO_ESTIMATE = 2**62
-# The compiler's roofline of a kernel that is no part of XLA, on v5p, as it is in the estimate of the
-# program: FLOPs and bytes in a second, read from programs of one kernel.
+# The roofline of a Pallas kernel on v5p, as the compiler's estimate of a program has it: FLOPs and
+# bytes in a second, read from programs of one kernel.
 _PEAK, _BANDWIDTH = 394e12, 2.35e12
 # Opcodes that run another computation once. TPU7x runs collectives on its SparseCores: call-start.
 _CALLS = ("fusion", "call", "async-start", "call-start")

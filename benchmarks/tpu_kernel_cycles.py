@@ -104,7 +104,9 @@ def compiled(f: Callable[..., jax.Array], product: Product, topology: str) -> tu
     return lowered.compile(), time.process_time() - start
 
 
-def regions_of(product: Product, side: int, chunk: int, topology: str, dump: pathlib.Path) -> Regions:
+def regions_of(
+    product: Product, side: int, chunk: int, topology: str, dump: pathlib.Path
+) -> Regions:
     """Compiles the kernel, and reads the cycles of its parts."""
     cut = Tiles(side, 2 * chunk, chunk)
     compiled(functools.partial(by_kernel, product, cut), product, topology)

@@ -5,8 +5,8 @@
 
 Writes results/tpu_kernel_step.json: the steps of `sharded_step` and `kimi_k2_step` with
 `ns_products="pallas"`, beside those with XLA's products and beside optax's. The compiler has no
-estimate for a Pallas kernel. Its cycles are those of `tpu_kernel_cycles`; `seconds` adds them at the
-compiler's clock. No TPU is needed, nothing is executed, and only the compiler is timed.
+cycles for a Pallas kernel: those of `tpu_kernel_cycles` are added, to `seconds` at the compiler's
+clock. No TPU is needed, nothing is executed, and only the compiler is timed.
 """
 
 import dataclasses

@@ -79,12 +79,12 @@ class Chip(NamedTuple):
 # bytes in a second are divided by the clock: the FLOPs there, by two for each multiply-add.
 CHIPS = {
     "TPU v5 lite": Chip(1, 4 * 128**2, 546, 2**27, 1024, {
-        256: Regions(1024, 918, 85, 135, 270),
-        512: Regions(512, 1917, 301, 417, 237),
+        256: Regions(1024, 918, 85, 135, 241),
+        512: Regions(512, 1917, 301, 417, 243),
     }),
     "TPU v5": Chip(2, 4 * 128**2, 702, 2**26, 1024, {
-        256: Regions(1024, 918, 85, 135, 270),
-        512: Regions(512, 1917, 301, 417, 274),
+        256: Regions(1024, 918, 85, 135, 280),
+        512: Regions(512, 1917, 301, 417, 280),
     }),
     "TPU v6 lite": Chip(1, 4 * 256**2, 935, 2**27, 1024, {
         512: Regions(1024, 1238, 304, 217, 254),
@@ -95,8 +95,11 @@ CHIPS = {
         1024: Regions(1024, 2932, 1530, 811, 267),
     }),
 }  # fmt: skip
-
-CHIPS |= {"TPU v5e": CHIPS["TPU v5 lite"], "TPU v5p": CHIPS["TPU v5"], "TPU v6e": CHIPS["TPU v6 lite"]}
+CHIPS |= {
+    "TPU v5e": CHIPS["TPU v5 lite"],
+    "TPU v5p": CHIPS["TPU v5"],
+    "TPU v6e": CHIPS["TPU v6 lite"],
+}
 
 # The kind whose tiles are interpreted on a CPU. A program that is compiled on a CPU for an unknown
 # TPU has them as well: they fit all kinds.
@@ -107,12 +110,14 @@ _PART_OF_VMEM = 0.85
 _DEPTHS = (1024, 2048, 4096, 8192)
 
 
-def cycles(n: int, m: int, itemsize: int, added: int, tiles: Tiles, r: Regions, chip: Chip) -> float:
+def cycles(
+    n: int, m: int, itemsize: int, added: int, tiles: Tiles, r: Regions, chip: Chip
+) -> float:
     """Estimates the cycles of a product.
 
-    A step takes as long as its instructions, or as the blocks that it fetches for the next step. All
-    steps take as long as that, or as all bytes. The first blocks are fetched before, and the last
-    tile is written after them.
+    A step takes as long as its instructions, or as the blocks that it fetches for the next step.
+    All steps take as long as that, or as all bytes. The first blocks are fetched before, and the
+    last tile is written after them.
 
     Args:
       n: Short side.

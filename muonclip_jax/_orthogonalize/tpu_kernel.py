@@ -184,7 +184,8 @@ def _compiled(form: _Form, interpret: bool, numbers: jax.Array, *arrays: jax.Arr
         out_shape=jax.ShapeDtypeStruct((count, n, n), form.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=tiles.vmem(max(form.dtype.itemsize, arrays[0].dtype.itemsize)) + _SPARE_BYTES,
+            vmem_limit_bytes=tiles.vmem(max(form.dtype.itemsize, arrays[0].dtype.itemsize))
+            + _SPARE_BYTES,
         ),
         cost_estimate=_cost(form, operands, K),
         interpret=interpret,
@@ -201,8 +202,7 @@ def _cost(form: _Form, operands: Sequence[jax.Array], K: int) -> pl.CostEstimate
     numbers = fetched * side * m + (len(operands) - 2) * positions * side**2
     return pl.CostEstimate(
         flops=2 * count * positions * side**2 * m,
-        bytes_accessed=count
-        * (numbers * operands[0].dtype.itemsize + n**2 * form.dtype.itemsize),
+        bytes_accessed=count * (numbers * operands[0].dtype.itemsize + n**2 * form.dtype.itemsize),
         transcendentals=0,
     )
 

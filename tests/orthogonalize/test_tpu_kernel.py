@@ -199,7 +199,9 @@ def _kernel_flops(jaxpr):
 def test_flops_are_those_of_the_program(method):
     settings = {"method": method, "products": "pallas"}
     with small_tiles():
-        jaxpr = jax.make_jaxpr(functools.partial(mc.newton_schulz, **settings))(jnp.ones((384, 768)))
+        jaxpr = jax.make_jaxpr(functools.partial(mc.newton_schulz, **settings))(
+            jnp.ones((384, 768))
+        )
     n, m = 384, 768
     s = 6 / 9  # tiles on and above the diagonal, of 3 x 3
     standard = 5 * (2 * m * n**2 * (1 + s) + 2 * s * n**3)
