@@ -14,6 +14,7 @@
     python -m benchmarks.evidence                 # small trainings that test the papers' claims
 
 Each writes `results/NAME.json` with its command, versions and date. Shared parts: `compiled` reads
-compiled programs, `kernel_cycles` the bundles of a kernel, `tpu` has the settings of ahead-of-time compilation for TPUs, `aot` compiles a
-sharded step, `workloads` has the matrices of three language models, `report` writes the results.
+compiled programs, `kernel_cycles` the bundles of a kernel, `tpu` has the settings of ahead-of-time
+compilation for TPUs, `aot` compiles a sharded step, `workloads` has the matrices of three language
+models, `report` writes the results.
 """
