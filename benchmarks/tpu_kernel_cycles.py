@@ -12,6 +12,7 @@ none has confirmed these figures.
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import tempfile
@@ -128,12 +129,20 @@ def measure_kernel(kind: str, dump: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def compare(kind: str, regions: dict[str, Any]) -> list[dict[str, Any]]:
-    """Estimates the kernel's cycles for each product, and reads XLA's."""
-    topology, chip = TOPOLOGIES[kind][0], CHIPS[kind]
-    rows = []
+def cycles_of_xla(kind: str) -> list[float]:
+    """Reads XLA's cycles for each product."""
+    topology, found = TOPOLOGIES[kind][0], []
     for product in PRODUCTS:
         cost = compiled_cost(compiled(functools.partial(by_xla, product), product, topology)[0])
+        print(kind, product, cost.cycles, flush=True)
+        found.append(cost.cycles)
+    return found
+
+
+def compare(kind: str, regions: dict[str, Any], xla: list[float]) -> list[dict[str, Any]]:
+    """Estimates the kernel's cycles for each product, beside XLA's."""
+    chip, rows = CHIPS[kind], []
+    for product, cycles in zip(PRODUCTS, xla, strict=True):
         n, m, row = product.n, product.m, {}
         for side, fields in regions[product.kind].items():
             r = Regions(**fields)
@@ -143,9 +152,8 @@ def compare(kind: str, regions: dict[str, Any]) -> list[dict[str, Any]]:
         least = min(x["cycles"] for x in row.values())
         rows.append(
             dataclasses.asdict(product)
-            | {"xla": cost.cycles, "kernel_by_xla": least / cost.cycles, "kernel": row}
+            | {"xla": cycles, "kernel_by_xla": least / cycles, "kernel": row}
         )
-        print(kind, rows[-1], flush=True)
     return rows
 
 
@@ -164,18 +172,22 @@ def table(results: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Compiles everything, writes the results and prints a table."""
     parser = report.parser("tpu_kernel_cycles", "The kernel's cycles against XLA's.")
-    parser.add_argument("--chip", choices=TOPOLOGIES, nargs="*", help="only these")
+    parser.add_argument("--keep-xla", action="store_true", help="keep XLA's cycles of the results")
     options = parser.parse_args(arguments)
     if not tpu.LIBTPU:
         parser.error(tpu.INSTALL)
+    path = options.out / "tpu_kernel_cycles.json"
+    before = json.loads(path.read_text())["chips"] if options.keep_xla else {}
     results = aot.head("tpu_kernel_cycles") | {"chips": {}}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(folder)
-        for kind in options.chip or TOPOLOGIES:
+        for kind in TOPOLOGIES:
             regions = measure_kernel(kind, pathlib.Path(folder))
-            found = {"regions": regions, "products": compare(kind, regions)}
+            kept = before.get(kind)
+            xla = [row["xla"] for row in kept["products"]] if kept else cycles_of_xla(kind)
+            found = {"regions": regions, "products": compare(kind, regions, xla)}
             results["chips"][kind] = report.rounded(found)
-            report.write_json(options.out / "tpu_kernel_cycles.json", results)
+            report.write_json(path, results)
     print(table(results))
 
 

@@ -146,8 +146,8 @@ def _compiled(form: _Form, interpret: bool, numbers: jax.Array, *arrays: jax.Arr
 
     def index(p, rows, columns):
         """The matrix, i and j of a position."""
-        at = jax.lax.rem(p, positions)
-        return jax.lax.div(p, positions), rows[at], columns[at]
+        matrix, at = _divided(p, positions, count)
+        return matrix, rows[at], columns[at]
 
     def block(shape: tuple[int, int], place: Callable[..., tuple[Any, Any]]) -> pl.BlockSpec:
         """A block of an input: of the next position, once this one has read all its terms."""
@@ -179,11 +179,14 @@ def _compiled(form: _Form, interpret: bool, numbers: jax.Array, *arrays: jax.Arr
         scratch_shapes=[pltpu.VMEM((side, side), t) for t in (jnp.float32, form.dtype)],
     )
     return pl.pallas_call(
-        functools.partial(_kernel, form=form, m=m, positions=positions, K=K),
+        functools.partial(_kernel, form=form, m=m, count=count, positions=positions, K=K),
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct((count, n, n), form.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
+            # The checks take a third of the cycles that the pipeline of blocks needs in a step.
+            disable_bounds_checks=True,
+            disable_semaphore_checks=True,
             vmem_limit_bytes=tiles.vmem(max(form.dtype.itemsize, arrays[0].dtype.itemsize))
             + _SPARE_BYTES,
         ),
@@ -207,11 +210,20 @@ def _cost(form: _Form, operands: Sequence[jax.Array], K: int) -> pl.CostEstimate
     )
 
 
-def _kernel(rows, columns, numbers, *refs, form: _Form, m: int, positions: int, K: int) -> None:
+def _divided(p: Any, positions: int, count: int) -> tuple[Any, Any]:
+    """Divides a position in a stack: the matrix, and the position in it."""
+    if count == 1:  # without divisions, which take many cycles at each step
+        return 0, p
+    return jax.lax.div(p, positions), jax.lax.rem(p, positions)
+
+
+def _kernel(
+    rows, columns, numbers, *refs, form: _Form, m: int, count: int, positions: int, K: int
+) -> None:
     """One step of a position."""
     left, right, *added, out, total, rounded = refs
     p, k = pl.program_id(0), pl.program_id(1)
-    at = jax.lax.rem(p, positions)
+    matrix, at = _divided(p, positions, count)
     i, j = rows[at], columns[at]
     depth, chunk = left.shape[1], form.tiles.chunk
     last_depth = m - (K - 1) * depth
@@ -247,7 +259,7 @@ def _kernel(rows, columns, numbers, *refs, form: _Form, m: int, positions: int, 
         products = total[...]
         if remainder:
             products += multiply(last_depth - remainder, remainder)
-        first = jax.lax.div(p, positions) * (1 if form.is_gram else len(added) + 1)
+        first = matrix * (1 if form.is_gram else len(added) + 1)
         if form.is_gram:
             result = products - numbers[first] * _identity(products.shape, i, j)
         else:
