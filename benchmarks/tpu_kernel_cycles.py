@@ -172,18 +172,19 @@ def table(results: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Compiles everything, writes the results and prints a table."""
     parser = report.parser("tpu_kernel_cycles", "The kernel's cycles against XLA's.")
+    parser.add_argument("--chip", choices=TOPOLOGIES, nargs="*", help="only these; others are kept")
     parser.add_argument("--keep-xla", action="store_true", help="keep XLA's cycles of the results")
     options = parser.parse_args(arguments)
     if not tpu.LIBTPU:
         parser.error(tpu.INSTALL)
     path = options.out / "tpu_kernel_cycles.json"
-    before = json.loads(path.read_text())["chips"] if options.keep_xla else {}
-    results = aot.head("tpu_kernel_cycles") | {"chips": {}}
+    before = json.loads(path.read_text())["chips"] if path.exists() else {}
+    results = aot.head("tpu_kernel_cycles") | {"chips": before if options.chip else {}}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(folder)
-        for kind in TOPOLOGIES:
+        for kind in options.chip or TOPOLOGIES:
             regions = measure_kernel(kind, pathlib.Path(folder))
-            kept = before.get(kind)
+            kept = before.get(kind) if options.keep_xla else None
             xla = [row["xla"] for row in kept["products"]] if kept else cycles_of_xla(kind)
             found = {"regions": regions, "products": compare(kind, regions, xla)}
             results["chips"][kind] = report.rounded(found)

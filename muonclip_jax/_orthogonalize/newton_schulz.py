@@ -86,12 +86,12 @@ def newton_schulz(
         vectors a little.
       eps: Added to the norm of the matrix after its largest magnitude has been made one, so it is
         relative.
-      products: What computes X Xᴴ and products of symmetric matrices, two of three products.
-        `"xla"`: XLA. `"pallas"`: a TPU kernel that computes little more than half of them, see
-        `docs/numerics.md`. It runs for real bfloat16 and float32 products of matrices with a short
-        side of at least 1024; all others are XLA's. It has no derivative, and on a CPU it is
-        interpreted, which is slow and for tests. `"auto"` is `"xla"` until the kernel has been
-        timed on a TPU; `python -m benchmarks.tpu_kernel` times it on yours.
+      products: What computes the symmetric products, two of three. `"xla"`: XLA. `"pallas"`: a TPU
+        kernel that computes little more than half of them, see `docs/numerics.md`. It runs for real
+        bfloat16 and float32 products and a short side of at least 1024 (v5e, v5p) or 2048 (v6e,
+        TPU7x); all others are XLA's. It has no derivative. On a CPU it is interpreted, for tests.
+        `"auto"` is `"xla"` until the kernel has been timed on a TPU: `python -m
+        benchmarks.tpu_kernel` times it on yours.
 
     Returns:
       Shape and dtype of `x`. For "jordan", singular values of at least 3e-3 of the norm end in

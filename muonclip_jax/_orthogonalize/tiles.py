@@ -6,6 +6,7 @@ No chip has confirmed them yet.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -79,18 +80,18 @@ class Chip(NamedTuple):
 # bytes in a second are divided by the clock: the FLOPs there, by two for each multiply-add.
 CHIPS = {
     "TPU v5 lite": Chip(1, 4 * 128**2, 546, 2**27, 1024, {
-        256: Regions(1024, 918, 85, 135, 241),
-        512: Regions(512, 1917, 301, 417, 243),
+        256: Regions(1024, 918, 84, 135, 158),
+        512: Regions(512, 1917, 300, 417, 160),
     }),
     "TPU v5": Chip(2, 4 * 128**2, 702, 2**26, 1024, {
-        256: Regions(1024, 918, 85, 135, 280),
-        512: Regions(512, 1917, 301, 417, 280),
+        256: Regions(1024, 918, 84, 135, 155),
+        512: Regions(512, 1917, 300, 417, 155),
     }),
-    "TPU v6 lite": Chip(1, 4 * 256**2, 935, 2**27, 1024, {
-        512: Regions(1024, 1238, 304, 217, 254),
-        1024: Regions(1024, 4331, 1165, 840, 254),
+    "TPU v6 lite": Chip(1, 4 * 256**2, 935, 2**27, 2048, {
+        512: Regions(1024, 1232, 297, 217, 154),
+        1024: Regions(1024, 4331, 1161, 840, 154),
     }),
-    "TPU7x": Chip(1, 4 * 256**2, 1680, 2**26, 1024, {
+    "TPU7x": Chip(1, 4 * 256**2, 1680, 2**26, 2048, {
         512: Regions(1024, 667, 378, 208, 266),
         1024: Regions(1024, 2932, 1530, 811, 267),
     }),
@@ -152,7 +153,7 @@ def cycles(
 
 @functools.cache
 def fastest(n: int, m: int, itemsize: int, kind: str | None) -> Tiles | None:
-    """Finds the tiles with the fewest cycles.
+    """Finds the tiles with the fewest cycles, of the side that has the fewest for m = n.
 
     Args:
       n: Short side.
@@ -178,12 +179,17 @@ def fastest(n: int, m: int, itemsize: int, kind: str | None) -> Tiles | None:
     chip = CHIPS[kind]
     if n < chip.smallest:
         return None
-    found = [
-        (cycles(n, m, itemsize, 1, tiles, r, chip), tiles)
-        for side, r in chip.sides.items()
-        for tiles in cuts(m, side, r.chunk, itemsize, chip)
-    ]
-    return min(found)[1] if found else None
+
+    def best(m: int, sides: Iterable[int]) -> Tiles | None:
+        found = [
+            (cycles(n, m, itemsize, 1, tiles, chip.sides[side], chip), tiles)
+            for side in sides
+            for tiles in cuts(m, side, chip.sides[side].chunk, itemsize, chip)
+        ]
+        return min(found)[1] if found else None
+
+    square = best(n, chip.sides)  # so that all products of a matrix have the same share
+    return square and best(m, [square.side])
 
 
 def cuts(m: int, side: int, chunk: int, itemsize: int, chip: Chip) -> list[Tiles]:
