@@ -31,8 +31,7 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 # The TPU compiler writes 2^63 - 1 cycles where it has no estimate: kernels on a SparseCore.
 _NO_ESTIMATE = 2**62
-# The roofline of a Pallas kernel on v5p, as the compiler's estimate of a program has it: FLOPs and
-# bytes in a second, read from programs of one kernel.
+# The compiler's roofline of a Pallas kernel on v5p, read from programs: FLOPs and bytes a second.
 _PEAK, _BANDWIDTH = 394e12, 2.35e12
 # Opcodes that run another computation once. TPU7x runs collectives on its SparseCores: call-start.
 _CALLS = ("fusion", "call", "async-start", "call-start")
@@ -46,8 +45,7 @@ class Cost:
       flops: FLOPs of all matrix products; a multiply-add counts as two.
       counts: Number of collectives of each kind, without collectives within a single device.
       sent: Bytes of each kind: the larger of the operands and the results on one device.
-      cycles: Sum of the TPU compiler's estimates for each kernel; 0 on other platforms. It has none
-        for Pallas kernels.
+      cycles: Sum of the TPU compiler's estimates, without Pallas kernels; 0 on other platforms.
       seconds: The TPU compiler's estimate for the step without communication and without Pallas
         kernels; None elsewhere.
       kernels: How often each Pallas kernel runs, by its name and the shapes of its arrays.
@@ -95,9 +93,8 @@ def compiled_cost(compiled: Any) -> Cost:
     cost, once = (program_cost(text, loops=loops) for loops in (True, False))
     memory = compiled.memory_analysis()
     seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
-    if once.kernels:
-        program = _Program(text, loops=False)
-        seconds -= program.total(program.entry).get("kernel seconds", 0.0)
+    program = _Program(text, loops=False)
+    seconds -= program.total(program.entry).get("kernel seconds", 0.0)
     # The compiler's estimate counts each loop once. On CPU it is negative.
     repeated = cost.cycles / once.cycles if once.cycles else 1.0
     return dataclasses.replace(
@@ -128,7 +125,7 @@ def program_cost(text: str, loops: bool = True) -> Cost:
         cycles=found["cycles"],
         seconds=None,
         unknown_loops=int(found["unknown"]),
-        kernels={key[1]: int(n) for key, n in found.items() if key[0] == "kernel"},
+        kernels={key[1]: int(times) for key, times in found.items() if key[0] == "kernel"},
     )
 
 
@@ -280,10 +277,10 @@ def _kernel_figures(instructions: dict[str, _Instruction], i: _Instruction) -> F
         return {}
     figures = {k: float(v) for k, v in re.findall(r'"(\w+)":"(\d+)"', estimate[1])}
     name = re.search(r'/(\w+)/pallas_call"', i.attributes)
-    arrays = [_ARRAY.search(instructions[x].shape) for x in i.operands]
-    shapes = [array[0] for array in arrays if array and "," in array[0]]  # no vectors of settings
-    seconds = max(figures["flops"] / _PEAK, figures["bytes_accessed"] / _BANDWIDTH)
+    arrays = (_ARRAY.search(instructions[x].shape) for x in i.operands)
+    shapes = (array[0] for array in arrays if array and "," in array[0])  # no vectors of settings
     called = " ".join([name[1] if name else i.name, *shapes])
+    seconds = max(figures["flops"] / _PEAK, figures["bytes_accessed"] / _BANDWIDTH)
     return {"flops": figures["flops"], ("kernel", called): 1, "kernel seconds": seconds}
 
 
