@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._common.dtypes import accumulator
-from muonclip_jax._orthogonalize import tpu_kernel
 from muonclip_jax._orthogonalize.column_shards import ColumnShards
 from muonclip_jax._orthogonalize.tiles import Tiles, fastest
 
@@ -141,7 +140,7 @@ class Unrounded:
         if self.product and not shards and (tiles := self.products.tiles(n, n, dtype)):
             c, R, T = self.product
             a, b = (sum(a for a, A in sums if A is B) for B in (R, T))
-            R = tpu_kernel.product(a, R, 0.0 if T is R else b, T, c, tiles)
+            R = _kernel().product(a, R, 0.0 if T is R else b, T, c, tiles)
             return Symmetric(self.shift, R, self.products)
         rows = None
         for a, R in sums:
@@ -182,14 +181,14 @@ def gram_matrix(X: jax.Array, products: Products) -> Symmetric:
         # From X: known before the product, so that the unrounded A need not be kept.
         r = jnp.sum(jnp.abs(_wide(X)) ** 2, axis=(-2, -1), keepdims=True) / X.shape[-2]
     if tiles := products.tiles(*X.shape[-2:], X.dtype):
-        return Symmetric(r, tpu_kernel.gram_matrix(X, r, tiles), products)
+        return Symmetric(r, _kernel().gram_matrix(X, r, tiles), products)
     return rounded(unrounded_gram_matrix(X, products), X.dtype, products, r)
 
 
 def unrounded_gram_matrix(X: jax.Array, products: Products) -> jax.Array:
     """Computes X Xᴴ in the dtype of its sums; see `gram_matrix`."""
     if tiles := products.tiles(*X.shape[-2:], X.dtype):
-        A = tpu_kernel.gram_matrix(X, 0.0, tiles, accumulator(X.dtype))
+        A = _kernel().gram_matrix(X, 0.0, tiles, accumulator(X.dtype))
     else:
         A = (mirrored if products.mirror else multiply)(X, X.mT.conj())
     return products.shards.sum(A) if products.shards else A
@@ -228,6 +227,13 @@ def mirrored(A: jax.Array, B: jax.Array) -> jax.Array:
     lower_right = multiply(A[..., half:, :], B[..., half:])
     lower_left = upper[..., half:].mT.conj()
     return jnp.concatenate([upper, jnp.concatenate([lower_left, lower_right], axis=-1)], axis=-2)
+
+
+def _kernel() -> Any:
+    """Imports the kernel where it is used: importing Pallas takes long."""
+    from muonclip_jax._orthogonalize import tpu_kernel
+
+    return tpu_kernel
 
 
 def own_rows(A: jax.Array, shards: ColumnShards | None) -> jax.Array:
