@@ -4,6 +4,9 @@
     python -m benchmarks.sharded_step             # the same on TPU slices, compiled only
     python -m benchmarks.kimi_k2_step             # Algorithm 1 for all of Kimi K2, compiled only
     python -m benchmarks.tpu_train_step           # the training program on TPU slices, the same
+    python -m benchmarks.tpu_kernel_cycles        # the kernel of symmetric products, compiled only
+    python -m benchmarks.tpu_kernel_step          # optimizer steps with this kernel, compiled only
+    python -m benchmarks.tpu_kernel               # the kernel on an attached TPU, timed
     python -m benchmarks.max_logit_cost           # what the max logits cost beside attention
     python -m benchmarks.newton_schulz_accuracy   # every preset, method and dtype against float64
     python -m benchmarks.batched_vs_loop          # a batched Newton–Schulz call against a loop
@@ -11,6 +14,7 @@
     python -m benchmarks.evidence                 # small trainings that test the papers' claims
 
 Each writes `results/NAME.json` with its command, versions and date. Shared parts: `compiled` reads
-compiled programs, `tpu` has the settings of ahead-of-time compilation for TPUs, `aot` compiles a
-sharded step, `workloads` has the matrices of three language models, `report` writes the results.
+compiled programs, `kernel_cycles` the bundles of a kernel, `tpu` has the settings of ahead-of-time
+compilation for TPUs, `aot` compiles a sharded step, `workloads` has the matrices of three language
+models, `report` writes the results.
 """

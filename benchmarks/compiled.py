@@ -21,7 +21,8 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast"),
     *("collective-permute", "ragged-all-to-all", "reduce-scatter"),
 )
-# Sums under "flops", "cycles", "unknown", ("count", kind) and ("sent", kind).
+# Sums under "flops", "cycles", "unknown", ("count", kind), ("sent", kind), ("kernel", name) and
+# "kernel seconds".
 Figures: TypeAlias = dict[Any, float]
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
@@ -30,6 +31,8 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 # The TPU compiler writes 2^63 - 1 cycles where it has no estimate: kernels on a SparseCore.
 _NO_ESTIMATE = 2**62
+# The compiler's roofline of a Pallas kernel on v5p, read from programs: FLOPs and bytes a second.
+_PEAK, _BANDWIDTH = 394e12, 2.35e12
 # Opcodes that run another computation once. TPU7x runs collectives on its SparseCores: call-start.
 _CALLS = ("fusion", "call", "async-start", "call-start")
 
@@ -42,8 +45,10 @@ class Cost:
       flops: FLOPs of all matrix products; a multiply-add counts as two.
       counts: Number of collectives of each kind, without collectives within a single device.
       sent: Bytes of each kind: the larger of the operands and the results on one device.
-      cycles: Sum of the TPU compiler's estimates for each kernel; 0 on other platforms.
-      seconds: The TPU compiler's estimate for the step without communication; None elsewhere.
+      cycles: Sum of the TPU compiler's estimates, without Pallas kernels; 0 on other platforms.
+      seconds: The TPU compiler's estimate for the step without communication and without Pallas
+        kernels; None elsewhere.
+      kernels: How often each Pallas kernel runs, by its name and the shapes of its arrays.
       unknown_loops: Loops without a known trip count. They count once, so the figures are too small
         if there are any.
       argument_bytes: Memory of the arguments.
@@ -57,6 +62,7 @@ class Cost:
     cycles: float
     seconds: float | None
     unknown_loops: int
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     argument_bytes: int | None = None
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
@@ -83,9 +89,12 @@ class Collective(NamedTuple):
 
 def compiled_cost(compiled: Any) -> Cost:
     """Reads the cost of a `jax.stages.Compiled`."""
-    cost, once = (program_cost(compiled.as_text(), loops=loops) for loops in (True, False))
+    text = compiled.as_text()
+    cost, once = (program_cost(text, loops=loops) for loops in (True, False))
     memory = compiled.memory_analysis()
     seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
+    program = _Program(text, loops=False)
+    seconds -= program.total(program.entry).get("kernel seconds", 0.0)
     # The compiler's estimate counts each loop once. On CPU it is negative.
     repeated = cost.cycles / once.cycles if once.cycles else 1.0
     return dataclasses.replace(
@@ -116,6 +125,7 @@ def program_cost(text: str, loops: bool = True) -> Cost:
         cycles=found["cycles"],
         seconds=None,
         unknown_loops=int(found["unknown"]),
+        kernels={key[1]: int(times) for key, times in found.items() if key[0] == "kernel"},
     )
 
 
@@ -211,6 +221,8 @@ class _Program:
             left, right = (_dimensions(instructions[x].shape) for x in i.operands)
             flops = _dot_flops if i.opcode == "dot" else _convolution_flops
             return {"flops": flops(left, right, _dimensions(i.shape), i.attributes)}
+        if i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
+            return _kernel_figures(instructions, i)
         if i.opcode == "while":
             trips, body = self._trip_count(i), self.total(*i.called("body"))
             repeated = {key: value * (trips or 1) for key, value in body.items()}
@@ -256,6 +268,20 @@ class _Program:
         if i.opcode.endswith("-start") and i.opcode != "all-reduce-start":
             results = results[len(i.operands) : 2 * len(i.operands)]  # after the operands
         return max(operands, sum(results))
+
+
+def _kernel_figures(instructions: dict[str, _Instruction], i: _Instruction) -> Figures:
+    """Reads the figures of a Pallas kernel, as its `cost_estimate` has them."""
+    estimate = re.search(r'"cost_estimate":\{([^}]*)\}', i.attributes)
+    if estimate is None:
+        return {}
+    figures = {k: float(v) for k, v in re.findall(r'"(\w+)":"(\d+)"', estimate[1])}
+    name = re.search(r'/(\w+)/pallas_call"', i.attributes)
+    arrays = (_ARRAY.search(instructions[x].shape) for x in i.operands)
+    shapes = (array[0] for array in arrays if array and "," in array[0])  # no vectors of settings
+    called = " ".join([name[1] if name else i.name, *shapes])
+    seconds = max(figures["flops"] / _PEAK, figures["bytes_accessed"] / _BANDWIDTH)
+    return {"flops": figures["flops"], ("kernel", called): 1, "kernel seconds": seconds}
 
 
 def _alone(i: _Instruction) -> bool:

@@ -149,11 +149,18 @@ def _out_kernel(stack: tuple[int, ...], inputs: int, outputs: int) -> tuple[Any,
     return (*stack, inputs, outputs), (*(None for _ in stack), "expert", "fsdp")
 
 
-def trace(model: Model, mesh: Mesh) -> Any:
-    """Traces a step of Algorithm 1 that donates the parameters and the state."""
+def trace(model: Model, mesh: Mesh, products: str = "auto") -> Any:
+    """Traces a step of Algorithm 1 that donates the parameters and the state.
+
+    Args:
+      model: The model.
+      mesh: The mesh.
+      products: See `ns_products` of `muonclip`.
+    """
     params = model.parameters(mesh)
     shardings = jax.tree.map(lambda x: x.sharding, params)
-    tx = mc.muonclip(2e-4, threshold=None, shardings=shardings, ns_dtype=jnp.bfloat16)
+    settings = {"shardings": shardings, "ns_dtype": jnp.bfloat16, "ns_products": products}
+    tx = mc.muonclip(2e-4, threshold=None, **settings)
 
     # Results in the order of the arguments: see `aot.trace_step`.
     def step(params, state, gradients, max_logits):

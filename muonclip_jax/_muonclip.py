@@ -85,6 +85,7 @@ def muonclip(
     muon_weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
+    ns_products: str = "auto",
     shardings: ArrayTree = None,
     adam_nesterov: bool | None = None,
     per_head: bool | HeadLayout | tuple[HeadLayout, ...] | Analysis = False,
@@ -142,6 +143,7 @@ def muonclip(
       muon_weight_dimension_numbers: See `muon`.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
+      ns_products: See `newton_schulz`; on a mesh, pass `shardings` or use Explicit axes.
       shardings: See `scale_by_muon`.
       adam_nesterov: See `muon`.
       per_head: Whether each head that `layout` describes is a matrix of its own; or the head

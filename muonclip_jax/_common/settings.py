@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 METHODS = ("auto", "standard", "gram")
 SHARED_KEY_RULES = ("query", "group", "exact")
+PRODUCTS = ("auto", "xla", "pallas")
 PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 
 _REAL = ("integral", "real floating")
@@ -155,6 +156,8 @@ _RULES: dict[str, Rule] = {
     "steps": COUNT,
     "ns_method": choice(*METHODS),
     "method": choice(*METHODS),
+    "ns_products": choice(*PRODUCTS),
+    "products": choice(*PRODUCTS),
     "ns_dtype": _product_dtype,
     "dtype": _product_dtype,
     "mu_dtype": _momentum_dtype,

@@ -80,6 +80,7 @@ def muon(
     consistent_rms: ConsistentRMS = None,
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
+    ns_products: str = "auto",
     shardings: ArrayTree = None,
     adam_nesterov: bool | None = None,
     per_head: PerHead = None,
@@ -125,6 +126,7 @@ def muon(
       consistent_rms: See `scale_by_shape`. With 0.2 a learning rate tuned for AdamW fits.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
+      ns_products: See `newton_schulz`; on a mesh, pass `shardings` or use Explicit axes.
       shardings: See `scale_by_muon`.
       per_head: A head layout, or a tuple of head layouts: each head of the query, key and, where
         they are named, value kernels that it describes is a matrix of its own, with its own scale.

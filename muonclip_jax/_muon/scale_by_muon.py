@@ -74,6 +74,7 @@ def scale_by_muon(
     weight_dimension_numbers: DimensionNumbersOrFn | None = None,
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
+    ns_products: str = "auto",
     shardings: ArrayTree = None,
     per_head: PerHead = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -101,6 +102,7 @@ def scale_by_muon(
         parameters that returns one. None: the last two axes of every leaf.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
+      ns_products: See `newton_schulz`; on a mesh, pass `shardings` or use Explicit axes.
       shardings: How the parameters are sharded on an Auto mesh, a pytree of `NamedSharding`:
         `jax.tree.map(lambda x: x.sharding, params)`. With None, XLA decides on such a mesh how
         data moves. On an Explicit mesh the types of the parameters have the shardings.

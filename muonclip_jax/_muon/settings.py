@@ -71,7 +71,7 @@ class MuonSettings:
           direction: See `MuonSettings`.
           arguments: Its arguments by name, checked; arguments of other settings are ignored.
         """
-        names = "ns_coeffs ns_steps preconditioning ns_method ns_dtype".split()
+        names = "ns_coeffs ns_steps preconditioning ns_method ns_dtype ns_products".split()
         by = arguments["preconditioning"]
         equilibrate = by if by in EQUILIBRATIONS else None
         if equilibrate:
@@ -185,7 +185,8 @@ def newton_schulz_of(
     preconditioning: str,
     method: str,
     dtype: Any,
+    products: str,
 ) -> Orthogonalizer:
     """Builds the Newton-Schulz iteration of an optimizer, whose `ns_steps` is never None."""
     steps = steps if is_single_step(coefficients) else None
-    return orthogonalizer(coefficients, steps, method, dtype, preconditioning)
+    return orthogonalizer(coefficients, steps, method, dtype, preconditioning, products)

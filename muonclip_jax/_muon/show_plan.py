@@ -41,6 +41,7 @@ def sharding_plan(
     ns_steps: int = 5,
     ns_method: str = "auto",
     ns_dtype: Any = "auto",
+    ns_products: str = "auto",
     per_head: PerHead = None,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
@@ -57,6 +58,7 @@ def sharding_plan(
       ns_steps: See `muon`.
       ns_method: See `muon`.
       ns_dtype: See `muon`.
+      ns_products: See `muon`.
       per_head: See `muon`. `muonclip(..., per_head=True)` has `per_head=layout` here.
       overrides: See `muon`.
       outputs_first: See `muon`.
@@ -87,7 +89,9 @@ def sharding_plan(
     numbers = route("sharding_plan", params, roles).numbers
     structure = jax.tree.structure(params)
     passed = shardings_by_path("sharding_plan", shardings)
-    orthogonalize = newton_schulz_of(ns_coeffs, ns_steps, "frobenius", ns_method, ns_dtype)
+    orthogonalize = newton_schulz_of(
+        ns_coeffs, ns_steps, "frobenius", ns_method, ns_dtype, ns_products
+    )
     plans = []
 
     def look(params):

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from muonclip_jax._common.types import Step
-from muonclip_jax._orthogonalize.symmetric import MIRRORED_SHARE, is_narrow
+from muonclip_jax._orthogonalize.symmetric import Products, is_narrow
+from muonclip_jax._orthogonalize.tiles import fastest
 
 # The compute dtype of "auto". TPU: its matrix units multiply bfloat16. GPU: not measured yet.
 _COMPUTE_DTYPES = {"cpu": jnp.float32, "tpu": jnp.bfloat16, "gpu": jnp.bfloat16}
@@ -44,14 +45,14 @@ class Choice(NamedTuple):
       dtype: Dtype of the products.
       coefficients: `(a, b, c)` of each step.
       method: `"standard"` or `"gram"`.
-      mirror: Whether symmetric products are mirrored, see `symmetric.py`.
+      products: How symmetric products are computed.
       batch_size: Matrices in one batch.
     """
 
     dtype: Any
     coefficients: tuple[Step, ...]
     method: str
-    mirror: bool
+    products: Products
     batch_size: int
 
     @property
@@ -63,9 +64,10 @@ class Choice(NamedTuple):
         """Counts the FLOPs of one n x m matrix, n ≤ m (a multiply-add is two)."""
         if n == 0:
             return 0.0
+        share = self.products.share(n, self.dtype)
         if self.method == "gram":
-            return gram_cost(self.windows, m / n, self.mirror) * n**3
-        return standard_cost(self.coefficients, m / n, self.mirror) * n**3
+            return gram_cost(self.windows, m / n, share) * n**3
+        return standard_cost(self.coefficients, m / n, share) * n**3
 
 
 def choose(
@@ -76,6 +78,7 @@ def choose(
     method: str,
     platform: str,
     is_shared: bool = False,
+    kernel: str | None = None,
 ) -> Choice:
     """Decides how to orthogonalize n x m matrices, n ≤ m.
 
@@ -87,6 +90,7 @@ def choose(
       method: `"standard"`, `"gram"`, or `"auto"` for the one with fewer FLOPs.
       platform: `"cpu"`, `"tpu"` or `"gpu"`.
       is_shared: Whether several devices share a matrix.
+      kernel: The kind of TPU whose kernel computes symmetric products; None for XLA's products.
 
     Returns:
       The choice.
@@ -96,16 +100,26 @@ def choose(
       >>> choose(64, 256, jnp.float32, coefficients, "auto", "cpu").method
       'gram'
     """
+    if kernel and not has_kernel(n, dtype, kernel):
+        kernel = None
     mirror = not is_shared and n >= _SMALLEST_MIRRORED.get(platform, math.inf) and n % 2 == 0
+    products = Products(mirror and not kernel, kernel)
     by_one = platform == "cpu" or (platform == "tpu" and n >= _ONE_AT_A_TIME_ON_TPU)
     batch_size = 1 if by_one else max(1, MAX_BATCH_BYTES // (4 * max(1, n * m)))
     standard, gram = (
-        Choice(jnp.dtype(dtype), coefficients, name, mirror, batch_size)
+        Choice(jnp.dtype(dtype), coefficients, name, products, batch_size)
         for name in ("standard", "gram")
     )
     if method == "auto":
         return gram if gram.flops(n, m) < standard.flops(n, m) else standard
     return gram if method == "gram" else standard
+
+
+def has_kernel(n: int, dtype: Any, kind: str) -> bool:
+    """Whether the kernel of a kind of TPU computes n x n products of a dtype."""
+    dtype = jnp.dtype(dtype)
+    known = dtype in (jnp.bfloat16, jnp.float32)
+    return known and fastest(n, n, dtype.itemsize, kind) is not None
 
 
 def compute_dtype(dtype: Any, requested: Any, platform: str) -> Any:
@@ -174,13 +188,13 @@ def restart_windows(coefficients: Sequence[Step], dtype: Any) -> Windows:
     return tuple(window for window in windows if window)
 
 
-def standard_cost(coefficients: Sequence[Step], aspect: float, mirror: bool = False) -> float:
+def standard_cost(coefficients: Sequence[Step], aspect: float, share: float = 1.0) -> float:
     """Counts the work of the standard iteration, in n³ FLOPs (a multiply-add is two).
 
     Args:
       coefficients: `(a, b, c)` of each step.
       aspect: m / n, at least 1.
-      mirror: Whether symmetric products cost s = 3/4 of their FLOPs; else s = 1.
+      share: s, the FLOPs of a symmetric product by those of a plain one.
 
     Returns:
       2 aspect (1 + s) + 2 s for each step, without the last 2 s where c = 0.
@@ -189,17 +203,17 @@ def standard_cost(coefficients: Sequence[Step], aspect: float, mirror: bool = Fa
       >>> standard_cost([(3.4, -4.8, 2.0)] * 5, aspect=4.0)
       90.0
     """
-    s = MIRRORED_SHARE if mirror else 1.0
+    s = share
     return sum(2 * aspect * (1 + s) + (2 * s if c else 0.0) for _, _, c in coefficients)
 
 
-def gram_cost(windows: Windows, aspect: float, mirror: bool = False) -> float:
+def gram_cost(windows: Windows, aspect: float, share: float = 1.0) -> float:
     """Counts the work of the Gram iteration, in n³ FLOPs (a multiply-add is two).
 
     Args:
       windows: See `restart_windows`.
       aspect: m / n, at least 1.
-      mirror: See `standard_cost`.
+      share: See `standard_cost`.
 
     Returns:
       2 aspect (1 + s) for each window, 2 s for each R R, 2 for each Y Q and 4 s for each new R.
@@ -208,7 +222,7 @@ def gram_cost(windows: Windows, aspect: float, mirror: bool = False) -> float:
       >>> gram_cost((((3.4, -4.8, 2.0),) * 5,), aspect=4.0)
       50.0
     """
-    s = MIRRORED_SHARE if mirror else 1.0
+    s = share
     squares = sum(2 * s for window in windows for _, _, c in window if c)
     return squares + sum(
         2 * aspect * (1 + s) + (2 + 4 * s) * (len(window) - 1) for window in windows

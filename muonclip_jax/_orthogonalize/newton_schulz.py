@@ -41,6 +41,7 @@ from muonclip_jax._orthogonalize.symmetric import (
     rounded,
     unrounded_gram_matrix,
 )
+from muonclip_jax._orthogonalize.tiles import DEFAULT_KIND
 
 # 2⁶⁴ is exact in every dtype we normalize in, and takes the reciprocal of the largest and smallest
 # float32 out of the subnormal range, where XLA flushes it to zero.
@@ -56,6 +57,7 @@ def newton_schulz(
     dtype: Any = "auto",
     preconditioning: str = "frobenius",
     eps: Scalar = 1e-8,
+    products: str = "auto",
 ) -> Inexact[Array, "*batch m n"]:
     """Pushes the singular values of each matrix towards one.
 
@@ -84,13 +86,20 @@ def newton_schulz(
         vectors a little.
       eps: Added to the norm of the matrix after its largest magnitude has been made one, so it is
         relative.
+      products: What computes the symmetric products, two of three. `"xla"`: XLA. `"pallas"`: a TPU
+        kernel that computes little more than half of them, see `docs/numerics.md`. It runs for real
+        bfloat16 and float32 products and a short side of at least 1024 (v5e, v5p) or 2048 (v6e,
+        TPU7x); all others are XLA's. It has no derivative. On a CPU it is interpreted, for tests.
+        `"auto"` is `"xla"` until the kernel has been timed on a TPU: `python -m
+        benchmarks.tpu_kernel` times it on yours.
 
     Returns:
       Shape and dtype of `x`. For "jordan", singular values of at least 3e-3 of the norm end in
       [0.68, 1.21] (`test_published_numbers.py`). A zero matrix gives zero.
 
     Raises:
-      ValueError: if `x` has fewer than two axes, or a name or the coefficients are not known.
+      ValueError: if `x` has fewer than two axes, a name or the coefficients are not known, or
+        there is no kernel for the platform.
       TypeError: if `x` is not floating or complex.
 
     Example:
@@ -108,7 +117,7 @@ def newton_schulz(
     x = jnp.asarray(x)
     if x.ndim < 2:
         raise ValueError(f"newton_schulz: x must have at least two axes, got shape {x.shape}.")
-    orthogonalize = orthogonalizer(coefficients, steps, method, dtype, preconditioning)
+    orthogonalize = orthogonalizer(coefficients, steps, method, dtype, preconditioning, products)
     axes = axes_of(LAST_TWO_AXES, x.ndim)
     return orthogonalize_leaves(lambda X: orthogonalize(X, eps), [x], [axes])[0]
 
@@ -116,7 +125,10 @@ def newton_schulz(
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("traced_steps", "traced_coefficients"),
-    meta_fields=("coefficients", "method", "dtype", "preconditioning", "platform"),
+    meta_fields=(
+        *("coefficients", "method", "dtype", "preconditioning", "products"),
+        *("platform", "device_kind"),
+    ),
 )
 @dataclasses.dataclass(frozen=True)
 class Orthogonalizer:
@@ -130,7 +142,9 @@ class Orthogonalizer:
       method: See `newton_schulz`, as for the next two.
       dtype: Dtype of the products.
       preconditioning: How to scale a matrix to singular values of at most one.
+      products: What computes symmetric products.
       platform: The platform of the mesh; None for the default of JAX.
+      device_kind: JAX's name of the devices of the mesh.
       traced_steps: Number of steps if it is traced.
       traced_coefficients: Coefficients, `[steps, 3]`, if they are traced.
     """
@@ -139,7 +153,9 @@ class Orthogonalizer:
     method: str = "auto"
     dtype: Any = "auto"
     preconditioning: str = "frobenius"
+    products: str = "auto"
     platform: str | None = None
+    device_kind: str | None = None
     traced_steps: Any = None
     traced_coefficients: Any = None
 
@@ -162,9 +178,9 @@ class Orthogonalizer:
             return _orthogonalize(X, self, eps, choice, shards)
         return _in_batches(X, self, eps, choice=self.choose(n, m, X.dtype))
 
-    def on(self, platform: str | None) -> "Orthogonalizer":
-        """Returns the same settings for the platform of a mesh."""
-        return dataclasses.replace(self, platform=platform)
+    def on(self, platform: str | None, device_kind: str | None) -> "Orthogonalizer":
+        """Returns the same settings for the devices of a mesh."""
+        return dataclasses.replace(self, platform=platform, device_kind=device_kind)
 
     def compute_dtype(self, dtype: Any) -> Any:
         """Decides the dtype of the products of matrices of `dtype`."""
@@ -181,7 +197,21 @@ class Orthogonalizer:
         coefficients = for_sixteen_bits(self.coefficients) if narrow else self.coefficients
         # The restarts of the Gram iteration depend on the coefficients.
         method = "standard" if jax.tree.leaves(self) else self.method
-        return choices.choose(n, m, computed, coefficients, method, self._platform, is_shared)
+        platform, kernel = self._platform, self._kernel()
+        return choices.choose(n, m, computed, coefficients, method, platform, is_shared, kernel)
+
+    def _kernel(self) -> str | None:
+        """Returns the kind of TPU whose kernel computes symmetric products; None without it."""
+        if self.products != "pallas":
+            return None
+        if self._platform not in ("cpu", "tpu"):
+            raise ValueError(
+                f"newton_schulz: products='pallas' needs a TPU, or a CPU to test it, got "
+                f"{self._platform}. Pass products='xla'."
+            )
+        if self._platform == "cpu":
+            return DEFAULT_KIND
+        return self.device_kind or jax.devices()[0].device_kind
 
     @property
     def _platform(self) -> str:
@@ -189,7 +219,12 @@ class Orthogonalizer:
 
 
 def orthogonalizer(
-    coefficients: Coefficients, steps: Any, method: str, dtype: Any, preconditioning: str
+    coefficients: Coefficients,
+    steps: Any,
+    method: str,
+    dtype: Any,
+    preconditioning: str,
+    products: str = "auto",
 ) -> Orthogonalizer:
     """Builds an `Orthogonalizer` from checked arguments of `newton_schulz`."""
     traced_steps = steps if is_traced(steps) else None
@@ -202,7 +237,7 @@ def orthogonalizer(
     else:
         known = as_coefficients(coefficients, steps)
     traced = {"traced_steps": traced_steps, "traced_coefficients": traced_coefficients}
-    return Orthogonalizer(known, method, dtype, preconditioning, **traced)
+    return Orthogonalizer(known, method, dtype, preconditioning, products, **traced)
 
 
 @functools.partial(jax.jit, static_argnames="choice")
@@ -229,7 +264,7 @@ def _orthogonalize(
 ) -> jax.Array:
     """Normalizes, iterates in the compute dtype, and rounds to the dtype of X."""
     dtype, eps = X.dtype, jnp.asarray(eps, accumulator(X.real.dtype))
-    products = Products(choice.mirror, shards)
+    products = choice.products._replace(shards=shards)
     X = _normalize(X, settings.preconditioning, eps, shards).astype(choice.dtype)
     if is_narrow(choice.dtype):
         # Otherwise the compiler normalizes X again, in float32, inside every product.

@@ -6,12 +6,14 @@ polynomials are written as on paper, and `rounded()` ends each of them:
     A = gram_matrix(X)
     Z = (b * A + c * (A @ A)).rounded()
 
-The class hides three optimizations that are no part of the equation.
+The classes hide four optimizations that are no part of the equation.
 
 - A matrix is r I + R, with the number r kept beside R. In 16 bits r is the mean of the diagonal, so
   that R has smaller entries, and loses less when it is rounded. Products follow from
   (r I + R) (t I + T) = r t I + (r T + t R + R T).
+- A polynomial is computed where it is rounded, its product and its sum at once.
 - `mirror` computes three of the four blocks of a product, as the fourth is one of them transposed.
+  `kernel` is the same in small tiles, on TPU (`tpu_kernel.py`).
 - On devices that share a matrix (`ColumnShards`), each has a shard of the columns of X and all of
   A. It computes some rows of each product, and gathers the others after they are rounded.
 """
@@ -24,9 +26,10 @@ import jax.numpy as jnp
 
 from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._orthogonalize.column_shards import ColumnShards
+from muonclip_jax._orthogonalize.tiles import Tiles, fastest
 
 # The FLOPs of a mirrored product, as a fraction of those of a plain one.
-MIRRORED_SHARE = 0.75
+_MIRRORED_SHARE = 0.75
 
 
 class Products(NamedTuple):
@@ -34,11 +37,29 @@ class Products(NamedTuple):
 
     Attributes:
       mirror: Whether to compute three of their four blocks. The sides must be even.
-      shards: The devices that share the matrix; None for one device.
+      kernel: The kind of TPU whose kernel computes them; None for XLA's products.
+      shards: The devices that share the matrix; None for one device. Of their products, the kernel
+        computes X Xᴴ only.
     """
 
     mirror: bool = False
+    kernel: str | None = None
     shards: ColumnShards | None = None
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether products of n x n matrices are computed in part, as they are symmetric."""
+        return self.mirror or self.kernel is not None
+
+    def share(self, n: int, dtype: Any) -> float:
+        """Returns the FLOPs of a symmetric product, as a fraction of those of a plain one."""
+        if tiles := self.tiles(n, n, dtype):
+            return tiles.share(n)
+        return _MIRRORED_SHARE if self.mirror else 1.0
+
+    def tiles(self, n: int, m: int, dtype: Any) -> Tiles | None:
+        """Returns how the kernel cuts an n x n product with sums of m terms; None without it."""
+        return fastest(n, m, jnp.dtype(dtype).itemsize, self.kernel) if self.kernel else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +82,7 @@ class Symmetric:
 
     def __rmul__(self, a: Any) -> "Unrounded":
         """Computes a A."""
-        return Unrounded(a * self.shift, a * self._own_rows(), self.matrix.dtype, self.products)
+        return Unrounded(a * self.shift, ((a, self.matrix),), None, self.products)
 
     def __matmul__(self, other: Any) -> Any:
         """Computes A B, of matrices that commute up to rounding, or A X, unrounded, for an array X.
@@ -72,10 +93,8 @@ class Symmetric:
         if isinstance(other, jax.Array):
             return _plus(_times(r, _wide(other)), multiply(R, other))
         t, T = other.shift, other.matrix
-        products = self.products._replace(mirror=self.products.mirror and other.products.mirror)
-        RT = mirrored(R, T) if products.mirror else multiply(own_rows(R, products.shards), T)
-        cross = _plus(_times(r, other._own_rows()), _times(t, self._own_rows()))
-        return Unrounded(r * t, _plus(cross, RT), R.dtype, products)
+        products = self.products if other.products.is_symmetric else other.products
+        return Unrounded(r * t, ((r, T), (t, R)), (1.0, R, T), products)
 
     def without_shift(self) -> "Symmetric":
         """Adds the shift to the diagonal of R, rounded."""
@@ -84,43 +103,65 @@ class Symmetric:
 
     def without_mirror(self) -> "Symmetric":
         """Returns the same matrix, whose products are computed in full."""
-        return dataclasses.replace(self, products=self.products._replace(mirror=False))
-
-    def _own_rows(self) -> jax.Array:
-        return _wide(own_rows(self.matrix, self.products.shards))
+        return dataclasses.replace(self, products=Products(shards=self.products.shards))
 
 
 @dataclasses.dataclass(frozen=True)
 class Unrounded:
-    """r I + R before it is rounded, in float32 at least, on devices that share it in rows.
+    """r I + Σ a R + c R T, before it is computed.
 
     Attributes:
       shift: r.
-      rows: The rows of R on this device.
-      dtype: Dtype to round to.
-      products: How products of the rounded matrix are computed.
+      terms: Each (a, R).
+      product: (c, R, T), or None.
+      products: How the product, and those of the rounded matrix, are computed.
     """
 
     shift: Any
-    rows: jax.Array
-    dtype: Any
+    terms: tuple[tuple[Any, jax.Array], ...]
+    product: tuple[Any, jax.Array, jax.Array] | None
     products: Products
 
     def __rmul__(self, a: Any) -> "Unrounded":
         """Computes a A."""
-        return dataclasses.replace(self, shift=a * self.shift, rows=a * self.rows)
+        terms = tuple((a * b, R) for b, R in self.terms)
+        product = self.product and (a * self.product[0], *self.product[1:])
+        return Unrounded(a * self.shift, terms, product, self.products)
 
     def __add__(self, other: "Unrounded") -> "Unrounded":
-        """Computes A + B."""
-        shift, rows = self.shift + other.shift, self.rows + other.rows
-        return dataclasses.replace(self, shift=shift, rows=rows)
+        """Computes A + B, of which one may have a product."""
+        terms, product = self.terms + other.terms, self.product or other.product
+        return Unrounded(self.shift + other.shift, terms, product, self.products)
 
     def rounded(self) -> Symmetric:
-        """Rounds R to the dtype of the iteration, and gathers its rows."""
-        R, shards = self.rows.astype(self.dtype), self.products.shards
-        if shards:
-            R = shards.all_rows(R, R.shape[-1])
-        return Symmetric(self.shift, R, self.products)
+        """Computes the matrix in float32 at least, rounds it once, and gathers its rows."""
+        shards, sums = self.products.shards, self._sums()
+        dtype, n = sums[0][1].dtype, sums[0][1].shape[-1]
+        if self.product and not shards and (tiles := self.products.tiles(n, n, dtype)):
+            c, R, T = self.product
+            a, b = (sum(a for a, A in sums if A is B) for B in (R, T))
+            R = _kernel().product(a, R, 0.0 if T is R else b, T, c, tiles)
+            return Symmetric(self.shift, R, self.products)
+        rows = None
+        for a, R in sums:
+            rows = _plus(rows, _times(a, _wide(own_rows(R, shards))))
+        if self.product:
+            c, R, T = self.product
+            RT = mirrored(R, T) if self.products.mirror else multiply(own_rows(R, shards), T)
+            rows = _plus(rows, c * RT)
+        R = rows.astype(dtype)
+        return Symmetric(self.shift, shards.all_rows(R, n) if shards else R, self.products)
+
+    def _sums(self) -> list[tuple[Any, jax.Array]]:
+        """Returns the terms, one for each matrix."""
+        found: list[tuple[Any, jax.Array]] = []
+        for a, R in self.terms:
+            same = next((i for i, (_, other) in enumerate(found) if other is R), None)
+            if same is None:
+                found.append((a, R))
+            else:
+                found[same] = (found[same][0] + a, R)
+        return found
 
 
 def gram_matrix(X: jax.Array, products: Products) -> Symmetric:
@@ -133,17 +174,23 @@ def gram_matrix(X: jax.Array, products: Products) -> Symmetric:
     Returns:
       The matrix; in 16 bits its shift is the mean of the diagonal.
     """
-    A = unrounded_gram_matrix(X, products)
-    if products.shards or not is_narrow(X.dtype):
-        return rounded(A, X.dtype, products)
-    # From X, so that the shift is known before the product and the unrounded A need not be kept.
-    mean = jnp.sum(jnp.abs(_wide(X)) ** 2, axis=(-2, -1), keepdims=True) / X.shape[-2]
-    return rounded(A, X.dtype, products, mean)
+    if products.shards:
+        return rounded(unrounded_gram_matrix(X, products), X.dtype, products)
+    r: Any = 0.0
+    if is_narrow(X.dtype):
+        # From X: known before the product, so that the unrounded A need not be kept.
+        r = jnp.sum(jnp.abs(_wide(X)) ** 2, axis=(-2, -1), keepdims=True) / X.shape[-2]
+    if tiles := products.tiles(*X.shape[-2:], X.dtype):
+        return Symmetric(r, _kernel().gram_matrix(X, r, tiles), products)
+    return rounded(unrounded_gram_matrix(X, products), X.dtype, products, r)
 
 
 def unrounded_gram_matrix(X: jax.Array, products: Products) -> jax.Array:
     """Computes X Xᴴ in the dtype of its sums; see `gram_matrix`."""
-    A = (mirrored if products.mirror else multiply)(X, X.mT.conj())
+    if tiles := products.tiles(*X.shape[-2:], X.dtype):
+        A = _kernel().gram_matrix(X, 0.0, tiles, accumulator(X.dtype))
+    else:
+        A = (mirrored if products.mirror else multiply)(X, X.mT.conj())
     return products.shards.sum(A) if products.shards else A
 
 
@@ -180,6 +227,13 @@ def mirrored(A: jax.Array, B: jax.Array) -> jax.Array:
     lower_right = multiply(A[..., half:, :], B[..., half:])
     lower_left = upper[..., half:].mT.conj()
     return jnp.concatenate([upper, jnp.concatenate([lower_left, lower_right], axis=-1)], axis=-2)
+
+
+def _kernel() -> Any:
+    """Imports the kernel where it is used: importing Pallas takes long."""
+    from muonclip_jax._orthogonalize import tpu_kernel
+
+    return tpu_kernel
 
 
 def own_rows(A: jax.Array, shards: ColumnShards | None) -> jax.Array:

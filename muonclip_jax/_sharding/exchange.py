@@ -49,7 +49,8 @@ def orthogonalize(
       Each leaf orthogonalized, in its shape and sharding.
     """
     placement: Any = plan.placement
-    orthogonalize, eps = orthogonalize.on(placement.platform), jnp.asarray(eps)
+    orthogonalize = orthogonalize.on(placement.platform, placement.device_kind)
+    eps = jnp.asarray(eps)
     results: dict[int, jax.Array] = {}
     for group in plan.groups:
         indices = [member.leaf for member in group.members]

@@ -58,6 +58,7 @@ class Placement(NamedTuple):
       leaves: The same as plain data, for the plan.
       axis_names: The mesh axes that `jax.shard_map` makes manual: all that are not manual yet.
       vmapped_axes: The mesh axes over which `jax.vmap` shards its members. No plan may use them.
+      device_kind: JAX's name of its devices; None if unknown.
     """
 
     mesh: Any
@@ -66,6 +67,7 @@ class Placement(NamedTuple):
     leaves: tuple[PlacedLeaf, ...]
     axis_names: frozenset[str] = frozenset()
     vmapped_axes: frozenset[str] = frozenset()
+    device_kind: str | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -150,7 +152,9 @@ def find_placement(
     vmapped = _vmapped_axes("explicit_mesh_axis_names")  # which JAX hides from shard_map
     names = (_explicit(found[0].mesh) if is_manual else frozenset(mesh.axis_names)) - vmapped
     vmapped |= _vmapped_axes("spmd_axis_names")
-    return Placement(mesh, _platform(mesh), specs, leaves, names, vmapped)
+    device = _device(mesh)
+    platform, kind = (getattr(device, name, None) for name in ("platform", "device_kind"))
+    return Placement(mesh, platform, specs, leaves, names, vmapped, kind)
 
 
 def _explicit(mesh: Any) -> frozenset[str]:
@@ -241,9 +245,8 @@ def _mesh(flat: Sequence[tuple[str, jax.Array]], found: Sequence[NamedSharding])
     return next((mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh)), found[0].mesh)
 
 
-def _platform(mesh: Any) -> str | None:
-    """Returns the platform of a mesh, which differs from the default when compiling for another."""
+def _device(mesh: Any) -> Any:
+    """Returns a device of a mesh, which may be of another platform than the default of JAX."""
     if isinstance(mesh, jax.sharding.Mesh):
-        return mesh.devices.flat[0].platform
-    device = getattr(mesh, "abstract_device", None)
-    return getattr(device, "platform", None)
+        return mesh.devices.flat[0]
+    return getattr(mesh, "abstract_device", None)

@@ -166,7 +166,7 @@ def plan_for(
     placement = find_placement(caller, tree, axes, shardings)
     if placement is None:
         return None
-    orthogonalize = orthogonalize.on(placement.platform)
+    orthogonalize = orthogonalize.on(placement.platform, placement.device_kind)
     plan = make_plan(
         placement.leaves, placement.sizes, orthogonalize.flops, orthogonalize.compute_dtype
     )

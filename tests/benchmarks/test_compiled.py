@@ -245,3 +245,17 @@ def test_combined_collective_sends_all_its_arrays():
 def test_text_without_entry_computation_raises():
     with pytest.raises(ValueError, match="no ENTRY"):
         program_cost("module @jit_step {}")
+
+
+def test_a_pallas_kernel_counts_as_its_estimate_says():
+    estimate = '"cost_estimate":{"flops":"3940","transcendentals":"0","bytes_accessed":"16"}'
+    kernel = (
+        "%gram.1 = bf16[1,8,8]{2,1,0} custom-call(%rows, %X), "
+        'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/gram/pallas_call"}, '
+        f"backend_config={{{estimate}}}"
+    )
+    arguments = ("%rows = s32[3]{0} parameter(0)", "%X = bf16[1,8,16]{2,1,0} parameter(1)")
+    cost = text_cost(*arguments, kernel, kernel.replace("%gram.1", "%gram.2"))
+    assert cost.flops == 2 * 3940
+    assert cost.kernels == {"gram bf16[1,8,16]": 2}
+    assert cost.cycles == 0

@@ -55,6 +55,7 @@ def test_each_bad_value_of_the_clip(name, value):
             {"ns_method": "cubic"},
             r"ns_method must be one of 'auto', .*; got 'cubic'",
         ),
+        ({"ns_products": "triton"}, "ns_products must be one of 'auto', 'xla', 'pallas'; got"),
         ({"preconditioning": "l2"}, "preconditioning must be one of 'frobenius'"),
     ],
 )

@@ -146,6 +146,43 @@ def test_costs_of_a_step_of_kimi_are_the_committed_ones():
     assert table("sharding.md", "kimi_k2") == expected
 
 
+def test_costs_of_steps_with_the_kernel_are_the_committed_ones():
+    figures = ("seconds", "cycles", "flops", "temporary_bytes", "compile_cpu_seconds")
+    expected = [
+        [
+            f"{case['layers']} layers" if "layers" in case else "Kimi K2",
+            case["topology"],
+            f"`{products}`",
+            *(
+                f"{by[f]:.2f}" if f in (by := case[f"pallas_by_{products}"]) else "-"
+                for f in figures
+            ),
+        ]
+        for case in _result("tpu_kernel_step")["cases"].values()
+        for products in ("optax", "xla")
+        if f"pallas_by_{products}" in case
+    ]
+    assert table("sharding.md", "tpu_kernel") == expected
+
+
+def test_cycles_of_the_kernel_are_the_committed_ones():
+    generations = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "TPU7x"}
+    expected = [
+        [
+            generations[kind],
+            row["kind"],
+            f"{row['n']} x {row['m']}",
+            f"{row['xla']:,}",
+            f"{row['cycles']:,}",
+            f"{row['kernel_by_xla']:.2f}",
+        ]
+        for kind, chip in _result("tpu_kernel_cycles")["chips"].items()
+        for row in chip["products"]
+        if row["n"] >= 2048
+    ]
+    assert table("numerics.md", "tpu_kernel_cycles") == expected
+
+
 # --- choosing.md ----------------------------------------------------------------------------------
 
 

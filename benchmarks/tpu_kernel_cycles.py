@@ -1,0 +1,198 @@
+"""The symmetric-product kernel against XLA's products, in cycles that the TPU compiler counts.
+
+    pip install "muonclip-jax[tpu]"
+    python -m benchmarks.tpu_kernel_cycles
+
+Writes results/tpu_kernel_cycles.json, for each generation of TPUs: the cycles of each part of the
+kernel, by the side of its tiles, read from the compiler's bundles; the estimate for each product
+that follows from them; and the compiler's own estimate for XLA's program of the same expression.
+`muonclip_jax/_orthogonalize/tiles.py` has the first, and computes the second. No TPU is needed, and
+none has confirmed these figures.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from benchmarks import aot, report, tpu
+from benchmarks.compiled import compiled_cost
+from benchmarks.kernel_cycles import DUMP_FLAGS, newest_dump, read_regions
+from muonclip_jax._orthogonalize import tiles, tpu_kernel
+from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Tiles
+
+# A slice of each generation, and the candidates: sides of tiles, with the terms of a chunk.
+TOPOLOGIES = {
+    "TPU v5 lite": ("v5e:2x2", {256: 1024, 384: 1024, 512: 512}),
+    "TPU v5": ("v5p:2x2x1", {256: 1024, 384: 1024, 512: 512}),
+    "TPU v6 lite": ("v6e:2x2", {512: 1024, 768: 1024, 1024: 1024}),
+    "TPU7x": ("tpu7x:2x2x1", {512: 1024, 768: 1024, 1024: 1024}),
+}
+BFLOAT16 = 2  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A symmetric product of one matrix, in bfloat16.
+
+    Attributes:
+      kind: `"gram"`, X Xᵀ − r I; `"square"`, a A + c A A; `"product"`, a A + b B + c A B.
+      n: Short side.
+      m: Long side; n except for `"gram"`.
+    """
+
+    kind: str
+    n: int
+    m: int
+
+    @property
+    def added(self) -> int:
+        """Matrices in the sum with A B."""
+        return ("gram", "square", "product").index(self.kind)
+
+
+PRODUCTS = (
+    *(Product("square", n, n) for n in (512, 1024, 1536, 2048, 4096)),
+    Product("gram", 1024, 4096),
+    Product("gram", 2048, 7168),
+    Product("gram", 4096, 11008),
+    Product("product", 4096, 4096),
+)
+# One for each kind, to read the cycles of the kernel from.
+SAMPLES = (PRODUCTS[4], Product("gram", 4096, 4096), PRODUCTS[-1])
+
+
+def by_xla(product: Product, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
+    """Computes a product without the kernel: sums in float32, rounded once."""
+    a, b, c = numbers
+    right = {"gram": A.mT, "square": A, "product": B}[product.kind]
+    total = jnp.matmul(A, right, preferred_element_type=jnp.float32)
+    if product.kind == "gram":
+        return (total - a * jnp.eye(product.n)).astype(A.dtype)
+    total = a * A.astype(jnp.float32) + c * total
+    if product.kind == "product":
+        total += b * B.astype(jnp.float32)
+    return total.astype(A.dtype)
+
+
+def by_kernel(product: Product, cut: Tiles, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
+    """Computes the same with the kernel."""
+    a, b, c = numbers
+    if product.kind == "gram":
+        return tpu_kernel.gram_matrix(A, a, cut)
+    if product.kind == "square":
+        return tpu_kernel.product(a, A, 0.0, A, c, cut)
+    return tpu_kernel.product(a, A, b, B, c, cut)
+
+
+def compiled(f: Callable[..., jax.Array], product: Product, topology: str) -> tuple[Any, float]:
+    """Compiles a product for one chip; also returns the processor time of the compiler."""
+    mesh = Mesh(np.array(tpu.topology_devices(topology)[:1]), ("x",))
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
+    A = shape((product.n, product.m), jnp.bfloat16)
+    lowered = jax.jit(f).lower((shape((), jnp.float32),) * 3, A, A)
+    start = time.process_time()
+    return lowered.compile(), time.process_time() - start
+
+
+def regions_of(
+    product: Product, side: int, chunk: int, topology: str, dump: pathlib.Path
+) -> Regions:
+    """Compiles the kernel, and reads the cycles of its parts."""
+    cut = Tiles(side, 2 * chunk, chunk)
+    compiled(functools.partial(by_kernel, product, cut), product, topology)
+    found = read_regions(newest_dump(dump, "symmetric"), chunk)
+    for file in dump.iterdir():  # hundreds of megabytes
+        file.unlink()
+    return found
+
+
+def measure_kernel(kind: str, dump: pathlib.Path) -> dict[str, Any]:
+    """Reads the cycles of the kernel for all candidates and kinds of products."""
+    topology, candidates = TOPOLOGIES[kind]
+    return {
+        product.kind: {
+            str(side): regions_of(product, side, chunk, topology, dump)._asdict()
+            for side, chunk in candidates.items()
+        }
+        for product in SAMPLES
+    }
+
+
+def cycles_of_xla(kind: str) -> list[float]:
+    """Reads XLA's cycles for each product."""
+    topology, found = TOPOLOGIES[kind][0], []
+    for product in PRODUCTS:
+        cost = compiled_cost(compiled(functools.partial(by_xla, product), product, topology)[0])
+        print(kind, product, cost.cycles, flush=True)
+        found.append(cost.cycles)
+    return found
+
+
+def compare(kind: str, regions: dict[str, Any], xla: list[float]) -> list[dict[str, Any]]:
+    """Estimates the kernel's cycles for each product, beside XLA's."""
+    chip, rows = CHIPS[kind], []
+    for product, cycles in zip(PRODUCTS, xla, strict=True):
+        n, m, candidates = product.n, product.m, {}
+        for side, fields in regions[product.kind].items():
+            r = Regions(**fields)
+            cuts = tiles.cuts(m, int(side), r.chunk, BFLOAT16, chip)
+            best = min((tiles.cycles(n, m, BFLOAT16, product.added, t, r, chip), t) for t in cuts)
+            candidates[side] = {
+                "cycles": round(best[0]),
+                "depth": best[1].depth,
+                "share": best[1].share(n),
+            }
+        used = tiles.fastest(n, m, BFLOAT16, kind)  # None for small sides, where XLA's is used
+        side = str(used.side) if used else min(candidates, key=lambda x: candidates[x]["cycles"])
+        row = {"xla": cycles, "side": int(side), "cycles": candidates[side]["cycles"]}
+        row["kernel_by_xla"] = row["cycles"] / cycles
+        rows.append(dataclasses.asdict(product) | row | {"candidates": candidates})
+    return rows
+
+
+def table(results: dict[str, Any]) -> str:
+    """Formats a line for each product and generation."""
+    lines = [("chip", "product", "n", "m", "XLA", "kernel", "side", "kernel / XLA")]
+    for kind, chip in results["chips"].items():
+        for row in chip["products"]:
+            cells = (kind, row["kind"], row["n"], row["m"], row["xla"], row["cycles"], row["side"])
+            lines.append((*map(str, cells), f"{row['kernel_by_xla']:.3f}"))
+    return report.columns(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compiles everything, writes the results and prints a table."""
+    parser = report.parser("tpu_kernel_cycles", "The kernel's cycles against XLA's.")
+    parser.add_argument("--chip", choices=TOPOLOGIES, nargs="*", help="only these; others are kept")
+    parser.add_argument("--keep-xla", action="store_true", help="keep XLA's cycles of the results")
+    options = parser.parse_args(arguments)
+    if not tpu.LIBTPU:
+        parser.error(tpu.INSTALL)
+    path = options.out / "tpu_kernel_cycles.json"
+    before = json.loads(path.read_text())["chips"] if path.exists() else {}
+    results = aot.head("tpu_kernel_cycles") | {"chips": before if options.chip else {}}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(folder)
+        for kind in options.chip or TOPOLOGIES:
+            regions = measure_kernel(kind, pathlib.Path(folder))
+            kept = before.get(kind) if options.keep_xla else None
+            xla = [row["xla"] for row in kept["products"]] if kept else cycles_of_xla(kind)
+            found = {"regions": regions, "products": compare(kind, regions, xla)}
+            results["chips"][kind] = report.rounded(found)
+            report.write_json(path, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
