@@ -56,7 +56,7 @@ def test_one_case_leaves_the_others_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "sharded_step.json"
     path.write_text(json.dumps({"cases": {"v5e": {"topology": "old", "ours_by_optax": {}}}}))
     monkeypatch.setattr(tpu, "LIBTPU", True)
-    monkeypatch.setattr(sharded_step.aot, "head", lambda module: {"note": ""})
+    monkeypatch.setattr(sharded_step.aot, "head", lambda module, on_gpu: {"note": ""})
     monkeypatch.setattr(sharded_step, "measure", lambda case, n: {"ours_by_optax": {}} | vars(case))
     sharded_step.main(["--case", "v6e", "--out", str(tmp_path)])
     assert {k: v["topology"] for k, v in json.loads(path.read_text())["cases"].items()} == {
