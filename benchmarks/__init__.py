@@ -12,6 +12,6 @@
 
 Each writes `results/NAME.json` with its command, versions and date. Shared parts: `compiled` reads
 compiled programs, `roofline` their least time on GPUs, `tpu` and `gpu` have the settings of
-ahead-of-time compilation, `aot` compiles a
-sharded step, `workloads` has the matrices of three language models, `report` writes the results.
+ahead-of-time compilation, `aot` compiles a sharded step, `workloads` has the matrices of three
+language models, `report` writes the results.
 """

@@ -62,7 +62,7 @@ def _of_mesh(axes: str, device_ids: str | None, grouped: str) -> list[list[int]]
     elif "<=" in device_ids:
         devices = _iota(*re.fullmatch(rf"{_AXES}<={_AXES}(?:T\(([\d,]+)\))?", device_ids).groups())
     else:
-        devices = np.array(_integers(re.sub(r"[{}\s]", "", device_ids)))
+        devices = np.array([int(number) for number in re.findall(r"\d+", device_ids)])
     # Each axis as three: what is before the part that is grouped, the part, and what is after.
     parts = {name: (1, 1, size) for name, size in sizes.items()}
     order = []
