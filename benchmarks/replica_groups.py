@@ -9,7 +9,8 @@ _AXES = r"\[([\d,]+)\]"
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 # Groups as an array: [groups, devices]<=[sizes]T(permutation).
-_IOTA = re.compile(rf"replica_groups={_AXES}<={_AXES}(?:T\(([\d,]+)\))?")
+_ARRAY = rf"{_AXES}<={_AXES}(?:T\(([\d,]+)\))?"
+_IOTA = re.compile(f"replica_groups={_ARRAY}")
 # Groups along some axes of a mesh; device_ids is its array of devices, if they are not in order.
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\) )? ?\{([^}]*)\}")
 # An axis, or the part of it that :(before)size cuts out.
@@ -59,8 +60,8 @@ def _of_mesh(axes: str, device_ids: str | None, grouped: str) -> list[list[int]]
     count = math.prod(sizes.values())
     if device_ids is None:
         devices = np.arange(count)
-    elif "<=" in device_ids:
-        devices = _iota(*re.fullmatch(rf"{_AXES}<={_AXES}(?:T\(([\d,]+)\))?", device_ids).groups())
+    elif found := re.fullmatch(_ARRAY, device_ids):
+        devices = _iota(*found.groups())
     else:
         devices = np.array([int(number) for number in re.findall(r"\d+", device_ids)])
     # Each axis as three: what is before the part that is grouped, the part, and what is after.

@@ -4,7 +4,6 @@
 extra `cuda`, but no GPU.
 """
 
-import functools
 import pathlib
 import re
 
@@ -71,7 +70,7 @@ def compiled_text(name: str) -> str:
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, shared))
     mapped = jax.shard_map(f, mesh=mesh, in_specs=shared, out_specs=shared, check_vma=False)
     options = {**(gpu.compiler_options(mesh) or {}), **options}
-    return jax.jit(mapped).lower(x).compile(compiler_options=options).as_text()
+    return str(jax.jit(mapped).lower(x).compile(compiler_options=options).as_text())
 
 
 def committed_text(name: str) -> str:

@@ -18,7 +18,7 @@ import muonclip_jax as mc
 from benchmarks import gpu
 from benchmarks.tpu import topology_devices
 from examples.language_model.config import BadInput, Config
-from examples.language_model.measurement.cost_table import DEVICE_NAMES, compile_and_format
+from examples.language_model.measurement.cost_table import compile_and_format, device_name
 from examples.language_model.models.layers import VOCABULARY
 from examples.language_model.training.mesh import make_mesh, make_shardings
 from examples.language_model.training.optimizer import make_optimizer
@@ -140,8 +140,7 @@ def _head(config: Config, mesh: Mesh, params: Any) -> list[str]:
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     return [
-        f"{config.aot_topology}: {mesh.size} {DEVICE_NAMES[mesh.devices.flat[0].platform]}s"
-        f"{', mesh ' + axes if axes else ''}",
+        f"{config.aot_topology}: {mesh.size} {device_name(mesh)}s{', mesh ' + axes if axes else ''}",
         f"{config.model} {config.preset}, {count:,} parameters, {config.dtype}; per step"
         f" {config.batch_size} sequences of {config.seq_len} in {config.accumulate} micro-batches",
     ]

@@ -10,8 +10,6 @@ from benchmarks.compiled import Cost, compiled_cost
 from benchmarks.roofline import Roofline, roofline_on
 from benchmarks.tpu import HBM_GIB
 
-DEVICE_NAMES = {"cpu": "device", "gpu": "GPU", "tpu": "chip"}  # by platform
-
 
 def compile_and_format(lowered: Any, mesh: Mesh) -> list[str]:
     """Compiles a step and formats its cost, or the reason why it does not fit.
@@ -32,10 +30,15 @@ def compile_and_format(lowered: Any, mesh: Mesh) -> list[str]:
         return [f"  does not fit; use more chips, or a larger --accumulate: {reason}"]
     cost, device, kind = compiled_cost(compiled), mesh.devices.flat[0], gpu.kind_of(mesh)
     memory = round(kind.memory_bytes / 2**30) if kind else HBM_GIB.get(device.device_kind)
-    lines = cost_table(cost, memory, DEVICE_NAMES[device.platform])
+    lines = cost_table(cost, memory, device_name(mesh))
     if kind and (least := roofline_on(compiled, mesh)):
         lines += roofline_table(least, kind)
     return lines
+
+
+def device_name(mesh: Mesh) -> str:
+    """Returns what the devices of a mesh are called."""
+    return "GPU" if mesh.devices.flat[0].platform == "gpu" else "chip"
 
 
 def cost_table(cost: Cost, memory: int | None, name: str = "chip") -> list[str]:
