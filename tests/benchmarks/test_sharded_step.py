@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import report, sharded_step, tpu
+from benchmarks import gpu, report, sharded_step, tpu
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,29 @@ def test_committed_figures_reach_the_goals(case, figure):
     got = json.loads(path.read_text())["cases"][case]
     assert got["ours_by_optax"][figure] <= sharded_step.GOALS[case][figure]
     assert got["ours"]["rematerializations"] == got["ours"]["unknown_loops"] == 0
+
+
+@pytest.mark.parametrize("case", sorted(sharded_step.GPU_CASES))
+def test_committed_figures_of_gpus_reach_the_goals(case):
+    results = json.loads((report.RESULTS / "sharded_step_gpu.json").read_text())
+    got = results["cases"][case]
+    for figure, most in sharded_step.GPU_GOALS["stacks"].items():
+        assert got["ours_by_optax"][figure] <= most
+    assert got["ours"]["rematerializations"] == got["ours"]["unknown_loops"] == 0
+
+
+def test_case_of_other_devices_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "PLUGIN", True)
+    with pytest.raises(SystemExit):
+        sharded_step.main(["--gpu", "--case", "v5e"])
+    assert "--case: got v5e, expected stacks, layers, h200, b200" in capsys.readouterr().err
+
+
+def test_missing_cuda_plugin_is_reported_with_the_command_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "PLUGIN", False)
+    with pytest.raises(SystemExit):
+        sharded_step.main(["--gpu"])
+    assert 'pip install "muonclip-jax[cuda]"' in capsys.readouterr().err
 
 
 def test_one_case_leaves_the_others_unchanged(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """Small programs for two hosts of two H100, and what their compiled form has to contain.
 
-`python -m tests.support.gpu_programs` compiles them into tests/benchmarks/programs. It needs the
-extra `cuda`, but no GPU.
+`python -m tests.support.gpu_programs [FOLDER]` compiles them, by default into
+tests/benchmarks/programs. It needs the extra `cuda`, but no GPU.
 """
 
 import pathlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -73,19 +74,19 @@ def compiled_text(name: str) -> str:
     return str(jax.jit(mapped).lower(x).compile(compiler_options=options).as_text())
 
 
-def committed_text(name: str) -> str:
+def committed_text(name: str, folder: pathlib.Path = FOLDER) -> str:
     """Reads one of `PROGRAMS` as it was compiled once."""
-    return (FOLDER / f"{name}.hlo").read_text()
+    return (folder / f"{name}.hlo").read_text()
 
 
-def main() -> None:
+def main(folder: pathlib.Path = FOLDER) -> None:
     """Compiles all programs, and leaves out what names files and lines."""
     for name in PROGRAMS:
         text = re.sub(r", metadata=\{[^}]*\}", "", compiled_text(name))
         entry = text[text.index("\n\n%") :] if "\n\n%" in text else text
         head = f"HloModule {name}, jax {jax.__version__}, H100"
-        (FOLDER / f"{name}.hlo").write_text(head + entry)
+        (folder / f"{name}.hlo").write_text(head + entry)
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(pathlib.Path, sys.argv[1:]))

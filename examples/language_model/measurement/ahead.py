@@ -139,8 +139,9 @@ def _head(config: Config, mesh: Mesh, params: Any) -> list[str]:
     """Describes what is compiled, and for which devices."""
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    devices = f"{mesh.size} {device_name(mesh)}s"
     return [
-        f"{config.aot_topology}: {mesh.size} {device_name(mesh)}s{', mesh ' + axes if axes else ''}",
+        f"{config.aot_topology}: {devices}{', mesh ' + axes if axes else ''}",
         f"{config.model} {config.preset}, {count:,} parameters, {config.dtype}; per step"
         f" {config.batch_size} sequences of {config.seq_len} in {config.accumulate} micro-batches",
     ]
