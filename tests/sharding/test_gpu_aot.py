@@ -89,6 +89,12 @@ def test_attention_with_the_bound_is_two_calls_of_cudnn(results):
     assert cudnn["temporary_bytes"] <= 0.10 * xla["temporary_bytes"]
 
 
+def test_kernel_of_symmetric_products_is_one_call(results):
+    kernel = results["kernel"]
+    assert (kernel["pallas_calls"], kernel["flops"]) == (1, 0)  # and no product of XLA beside it
+    assert kernel["temporary_bytes"] <= 1000
+
+
 def test_experts_of_the_training_program_are_sent_as_planned():
     """The step of a mixture of experts, as `--aot-topology` prints it."""
     flags = "--model moe --preset medium --dtype bfloat16 --seq-len 2048 --batch-size 64"

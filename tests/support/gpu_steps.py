@@ -11,23 +11,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from benchmarks import gpu, sharded_step
 from benchmarks.compiled import compiled_cost
+from muonclip_jax._orthogonalize.gpu_kernel import symmetric_product
 
 RESULTS = "RESULTS "  # before the last line that is printed
 LAYERS, BATCH, HEADS = 32, 64, 32  # of the clip
-FMHA = "__cudnn$fmhaSoftmax"  # the target of cuDNN's attention, and of its gradient with a suffix
+# Targets of calls: cuDNN's attention, its gradient with a suffix; and Triton kernels of Pallas.
+TARGETS = {"cudnn_calls": "__cudnn$fmhaSoftmax", "pallas_calls": "__gpu$xla.gpu.triton"}
 
 
 def _cost(f: Any, mesh: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Compiles a function, and returns its cost and its calls of cuDNN's attention."""
+    """Compiles a function, and returns its cost and its calls of `TARGETS`."""
     lowered = jax.jit(f, donate_argnums=donate).lower(*arguments)
     compiled = lowered.compile(compiler_options=gpu.compiler_options(mesh))
-    calls = str(compiled.as_text()).count(f'custom_call_target="{FMHA}')
-    return dataclasses.asdict(compiled_cost(compiled)) | {"cudnn_calls": calls}
+    text = str(compiled.as_text())
+    calls = {name: text.count(f'custom_call_target="{start}') for name, start in TARGETS.items()}
+    return dataclasses.asdict(compiled_cost(compiled)) | calls
 
 
 def _attention(max_logit: str, implementation: str) -> dict[str, Any]:
@@ -57,10 +60,25 @@ def _qk_clip() -> dict[str, Any]:
     return _cost(mc.qk_clip, mesh, params, max_logits, donate=(0,))
 
 
+def _kernel() -> dict[str, Any]:
+    """Compiles the kernel of symmetric products, for one GPU."""
+    h100 = gpu.GPUS["h100"]
+    mesh = gpu.Cluster(h100, 1, 1).mesh((1,), ("x",))
+    x = jax.ShapeDtypeStruct((2, 1000, 2000), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    # Pallas looks for the device here; the mesh of the arguments is not known while it traces.
+    kind = AbstractDevice(
+        device_kind=h100.device_kind, num_cores=h100.multiprocessors, platform="gpu"
+    )
+    abstract = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)
+    with jax.sharding.use_abstract_mesh(abstract):
+        return _cost(symmetric_product, mesh, x, x)
+
+
 STEPS = {
     "stacks": lambda: sharded_step.measure(sharded_step.GPU_CASES["stacks"], compilations=1),
     "layers": lambda: sharded_step.measure(sharded_step.GPU_CASES["layers"], 1, ["ours"]),
     "qk_clip": _qk_clip,
+    "kernel": _kernel,
     "cudnn": lambda: _attention("lse_bound", "cudnn"),
     "xla": lambda: _attention("lse_bound", "xla"),
 }
