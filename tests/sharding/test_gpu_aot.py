@@ -78,7 +78,8 @@ def test_clip_sends_one_number_for_each_head(results):
     numbers = gpu_steps.LAYERS * gpu_steps.HEADS * F32
     assert clip["counts"] == {"all-reduce": 1, "all-gather": 1}
     assert clip["sent"] == {"all-reduce": numbers / 4, "all-gather": numbers}
-    assert clip["temporary_bytes"] <= 1e5
+    # Measured: 0.002.
+    assert clip["temporary_bytes"] <= 0.01 * clip["argument_bytes"]
 
 
 def test_attention_with_the_bound_is_two_calls_of_cudnn(results):
