@@ -55,7 +55,7 @@ def test_layers_apart_cost_what_stacks_cost(results):
     ours, stacks = results["layers"]["ours"], results["stacks"]["ours"]
     assert ours["flops"] == stacks["flops"]
     assert ours["sent_bytes"] <= 1.01 * stacks["sent_bytes"]
-    # Measured: 1.11.
+    # Measured: 1.13.
     assert ours["temporary_bytes"] <= 1.25 * stacks["temporary_bytes"]
 
 
