@@ -11,7 +11,7 @@
     python -m benchmarks.evidence                 # small trainings that test the papers' claims
 
 Each writes `results/NAME.json` with its command, versions and date. Shared parts: `compiled` reads
-compiled programs, `roofline` their least time on GPUs, `tpu` and `gpu` have the settings of
+compiled programs, `roofline` their roofline on GPUs, `tpu` and `gpu` have the settings of
 ahead-of-time compilation, `aot` compiles a sharded step, `workloads` has the matrices of three
 language models, `report` writes the results.
 """

@@ -30,7 +30,7 @@ class Compilation:
       seconds: Wall time of the compiler.
       cpu_seconds: Processor time of the compiler, which other programs do not change.
       rematerializations: Warnings of XLA that a full array is gathered.
-      roofline: The least time on a cluster of GPUs; None for other devices.
+      roofline: Of a cluster of GPUs; None for other devices.
     """
 
     cost: Cost

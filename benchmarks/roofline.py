@@ -1,7 +1,8 @@
-"""The least time of a step on a cluster of GPUs: FLOPs over rates, and bytes over links.
+"""The roofline of a step on a cluster of GPUs: FLOPs over rates, and bytes over links.
 
 The compiler estimates no time for GPUs. A roofline is no estimate either: products reach the rate
-of the data sheet at best, and kernels without products are left out.
+of the data sheet at best, links count bytes as `Cost.sent` does, and all other kernels are left
+out.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ from benchmarks.replica_groups import replica_groups
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The work of one GPU in one step, and the seconds that it takes at least.
+    """The work of one GPU in one step, and its seconds at the rates of the data sheet.
 
     Attributes:
       flops: FLOPs of products, by the dtype that sets their rate: a key of `Gpu.rates`.
       nvlink_bytes: Bytes of collectives within a host, as `Cost.sent` counts them.
-      network_bytes: Bytes of the other collectives. All of them count, also those for the own host.
+      network_bytes: Bytes of the other collectives, including those between GPUs of one host.
       product_seconds: FLOPs over the rates.
       nvlink_seconds: Bytes over the rate of NVLink.
       network_seconds: Bytes over the rate of the network.

@@ -219,7 +219,7 @@ def test_table_has_no_total_for_an_unknown_chip():
 def test_roofline_lists_rates_and_links():
     least = Roofline({"bf16": 989e9, "tf32": 494e9}, 45e6, 5e6, 2e-3, 1e-4, 1e-4)
     assert cost_table.roofline_table(least, gpu.GPUS["h100"]) == [
-        "  roofline            the least time at the rates of the data sheet; nothing was executed",
+        "  roofline            at the rates of the data sheet; nothing was executed",
         "    products          2 ms at bf16 989, tf32 494 TFLOP/s",
         "    within hosts      0.1 ms for 45.00 MB at 450 GB/s of a GPU",
         "    between hosts     0.1 ms for 5.00 MB at 50 GB/s of a GPU",

@@ -68,7 +68,7 @@ def cost_table(cost: Cost, memory: int | None, name: str = "chip") -> list[str]:
 
 
 def roofline_table(least: Roofline, kind: gpu.Gpu) -> list[str]:
-    """Formats the least time of one step on one GPU.
+    """Formats the roofline of one step on one GPU.
 
     Args:
       least: From `benchmarks.roofline.roofline`.
@@ -79,7 +79,7 @@ def roofline_table(least: Roofline, kind: gpu.Gpu) -> list[str]:
     """
     rates = ", ".join(f"{dtype} {kind.rates[dtype] / 1e12:.0f}" for dtype in sorted(least.flops))
     rows = [
-        ("roofline", "the least time at the rates of the data sheet; nothing was executed"),
+        ("roofline", "at the rates of the data sheet; nothing was executed"),
         ("  products", f"{1e3 * least.product_seconds:.3g} ms at {rates} TFLOP/s"),
     ]
     links = {
