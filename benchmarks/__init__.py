@@ -1,7 +1,7 @@
 """Measurements. Each module is one; run it from the root of the repository.
 
     python -m benchmarks.step_time                # one optimizer step on CPU beside optax and torch
-    python -m benchmarks.sharded_step             # the same on TPU slices, compiled only
+    python -m benchmarks.sharded_step [--gpu]     # the same on TPU slices or GPUs, compiled only
     python -m benchmarks.kimi_k2_step             # Algorithm 1 for all of Kimi K2, compiled only
     python -m benchmarks.tpu_train_step           # the training program on TPU slices, the same
     python -m benchmarks.tpu_kernel_cycles        # the kernel of symmetric products, compiled only
@@ -14,7 +14,7 @@
     python -m benchmarks.evidence                 # small trainings that test the papers' claims
 
 Each writes `results/NAME.json` with its command, versions and date. Shared parts: `compiled` reads
-compiled programs, `kernel_cycles` the bundles of a kernel, `tpu` has the settings of ahead-of-time
-compilation for TPUs, `aot` compiles a sharded step, `workloads` has the matrices of three language
-models, `report` writes the results.
+compiled programs, `roofline` their roofline on GPUs, `kernel_cycles` the bundles of a kernel, `tpu`
+and `gpu` have the settings of ahead-of-time compilation, `aot` compiles a sharded step, `workloads`
+has the matrices of three language models, `report` writes the results.
 """

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from benchmarks import report, tpu
+from benchmarks import gpu, report, tpu
 from benchmarks.compiled import Cost, compiled_cost
+from benchmarks.roofline import Roofline, roofline_on
 
 # XLA writes this to stderr where it reaches a sharding only by gathering the full array.
 REMATERIALIZATION = "Involuntary full rematerialization"
@@ -29,12 +30,14 @@ class Compilation:
       seconds: Wall time of the compiler.
       cpu_seconds: Processor time of the compiler, which other programs do not change.
       rematerializations: Warnings of XLA that a full array is gathered.
+      roofline: Of a cluster of GPUs; None for other devices.
     """
 
     cost: Cost
     seconds: float
     cpu_seconds: float
     rematerializations: int
+    roofline: Roofline | None = None
 
 
 def trace_step(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -72,15 +75,22 @@ def sharded_like(params: Any, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def compile_traced(traced: Any) -> Compilation:
-    """Compiles a traced step."""
+def compile_traced(traced: Any, mesh: Mesh | None = None) -> Compilation:
+    """Compiles a traced step.
+
+    Args:
+      traced: From `trace_step`.
+      mesh: The devices it was traced for. GPUs need it.
+    """
+    options = gpu.compiler_options(mesh) if mesh else None
     with captured_stderr() as log:
         lowered = traced.lower()
         start, cpu_start = time.perf_counter(), time.process_time()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     warnings = log[0].count(REMATERIALIZATION)
-    return Compilation(compiled_cost(compiled), seconds, cpu_seconds, warnings)
+    least = roofline_on(compiled, mesh) if mesh else None
+    return Compilation(compiled_cost(compiled), seconds, cpu_seconds, warnings, least)
 
 
 @contextlib.contextmanager
@@ -101,8 +111,12 @@ def captured_stderr() -> Iterator[list[str]]:
             log.append(file.read().decode(errors="replace"))
 
 
-def head(module: str) -> dict[str, Any]:
+def head(module: str, *, on_gpu: bool = False) -> dict[str, Any]:
     """Returns the head of the results of a benchmark that compiles only."""
-    packages = ("optax", *(["libtpu"] if tpu.LIBTPU else []))
-    note = "nothing was executed; estimates of time leave out the links between chips"
+    plugins = {"libtpu": tpu.LIBTPU} if not on_gpu else {"jax-cuda13-plugin": gpu.PLUGIN}
+    packages = ("optax", *(name for name, installed in plugins.items() if installed))
+    if on_gpu:
+        note = "nothing was executed; rooflines are FLOPs and bytes over the rates of data sheets"
+    else:
+        note = "nothing was executed; estimates of time leave out the links between chips"
     return report.provenance(module, *packages, machine="for the compiler") | {"note": note}

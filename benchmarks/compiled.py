@@ -4,7 +4,8 @@
 
 XLA returns the optimized program as text: computations of instructions, each with its shapes. This
 module counts matrix products and collectives, and multiplies the contents of a loop by its trip
-count. It reads programs compiled for CPU and for TPU.
+count. It reads programs compiled for CPU, TPU and GPU. On GPU it counts products of Triton and of
+cuBLAS, not of cuDNN's attention.
 """
 
 import collections
@@ -35,6 +36,7 @@ _NO_ESTIMATE = 2**62
 _PEAK, _BANDWIDTH = 394e12, 2.35e12
 # Opcodes that run another computation once. TPU7x runs collectives on its SparseCores: call-start.
 _CALLS = ("fusion", "call", "async-start", "call-start")
+_GEMM = re.compile(r'custom_call_target="__cublas\$(gemm|lt\$matmul)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def compiled_cost(compiled: Any) -> Cost:
     cost, once = (program_cost(text, loops=loops) for loops in (True, False))
     memory = compiled.memory_analysis()
     seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
-    program = _Program(text, loops=False)
+    program = Program(text, loops=False)
     seconds -= program.total(program.entry).get("kernel seconds", 0.0)
     # The compiler's estimate counts each loop once. On CPU it is negative.
     repeated = cost.cycles / once.cycles if once.cycles else 1.0
@@ -116,7 +118,7 @@ def program_cost(text: str, loops: bool = True) -> Cost:
     Raises:
       ValueError: if `text` is not the text of a compiled program.
     """
-    program = _Program(text, loops)
+    program = Program(text, loops)
     found = collections.defaultdict(float, program.total(program.entry))
     return Cost(
         flops=found["flops"],
@@ -131,18 +133,24 @@ def program_cost(text: str, loops: bool = True) -> Cost:
 
 def collectives(compiled: Any) -> list[Collective]:
     """Lists the collectives of a `jax.stages.Compiled`; a combined one counts once."""
-    program = _Program(compiled.as_text())
-    return list(program.collectives(program.entry, 1))
+    program = Program(compiled.as_text())
+    return [
+        Collective(kind, int(program.bytes_sent(inside, i)), times)
+        for inside, i, times in program.walk(program.entry, 1)
+        if (kind := collective_kind(i))
+    ]
 
 
 def instruction_counts(compiled: Any) -> collections.Counter[str]:
     """Counts the instructions of a `jax.stages.Compiled` by opcode; those in a loop count once."""
-    computations = _Program(compiled.as_text()).computations.values()
+    computations = Program(compiled.as_text()).computations.values()
     return collections.Counter(i.opcode for found in computations for i in found.values())
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """One instruction: `name = shape opcode(arguments), attributes`."""
+
     name: str
     shape: str
     opcode: str
@@ -170,17 +178,17 @@ class _Instruction:
         return self.called("calls", "to_apply") if self.opcode in _CALLS else []
 
 
-class _Program:
+class Program:
     """The computations of a program; the figures of each are computed once."""
 
     def __init__(self, text: str, loops: bool = True) -> None:
         self.loops = loops
-        self.computations: dict[str, dict[str, _Instruction]] = {}
+        self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, current = "", None
         for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
             if current is not None and (match := _INSTRUCTION.match(line)):
                 name, shape, opcode, rest = match.groups()
-                current[name] = _Instruction(name, shape, opcode, *_split_attributes(rest))
+                current[name] = Instruction(name, shape, opcode, *_split_attributes(rest))
             elif match := _COMPUTATION.match(line):
                 current = self.computations.setdefault(match[2], {})
                 self.entry = match[2] if match[1] else self.entry
@@ -193,34 +201,34 @@ class _Program:
             )
         self.total = functools.cache(self._total)
 
-    def collectives(self, computation: str, times: int | None) -> Iterator[Collective]:
-        """Yields the collectives of one computation that runs `times` times."""
+    def walk(self, computation: str, times: int | None) -> Iterator[tuple[Any, Any, int | None]]:
+        """Walks through one computation that runs `times` times, and all that it runs.
+
+        Yields:
+          The instructions around an instruction, the instruction, and how often it is executed;
+          None inside a loop without a known trip count.
+        """
         instructions = self.computations[computation]
         for i in instructions.values():
-            if (kind := i.opcode.removesuffix("-start")) in COLLECTIVES and not _alone(i):
-                yield Collective(kind, int(self._bytes_sent(instructions, i)), times)
+            yield instructions, i, times
             for name in (*i.branches, *i.inner):
-                yield from self.collectives(name, times)
+                yield from self.walk(name, times)
             if i.opcode == "while":
                 trips = self._trip_count(i)
                 product = None if times is None or trips is None else times * trips
-                yield from self.collectives(i.called("body")[0], product)
+                yield from self.walk(i.called("body")[0], product)
 
     def _total(self, computation: str) -> Figures:
         """Adds up one run of a computation."""
         instructions = self.computations[computation]
         return _sum(self._figures(instructions, i) for i in instructions.values())
 
-    def _figures(self, instructions: dict[str, _Instruction], i: _Instruction) -> Figures:
+    def _figures(self, instructions: dict[str, Instruction], i: Instruction) -> Figures:
         """Returns the figures of one instruction and of all computations that it calls."""
-        kind = i.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            sent = self._bytes_sent(instructions, i)
-            return {} if _alone(i) else {("count", kind): 1, ("sent", kind): sent}
-        if i.opcode in ("dot", "convolution"):
-            left, right = (_dimensions(instructions[x].shape) for x in i.operands)
-            flops = _dot_flops if i.opcode == "dot" else _convolution_flops
-            return {"flops": flops(left, right, _dimensions(i.shape), i.attributes)}
+        if kind := collective_kind(i):
+            return {("count", kind): 1, ("sent", kind): self.bytes_sent(instructions, i)}
+        if flops := self.product_flops(instructions, i):
+            return {"flops": flops}
         if i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
             return _kernel_figures(instructions, i)
         if i.opcode == "while":
@@ -236,7 +244,7 @@ class _Program:
             return inner
         return inner | {"cycles": float(estimate[1])}  # for a fusion with all its contents
 
-    def _trip_count(self, i: _Instruction) -> int | None:
+    def _trip_count(self, i: Instruction) -> int | None:
         """Reads how often a loop runs; None unless a counter stays below a constant."""
         if not self.loops:
             return 1
@@ -249,7 +257,7 @@ class _Program:
             return None
         return math.ceil(int(limits[0]) / self._stride(i, condition.get(below[0].operands[0])))
 
-    def _stride(self, i: _Instruction, counter: _Instruction | None) -> int:
+    def _stride(self, i: Instruction, counter: Instruction | None) -> int:
         """Reads what a loop adds to its counter: 2 if XLA has unrolled it once."""
         body = self.computations[i.called("body")[0]]
         place = re.match(r"\W*index=(\d+)", counter.attributes) if counter else None
@@ -261,16 +269,27 @@ class _Program:
         steps = [int(term.arguments) for term in terms if term.opcode == "constant"]
         return steps[0] if steps else 1
 
-    def _bytes_sent(self, instructions: dict[str, _Instruction], i: _Instruction) -> float:
+    def product_flops(self, instructions: dict[str, Instruction], i: Instruction) -> float:
+        """Counts the FLOPs of a matrix product; 0 for all other instructions."""
+        is_library = i.opcode == "custom-call" and _GEMM.search(i.attributes)
+        if i.opcode not in ("dot", "convolution") and not is_library:
+            return 0.0
+        left, right = (_dimensions(instructions[x].shape) for x in i.operands[:2])
+        flops = _convolution_flops if i.opcode == "convolution" else _dot_flops
+        return flops(left, right, _dimensions(i.shape), i.attributes)
+
+    def bytes_sent(self, instructions: dict[str, Instruction], i: Instruction) -> float:
         """Counts the larger of the operands and the results of a collective."""
-        operands = sum(sum(_array_bytes(instructions[name].shape)) for name in i.operands)
+        operands = [n for name in i.operands for n in _array_bytes(instructions[name].shape)]
         results = _array_bytes(i.shape)
-        if i.opcode.endswith("-start") and i.opcode != "all-reduce-start":
-            results = results[len(i.operands) : 2 * len(i.operands)]  # after the operands
-        return max(operands, sum(results))
+        # An asynchronous one also returns its operands, before the results. The all-reduce of a TPU
+        # does not.
+        if i.opcode.endswith("-start") and len(results) >= 2 * len(operands):
+            results = results[len(operands) : 2 * len(operands)]
+        return max(sum(operands), sum(results))
 
 
-def _kernel_figures(instructions: dict[str, _Instruction], i: _Instruction) -> Figures:
+def _kernel_figures(instructions: dict[str, Instruction], i: Instruction) -> Figures:
     """Reads the figures of a Pallas kernel, as its `cost_estimate` has them."""
     estimate = re.search(r'"cost_estimate":\{([^}]*)\}', i.attributes)
     if estimate is None:
@@ -284,7 +303,13 @@ def _kernel_figures(instructions: dict[str, _Instruction], i: _Instruction) -> F
     return {"flops": figures["flops"], ("kernel", called): 1, "kernel seconds": seconds}
 
 
-def _alone(i: _Instruction) -> bool:
+def collective_kind(i: Instruction) -> str | None:
+    """Returns the opcode of a collective; None for others, and within single devices."""
+    kind = i.opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES and not _alone(i) else None
+
+
+def _alone(i: Instruction) -> bool:
     """Whether each group of a collective is a single device, so that nothing is sent."""
     return re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", i.attributes) is not None
 
@@ -323,8 +348,9 @@ def _array_bytes(shape: str) -> list[float]:
 
 
 def _dot_flops(left: list[int], _: list[int], out: list[int], attributes: str) -> float:
-    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)
-    contracted = (left[int(axis)] for axis in axes[1].split(",") if axis) if axes else ()
+    # Of a dot lhs_contracting_dims={1}, of cuBLAS "lhs_contracting_dimensions":["1"].
+    axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', attributes)
+    contracted = (left[int(axis)] for axis in re.findall(r"\d+", axes[1])) if axes else ()
     return 2.0 * math.prod(out) * math.prod(contracted)
 
 

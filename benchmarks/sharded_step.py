@@ -1,13 +1,18 @@
-"""One step of `muon` against `optax.contrib.muon` on sharded parameters, compiled for TPU slices.
+"""One step of `muon` against `optax.contrib.muon` on sharded parameters, compiled for TPU or GPU.
 
     pip install "muonclip-jax[tpu]"
     python -m benchmarks.sharded_step
 
-Writes results/sharded_step.json. The layers have the shapes of Llama 2 7B and are sharded over 64
-chips, stacked in one leaf each or as separate leaves; a few are compiled for other generations. No
-TPU is needed. A step takes gradients and returns the new parameters, and donates the old ones. All
-figures are read from the compiled programs. Nothing is executed and only the compiler is timed. The
-estimates of time leave out the links between chips, over which optax's step sends far more.
+    pip install "muonclip-jax[cuda]"
+    python -m benchmarks.sharded_step --gpu
+
+Writes results/sharded_step.json, and for GPUs sharded_step_gpu.json. The layers have the shapes of
+Llama 2 7B and are sharded over 64 chips or GPUs, stacked in one leaf each or as separate leaves; a
+few are compiled for other generations. No TPU and no GPU is needed. A step takes gradients and
+returns the new parameters, and donates the old ones. All figures are read from the compiled
+programs. Nothing is executed and only the compiler is timed. The estimates of time leave out the
+links between chips, over which optax's step sends far more. For GPUs the compiler has no estimate:
+`roofline` is the time at the rates of the data sheet.
 """
 
 import dataclasses
@@ -24,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from optax import contrib
 
 import muonclip_jax as mc
-from benchmarks import aot, report, tpu
+from benchmarks import aot, gpu, report, tpu
 
 SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "consistent_rms": 0.2}
 
@@ -32,6 +37,10 @@ SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "consistent_rms": 0.2}
 GOALS = {
     "stacks": {"seconds": 0.40, "flops": 0.60, "sent_bytes": 0.03, "temporary_bytes": 0.50},
     "layers": {"compile_seconds": 0.30, "compile_cpu_seconds": 0.30},
+}
+GPU_GOALS = {
+    name: {"flops": 0.60, "sent_bytes": 0.02, "temporary_bytes": 0.10}
+    for name in ("stacks", "layers")
 }
 SHOWN = ("seconds", "cycles", "flops", "sent_bytes", "temporary_bytes", "compile_seconds")
 
@@ -41,7 +50,8 @@ class Case:
     """Parameters and the chips that they are sharded over.
 
     Attributes:
-      topology: Generation and chips; empty for the attached devices.
+      topology: Generation and chips of a TPU slice, or GPU and hosts x GPUs; empty for the
+        attached devices.
       mesh: Sizes of the axes fsdp and tp.
       layers: Number of layers.
       stacked: Whether layers are the first axis of each leaf.
@@ -60,7 +70,9 @@ class Case:
     def parameters(self) -> Any:
         """Returns the shapes of the parameters, with their shardings."""
         names = ("fsdp", "tp")
-        if self.topology:
+        if cluster := gpu.cluster(self.topology):
+            mesh = cluster.mesh(self.mesh, names)
+        elif self.topology:
             mesh = tpu.topology_mesh(self.topology, self.mesh, names)
         else:
             mesh = Mesh(np.array(jax.devices()).reshape(self.mesh), names)
@@ -89,10 +101,16 @@ CASES = {
     "v6e": Case("v6e:4x4", (8, 2), 16, True),
     "7x": Case("tpu7x:2x2x2", (8, 2), 16, True),
 }
+GPU_CASES = {
+    "stacks": Case("h100:8x8", (16, 4), 32, True),
+    "layers": Case("h100:8x8", (16, 4), 32, False),
+    "h200": Case("h200:8x8", (16, 4), 32, True),
+    "b200": Case("b200:8x8", (16, 4), 32, True),
+}
 
 
 def optimizers(params: Any) -> dict[str, optax.GradientTransformation]:
-    """Builds both. A TPU also rounds the factors of optax's products to bfloat16."""
+    """Builds both. TPUs also round the factors of optax's products to bfloat16, GPUs to TF32."""
     shardings = jax.tree.map(lambda x: x.sharding, params)
     # By default optax's Muon takes two-axis leaves only.
     numbers = jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), params)
@@ -107,11 +125,12 @@ def measure(
 ) -> dict[str, Any]:
     """Compiles the optimizers, interleaved."""
     params = case.parameters()
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
     runs: dict[str, list[aot.Compilation]] = {name: [] for name in names}
     for _ in range(compilations):
         for name, run in runs.items():
             jax.clear_caches()
-            run.append(aot.compile_traced(aot.trace_step(optimizers(params)[name], params)))
+            run.append(aot.compile_traced(aot.trace_step(optimizers(params)[name], params), mesh))
     figures = {name: summary(run) for name, run in runs.items()}
     if "optax" not in figures:
         return dataclasses.asdict(case) | figures
@@ -126,12 +145,14 @@ def measure(
 def summary(compilations: Sequence[aot.Compilation]) -> dict[str, Any]:
     """Returns the figures of one program."""
     first = compilations[0]
+    least = {"roofline": dataclasses.asdict(first.roofline)} if first.roofline else {}
     return {
         **dataclasses.asdict(first.cost),
         "sent_bytes": first.cost.sent_bytes,
         "rematerializations": first.rematerializations,
         "compile_seconds": statistics.median(c.seconds for c in compilations),
         "compile_cpu_seconds": statistics.median(c.cpu_seconds for c in compilations),
+        **least,
     }
 
 
@@ -139,9 +160,10 @@ def table(results: dict[str, Any]) -> str:
     """Formats the ratios, a line for each case, and then the goals."""
     lines = ["ours / optax: lower is better. " + results["note"]]
     for name, case in results["cases"].items():
-        cells = (f"{key} {case['ours_by_optax'].get(key, float('nan')):.3f}" for key in SHOWN)
+        by = case["ours_by_optax"]
+        cells = (f"{key} {by[key]:.3f}" for key in SHOWN if key in by)
         lines.append(f"{name:10} {case['topology'] or 'attached devices'}: {', '.join(cells)}")
-    for name, goals in GOALS.items():
+    for name, goals in results["goals"].items():
         for key, most in goals.items():
             got = results["cases"].get(name, {}).get("ours_by_optax", {}).get(key)
             if got is not None:
@@ -153,15 +175,24 @@ def table(results: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Compiles, prints a table and writes the results."""
     parser = report.parser("sharded_step", "A sharded step of muon against optax's.")
-    parser.add_argument("--case", choices=CASES, nargs="*", help="compile only these")
+    parser.add_argument("--gpu", action="store_true", help="for H100, H200 and B200")
+    parser.add_argument("--case", choices={**CASES, **GPU_CASES}, nargs="*", help="only these")
     parser.add_argument("--compilations", type=int, default=1, help="of each program")
     parser.add_argument("--quick", action="store_true", help="small, on the attached devices")
     options = parser.parse_args(arguments)
-    if not (tpu.LIBTPU or options.quick):
-        parser.error(tpu.INSTALL)
-    cases = QUICK if options.quick else CASES
-    path = options.out / "sharded_step.json"
-    results = aot.head("sharded_step") | {"goals": GOALS, "cases": {}}
+    if options.gpu:
+        name, flag, goals, cases = "sharded_step_gpu", " --gpu", GPU_GOALS, GPU_CASES
+        installed, install = gpu.PLUGIN, gpu.INSTALL
+    else:
+        name, flag, goals, cases = "sharded_step", "", GOALS, CASES
+        installed, install = tpu.LIBTPU, tpu.INSTALL
+    if not (installed or options.quick):
+        parser.error(install)
+    cases = QUICK if options.quick else cases
+    if unknown := set(options.case or ()) - set(cases):
+        parser.error(f"--case: got {', '.join(sorted(unknown))}, expected {', '.join(cases)}")
+    path = options.out / f"{name}.json"
+    results = aot.head(f"sharded_step{flag}", on_gpu=options.gpu) | {"goals": goals, "cases": {}}
     if options.case and path.exists():  # the other cases are kept
         results["cases"] = json.loads(path.read_text())["cases"]
     for name in options.case or cases:

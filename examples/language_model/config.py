@@ -80,8 +80,8 @@ class Config:
       simulate_devices: Number of simulated CPU devices; None uses the real devices.
       distributed: Address of process 0, number of processes, and rank of this one, each None where
         JAX detects the cluster; None is a run of one process.
-      aot_topology: TPU topology for which to compile a step and print its cost, instead of
-        training; needs libtpu, but no TPU.
+      aot_topology: TPU slice or GPU cluster for which to compile a step and print its cost, instead
+        of training; needs libtpu or JAX's CUDA plugin, but no TPU and no GPU.
       analyze: Whether to print the analysis of the model (`mc.analyze`) instead of training.
       given: Names of the flags that were passed; not a flag itself.
     """
@@ -203,8 +203,9 @@ class Config:
     aot_topology: str | None = field(
         default=None,
         metadata={
-            "help": "compile a step for a TPU topology such as v5p:2x2x1, print its cost and exit;"
-            " needs libtpu, but no TPU"
+            "help": "compile a step for a TPU slice such as v5p:2x2x1, or for hosts x GPUs of each"
+            " (h100, h200, b200) such as h100:8x8, print its cost and exit; needs libtpu or the"
+            " CUDA plugin of JAX, but no TPU and no GPU"
         },
     )
     analyze: bool = field(

@@ -144,7 +144,7 @@ def quietly() -> Iterator[None]:
 
 
 def compile_ahead(config: settings.Config) -> str:
-    """Returns the cost of a step on a TPU topology; reads no text and writes no file."""
+    """Returns the cost of a step on `--aot-topology`; reads no text and writes no file."""
     from examples.language_model.measurement import ahead
     from examples.language_model.training.loop import make_model
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import report, sharded_step, tpu
+from benchmarks import gpu, report, sharded_step, tpu
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,8 @@ def test_our_step_sends_less_and_only_by_all_to_all(results):
 def test_table_shows_goals_beside_the_figures():
     ratios = {"flops": 0.61, "sent_bytes": 0.027}
     case = {"topology": "", "ours_by_optax": ratios}
-    shown = sharded_step.table({"note": "", "cases": {"stacks": case}})
+    results = {"note": "", "goals": sharded_step.GOALS, "cases": {"stacks": case}}
+    shown = sharded_step.table(results)
     assert "stacks flops: 0.610, at most 0.60: MISSED" in shown
     assert "stacks sent_bytes: 0.027, at most 0.03: met" in shown
 
@@ -52,11 +53,34 @@ def test_committed_figures_reach_the_goals(case, figure):
     assert got["ours"]["rematerializations"] == got["ours"]["unknown_loops"] == 0
 
 
+@pytest.mark.parametrize("case", sorted(sharded_step.GPU_CASES))
+def test_committed_figures_of_gpus_reach_the_goals(case):
+    results = json.loads((report.RESULTS / "sharded_step_gpu.json").read_text())
+    got = results["cases"][case]
+    for figure, most in sharded_step.GPU_GOALS["stacks"].items():
+        assert got["ours_by_optax"][figure] <= most
+    assert got["ours"]["rematerializations"] == got["ours"]["unknown_loops"] == 0
+
+
+def test_case_of_other_devices_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "PLUGIN", True)
+    with pytest.raises(SystemExit):
+        sharded_step.main(["--gpu", "--case", "v5e"])
+    assert "--case: got v5e, expected stacks, layers, h200, b200" in capsys.readouterr().err
+
+
+def test_missing_cuda_plugin_is_reported_with_the_command_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "PLUGIN", False)
+    with pytest.raises(SystemExit):
+        sharded_step.main(["--gpu"])
+    assert 'pip install "muonclip-jax[cuda]"' in capsys.readouterr().err
+
+
 def test_one_case_leaves_the_others_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "sharded_step.json"
     path.write_text(json.dumps({"cases": {"v5e": {"topology": "old", "ours_by_optax": {}}}}))
     monkeypatch.setattr(tpu, "LIBTPU", True)
-    monkeypatch.setattr(sharded_step.aot, "head", lambda module: {"note": ""})
+    monkeypatch.setattr(sharded_step.aot, "head", lambda module, on_gpu: {"note": ""})
     monkeypatch.setattr(sharded_step, "measure", lambda case, n: {"ours_by_optax": {}} | vars(case))
     sharded_step.main(["--case", "v6e", "--out", str(tmp_path)])
     assert {k: v["topology"] for k, v in json.loads(path.read_text())["cases"].items()} == {

@@ -40,11 +40,12 @@ def test_slice_that_is_too_small_is_marked():
     reason = "Ran out of memory on HBM, the total memory required exceeds available HBM (95.74G)."
 
     class Lowered:
-        def compile(self):
+        def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {reason}\nmore")
 
     head = "v5e:2x2: 4 chips, mesh fsdp=4\ngqa medium, 9 parameters, float32; per step 8 sequences"
-    refused = cost_table.compile_and_format(Lowered(), None)
+    mesh = jax.sharding.Mesh(jax.devices(), ("fsdp",))
+    refused = cost_table.compile_and_format(Lowered(), mesh)
     case = tpu_train_step.Case("v5litepod-4", "v5e:2x2", "gqa", "medium", "")
     found = tpu_train_step.parse("\n".join([head, *refused]))
     assert not found["fits"]

@@ -7,7 +7,9 @@ import sys
 import jax
 import pytest
 
+from benchmarks import gpu
 from benchmarks.compiled import Cost
+from benchmarks.roofline import Roofline
 from examples.language_model import program
 from examples.language_model.config import BadInput, Config
 from examples.language_model.measurement import ahead, cost_table
@@ -41,6 +43,51 @@ def test_missing_libtpu_is_named_with_its_pip_command(monkeypatch, capsys, tmp_p
     assert capsys.readouterr().err == (
         "language_model: --aot-topology: libtpu is not installed; run pip install '.[tpu]'\n"
     )
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_cuda_plugin_is_named_with_its_pip_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu, "PLUGIN", False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        program.main(["--aot-topology", "h100:8x8"])
+    assert error.value.code == 2
+    assert capsys.readouterr().err == (
+        "language_model: --aot-topology: the CUDA plugin of JAX is not installed;"
+        " run pip install '.[cuda]'\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("a100:8x8", "expected a TPU slice such as v5p:2x2x1, or one of h100, h200, b200 with"),
+        ("h100:64", "expected the number of hosts and of the GPUs of each, such as h100:8x8"),
+    ],
+)
+def test_unknown_gpu_or_size_is_one_line(capsys, topology, message):
+    with pytest.raises(SystemExit):
+        program.main(["--aot-topology", topology])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"language_model: --aot-topology {topology}: {message}")
+
+
+@pytest.mark.skipif(not gpu.PLUGIN, reason=gpu.INSTALL)
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", sorted(gpu.GPUS))
+def test_step_is_compiled_for_gpus_that_are_not_attached(tmp_path, kind):
+    done = run(tmp_path, "--aot-topology", f"{kind}:2x2", "--dtype", "bfloat16")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{kind}:2x2: 4 GPUs, mesh fsdp=4"
+    gibibytes = round(gpu.GPUS[kind].memory_bytes / 2**30)
+    assert any(line.endswith(f"of the {gibibytes} GiB of a GPU: fits") for line in lines)
+    rows = [line.split("  ")[1:] for line in lines if line.startswith("  ")]
+    names = [next(cell for cell in row if cell) for row in rows]
+    assert {"matrix products", "all-to-all", "roofline", "products", "between hosts"} <= {*names}
+    assert "within hosts" not in names  # fsdp spans both hosts
+    assert "mesh fsdp=4; per device and step" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -89,26 +136,22 @@ class Program:
     def __init__(self, text):
         self.text = text
 
-    def compile(self):
+    def compile(self, compiler_options):
+        assert compiler_options is None  # for CPU
         raise jax.errors.JaxRuntimeError(self.text)
-
-
-class Chip:
-    """Stands for a device."""
-
-    device_kind = "TPU v5"
 
 
 def test_step_that_does_not_fit_shows_the_reason_of_the_compiler():
     """The first line of libtpu 0.0.42.1 for a product that was too large."""
     reason = "Ran out of memory on HBM, the total memory required exceeds available HBM (95.74G)."
-    lines = cost_table.compile_and_format(Program(f"RESOURCE_EXHAUSTED: {reason}\nmore"), Chip)
+    lowered = Program(f"RESOURCE_EXHAUSTED: {reason}\nmore")
+    lines = cost_table.compile_and_format(lowered, mesh.make_mesh(None))
     assert lines == [f"  does not fit; use more chips, or a larger --accumulate: {reason}"]
 
 
 def test_other_errors_of_the_compiler_are_raised():
     with pytest.raises(jax.errors.JaxRuntimeError, match="UNIMPLEMENTED"):
-        cost_table.compile_and_format(Program("UNIMPLEMENTED: this"), Chip)
+        cost_table.compile_and_format(Program("UNIMPLEMENTED: this"), mesh.make_mesh(None))
 
 
 @pytest.mark.parametrize(
@@ -171,3 +214,19 @@ def test_table_shows_that_a_step_does_not_fit():
 
 def test_table_has_no_total_for_an_unknown_chip():
     assert not any("total" in line for line in cost_table.cost_table(COST, None))
+
+
+def test_roofline_lists_rates_and_links():
+    least = Roofline({"bf16": 989e9, "tf32": 494e9}, 45e6, 5e6, 2e-3, 1e-4, 1e-4)
+    assert cost_table.roofline_table(least, gpu.GPUS["h100"]) == [
+        "  roofline            at the rates of the data sheet; nothing was executed",
+        "    products          2 ms at bf16 989, tf32 494 TFLOP/s",
+        "    within hosts      0.1 ms for 45.00 MB at 450 GB/s of a GPU",
+        "    between hosts     0.1 ms for 5.00 MB at 50 GB/s of a GPU",
+    ]
+
+
+def test_roofline_of_one_host_has_no_network():
+    least = Roofline({"bf16": 989e9}, 45e6, 0.0, 1e-3, 1e-4, 0.0)
+    lines = cost_table.roofline_table(least, gpu.GPUS["h100"])
+    assert not any("between hosts" in line for line in lines)

@@ -128,6 +128,34 @@ def test_costs_of_a_sharded_step_are_the_committed_ones():
     assert table("sharding.md", "sharded_step") == expected
 
 
+def test_costs_of_a_sharded_step_on_gpus_are_the_committed_ones():
+    def products(least):
+        return least["product_seconds"]
+
+    def links(least):
+        return least["nvlink_seconds"] + least["network_seconds"]
+
+    expected = [
+        [
+            f"{case['layers']} {'in stacks' if case['stacked'] else 'apart'}",
+            case["topology"],
+            " x ".join(map(str, case["mesh"])),
+            *(
+                f"{case['ours_by_optax'][figure]:.2g}"
+                for figure in ("flops", "sent_bytes", "temporary_bytes")
+            ),
+            *(
+                f"{part(case['ours']['roofline']) / part(case['optax']['roofline']):.2g}"
+                for part in (products, links)
+            ),
+            " and ".join(f"{sum(case[by]['counts'].values()):,}" for by in ("ours", "optax")),
+            f"{case['ours_by_optax']['compile_cpu_seconds']:.2g}",
+        ]
+        for case in _result("sharded_step_gpu")["cases"].values()
+    ]
+    assert table("sharding.md", "sharded_step_gpu") == expected
+
+
 def test_costs_of_a_step_of_kimi_are_the_committed_ones():
     def gigabytes(bytes_):
         return f"{bytes_ / 1e9:.1f} GB"

@@ -1,9 +1,10 @@
-"""Compiles a train step ahead of time, for a TPU topology that need not be attached."""
+"""Compiles a train step ahead of time, for TPUs or GPUs that need not be attached."""
 
 import contextlib
 import dataclasses
 import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 import muonclip_jax as mc
+from benchmarks import gpu
 from benchmarks.tpu import topology_devices
 from examples.language_model.config import BadInput, Config
-from examples.language_model.measurement.cost_table import compile_and_format
+from examples.language_model.measurement.cost_table import compile_and_format, device_name
 from examples.language_model.models.layers import VOCABULARY
 from examples.language_model.training.mesh import make_mesh, make_shardings
 from examples.language_model.training.optimizer import make_optimizer
@@ -34,8 +36,8 @@ def report(config: Config, model: nn.Module) -> str:
       Memory, FLOPs, collectives and the sharding plan of Muon, as lines to print.
 
     Raises:
-      BadInput: if libtpu is not installed or does not support the topology, or the batch is not
-        divisible by the mesh.
+      BadInput: if the topology is not supported, libtpu or JAX's CUDA plugin is missing, or the
+        batch is not divisible by the mesh.
     """
     chips = _chips(str(config.aot_topology))
     mesh = make_mesh(config.mesh, chips) if config.mesh else default_mesh(model, chips)
@@ -57,7 +59,7 @@ def report(config: Config, model: nn.Module) -> str:
     with jax.set_mesh(mesh):
         lowered = step.lower(state, text, np.float32(config.tau))
     lines = [*_head(config, mesh, state.params), *notes, *shardings.notes]
-    lines += compile_and_format(lowered, chips[0])
+    lines += compile_and_format(lowered, mesh)
     if config.optimizer != "adamw":
         per_head = model.layout if config.per_head else None
         plan = mc.sharding_plan(state.params, shardings=shardings.params, per_head=per_head)
@@ -77,6 +79,21 @@ def default_mesh(model: nn.Module, chips: Sequence[Any]) -> Mesh:
 
 def _chips(topology: str) -> list[Any]:
     """Returns the devices of a topology, which need not be attached."""
+    try:
+        cluster = gpu.cluster(topology)
+    except ValueError as error:
+        raise BadInput(f"--aot-topology {error}") from error
+    if cluster is not None:
+        if not gpu.PLUGIN:
+            raise BadInput(
+                "--aot-topology: the CUDA plugin of JAX is not installed; run pip install '.[cuda]'"
+            )
+        return cluster.devices()
+    if not re.match(r"(v\d|tpu)", topology):
+        raise BadInput(
+            f"--aot-topology {topology}: expected a TPU slice such as v5p:2x2x1, or one of"
+            f" {', '.join(gpu.GPUS)} with hosts x GPUs of each, such as h100:8x8"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise BadInput("--aot-topology: libtpu is not installed; run pip install '.[tpu]'")
     try:
@@ -122,8 +139,9 @@ def _head(config: Config, mesh: Mesh, params: Any) -> list[str]:
     """Describes what is compiled, and for which devices."""
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    devices = f"{mesh.size} {device_name(mesh)}s"
     return [
-        f"{config.aot_topology}: {mesh.size} chips{', mesh ' + axes if axes else ''}",
+        f"{config.aot_topology}: {devices}{', mesh ' + axes if axes else ''}",
         f"{config.model} {config.preset}, {count:,} parameters, {config.dtype}; per step"
         f" {config.batch_size} sequences of {config.seq_len} in {config.accumulate} micro-batches",
     ]
