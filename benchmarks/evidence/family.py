@@ -33,7 +33,7 @@ SOURCE = (
     " 2602.21545; DeepSeek-V4.1 report, section 2.5"
 )
 PUBLISHED = "cautious decay and NorMuon 1 % of a speedrun's time; MuonEq -0.001 to -0.003 of loss"
-RATES = (0.008, 0.016, 0.032)
+RATES = (0.01, 0.02, 0.04)
 PLAIN, PLUS = "muon", "Muon+"
 # Arguments of `mc.muonclip`; Muon+ is a chain.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ class Variant(Run):
       variant: One of `VARIANTS`.
     """
 
-    steps: int = 200
+    steps: int = 100
     variant: str = PLAIN
 
     def transformation(self, shapes: Any, learning_rate: Any) -> optax.GradientTransformation:

@@ -30,13 +30,14 @@ TITLE = "The recipe of Kimi K3"
 CLAIM = "Muon with one matrix per head, QK-clip and a cosine schedule train a mixture of experts."
 SOURCE = "Kimi K3, arXiv 2607.24653, sections 2.5 and 3.3"
 PUBLISHED = "no figure known to us"
-STEPS = 150  # a quarter of the demo's
-DEMO = Config(model="moe", schedule="cosine", steps=STEPS)
+RATE = 0.016  # the best of both with latent attention in per-head
+STEPS = 100  # a sixth of the demo's
+DEMO = Config(model="moe", schedule="cosine", steps=STEPS, learning_rate=RATE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo(Run):
-    """`python -m examples.language_model --model moe --schedule cosine --steps 150`."""
+    """`python -m examples.language_model --model moe --schedule cosine` with `RATE` and `STEPS`."""
 
     learning_rate: float = DEMO.peak
     seed: int = 0
@@ -55,15 +56,15 @@ class Demo(Run):
 
 
 LINES = {
-    "Kimi K2: full kernels, clipped": Demo(),
-    "Kimi K3: per head, clipped": Demo(per_head=True),
-    "per head, no clip": Demo(per_head=True, threshold=None),
+    "Kimi K2, full kernels": Demo(),
+    "Kimi K3, one matrix per head": Demo(per_head=True),
 }
-K2, K3, FREE = LINES
+K2, K3 = LINES
+REACHED = 1.1  # times τ: what one update can add
 
 
 def study(measure: Measure) -> dict[str, Any]:
-    """Trains with both recipes, and with Kimi K3's without the clip, at equal seeds."""
+    """Trains with both recipes at equal seeds."""
     measure([one for run in LINES.values() for one in seeds_of(run)])
     records = {name: measure(seeds_of(run)) for name, run in LINES.items()}
     return {
@@ -80,11 +81,9 @@ def study(measure: Measure) -> dict[str, Any]:
 
 
 def verdict(ours: Mapping[str, Any]) -> str:
-    """Reproduced: a loss below Kimi K2's, and a largest logit below that without the clip."""
-    gain = ours[K3]["minus_k2"]
-    clipped, free = ours[K3]["max_logit"], ours[FREE]["max_logit"]
-    smaller = clipped["mean"] + clipped["sd"] < free["mean"] - free["sd"]
-    return plotting.judge(gain["mean"] + 2 * gain["sd"] < 0, smaller)
+    """Reproduced: a loss below Kimi K2's, and at the end no logit far above the threshold."""
+    gain, logit = ours[K3]["minus_k2"], ours[K3]["last_logit"]["mean"]
+    return plotting.judge(gain["mean"] + 2 * gain["sd"] < 0, logit <= REACHED * DEMO.threshold)
 
 
 def one_line(ours: Mapping[str, Any]) -> str:
@@ -121,13 +120,13 @@ def section(ours: Mapping[str, Any]) -> str:
     ]
     model = make_model(DEMO)
     return f"""\
+Kimi K3's recipe changes the loss of Kimi K2's by {mean_sd(ours[K3]["minus_k2"])} at the same seed.
 The model is the mixture of experts of `python -m examples.language_model --model moe`:
 {1 + model.moe_layers} layers of latent attention, {model.attention.heads} heads each, width
-{model.width}, {model.routed.experts} experts. It trains for {STEPS} steps, a quarter of the demo's,
-with the demo's rate {DEMO.peak:g}, threshold {DEMO.threshold:g} and decay 0.1. The schedule is Kimi
-K3's: a warmup of 1 % and a cosine. Nothing is tuned for either recipe. Kimi K3's differs from Kimi
-K2's by the split of the up-projections into heads: {mean_sd(ours[K3]["minus_k2"])} of loss at the
-same seed. Kimi Delta Attention and Quantile Balancing, which Kimi K3 has too, are not part of it.
+{model.width}, {model.routed.experts} experts. It trains for {STEPS} steps, a sixth of the demo's,
+at the rate {DEMO.peak:g} with the demo's threshold {DEMO.threshold:g} and decay 0.1. Both have Kimi
+K3's schedule, a warmup of 1 % and a cosine, and differ in the split of the up-projections into
+heads. Kimi Delta Attention and Quantile Balancing, which Kimi K3 has too, are not part of it.
 
 {markdown(columns, rows)}"""
 
@@ -136,7 +135,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
     """Draws the training loss and the largest logit."""
     figure, (left, right) = plotting.panels(2)
     for name, run in LINES.items():
-        records = [x for x in result["runs"] if _is_of(x, run)]
+        records = [x for x in result["runs"] if x["settings"]["per_head"] == run.per_head]
         steps = records[0]["logged"]
         left.plot(steps, np.mean([record["losses"] for record in records], axis=0), label=name)
         right.plot(steps, np.max([largest_logits(record) for record in records], axis=0))
@@ -145,8 +144,3 @@ def draw(result: Mapping[str, Any]) -> Figure:
     right.set(xlabel="step", title=f"largest logit of {len(SEEDS)} seeds")
     left.legend(frameon=False)
     return figure
-
-
-def _is_of(record: Mapping[str, Any], run: Run) -> bool:
-    settings = record["settings"]
-    return (settings["per_head"], settings["threshold"]) == (run.per_head, run.threshold)

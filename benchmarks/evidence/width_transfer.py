@@ -220,8 +220,8 @@ def is_steady(line: Mapping[str, Any]) -> bool:
 
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
-    texts = (f"{name}: rate times {factor(line)}" for name, line in ours.items())
-    return f"per doubling of the width, {'; '.join(texts)}"
+    texts = (f"{2 ** line['drift']['mean']:.2f} with {name}" for name, line in ours.items())
+    return f"best rate per doubling of the width, times {', '.join(texts)}"
 
 
 def factor(line: Mapping[str, Any]) -> str:
