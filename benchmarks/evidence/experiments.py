@@ -15,6 +15,7 @@ from benchmarks.evidence import (
     per_head,
     shared_key_rules,
     token_efficiency,
+    width_transfer,
     zipf_embedding,
 )
 
@@ -27,4 +28,5 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "shared-key-rules": shared_key_rules,
     "optax-comparison": optax_comparison,
     "zipf-embedding": zipf_embedding,
+    "width-transfer": width_transfer,
 }

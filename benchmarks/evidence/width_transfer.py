@@ -209,13 +209,15 @@ def vertex(below: float | None, at: float, above: float | None) -> float:
 
 
 def verdict(ours: Mapping[str, Any]) -> str:
-    """Reproduced: the best rate is steady with the spectral scale, and with no other."""
-    return plotting.judge(*(is_steady(ours[name]) == (name == SPECTRAL) for name in RULES))
+    """Reproduced: the best rate is steady with the spectral scale, and moves with the others."""
+    moving = (trend(ours[name]) == "moving" for name in RULES if name != SPECTRAL)
+    return plotting.judge(trend(ours[SPECTRAL]) == "steady", *moving)
 
 
-def is_steady(line: Mapping[str, Any]) -> bool:
-    """Returns whether the best rate hardly depends on the width."""
-    return abs(line["drift"]["mean"]) <= STEADY
+def trend(line: Mapping[str, Any]) -> str:
+    """Classifies a drift: `steady`; `moving`, by two deviations too; or `unclear`."""
+    drift, sd = abs(line["drift"]["mean"]), line["drift"]["sd"]
+    return "steady" if drift <= STEADY else "moving" if drift > 2 * sd else "unclear"
 
 
 def one_line(ours: Mapping[str, Any]) -> str:
@@ -238,31 +240,35 @@ def section(ours: Mapping[str, Any]) -> str:
         "scale",
         *(f"best rate, width {width}" for width in WIDTHS),
         "times, per doubling",
-        f"increase at width {WIDTHS[-1]} with the rate of {WIDTHS[0]}",
+        f"loss at width {WIDTHS[-1]}",
+        f"increase there with the rate of width {WIDTHS[0]}",
     )
     rows = [
         [
             name,
-            *(f"{2 ** line['widths'][str(width)]['best']['mean']:.3g}" for width in WIDTHS),
+            *(f"{2 ** line['widths'][str(width)]['best']['mean']:.2g}" for width in WIDTHS),
             factor(line),
+            mean_sd(line["widths"][str(WIDTHS[-1])]["loss"]),
             mean_sd(line["carried"]),
         ]
         for name, line in ours.items()
     ]
-    steady = [name for name, line in ours.items() if is_steady(line)]
-    moving = [name for name in ours if name not in steady]
+    names = {
+        found: ", ".join(name for name in ours if trend(ours[name]) == found) or "none"
+        for found in ("steady", "moving", "unclear")
+    }
     return f"""\
-The best rate moves by at most {STEADY:g} octaves per doubling of the width with:
-{", ".join(steady) or "no scale"}. It moves by more with: {", ".join(moving) or "no scale"}. The
-rates are those of the matrices, interpolated by a parabola through three rates a factor of two
-apart, with {len(SEEDS)} seeds.
+The best rate is steady, at most {STEADY:g} octaves per doubling of the width, with:
+{names["steady"]}. It moves, by more than that and by more than two standard deviations, with:
+{names["moving"]}. Unclear: {names["unclear"]}. The rates are those of the matrices, interpolated by
+a parabola through three rates a factor of two apart. Each of {len(SEEDS)} seeds has its own.
 
 The model has {Wide.layers} layer, heads of {HEAD_DIM}, {KEY_HEADS} key heads at each width, and as
 many hidden units as its width. It trains for {Wide.steps} steps of {Wide.batch_size} x {SEQ_LEN}
 bytes without decay; the loss is measured on {Wide.validation_bytes:,} bytes. Each head is a matrix,
 as in Kimi K3, so that queries, keys and values have {HEAD_DIM} outputs at each width. There the two
-scales without a factor differ; for matrices that grow in proportion both are constant. What AdamW
-trains follows muP: {ADAM_RATE:g} for the embedding and the norms, {ADAM_RATE:g} times
+scales without a factor differ; the other matrices are square, with a scale of 1 under both. What
+AdamW trains follows muP: {ADAM_RATE:g} for the embedding and the norms, {ADAM_RATE:g} times
 {WIDTHS[0]} / width for the output head, hidden kernels with a variance of 1 / n_in at the start,
 zeros for the head and the residual branches.
 
@@ -273,16 +279,18 @@ def draw(result: Mapping[str, Any]) -> Figure:
     """Draws the loss over the rate, one panel for each rule and one line for each width."""
     figure, axes = plotting.panels(len(RULES), sharey=True)
     for one, (name, line) in zip(axes, result["ours"].items(), strict=True):
+        tried: set[float] = set()
         for color, (width, found) in zip(plotting.COLORS, line["widths"].items(), strict=False):
             losses = {float(rate): loss for rate, loss in found["losses"].items() if loss["mean"]}
             rates = sorted(losses)
-            means = [losses[rate]["mean"] for rate in rates]
-            sds = [losses[rate]["sd"] for rate in rates]
-            one.errorbar(
-                rates, means, sds, color=color, label=f"width {width}", marker="o", ms=3, capsize=2
-            )
+            means, sds = ([losses[rate][x] for rate in rates] for x in ("mean", "sd"))
+            style = {"color": color, "marker": "o", "ms": 3, "capsize": 2}
+            one.errorbar(rates, means, sds, label=f"width {width}", **style)
             one.axvline(2 ** found["best"]["mean"], color=color, linestyle="dashed", linewidth=1)
-        one.set(xscale="log", xlabel="peak learning rate", title=name)
+            tried |= {*rates}
+        plotting.by_rate(one, sorted(tried))
+        one.set_xticks(sorted(tried), [f"{rate:.2g}" for rate in sorted(tried)])
+        one.set_title(name)
     axes[0].set_ylabel("validation loss, nats per byte")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, title="dashed: best rate")
     return figure
