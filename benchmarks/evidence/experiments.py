@@ -9,6 +9,7 @@ from types import ModuleType
 
 from benchmarks.evidence import (
     exploding_logits,
+    kimi_k3,
     low_threshold,
     optax_comparison,
     orthogonalization_accuracy,
@@ -29,4 +30,5 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "optax-comparison": optax_comparison,
     "zipf-embedding": zipf_embedding,
     "width-transfer": width_transfer,
+    "kimi-k3": kimi_k3,
 }

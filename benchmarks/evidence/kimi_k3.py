@@ -12,24 +12,26 @@ from matplotlib.figure import Figure
 from benchmarks.evidence import plotting
 from benchmarks.evidence.runner import Measure
 from benchmarks.evidence.summaries import (
-    SEEDS,
     largest_logits,
     loss_of,
     mean_sd,
     over_seeds,
-    paired_difference,
     seeds_of,
 )
 from benchmarks.evidence.training import Run
 from benchmarks.report import markdown
 from examples.language_model.config import Config
+from examples.language_model.models.presets import PRESETS
 from examples.language_model.training.loop import make_model
 from examples.language_model.training.optimizer import make_schedule
 
 TITLE = "The recipe of Kimi K3"
-CLAIM = "Muon with one matrix per head, QK-clip and a cosine schedule train a mixture of experts."
+CLAIM = (
+    "Muon with one matrix per head, QK-clip and a cosine schedule train a mixture of experts"
+    " without a divergence, and keep logits near the threshold."
+)
 SOURCE = "Kimi K3, arXiv 2607.24653, sections 2.5 and 3.3"
-PUBLISHED = "no figure known to us"
+PUBLISHED = "more stable training at larger scales, without a figure"
 RATE = 0.016  # the best of both with latent attention in per-head
 STEPS = 100  # a sixth of the demo's
 DEMO = Config(model="moe", schedule="cosine", steps=STEPS, learning_rate=RATE)
@@ -51,47 +53,40 @@ class Demo(Run):
 
     def schedule(self) -> optax.Schedule:
         """Builds the learning rates of the steps."""
-        settings = {"steps": self.steps, "learning_rate": self.learning_rate}
-        return make_schedule(dataclasses.replace(DEMO, **settings))
+        config = dataclasses.replace(DEMO, steps=self.steps, learning_rate=self.learning_rate)
+        return make_schedule(config)
 
 
-LINES = {
-    "Kimi K2, full kernels": Demo(),
-    "Kimi K3, one matrix per head": Demo(per_head=True),
-}
-K2, K3 = LINES
+RECIPE = Demo(per_head=True)
 REACHED = 1.1  # times τ: what one update can add
 
 
 def study(measure: Measure) -> dict[str, Any]:
-    """Trains with both recipes at equal seeds."""
-    measure([one for run in LINES.values() for one in seeds_of(run)])
-    records = {name: measure(seeds_of(run)) for name, run in LINES.items()}
+    """Trains with each seed."""
+    records = measure(seeds_of(RECIPE))
     return {
-        name: {
-            "loss": loss_of(of_seeds),
-            "minus_k2": paired_difference(of_seeds, records[K2]),
-            "clipped": over_seeds(float(np.mean(record["clipped"])) for record in of_seeds),
-            "ever_clipped": over_seeds(record["ever_clipped"] for record in of_seeds),
-            "max_logit": over_seeds(max(largest_logits(record)) for record in of_seeds),
-            "last_logit": over_seeds(largest_logits(record)[-1] for record in of_seeds),
-        }
-        for name, of_seeds in records.items()
+        "loss": loss_of(records),
+        "clipped": over_seeds(float(np.mean(record["clipped"])) for record in records),
+        "steps_with_a_clip": over_seeds(float(np.count_nonzero(r["clipped"])) for r in records),
+        "ever_clipped": over_seeds(record["ever_clipped"] for record in records),
+        "max_logit": over_seeds(max(largest_logits(record)) for record in records),
+        "last_logit": over_seeds(largest_logits(record)[-1] for record in records),
     }
 
 
 def verdict(ours: Mapping[str, Any]) -> str:
-    """Reproduced: a loss below Kimi K2's, and at the end no logit far above the threshold."""
-    gain, logit = ours[K3]["minus_k2"], ours[K3]["last_logit"]["mean"]
-    return plotting.judge(gain["mean"] + 2 * gain["sd"] < 0, logit <= REACHED * DEMO.threshold)
+    """Reproduced: no seed diverges, the clip acts, and at the end no logit is far above τ."""
+    if ours["loss"]["mean"] is None:
+        return "not reproduced"
+    acts = ours["ever_clipped"]["mean"] > 0
+    return plotting.judge(True, acts, ours["last_logit"]["mean"] <= REACHED * DEMO.threshold)
 
 
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
-    line = ours[K3]
     return (
-        f"loss {mean_sd(line['loss'])}, {mean_sd(line['minus_k2'])} against full kernels;"
-        f" largest logit {mean_sd(line['max_logit'], 0)}"
+        f"loss {mean_sd(ours['loss'])}; {ours['ever_clipped']['mean']:.0%} of the heads ever"
+        f" clipped; largest logit {mean_sd(ours['max_logit'], 1)} with τ = {DEMO.threshold:g}"
     )
 
 
@@ -100,47 +95,44 @@ def section(ours: Mapping[str, Any]) -> str:
     columns = (
         "",
         "loss",
-        "minus Kimi K2, same seed",
+        "steps with a clip",
         "heads clipped per step",
         "heads ever clipped",
         "largest logit",
         "at the end",
     )
-    rows = [
-        [
-            name,
-            mean_sd(line["loss"]),
-            "" if name == K2 else mean_sd(line["minus_k2"]),
-            mean_sd(line["clipped"], 1),
-            f"{line['ever_clipped']['mean']:.0%}",
-            mean_sd(line["max_logit"], 0),
-            mean_sd(line["last_logit"], 0),
-        ]
-        for name, line in ours.items()
+    row = [
+        "one matrix per head, clipped",
+        mean_sd(ours["loss"]),
+        f"{mean_sd(ours['steps_with_a_clip'], 0)} of {STEPS}",
+        mean_sd(ours["clipped"], 1),
+        f"{ours['ever_clipped']['mean']:.0%}",
+        mean_sd(ours["max_logit"], 1),
+        mean_sd(ours["last_logit"], 1),
     ]
-    model = make_model(DEMO)
+    moe = PRESETS[DEMO.model][DEMO.preset]
+    layers = moe["dense_layers"] + moe["moe_layers"]
     return f"""\
-Kimi K3's recipe changes the loss of Kimi K2's by {mean_sd(ours[K3]["minus_k2"])} at the same seed.
-The model is the mixture of experts of `python -m examples.language_model --model moe`:
-{1 + model.moe_layers} layers of latent attention, {model.attention.heads} heads each, width
-{model.width}, {model.routed.experts} experts. It trains for {STEPS} steps, a sixth of the demo's,
-at the rate {DEMO.peak:g} with the demo's threshold {DEMO.threshold:g} and decay 0.1. Both have Kimi
-K3's schedule, a warmup of 1 % and a cosine, and differ in the split of the up-projections into
-heads. Kimi Delta Attention and Quantile Balancing, which Kimi K3 has too, are not part of it.
+The model is the mixture of experts of `python -m examples.language_model --model moe --per-head
+--schedule cosine`: {layers} layers of latent attention, {moe["attention"].heads} heads each, width
+{moe["width"]}, {moe["routed"].experts} experts. It trains for {STEPS} steps, a sixth of the demo's,
+at the rate {DEMO.peak:g} with the demo's threshold {DEMO.threshold:g} and decay 0.1. The schedule
+is Kimi K3's, a warmup of 1 % and a cosine, and the heads of the up-projections are matrices. Kimi
+Delta Attention and Quantile Balancing, which Kimi K3 has too, are not part of it. [One matrix per
+head](#one-matrix-per-head) compares with full kernels.
 
-{markdown(columns, rows)}"""
+{markdown(columns, [row])}"""
 
 
 def draw(result: Mapping[str, Any]) -> Figure:
-    """Draws the training loss and the largest logit."""
+    """Draws the training loss and the largest logit of each seed."""
     figure, (left, right) = plotting.panels(2)
-    for name, run in LINES.items():
-        records = [x for x in result["runs"] if x["settings"]["per_head"] == run.per_head]
-        steps = records[0]["logged"]
-        left.plot(steps, np.mean([record["losses"] for record in records], axis=0), label=name)
-        right.plot(steps, np.max([largest_logits(record) for record in records], axis=0))
+    for record in result["runs"]:
+        label = f"seed {record['settings']['seed']}"
+        left.plot(record["logged"], record["losses"], label=label)
+        right.plot(record["logged"], largest_logits(record))
     right.axhline(DEMO.threshold, color=plotting.LIMIT, linewidth=1)
-    left.set(xlabel="step", title="training loss, nats per byte", ylim=(None, 3.5))
-    right.set(xlabel="step", title=f"largest logit of {len(SEEDS)} seeds")
+    left.set(xlabel="step", title="training loss, nats per byte")
+    right.set(xlabel="step", title="largest logit; the line is the threshold")
     left.legend(frameon=False)
     return figure

@@ -391,7 +391,7 @@ def test_every_variant_of_the_family_has_an_optimizer_of_its_own():
 
 
 def test_kimi_k3_splits_every_up_projection_of_the_demo():
-    run = kimi_k3.LINES[kimi_k3.K3]
+    run = kimi_k3.RECIPE
     rows = mc.routing_table(shapes_of(run), per_head=run.model().layout).rows
     split = {row.path.rsplit("/", 2)[-2] for row in rows if "per head" in row.reason}
     assert split == {"q_b", "kv_b"}
