@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,8 @@ LOGGED = 50  # points on a curve
 DIGITS, LOGIT_DIGITS = 5, 4  # of the recorded numbers
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 4, 64, 192, 4, 16
+
+Scale: TypeAlias = float | Literal["spectral"] | None  # `consistent_rms` of `mc.muonclip`
 
 
 def _multi_head(key_heads: int, max_logit: str) -> nn.Module:
@@ -81,7 +83,7 @@ class Run:
     threshold: float | None = None
     steps: int = 400
     weight_decay: float = WEIGHT_DECAY
-    consistent_rms: float | str | None = 0.2
+    consistent_rms: Scale = 0.2
     per_head: bool = False
     ns_coeffs: str = "jordan"
     ns_steps: int = 5

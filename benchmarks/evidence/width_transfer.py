@@ -15,7 +15,15 @@ import muonclip_jax as mc
 from benchmarks.evidence import plotting
 from benchmarks.evidence.runner import Measure
 from benchmarks.evidence.summaries import SEEDS, loss_of, mean_sd, over_seeds, paired_difference
-from benchmarks.evidence.training import ADAM_B2, HEAD_DIM, SEQ_LEN, Run, dimension_numbers, finite
+from benchmarks.evidence.training import (
+    ADAM_B2,
+    HEAD_DIM,
+    SEQ_LEN,
+    Run,
+    Scale,
+    dimension_numbers,
+    finite,
+)
 from benchmarks.report import markdown
 from examples.language_model.config import Config
 from examples.language_model.models import gqa
@@ -32,7 +40,7 @@ WIDTHS = (64, 128, 256, 512)
 KEY_HEADS = 2  # at each width, as model families of one kind have it
 ADAM_RATE = 0.008  # the best of AdamW at width 64 in token-efficiency
 # The rules, and where the search for the best rate at the least width starts.
-RULES: dict[str, tuple[float | str | None, float]] = {
+RULES: dict[str, tuple[Scale, float]] = {
     "√max(1, n_out / n_in)": (None, 2.0**-4),
     "0.2 √max(n_in, n_out)": (0.2, 2.0**-5),
     "√(n_out / n_in)": ("spectral", 2.0**-4),
