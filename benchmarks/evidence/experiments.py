@@ -9,12 +9,14 @@ from types import ModuleType
 
 from benchmarks.evidence import (
     exploding_logits,
+    kimi_k3,
     low_threshold,
     optax_comparison,
     orthogonalization_accuracy,
     per_head,
     shared_key_rules,
     token_efficiency,
+    width_transfer,
     zipf_embedding,
 )
 
@@ -27,4 +29,6 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "shared-key-rules": shared_key_rules,
     "optax-comparison": optax_comparison,
     "zipf-embedding": zipf_embedding,
+    "width-transfer": width_transfer,
+    "kimi-k3": kimi_k3,
 }

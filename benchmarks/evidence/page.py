@@ -27,9 +27,9 @@ seeds, the record of every training, and a verdict computed by a rule in code.
 
 {{table}}
 
-**The scale is small.** The models have {LAYERS} layers, width {WIDTH} and {HEADS} heads of
-{HEAD_DIM}. They read bytes of Python's standard library, {BATCH_SIZE} x {SEQ_LEN} per step, for
-{Run(0.0, 0).steps} steps unless stated otherwise. The validation loss is measured on
+**The scale is small.** Unless stated otherwise the models have {LAYERS} layers, width {WIDTH} and
+{HEADS} heads of {HEAD_DIM}. They read bytes of Python's standard library, {BATCH_SIZE} x {SEQ_LEN}
+per step, for {Run(0.0, 0).steps} steps, and the validation loss is measured on
 {VALIDATION_BYTES:,} bytes that no training reads. All of it ran on two CPU cores. Such runs cannot
 show what a model of a billion parameters does over a trillion tokens. A claim that fails here may
 hold there.

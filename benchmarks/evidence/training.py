@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,8 @@ LOGGED = 50  # points on a curve
 DIGITS, LOGIT_DIGITS = 5, 4  # of the recorded numbers
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 4, 64, 192, 4, 16
+
+Scale: TypeAlias = float | Literal["spectral"] | None  # `consistent_rms` of `mc.muonclip`
 
 
 def _multi_head(key_heads: int, max_logit: str) -> nn.Module:
@@ -81,7 +83,7 @@ class Run:
     threshold: float | None = None
     steps: int = 400
     weight_decay: float = WEIGHT_DECAY
-    consistent_rms: float | None = 0.2
+    consistent_rms: Scale = 0.2
     per_head: bool = False
     ns_coeffs: str = "jordan"
     ns_steps: int = 5
@@ -90,10 +92,25 @@ class Run:
     shared_key: str = "query"
     max_logit: str = "exact"
 
+    batch_size: ClassVar[int] = BATCH_SIZE
+    validation_bytes: ClassVar[int] = VALIDATION_BYTES
+
     @property
-    def program(self) -> "Run":
+    def program(self) -> Self:
         """A training with the same compiled program, of which these fields are arguments."""
         return dataclasses.replace(self, learning_rate=0.0, seed=0, threshold=None, steps=0)
+
+    def model(self) -> nn.Module:
+        """Builds the model."""
+        return MODELS[self.attention](self.max_logit)
+
+    def schedule(self) -> optax.Schedule:
+        """Builds the learning rates of the steps, which `transformation` gets."""
+        return make_schedule(Config(steps=self.steps, learning_rate=self.learning_rate))
+
+    def transformation(self, shapes: Any, learning_rate: Any) -> optax.GradientTransformation:
+        """Builds the optimizer for parameters of these shapes."""
+        return optimizer(self, shapes, learning_rate)
 
     def measure(self) -> dict[str, Any]:
         """Trains.
@@ -104,15 +121,20 @@ class Run:
           logged step; `max_logits` [layer][head], the maximum since then; `clipped`, the number of
           clipped heads at every step; `ever_clipped`, the fraction of heads.
         """
+        metrics, validation_loss = self.train()
+        return curves(metrics) | {"validation_loss": validation_loss}
+
+    def train(self) -> tuple[list[dict[str, Any]], float | None]:
+        """Trains, and returns the metrics of every step and the validation loss."""
         corpus, init, step, evaluate = _program(self.program)
-        schedule = make_schedule(Config(steps=self.steps, learning_rate=self.learning_rate))
+        schedule = self.schedule()
         threshold = math.inf if self.threshold is None else self.threshold
         state, metrics = init(self.seed), []
         for i in range(self.steps):
-            text = data.batch(corpus.train, self.seed, i + 1, BATCH_SIZE, SEQ_LEN)
+            text = data.batch(corpus.train, self.seed, i + 1, self.batch_size, SEQ_LEN)
             state, seen = step(state, text[None], jnp.float32(schedule(i)), np.float32(threshold))
             metrics.append(seen)
-        return curves(jax.device_get(metrics)) | {"validation_loss": finite(evaluate(state))}
+        return jax.device_get(metrics), finite(evaluate(state))
 
 
 def curves(metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,18 +169,18 @@ def corpus() -> data.Corpus:
 @functools.cache
 def _program(run: Run) -> tuple[data.Corpus, Any, Any, Any]:
     """Builds the functions of a training: initial state, step and validation loss."""
-    model = MODELS[run.attention](run.max_logit)
+    model = run.model()
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    make = functools.partial(optimizer, run, shapes["params"])
+    make = functools.partial(run.transformation, shapes["params"])
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, text: Any, learning_rate: Any, threshold: Any) -> Any:
         return make_train_step(model, make(learning_rate), run.shared_key)(state, text, threshold)
 
     loss = jax.jit(lambda state, text: make_loss(model)(state.params, text, state.balance)[0])
-    rows = data.evenly_spaced(corpus().validation, VALIDATION_BYTES // SEQ_LEN, SEQ_LEN)
+    rows = data.evenly_spaced(corpus().validation, run.validation_bytes // SEQ_LEN, SEQ_LEN)
     parts = np.split(rows, len(rows) // 32)
-    init = jax.jit(lambda seed: initial_state(model, make(0.0), seed))
+    init = jax.jit(lambda seed: initial_state(model, make(run.schedule()(0)), seed))
     return corpus(), init, step, lambda state: float(np.mean([loss(state, x) for x in parts]))
 
 
@@ -186,7 +208,7 @@ def optimizer(run: Run, shapes: Any, learning_rate: Any) -> optax.GradientTransf
         adam_b2=ADAM_B2,
         threshold=None,
         muon_weight_dimension_numbers=numbers,
-        layout=MODELS[run.attention](run.max_logit).layout,
+        layout=run.model().layout,
         per_head=run.per_head,
     )
 

@@ -18,10 +18,13 @@ from matplotlib.figure import Figure
 import muonclip_jax as mc
 from benchmarks.evidence import (
     __main__ as program,
+    family,
+    kimi_k3,
     runner,
     summaries,
     token_efficiency,
     training,
+    width_transfer,
 )
 from tests.support import pages
 
@@ -116,6 +119,12 @@ def test_choosing_shows_the_figures_of_the_results():
     assert advice["you_behind_jordan"] == summaries.mean_sd(you)
     share = result_of("low-threshold")["ours"]["12"]["ever_clipped"]["mean"]
     assert advice["ever_clipped_at_12"] == f"{100 * share:.0f}"
+    by_scale = {
+        scale: (f"{2 ** line['drift']['mean']:.2f}", summaries.mean_sd(line["carried"]))
+        for scale, line in result_of("width-transfer")["ours"].items()
+    }
+    shown = {scale: tuple(cells) for _, scale, *cells in pages.table("choosing.md", "width")}
+    assert shown == by_scale
 
 
 # The runner
@@ -302,3 +311,87 @@ def test_both_muons_have_the_defaults_of_optax(name):
     other = optax.contrib.muon(0.1)
     updates, expected = (jax.jit(t.update)(params, t.init(params), params)[0] for t in (tx, other))
     chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
+
+
+def shapes_of(run):
+    text = jnp.zeros((1, 2), jnp.int32)
+    return nn.unbox(jax.eval_shape(run.model().init, jax.random.key(0), text))["params"]
+
+
+@pytest.mark.parametrize("drift", [0.0, -0.5, 0.25])
+def test_width_study_finds_the_drift_of_the_best_rate(drift):
+    drifts = dict(zip(width_transfer.RULES, (drift, -0.25, 0.0), strict=True))
+    by_rule = {rule: drifts[name] for name, (rule, _) in width_transfer.RULES.items()}
+
+    def measure(runs):
+        best = [-4.75 + by_rule[run.consistent_rms] * math.log2(run.width / 64) for run in runs]
+        away = [math.log2(r.learning_rate) - x for r, x in zip(runs, best, strict=True)]
+        return [{"validation_loss": x**2 + r.seed} for r, x in zip(runs, away, strict=True)]
+
+    ours = width_transfer.study(measure)
+    for name, line in ours.items():
+        assert line["drift"] == pytest.approx({"mean": drifts[name], "sd": 0.0, "n": 3}, abs=1e-4)
+        best = line["widths"]["64"]["best"]["mean"]
+        assert (best, line["widths"]["64"]["rate"]) == (pytest.approx(-4.75, abs=1e-4), 2**-5)
+        # With the rate of width 64, a quarter of an octave above its best, at width 512.
+        rates = [line["widths"][width]["rate"] for width in ("64", "512")]
+        carried, own = ((math.log2(rate) + 4.75 - 3 * drifts[name]) ** 2 for rate in rates)
+        assert line["carried"]["mean"] == pytest.approx(carried - own, abs=1e-4)
+    moving = drift != 0.0
+    assert width_transfer.verdict(ours) == ("reproduced" if moving else "partly")
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "trend"),
+    [(-0.1, 0.0, "steady"), (0.5, 0.2, "moving"), (-0.5, 0.2, "moving"), (0.5, 0.3, "unclear")],
+)
+def test_a_drift_moves_if_it_exceeds_two_deviations(mean, sd, trend):
+    assert width_transfer.trend({"drift": {"mean": mean, "sd": sd}}) == trend
+
+
+def test_vertex_is_the_lowest_point_of_a_parabola():
+    assert width_transfer.vertex(1.0, 0.0, 1.0) == 0.0
+    assert width_transfer.vertex(1.25**2, 0.25**2, 0.75**2) == pytest.approx(0.25)
+    assert width_transfer.vertex(2.0, 1.0, 0.0) == 1.0  # a line: the lowest of the three
+    assert width_transfer.vertex(2.0, 1.0, None) == 0.0  # it diverged at the rate above
+
+
+def test_wider_models_keep_the_sizes_of_heads_and_slow_their_output_head():
+    run = width_transfer.Wide(0.1, 0, steps=4, width=128)
+    shapes = shapes_of(run)
+    assert shapes["blocks"]["attn"]["key"]["kernel"].shape == (1, 128, 2, 16)
+    assert shapes["blocks"]["attn"]["query"]["kernel"].shape == (1, 128, 8, 16)
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
+    scaled = run._slow_head(ones, None)
+    assert jnp.all(scaled["lm_head"]["kernel"] == 64 / 128)
+    assert scaled["embed"] is ones["embed"]
+    assert np.asarray(run.schedule()(0)) == pytest.approx([0.1, width_transfer.ADAM_RATE])
+
+
+def test_the_chain_of_muon_plus_is_muon_where_it_does_not_normalize():
+    rng = np.random.default_rng(0)
+    params = {"dense": {"kernel": jnp.float32(rng.normal(size=(8, 16))), "bias": jnp.ones(16)}}
+    plain = family.Variant(0.1, 0).transformation(params, 0.1)
+    same, plus = (family.muon_plus(params, 0.1, 0.1, 0.2, on) for on in (False, True))
+    update = lambda tx: jax.jit(tx.update)(params, tx.init(params), params)[0]  # noqa: E731
+    chex.assert_trees_all_close(update(same), update(plain), rtol=1e-5, atol=1e-6)
+    steps = update(plus)["dense"]["kernel"] + 0.1 * 0.1 * params["dense"]["kernel"]
+    assert jnp.linalg.norm(steps) == pytest.approx(0.1 * 0.2 * 16**0.5 * 8**0.5, rel=1e-5)
+
+
+def test_every_variant_of_the_family_has_an_optimizer_of_its_own():
+    shapes = shapes_of(family.Variant(0.0, 0))
+    states = {
+        name: jax.tree.structure(jax.eval_shape(run.transformation(shapes, 0.1).init, shapes))
+        for name in family.VARIANTS
+        for run in [family.Variant(0.0, 0, variant=name)]
+    }
+    assert states["NorMuon"] != states[family.PLAIN] != states["Sinkhorn"]
+    assert family.Variant(0.1, 0, variant="NorMuon").program.variant == "NorMuon"
+
+
+def test_kimi_k3_splits_every_up_projection_of_the_demo():
+    run = kimi_k3.RECIPE
+    rows = mc.routing_table(shapes_of(run), per_head=run.model().layout).rows
+    split = {row.path.rsplit("/", 2)[-2] for row in rows if "per head" in row.reason}
+    assert split == {"q_b", "kv_b"}

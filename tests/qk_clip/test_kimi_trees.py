@@ -69,6 +69,22 @@ def test_per_head_splits_the_latent_attention_alone(name):
     }
 
 
+@pytest.mark.parametrize("name", ["kimi_k3_dotted", "kimi_linear_dotted"])
+def test_per_head_splits_kda_too_where_a_layout_names_it(name):
+    table, (layout, heads, _) = golden_tables.read(name), MODELS[name]
+    projections = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+    kda = mc.MultiHeadLayout(**projections, head_dim=128, **TORCH)
+    split = mc.routing_table(table.params(), per_head=(layout, kda), **table.arguments)
+    shown = {row.path: ", ".join(map(str, row.parts)) for row in split.rows}
+    of_kda = [path.removesuffix("/A_log") for path in shown if path.endswith("/A_log")]
+    assert of_kda
+    for path in of_kda:
+        assert all(f"{heads} heads x" in shown[f"{path}/{x}/weight"] for x in projections.values())
+    half = f"{heads} heads x 512 x 128"
+    for path in _latent_modules(table):
+        assert shown[f"{path}/kv_b_proj/weight"] == f"{half}, {half}"
+
+
 # A small model of both kinds of layers.
 
 D, RANK, HEADS, NOPE, SHARED, VALUE = 12, 5, 4, 3, 2, 4
