@@ -1,1 +1,1 @@
-"""The web site: `python -m website` builds it from docs/, the README, the notebooks and docstrings."""
+"""The web site: `python -m website` builds it from docs/, README, notebooks and docstrings."""

@@ -41,4 +41,5 @@ def _entry(name: str) -> str:
 
 def _directive(kind: str, name: str) -> str:
     members = "" if kind == "function" else "\n   :members:"
-    return f"```{{eval-rst}}\n.. py:currentmodule:: muonclip_jax\n\n.. auto{kind}:: {name}{members}\n```"
+    lines = (".. py:currentmodule:: muonclip_jax", "", f".. auto{kind}:: {name}{members}")
+    return "\n".join(("```{eval-rst}", *lines, "```"))

@@ -33,6 +33,7 @@ html_math_renderer = "mathml"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 70
+toc_object_entries = False  # each object has a heading of its own
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. "

@@ -1,7 +1,10 @@
-"""Docstrings for Sphinx: theirs is the Markdown that editors show, Sphinx reads reStructuredText."""
+"""Docstrings and signatures for Sphinx, which reads reStructuredText and expands type aliases."""
 
+import ast
+import inspect
 import itertools
 import re
+import textwrap
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -13,6 +16,7 @@ _SIGNS = re.compile(r"([*|]|(?<=\w)_(?!\w))")  # which reStructuredText takes fo
 def setup(app: Sphinx) -> None:
     """Translates before Napoleon reads the sections; leaves fields of named tuples out."""
     app.connect("autodoc-process-docstring", _translate, priority=100)
+    app.connect("autodoc-process-signature", _as_written)
     app.connect("autodoc-skip-member", _is_left_out)
 
 
@@ -25,6 +29,18 @@ def _is_left_out(
 ) -> bool | None:
     """The section Attributes describes the fields of a named tuple."""
     return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def _as_written(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, arguments: str, result: str
+) -> tuple[str, str | None] | None:
+    """Shows the types of a function as its source has them, `optax.ScalarOrSchedule`."""
+    if what != "function":
+        return None
+    function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(obj)))).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    returns = ast.unparse(function.returns) if function.returns else None
+    return f"({ast.unparse(function.args)})", returns
 
 
 def translated(lines: list[str]) -> list[str]:

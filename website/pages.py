@@ -102,7 +102,7 @@ def _with_dark_twins(text: str) -> str:
 
 
 def _contents(chapters: dict[str, list[str]], pages: dict[str, str]) -> str:
-    """Writes the navigation as Sphinx's tables of contents. A page is in the first that lists it."""
+    """Writes the navigation as tables of contents. A page is in the first that lists it."""
     text, seen = "", set()
     for title, sources in chapters.items():
         names = [pages[source].removesuffix(".md") for source in sources if source not in seen]
