@@ -7,32 +7,28 @@ import re
 import textwrap
 from typing import Any
 
-from sphinx.application import Sphinx
-
 _CODE = re.compile(r"(`[^`]*`)")  # over several lines too
 _SIGNS = re.compile(r"([*|]|(?<=\w)_(?!\w))")  # which reStructuredText takes for markup
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Any) -> None:
     """Translates before Napoleon reads the sections; leaves fields of named tuples out."""
     app.connect("autodoc-process-docstring", _translate, priority=100)
     app.connect("autodoc-process-signature", _as_written)
     app.connect("autodoc-skip-member", _is_left_out)
 
 
-def _translate(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def _translate(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = translated(lines)
 
 
-def _is_left_out(
-    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
-) -> bool | None:
+def _is_left_out(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
     """The section Attributes describes the fields of a named tuple."""
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def _as_written(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, arguments: str, result: str
+    app: Any, what: str, name: str, obj: Any, options: Any, arguments: str, result: str
 ) -> tuple[str, str | None] | None:
     """Shows the types of a function as its source has them, `optax.ScalarOrSchedule`."""
     if what != "function":

@@ -171,6 +171,7 @@ def test_public_names_are_the_pinned_ones():
         "normalize_matrices",
         "normalize_neurons",
         "ns_coefficients",
+        "plot_max_logits",
         "polar_express_coefficients",
         "qk_clip",
         "qk_clip_metrics",
