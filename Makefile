@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all mutants lint notebooks clean
+.PHONY: demo test test-all mutants lint notebooks docs figures browser clean
 
 demo: .venv/examples
 	$(BIN)/python -m examples.language_model
@@ -28,6 +28,18 @@ lint: .venv/test
 # Executes them; what they print and draw is refreshed by notebooks/refresh.py. No addopts: those are for tests.
 notebooks: .venv/notebooks
 	$(BIN)/python -m pytest -q -o addopts= --nbmake --nbmake-timeout=300 notebooks/*.ipynb
+
+# The site, into build/site. A warning, such as a broken link, is an error.
+docs: .venv/docs
+	$(BIN)/python -m website
+
+# Redraws the pictures of the documentation.
+figures: .venv/test
+	$(BIN)/python -m docs.figures
+
+# Opens the site in Debian's Chromium (packages chromium and chromium-driver).
+browser: .venv/browser docs
+	$(BIN)/python -m pytest -q -o addopts= -rs tests/browser
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
