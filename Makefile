@@ -12,9 +12,9 @@ demo: .venv/examples
 test: .venv/test
 	$(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST)
 
-# Every test that needs no accelerator, of programs that XLA optimizes.
+# Every test that needs no accelerator and no browser, of programs that XLA optimizes.
 test-all: .venv/test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not accelerator' $(PYTEST)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not accelerator and not browser' $(PYTEST)
 
 # Faults in the package that the tests by day have to see. WORDS="iterations clip.py" chooses some.
 mutants: .venv/test
@@ -37,9 +37,9 @@ docs: .venv/docs
 figures: .venv/test
 	$(BIN)/python -m docs.figures
 
-# Opens the site in Debian's Chromium (packages chromium and chromium-driver).
+# Opens the site in a headless Chromium. It and its driver are packages of the system, in Debian chromium and chromium-driver.
 browser: .venv/browser docs
-	$(BIN)/python -m pytest -q -o addopts= -rs tests/browser
+	$(BIN)/python -m pytest -q -m browser tests/browser
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

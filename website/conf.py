@@ -28,7 +28,7 @@ myst_enable_extensions = ["attrs_inline", "dollarmath"]
 myst_heading_anchors = 4  # as GitHub makes them
 highlight_language = "text"
 default_role = "py:obj"  # `muon` in a docstring is code, and a link
-html_math_renderer = "mathml"
+html_math_renderer = "svg"
 
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
