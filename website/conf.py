@@ -35,6 +35,7 @@ autodoc_typehints_format = "short"
 maximum_signature_line_length = 70
 toc_object_entries = False  # each object has a heading of its own
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True

@@ -15,6 +15,7 @@ import jax
 import matplotlib
 import numpy as np
 import optax
+from cycler import cycler
 from matplotlib.figure import Figure
 
 import muonclip_jax as mc
@@ -78,12 +79,12 @@ def draw(colors: Palette) -> str:
     Returns:
       SVG.
     """
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.hashsalt": "muonclip-jax", "text.color": colors.text, "axes.labelcolor": colors.text,
         "xtick.color": colors.text, "ytick.color": colors.text, "axes.edgecolor": colors.line,
         "axes.facecolor": colors.background, "axes.titlelocation": "left",
         "axes.spines.top": False, "axes.spines.right": False,
-        "axes.prop_cycle": matplotlib.cycler(color=[colors.blue, colors.orange]),
+        "axes.prop_cycle": cycler(color=[colors.blue, colors.orange]),
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(8.6, 3.4), layout="constrained", facecolor=colors.background)
