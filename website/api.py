@@ -26,8 +26,7 @@ def integrations() -> list[str]:
 def with_docstrings(text: str) -> str:
     """Replaces each entry of a page by the directive that shows its signature and docstring."""
     modules = "\n\n".join(
-        f"## {name}\n\n{_directive('module', f'muonclip_jax.integrations.{name}')}"
-        for name in integrations()
+        f"## {name}\n\n```{{eval-rst}}\n.. integration:: {name}\n```" for name in integrations()
     )
     text = text.replace(_INTEGRATIONS, modules)
     return _ENTRY.sub(lambda match: _entry(match[1]), text)

@@ -22,6 +22,7 @@ extensions = [
     "sphinx_copybutton",
     "website.docstrings",
     "website.equations",
+    "website.integrations",
 ]
 
 myst_enable_extensions = ["attrs_inline", "dollarmath"]

@@ -49,17 +49,25 @@ def translated(lines: list[str]) -> list[str]:
 
 
 def _marked(lines: list[str]) -> list[tuple[bool, str]]:
-    """Each line, and whether it is a line of an example."""
-    marked, example = [], False
+    """Each line, and whether it is code: of an example, or of a block between fences."""
+    marked: list[tuple[bool, str]] = []
+    example = fenced = False
     for line in lines:
-        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
-        marked.append((example, line))
+        text = line.lstrip()
+        if text.startswith("```"):
+            fenced = not fenced
+            start = line[: len(line) - len(text)] + ".. code-block:: python"
+            marked += [(True, start), (True, "")] if fenced else [(True, "")]
+            continue
+        example = text.startswith(">>>") or (example and bool(text))
+        marked.append((example or fenced, f"   {line}" if fenced else line))
     return marked
 
 
 def _escaped(text: str) -> str:
     parts = _CODE.split(text)
     text = "".join(p if p.startswith("`") else _SIGNS.sub(r"\\\1", p) for p in parts)
+    text = re.sub(r"`mc\.(\w+)`", r"`mc.\1 <muonclip_jax.\1>`", text)
     return re.sub(r"(`[^`]*[^`\s]`)(?=\w)", r"\1\\ ", text)
 
 

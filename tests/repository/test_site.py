@@ -48,7 +48,7 @@ def test_every_public_function_has_an_example():
 def test_the_api_reference_has_every_integration():
     text = api.with_docstrings((api.FOLDER / "integrations.md").read_text())
     for name in api.integrations():
-        assert f".. automodule:: muonclip_jax.integrations.{name}\n" in text
+        assert f".. integration:: {name}\n" in text
     assert "- Every module" not in text
 
 
@@ -114,9 +114,17 @@ def test_anchors_are_those_of_github():
 
 
 def test_docstrings_are_translated():
-    lines = ["Sums *args, `a*b`s.", "", "| a | b |", "|---|---|", "| `x|y` | 1 |", ">>> f(*x)", "1"]
+    lines = [
+        "Sums *args, `a*b`s as `mc.muon`.",
+        "",
+        "| a | b |",
+        "|---|---|",
+        "| `x|y` | 1 |",
+        ">>> f(*x)",
+        "1",
+    ]
     assert translated(lines) == [
-        r"Sums \*args, `a*b`\ s.",
+        r"Sums \*args, `a*b`\ s as `mc.muon <muonclip_jax.muon>`.",
         "",
         ".. list-table::",
         "   :header-rows: 1",
@@ -129,6 +137,12 @@ def test_docstrings_are_translated():
         ">>> f(*x)",
         "1",
     ]
+
+
+def test_blocks_between_fences_of_a_docstring_are_code():
+    got = translated(["Text:", "", "  ```", "  f(*x)", "  ```", "*x"])
+    expected = ["Text:", "", "  .. code-block:: python", "", "     f(*x)", "", r"\*x"]
+    assert got == expected
 
 
 # --- pictures -------------------------------------------------------------------------------------
