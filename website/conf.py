@@ -13,7 +13,6 @@ from website.repository import ROOT, address  # noqa: E402
 _VERSION = re.compile(r'^__version__ = "(.*)"$', re.MULTILINE)
 
 project = "muonclip-jax"
-copyright = "Apache-2.0"
 version = release = _VERSION.findall((ROOT / "muonclip_jax" / "__init__.py").read_text())[0]
 extensions = [
     "myst_parser",
@@ -36,6 +35,7 @@ autodoc_typehints_format = "short"
 maximum_signature_line_length = 70
 toc_object_entries = False  # each object has a heading of its own
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # the signature has the types
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. "
@@ -48,6 +48,7 @@ html_baseurl = os.environ.get("SITE_URL", "")  # the workflow that publishes the
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sourcelink = False
 html_theme_options: dict[str, Any] = {
     "light_css_variables": {"color-brand-primary": "#1d5479", "color-brand-content": "#1b6493"},
