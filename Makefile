@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all mutants lint notebooks clean
+.PHONY: demo test test-all mutants lint notebooks docs figures browser clean
 
 demo: .venv/examples
 	$(BIN)/python -m examples.language_model
@@ -12,9 +12,9 @@ demo: .venv/examples
 test: .venv/test
 	$(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST)
 
-# Every test that needs no accelerator, of programs that XLA optimizes.
+# Every test that needs no accelerator and no browser, of programs that XLA optimizes.
 test-all: .venv/test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not accelerator' $(PYTEST)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not accelerator and not browser' $(PYTEST)
 
 # Faults in the package that the tests by day have to see. WORDS="iterations clip.py" chooses some.
 mutants: .venv/test
@@ -28,6 +28,18 @@ lint: .venv/test
 # Executes them; what they print and draw is refreshed by notebooks/refresh.py. No addopts: those are for tests.
 notebooks: .venv/notebooks
 	$(BIN)/python -m pytest -q -o addopts= --nbmake --nbmake-timeout=300 notebooks/*.ipynb
+
+# The site, into build/site. A warning, such as a broken link, is an error.
+docs: .venv/docs
+	$(BIN)/python -m website
+
+# Redraws the pictures of the documentation.
+figures: .venv/test
+	$(BIN)/python -m docs.figures
+
+# Opens the site in a headless Chromium. It and its driver are packages of the system, in Debian chromium and chromium-driver.
+browser: .venv/browser docs
+	$(BIN)/python -m pytest -q -m browser tests/browser
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

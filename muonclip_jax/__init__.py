@@ -52,6 +52,7 @@ from muonclip_jax._qk_clip.info import (
     heads_ever_clipped as heads_ever_clipped,
     qk_clip_metrics as qk_clip_metrics,
 )
+from muonclip_jax._qk_clip.plot import plot_max_logits as plot_max_logits
 
 if TYPE_CHECKING:
     from muonclip_jax import linen as linen, nnx as nnx
@@ -84,6 +85,7 @@ __all__ = [  # linen and nnx are imported on first use
     "normalize_matrices",
     "normalize_neurons",
     "ns_coefficients",
+    "plot_max_logits",
     "polar_express_coefficients",
     "qk_clip",
     "qk_clip_metrics",

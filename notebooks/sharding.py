@@ -1,6 +1,4 @@
 # %% [markdown]
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/muonclip-jax/muonclip_jax/blob/main/notebooks/sharding.ipynb)
-#
 # # Muon on eight devices
 #
 # Newton–Schulz needs the full matrix, and on a mesh every device has a shard of it. `mc.muon`
@@ -13,8 +11,8 @@ import importlib.util
 import subprocess
 import sys
 
-# On a GPU or TPU: "muonclip-jax[cuda] @ ..." or "muonclip-jax[tpu] @ ..."
-PACKAGE = "muonclip-jax @ git+https://github.com/muonclip-jax/muonclip_jax"
+# On a GPU or TPU: "muonclip-jax[cuda]" or "muonclip-jax[tpu]"
+PACKAGE = "muonclip-jax"
 if importlib.util.find_spec("muonclip_jax") is None:
     install = [sys.executable, "-m", "pip", "install", "-q", PACKAGE, "matplotlib"]
     subprocess.run(install, check=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from muonclip_jax._qk_clip.head_factors import is_nonfinite
+from muonclip_jax._qk_clip.report import describe, is_concrete
 
 _PER_HEAD = ("max_logits", "gamma")
 # A clip puts a head at the threshold, and one update moves a logit by a few percent.
@@ -17,7 +18,8 @@ _STUCK = 1.1
 class QKClipInfo(NamedTuple):
     """The report of one clip: arrays, which a jitted function can return.
 
-    On a mesh they are replicated, so that every process can read them.
+    On a mesh they are replicated, so that every process can read them. `print(info)` prints the
+    largest logit, the number of clipped heads, and a table of modules.
 
     Attributes:
       max_logits: Largest logit by module path, `[*stack, heads]`, float32.
@@ -45,6 +47,9 @@ class QKClipInfo(NamedTuple):
     skipped_modules: Int[Array, ""]
     bound_modules: Int[Array, ""]
     stuck_heads: Int[Array, ""] | None = None
+
+    def __str__(self) -> str:
+        return describe(self) if is_concrete(self) else repr(self)
 
 
 def clip_info(

@@ -1,0 +1,1 @@
+"""The pictures of the documentation. `make figures` draws each, light and dark, to docs/images."""
