@@ -24,7 +24,7 @@ from muonclip_jax.integrations import maxtext
 from tests.support.pages import ROOT
 
 TAU = 0.5
-BASE = """
+BASE = """src/maxtext/configs/base.yml
 hardware=cpu dataset_type=synthetic skip_jax_distributed_system=true enable_goodput_recording=false
 monitor_goodput=false enable_tensorboard=false gcs_metrics=false log_period=1 max_target_length=32
 vocab_size=256 base_emb_dim=64 base_mlp_dim=128 base_num_query_heads=4 head_dim=16
