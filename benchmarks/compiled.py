@@ -50,12 +50,12 @@ class Cost:
       cycles: Sum of the TPU compiler's estimates, without Pallas kernels; 0 on other platforms.
       seconds: The TPU compiler's estimate for the step without communication and without Pallas
         kernels; None elsewhere.
-      kernels: How often each Pallas kernel runs, by its name and the shapes of its arrays.
       unknown_loops: Loops without a known trip count. They count once, so the figures are too small
         if there are any.
       argument_bytes: Memory of the arguments.
       temporary_bytes: Memory allocated besides arguments and results.
       peak_bytes: Largest memory in use at any time, arguments included.
+      kernels: How often each Pallas kernel runs, by its name and the shapes of its arrays.
     """
 
     flops: float
@@ -64,10 +64,10 @@ class Cost:
     cycles: float
     seconds: float | None
     unknown_loops: int
-    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     argument_bytes: int | None = None
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def sent_bytes(self) -> float:
