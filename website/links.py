@@ -62,7 +62,7 @@ def for_site(text: str, source: str, page: str, pages: dict[str, str], address: 
             return match[0]
         if path in pages:
             return posixpath.relpath(pages[path], posixpath.dirname(page) or ".") + anchor
-        if address is None:
+        if address is None or not (ROOT / path).exists():  # such as a plot of a notebook
             return match[0]
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         return f"{address}/{kind}/main/{path}{anchor}"

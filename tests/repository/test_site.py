@@ -85,6 +85,7 @@ def test_a_page_outside_of_the_navigation_raises(tmp_path, monkeypatch):
         ("../benchmarks", "https://host/a/b", "https://host/a/b/tree/main/benchmarks"),
         ("https://arxiv.org", "https://host/a/b", "https://arxiv.org"),
         ("#here", None, "#here"),
+        ("page/cell-3.png", "https://host/a/b", "page/cell-3.png"),
     ],
 )
 def test_links_lead_to_the_site_or_to_the_repository(link, address, expected):
@@ -196,7 +197,7 @@ def test_badges_are_written_into_both_files_of_a_notebook(tmp_path, monkeypatch)
     assert (tmp_path / "sharding.py").read_text().startswith(f"# %% [markdown]\n# {badge}\n#\n# # ")
     first = json.loads((tmp_path / "sharding.ipynb").read_text())["cells"][0]["source"]
     assert first[:2] == [f"{badge}\n", "\n"]
-    monkeypatch.setattr(badges, "address", lambda: None)
+    monkeypatch.setattr(badges, "address", repository.address)
     badges.write("sharding")
     for suffix in (".py", ".ipynb"):
         name = f"sharding{suffix}"
