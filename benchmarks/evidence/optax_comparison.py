@@ -165,7 +165,7 @@ With their common defaults the training losses differ by at most
 {mean_sd(ours["loss_minus_optax"], 4)}: it is the same optimizer. Our update is faster where
 symmetric products are mirrored, from a side of {_SMALLEST_MIRRORED["cpu"]}: {widest:.2f}
 of the time of optax's at {ENDS[1].split(",")[0]}, and less on the matrices of
-[GPT-2 and larger models](../README.md#beside-the-others). At smaller widths the ratio is
+[GPT-2 and larger models](benchmarks.md). At smaller widths the ratio is
 {min(times.values()):.2f} to {max(times.values()):.2f}, not always below 1. The share of Muon in a
 step grows with the width, {first:.0%} to {wide:.0%}: its FLOPs grow with the cube of the width,
 and the FLOPs of both passes with the square. It falls with the batch, {first:.0%} to {batch:.0%},

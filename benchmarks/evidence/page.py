@@ -1,4 +1,4 @@
-"""Generates docs/evidence.md and the table of claims in README.md from the results."""
+"""Generates docs/evidence.md from the results."""
 
 import textwrap
 from collections.abc import Mapping

@@ -93,8 +93,8 @@ def test_mesh_that_does_not_match_the_devices_raises(sizes):
     )
 
 
-def test_commands_of_the_readme_parse():
-    page = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+def test_commands_of_the_page_parse():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "training_program.md").read_text()
     commands = re.findall(
         r"python -m examples\.language_model (.*--simulate-devices.*)$", page, re.M
     )

@@ -1,4 +1,4 @@
-"""The behavior of optax that the README describes; the README must follow a newer optax."""
+"""The behavior of optax that docs/comparison.md describes; it must follow a newer optax."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from optax import contrib
 import muonclip_jax as mc
 
 pytestmark = pytest.mark.skipif(
-    optax.__version__ != "0.2.8", reason="the README speaks of optax 0.2.8"
+    optax.__version__ != "0.2.8", reason="docs/comparison.md is about optax 0.2.8"
 )
 G = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, size=(8, 16)), jnp.float32)
 

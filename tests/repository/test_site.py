@@ -168,11 +168,10 @@ def test_the_plot_of_heads_is_what_its_script_draws():
 
 
 def test_only_the_address_of_pyproject_is_in_the_repository():
-    """The README is checked with its badges, in test_repository.py."""
     folders = ("docs", "notebooks", "website", "examples", "benchmarks", "muonclip_jax", ".github")
     files = [*ROOT.glob("*"), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
     for path in files:
-        if path.suffix not in TEXTS or path.name == "README.md":
+        if path.suffix not in TEXTS:
             continue
         for address in re.findall(r"github\.com/muonclip[\w./-]*", path.read_text()):
             known = (repository.address() or "unset").removeprefix("https://")
