@@ -9,6 +9,7 @@ from types import ModuleType
 
 from benchmarks.evidence import (
     exploding_logits,
+    family,
     kimi_k3,
     low_threshold,
     optax_comparison,
@@ -29,6 +30,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "shared-key-rules": shared_key_rules,
     "optax-comparison": optax_comparison,
     "zipf-embedding": zipf_embedding,
+    "family": family,
     "width-transfer": width_transfer,
     "kimi-k3": kimi_k3,
 }

@@ -78,7 +78,9 @@ def page(results: Results) -> str:
 def wrapped(text: str) -> str:
     """Wraps the lines of paragraphs, except tables."""
     parts = text.split("\n\n")
-    return "\n\n".join(x if x.startswith("|") else textwrap.fill(x, FILL) for x in parts)
+    return "\n\n".join(
+        x if x.startswith("|") else textwrap.fill(x, FILL, break_on_hyphens=False) for x in parts
+    )
 
 
 def table(results: Results) -> str:

@@ -116,6 +116,11 @@ def test_choosing_shows_the_figures_of_the_results():
     }
     shown = {scale: tuple(cells) for _, scale, *cells in pages.table("choosing.md", "width")}
     assert shown == by_scale
+    of = {"cautious weight decay": "cautious decay", "Sinkhorn-balanced momentum": "Sinkhorn"}
+    effects = result_of("family")["ours"]
+    *rows, _ = pages.table("choosing.md", "family")  # the last is the spectral scale
+    for name, _, _, here, _ in rows:
+        assert here == summaries.mean_sd(effects[of.get(name, name)]["minus_plain"]), name
 
 
 # The runner
