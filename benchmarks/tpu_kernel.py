@@ -38,7 +38,7 @@ def arrays(product: Product) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
     if product.kind == "gram":
         X = jnp.asarray(rng.normal(size=(product.n, product.m)) / math.sqrt(product.m))
-        return (X.astype(jnp.bfloat16),) * 2
+        return X.astype(jnp.bfloat16), X.astype(jnp.bfloat16)
     # Circulant matrices commute, and are symmetric if their first row is.
     first = rng.normal(size=(2, product.n)) / math.sqrt(product.n)
     first = (first + np.roll(first[:, ::-1], 1, axis=1)) / 2

@@ -163,7 +163,9 @@ def compare(kind: str, regions: dict[str, Any], xla: list[float]) -> list[dict[s
 
 def table(results: dict[str, Any]) -> str:
     """Formats a line for each product and generation."""
-    lines = [("chip", "product", "n", "m", "XLA", "kernel", "side", "kernel / XLA")]
+    lines: list[tuple[str, ...]] = [
+        ("chip", "product", "n", "m", "XLA", "kernel", "side", "kernel / XLA")
+    ]
     for kind, chip in results["chips"].items():
         for row in chip["products"]:
             cells = (kind, row["kind"], row["n"], row["m"], row["xla"], row["cycles"], row["side"])

@@ -142,7 +142,7 @@ class Unrounded:
             a, b = (sum(a for a, A in sums if A is B) for B in (R, T))
             R = _kernel().product(a, R, 0.0 if T is R else b, T, c, tiles)
             return Symmetric(self.shift, R, self.products)
-        rows = None
+        rows: Any = None
         for a, R in sums:
             rows = _plus(rows, _times(a, _wide(own_rows(R, shards))))
         if self.product:
@@ -180,14 +180,14 @@ def gram_matrix(X: jax.Array, products: Products) -> Symmetric:
     if is_narrow(X.dtype):
         # From X: known before the product, so that the unrounded A need not be kept.
         r = jnp.sum(jnp.abs(_wide(X)) ** 2, axis=(-2, -1), keepdims=True) / X.shape[-2]
-    if tiles := products.tiles(*X.shape[-2:], X.dtype):
+    if tiles := products.tiles(X.shape[-2], X.shape[-1], X.dtype):
         return Symmetric(r, _kernel().gram_matrix(X, r, tiles), products)
     return rounded(unrounded_gram_matrix(X, products), X.dtype, products, r)
 
 
 def unrounded_gram_matrix(X: jax.Array, products: Products) -> jax.Array:
     """Computes X Xᴴ in the dtype of its sums; see `gram_matrix`."""
-    if tiles := products.tiles(*X.shape[-2:], X.dtype):
+    if tiles := products.tiles(X.shape[-2], X.shape[-1], X.dtype):
         A = _kernel().gram_matrix(X, 0.0, tiles, accumulator(X.dtype))
     else:
         A = (mirrored if products.mirror else multiply)(X, X.mT.conj())
