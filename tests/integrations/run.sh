@@ -10,6 +10,7 @@ python=${FOLDER:-.frameworks}/$framework
 if [[ ! -e $python/bin/python ]]; then
   case $framework in
     maxtext) uv venv --python 3.12 "$python"; uv pip install --python "$python" 'maxtext[tpu]' . ;;
+    easydel) uv venv --python 3.11 "$python"; uv pip install --python "$python" easydel pillow torch . hypothesis ;;
     *) echo "unknown framework: $framework" >&2; exit 1 ;;
   esac
   uv pip install --python "$python" pytest

@@ -1,0 +1,144 @@
+"""EasyDeL's own trainer with `muonclip_jax.integrations.easydel`: tiny models on CPU devices.
+
+bash tests/integrations/run.sh easydel
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.support.pages import ROOT
+
+TAU = 2.0
+WHOLE = {
+    "model": "llama",
+    "name": "whole",
+    "threshold": TAU,
+    "steps": 20,
+    "learning_rate": 0.01,
+    "weight_decay": 0.1,
+    "clip_grad": 1.0,
+    "save_steps": 10,
+}
+# A tiny rate: the clip alone changes the weights.
+STILL = {"threshold": TAU, "steps": 4, "learning_rate": 1e-9, "weight_decay": 0.0, "oracle": True}
+PLAIN = {"model": "llama", "steps": 3, "learning_rate": 0.01, "clip_grad": 1.0}
+ON_ONE_DEVICE = {
+    "llama roles": {"model": "llama", "roles": True},
+    "mla roles": {"model": "mla", "roles": True},
+    "whole": WHOLE,
+    "llama": STILL | {"model": "llama", "name": "still"},
+    "llama, micro-batches and clip_grad": STILL
+    | {"model": "llama", "name": "micro", "gradient_accumulation_steps": 4, "clip_grad": 1.0},
+    "mla": STILL | {"model": "mla", "name": "mla"},
+    "mla trained": WHOLE | {"model": "mla", "name": "mla_trained", "save_steps": None},
+    "reported": PLAIN | {"name": "reported", "threshold": 1e30},
+    "plain": PLAIN | {"name": "plain", "threshold": None},
+}
+
+
+def run(folder, cases, devices=1):
+    """Trains in a process of its own; returns what the worker gave, and its log."""
+    file = folder / f"cases_on_{devices}.json"
+    file.write_text(json.dumps(list(cases.values())))
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags}{devices}",
+        "PYTHONPATH": str(ROOT),
+        "COMPILE_FUNC_DIR": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.integrations.easydel_worker", str(file)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-4000:]
+    return dict(zip(cases, json.loads(file.with_suffix(".out").read_text()), strict=True)), log
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("easydel")
+
+
+@pytest.fixture(scope="session")
+def results(folder):
+    return run(folder, ON_ONE_DEVICE)[0]
+
+
+def column(result, name):
+    return [step[name] for step in result["log"]]
+
+
+@pytest.mark.parametrize("case", ["whole", "mla trained"])
+def test_trains_and_clips(results, case):
+    result = results[case]
+    loss, top = column(result, "loss"), column(result, "qk_clip/max_logit")
+    assert len(loss) == 20
+    assert loss[-1] < 0.5 * loss[0]
+    assert top[0] > 2 * TAU
+    assert max(top[4:]) < 1.5 * TAU
+    assert column(result, "qk_clip/clipped_heads")[0] == 8
+    assert not any(column(result, "qk_clip/skipped_modules"))
+
+
+@pytest.mark.parametrize("case", ["llama", "llama, micro-batches and clip_grad", "mla"])
+def test_max_logits_are_exact_and_the_clip_reaches_the_threshold(results, case):
+    before, after = (np.array(results[case][name]) for name in ("before", "after"))
+    assert before.min() > TAU
+    reported = column(results[case], "qk_clip/max_logit")
+    np.testing.assert_allclose(reported[0], before.max(), rtol=1e-5)
+    # The clip settles layer by layer: each one changes the inputs of the next.
+    np.testing.assert_allclose(after[0], TAU, rtol=1e-5)
+    assert after.max() <= TAU * (1 + 1e-5)
+    np.testing.assert_allclose(reported[-1], TAU, rtol=1e-5)
+
+
+def test_without_a_clip_the_training_step_is_that_of_easydel_bit_for_bit(results):
+    reported, plain = results["reported"], results["plain"]
+    assert column(reported, "loss") == column(plain, "loss")
+    assert reported["checksums"] == plain["checksums"]
+    assert column(reported, "qk_clip/clipped_heads") == [0, 0, 0]
+    assert column(reported, "qk_clip/max_logit")[-1] > 4 * TAU
+
+
+def test_roles_are_those_of_the_golden_file(results):
+    tables = []
+    for model in ("llama", "mla"):
+        table, differing = results[f"{model} roles"]
+        assert not differing
+        tables.append(f"# {model}\n{table}\n")
+    golden = pathlib.Path(__file__).with_name("easydel_roles.txt")
+    assert golden.read_text() == "\n".join(tables)
+
+
+def test_resumes_from_a_checkpoint(results, folder):
+    shutil.copytree(folder / "whole" / "run-10", folder / "resumed" / "run-10")
+    case = WHOLE | {"name": "resumed", "resume_if_possible": True}
+    resumed, log = run(folder, {"resumed": case})
+    assert "resumed training at step 10" in log
+    assert column(resumed["resumed"], "step") == list(range(11, 21))
+    for name in ("loss", "qk_clip/max_logit"):
+        expected = column(results["whole"], name)[10:]
+        np.testing.assert_allclose(column(resumed["resumed"], name), expected, rtol=1e-4)
+
+
+def test_eight_devices_equal_one(results, folder):
+    sharded, _ = run(folder, {"whole": WHOLE | {"name": "sharded"}}, devices=8)
+    for name in ("loss", "qk_clip/max_logit"):
+        one, eight = (column(r["whole"], name) for r in (results, sharded))
+        np.testing.assert_allclose(eight, one, rtol=1e-2)
+    np.testing.assert_allclose(*(column(r["whole"], "loss")[:3] for r in (results, sharded)), 1e-5)
