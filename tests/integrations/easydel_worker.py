@@ -1,18 +1,16 @@
 """Trains tiny models with EasyDeL's own trainer: python -m tests.integrations.easydel_worker FILE.
 
-FILE has a JSON list of cases; what they gave is written to FILE.out. The module is imported where
-EasyDeL is installed only.
+FILE has a JSON list of cases; the results are written beside it, as .out. EasyDeL is imported in the
+functions, because pytest looks for examples in this module too.
 """
 
 import json
 import pathlib
 import sys
 
-import easydel as ed
 import jax
 import jax.numpy as jnp
 import numpy as np
-from datasets import Dataset
 from flax import nnx
 
 import muonclip_jax as mc
@@ -48,6 +46,8 @@ MLA = {
 
 def build(kind):
     """Builds a model with large queries and keys."""
+    import easydel as ed
+
     settings = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
     if kind == "llama":
         config = ed.LlamaConfig(**SHARED, num_key_value_heads=2)
@@ -76,6 +76,8 @@ def token_ids():
 
 def max_logits64(model):
     """Computes the max logits of each layer in float64 from queries and keys, [layers, heads]."""
+    import easydel as ed
+
     found, module = [], ed.FlexibleAttentionModule
     forward = module.forward
 
@@ -106,7 +108,7 @@ def roles(model):
 
     with model.mesh:
         analysis = str(mc.analyze(forward, state.graphstate, token_ids()))
-    head, *differing = analysis.split("names that suggest another role")
+    _head, *differing = analysis.split("names that suggest another role")
     return str(mc.routing_table(state.graphstate, consistent_rms=0.2)), differing
 
 
@@ -126,6 +128,9 @@ def train(case, folder):
     Returns:
       Loss and metrics of each step, and what was asked for.
     """
+    import easydel as ed
+    from datasets import Dataset
+
     case = dict(case)
     kind, threshold, oracle = case.pop("model"), case.pop("threshold"), case.pop("oracle", False)
     steps, log = case.pop("steps"), []

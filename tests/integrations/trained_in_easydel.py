@@ -140,5 +140,5 @@ def test_eight_devices_equal_one(results, folder):
     sharded, _ = run(folder, {"whole": WHOLE | {"name": "sharded"}}, devices=8)
     for name in ("loss", "qk_clip/max_logit"):
         one, eight = (column(r["whole"], name) for r in (results, sharded))
+        np.testing.assert_allclose(eight[:3], one[:3], rtol=1e-5)
         np.testing.assert_allclose(eight, one, rtol=1e-2)
-    np.testing.assert_allclose(*(column(r["whole"], "loss")[:3] for r in (results, sharded)), 1e-5)
