@@ -141,9 +141,9 @@ def with_qk_clip(
       ImportError: if EasyDeL is not installed, or has other names than the ones used here.
       TypeError: if `trainer` is no trainer of EasyDeL or has a training step of its own, and for
         unknown arguments of `mc.qk_clip`.
-      ValueError: from the trainer, if `extra_optimizer_kwargs` has an unknown name or both weight
-        decays are set; in its first step, for everything that `mc.with_max_logits` and `mc.qk_clip`
-        raise.
+      ValueError: from the trainer, if `extra_optimizer_kwargs` has an unknown name, if both weight
+        decays are set, or if the model does not have `num_hidden_layers`; in its first step, for
+        everything that `mc.with_max_logits` and `mc.qk_clip` raise.
     """
     register()
     base = _load(_TRAINER)
@@ -166,9 +166,11 @@ def with_qk_clip(
 
         def configure_functions(self) -> Any:
             functions = super().configure_functions()
-            count = self.model.config.num_hidden_layers if expect is None else expect
             read = functools.partial(
-                mc.with_max_logits, expect=count, kernels=kernels, ignore=ignore_kernels
+                mc.with_max_logits,
+                expect=_number_of_layers(self.model.config) if expect is None else expect,
+                kernels=kernels,
+                ignore=ignore_kernels,
             )
             # EasyDeL jits its functions; these are the functions inside.
             train = inspect.unwrap(functions.sharded_training_step_function)
@@ -228,6 +230,15 @@ def _call(
 ) -> Any:
     """Calls a step function of EasyDeL with its parameters as the first argument."""
     return fn(state.replace(graphstate=params), batch, *static)
+
+
+def _number_of_layers(config: Any) -> int:
+    if (layers := getattr(config, "num_hidden_layers", None)) is None:
+        raise ValueError(
+            f"with_qk_clip: {type(config).__name__} has no num_hidden_layers. Pass expect=, the "
+            "number of attentions."
+        )
+    return layers
 
 
 def _check_settings(arguments: Any) -> None:

@@ -1,7 +1,7 @@
 """Trains tiny models with EasyDeL's own trainer: python -m tests.integrations.easydel_worker FILE.
 
-FILE has a JSON list of cases; the results are written beside it, as .out. EasyDeL is imported in the
-functions, because pytest looks for examples in this module too.
+FILE has a JSON list of cases; the results are written beside it, as .out. EasyDeL is imported in
+the functions, because pytest looks for examples in this module too.
 """
 
 import json

@@ -226,6 +226,16 @@ def test_another_number_of_attentions_raises_in_the_first_step(modules):
         trainer.step(State(PARAMS), BATCH, 2)
 
 
+def test_a_model_without_a_number_of_layers_needs_expect(modules):
+    class Tower(Trainer):
+        def configure_model(self):
+            del self.model.config.num_hidden_layers
+
+    easydel.with_qk_clip(Tower, expect=1)()
+    with pytest.raises(ValueError, match=r"has no num_hidden_layers\. Pass expect="):
+        easydel.with_qk_clip(Tower)()
+
+
 def test_trainers_with_a_step_of_their_own_raise(modules):
     class Preference(Trainer):
         def configure_functions(self):
