@@ -154,9 +154,11 @@ def with_qk_clip(
             f"with_qk_clip: {trainer.__name__} has a training step of its own, expected the one of "
             "easydel.Trainer. Pass easydel.Trainer or easydel.SFTTrainer."
         )
-    unknown = sorted({*clip} - {"threshold", "alpha", "shared_key", "ignore", "where", "strict"})
-    if unknown:
-        raise TypeError(f"with_qk_clip: qk_clip has no arguments {unknown}.")
+    known = {*inspect.signature(mc.qk_clip).parameters} - {"params", "max_logits", "layout"}
+    if unknown := sorted({*clip} - known):
+        raise TypeError(
+            f"with_qk_clip: got {unknown}, expected arguments of qk_clip: {sorted(known)}."
+        )
 
     class QKClipTrainer(trainer):
         def configure_model(self) -> Any:
