@@ -25,7 +25,6 @@ SHARED = {
     "num_attention_heads": 4,
     "max_position_embeddings": LENGTH,
     "sharding_axis_dims": (1, -1, 1, 1, 1),
-    "attn_dtype": jnp.float32,
 }
 MLA = {
     "num_key_value_heads": 4,
@@ -44,17 +43,18 @@ MLA = {
 }
 
 
-def build(kind):
-    """Builds a model with large queries and keys."""
+def build(kind, attn_dtype="float32"):
+    """Builds a model with large queries and keys; without a dtype, attention has its default."""
     import easydel as ed
 
     settings = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    shared = SHARED | ({"attn_dtype": jnp.dtype(attn_dtype)} if attn_dtype else {})
     if kind == "llama":
-        config = ed.LlamaConfig(**SHARED, num_key_value_heads=2)
+        config = ed.LlamaConfig(**shared, num_key_value_heads=2)
         model, names = ed.LlamaForCausalLM(config=config, **settings), ("q_proj", "k_proj")
         factor = 8.0
     else:
-        config = ed.DeepseekV3Config(**SHARED, **MLA)
+        config = ed.DeepseekV3Config(**shared, **MLA)
         model, names = (
             ed.DeepseekV3ForCausalLM(config=config, **settings),
             ("q_b_proj", "kv_b_proj"),
@@ -133,7 +133,7 @@ def train(case, folder):
 
     case = dict(case)
     kind, threshold, oracle = case.pop("model"), case.pop("threshold"), case.pop("oracle", False)
-    steps, log = case.pop("steps"), []
+    attn_dtype, steps, log = case.pop("attn_dtype", "float32"), case.pop("steps"), []
 
     class Trainer(ed.Trainer):
         def on_step_end(self, state, metrics, step):
@@ -162,7 +162,7 @@ def train(case, folder):
     ones = np.ones_like(rows).tolist()
     columns = {"input_ids": rows, "attention_mask": ones, "labels": rows}
     dataset = Dataset.from_dict(columns).with_format("numpy")
-    model = build(kind)
+    model = build(kind, attn_dtype)
     result = {"before": max_logits64(model)} if oracle else {}
     out = trainer(arguments=arguments, model=model, dataset_train=dataset).train()
     trained = out.state.model
