@@ -47,19 +47,14 @@ def build(kind, attn_dtype="float32"):
     """Builds a model with large queries and keys; without a dtype, attention has its default."""
     import easydel as ed
 
-    settings = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
     shared = SHARED | ({"attn_dtype": jnp.dtype(attn_dtype)} if attn_dtype else {})
     if kind == "llama":
-        config = ed.LlamaConfig(**shared, num_key_value_heads=2)
-        model, names = ed.LlamaForCausalLM(config=config, **settings), ("q_proj", "k_proj")
-        factor = 8.0
+        config, cls = ed.LlamaConfig(**shared, num_key_value_heads=2), ed.LlamaForCausalLM
+        names, factor = ("q_proj", "k_proj"), 8.0
     else:
-        config = ed.DeepseekV3Config(**shared, **MLA)
-        model, names = (
-            ed.DeepseekV3ForCausalLM(config=config, **settings),
-            ("q_b_proj", "kv_b_proj"),
-        )
-        factor = 20.0
+        config, cls = ed.DeepseekV3Config(**shared, **MLA), ed.DeepseekV3ForCausalLM
+        names, factor = ("q_b_proj", "kv_b_proj"), 20.0
+    model = cls(config=config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     for layer in model.model.layers:
         for name in names:
             kernel = getattr(layer.self_attn, name).kernel
