@@ -230,6 +230,7 @@ def test_a_model_without_a_number_of_layers_needs_expect(modules):
     class Tower(Trainer):
         def configure_model(self):
             del self.model.config.num_hidden_layers
+            return super().configure_model()
 
     easydel.with_qk_clip(Tower, expect=1)()
     with pytest.raises(ValueError, match=r"has no num_hidden_layers\. Pass expect="):
