@@ -178,7 +178,9 @@ class _Evaluator:
             unroll=params["unroll"],
         )
         stacked = {s.number for found in self.at.values() for s in found if here in s.layers}
-        return [*carry, *ys], {m: s if m in stacked else s.max(0) for m, s in stats.items()}
+        # A scan of no steps has no logits.
+        joined = {m: s if m in stacked else s.max(0, initial=-jnp.inf) for m, s in stats.items()}
+        return [*carry, *ys], joined
 
     def _while(self, eqn: Any, values: Sequence[Any], here: Path) -> tuple[list[Any], Stats]:
         params = eqn.params

@@ -15,6 +15,7 @@ from muonclip_jax._program.jaxprs import (
     mesh_axes,
     scan_counts,
 )
+from muonclip_jax._program.writes import Write, written
 
 # What a value is made of: constants, parameters and constants, or anything else.
 CONSTANT, PARAMETER, DATA = 0, 1, 2
@@ -137,6 +138,8 @@ class Graph:
         loop = _LOOPS.get(name)
         if loop is not None:
             return loop(self, eqn, inputs, path)
+        if (write := written(eqn, inputs)) is not None:
+            return [self._concatenated(eqn, inputs, write, path)]
         return [
             self._new(name, var.aval, inputs, params=eqn.params, path=path, out=i)
             for i, var in enumerate(eqn.outvars)
@@ -148,6 +151,28 @@ class Graph:
             self._new(op, var.aval, inputs, params=params, path=path, out=i)
             for i, var in enumerate(eqn.outvars)
         ]
+
+    def _concatenated(
+        self, eqn: Any, inputs: list[Node], write: Write, path: tuple[int, ...]
+    ) -> Node:
+        """Adds what is before a write, the update, and what is behind it."""
+        array, update, axis = inputs[0], inputs[write.update], write.axis
+        size, end = array.shape[axis], write.start + update.shape[axis]
+        parts = [
+            self._range(array, axis, 0, write.start, path),
+            update,
+            self._range(array, axis, end, size, path),
+        ]
+        kept = [part for part in parts if part.shape[axis]]
+        params = {"dimension": axis}
+        return self._new("concatenate", eqn.outvars[0].aval, kept, params=params, path=path)
+
+    def _range(self, array: Node, axis: int, start: int, end: int, path: tuple[int, ...]) -> Node:
+        starts = tuple(start if d == axis else 0 for d in range(len(array.shape)))
+        shape = tuple(end - start if d == axis else n for d, n in enumerate(array.shape))
+        aval = jax.ShapeDtypeStruct(shape, array.dtype)
+        params = {"start_indices": starts, "strides": None}
+        return self._new("slice", aval, [array], params=params, path=path)
 
     def _carried(self, start: Node) -> Node:
         node = self._new("carry", None, [start])

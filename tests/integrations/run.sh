@@ -13,6 +13,7 @@ if [[ ! -e $python/bin/python ]]; then
     levanter) uv venv --python 3.12 "$python"; uv pip install --python "$python" marin-levanter . ;;
     tunix) uv venv --python 3.12 "$python"; uv pip install --python "$python" google-tunix . ;;
     gemma) uv venv --python 3.12 "$python"; uv pip install --python "$python" gemma kauldron 'sentencepiece<0.2.2' . ;;
+    easydel) uv venv --python 3.11 "$python"; uv pip install --python "$python" easydel pillow torch . ;;
     *) echo "unknown framework: $framework" >&2; exit 1 ;;
   esac
   uv pip install --python "$python" pytest hypothesis

@@ -80,6 +80,14 @@ def test_micro_batches():
     check(fn, PARAMS, (X,), tops(logits64(PARAMS, X)))
 
 
+def test_a_scan_of_no_steps():
+    def fn(p, x):
+        return jax.lax.map(lambda part: masked(p, part), x.reshape(2, 1, 6, 16)[:0]).sum()
+
+    _, stats = found(fn, PARAMS, X)
+    assert (stats["max_logits"] == -jnp.inf).all()
+
+
 def test_vmap_inside_and_outside():
     def fn(p, x):
         return jax.vmap(lambda one: masked(p, one[None]))(x).sum()

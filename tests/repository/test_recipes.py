@@ -39,58 +39,6 @@ def clipped_heads(params, stats, layout):
 
 
 
-# --- EasyDeL 0.3.0 at commit 090a03b --------------------------------------------------------------
-
-# modules/llama, modules/deepseek_v3, layers/linears/_linear.py and _linear_moe.py, layers/norms.
-EASYDEL = {
-    "model/embed_tokens/embedding": ((V, D), "adamw"),
-    "model/layers/0/self_attn/q_proj/kernel": ((D, N * H), (1, D, N * H)),
-    "model/layers/0/self_attn/o_proj/kernel": ((N * H, D), (1, N * H, D)),
-    "model/layers/0/mlp/gate_proj/kernel": ((D, F), (1, D, F)),
-    "model/layers/1/mlp/gate/kernel": ((D, E), "adamw"),
-    "model/layers/1/mlp/experts/gate_proj/kernel": ((E, D, F), (E, D, F)),
-    "model/layers/0/input_layernorm/kernel": ((D,), "adamw"),
-    "model/norm/kernel": ((D,), "adamw"),
-    "lm_head/kernel": ((D, V), "adamw"),
-}
-
-
-def test_names_are_enough_for_easydel():
-    found = matrices(tree({path: shape for path, (shape, _) in EASYDEL.items()}))
-    assert found == {path: expected for path, (_, expected) in EASYDEL.items()}
-
-
-@pytest.mark.parametrize(
-    ("shapes", "layout"),
-    [
-        (
-            {"q_proj/kernel": (D, N * H), "k_proj/kernel": (D, K * H)},
-            mc.MultiHeadLayout(
-                query="q_proj", key="k_proj", kernel="inputs (heads head_dim)", head_dim=H
-            ),
-        ),
-        (
-            {
-                "q_b_proj/kernel": (Q_RANK, N * (128 + 64)),
-                "kv_b_proj/kernel": (KV_RANK, N * (128 + 128)),
-            },
-            mc.MLALayout(
-                nope_dim=128,
-                rope_dim=64,
-                value_dim=128,
-                query="q_b_proj",
-                key_value="kv_b_proj",
-                kernel="inputs (heads head_dim)",
-            ),
-        ),
-    ],
-    ids=["heads", "latent"],
-)
-def test_layouts_for_easydel_fit_its_kernels(shapes, layout):
-    stats = {"attn": {"max_logits": np.full((2, N), 200.0)}}
-    assert clipped_heads({"attn": tree(shapes)}, stats, layout) == N
-
-
 # --- Loops of one's own ---------------------------------------------------------------------------
 
 
