@@ -146,19 +146,7 @@ def with_qk_clip(
         everything that `mc.with_max_logits` and `mc.qk_clip` raise.
     """
     register()
-    base = _load(_TRAINER)
-    if not (isinstance(trainer, type) and issubclass(trainer, base)):
-        raise TypeError(f"with_qk_clip: got {trainer!r}, expected easydel.Trainer or a subclass.")
-    if trainer.configure_functions is not base.configure_functions:
-        raise TypeError(
-            f"with_qk_clip: {trainer.__name__} has a training step of its own, expected the one of "
-            "easydel.Trainer. Pass easydel.Trainer or easydel.SFTTrainer."
-        )
-    known = {*inspect.signature(mc.qk_clip).parameters} - {"params", "max_logits", "layout"}
-    if unknown := sorted({*clip} - known):
-        raise TypeError(
-            f"with_qk_clip: got {unknown}, expected arguments of qk_clip: {sorted(known)}."
-        )
+    _check_arguments(trainer, clip)
 
     class QKClipTrainer(trainer):
         def configure_model(self) -> Any:
@@ -232,6 +220,23 @@ def _call(
 ) -> Any:
     """Calls a step function of EasyDeL with its parameters as the first argument."""
     return fn(state.replace(graphstate=params), batch, *static)
+
+
+def _check_arguments(trainer: Any, clip: Mapping[str, Any]) -> None:
+    """Raises for trainers with another training step, and for unknown arguments of `qk_clip`."""
+    base = _load(_TRAINER)
+    if not (isinstance(trainer, type) and issubclass(trainer, base)):
+        raise TypeError(f"with_qk_clip: got {trainer!r}, expected easydel.Trainer or a subclass.")
+    if trainer.configure_functions is not base.configure_functions:
+        raise TypeError(
+            f"with_qk_clip: {trainer.__name__} has a training step of its own, expected the one of "
+            "easydel.Trainer. Pass easydel.Trainer or easydel.SFTTrainer."
+        )
+    known = {*inspect.signature(mc.qk_clip).parameters} - {"params", "max_logits", "layout"}
+    if unknown := sorted({*clip} - known):
+        raise TypeError(
+            f"with_qk_clip: got {unknown}, expected arguments of qk_clip: {sorted(known)}."
+        )
 
 
 def _number_of_layers(config: Any) -> int:
