@@ -18,7 +18,7 @@ from tests.support import reference
 from tests.support.pages import BLOCK, ROOT, numbers, run_page, table
 from tests.support.published_numbers import ABOVE_ONE, RANGES
 
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "frameworks").glob("*.md")])
 every_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
 
 
