@@ -26,7 +26,7 @@ every_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
 def test_blocks_run_and_print_what_the_page_shows(page):
     text = page.read_text()
     assert len(BLOCK.findall(text)) == text.count("```python")
-    run_page(page.name)
+    run_page(str(page.relative_to(ROOT / "docs")))
 
 
 @every_page
