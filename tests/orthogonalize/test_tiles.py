@@ -34,7 +34,7 @@ def test_cycles_of_the_table_are_the_committed_ones():
 def test_the_smallest_side_is_one_from_which_the_kernel_is_estimated_to_be_faster():
     for kind, chip in _result("tpu_kernel_cycles")["chips"].items():
         above = [row for row in chip["products"] if row["n"] >= CHIPS[kind].smallest]
-        assert len(above) >= 5
+        assert len(above) >= 2
         assert all(row["kernel_by_xla"] < 1 for row in above)
 
 
