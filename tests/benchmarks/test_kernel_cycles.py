@@ -53,6 +53,7 @@ def test_a_dump_without_the_mirrored_tile_raises():
 
 def test_cycles_of_a_program_are_those_of_its_kernels():
     cut, chip = fastest(2048, 2048, 2, "TPU v5"), CHIPS["TPU v5"]
+    assert cut is not None
     one = cycles(2048, 2048, 2, 1, cut, chip.sides[cut.side], chip)
     shape = "bf16[3,2048,2048]"
     kernels = {f"symmetric_product {shape} {shape} {shape}": 5}

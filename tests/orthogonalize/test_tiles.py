@@ -13,6 +13,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 BFLOAT16 = 2  # bytes
 
 
+def _chosen(n, m, itemsize, kind):
+    found = fastest(n, m, itemsize, kind)
+    assert found is not None
+    return found
+
+
 def _result(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
@@ -50,12 +56,12 @@ def test_products_on_v5p_take_at_most_the_share_of_the_cycles_of_xla_that_is_our
 @pytest.mark.parametrize(("n", "m"), [(2048, 2048), (2100, 5000), (7168, 18432), (11008, 11008)])
 def test_chosen_tiles_fit_the_fast_memory(itemsize, n, m):
     for kind, chip in CHIPS.items():
-        found = fastest(n, m, itemsize, kind)
+        found = _chosen(n, m, itemsize, kind)
         assert found.vmem(itemsize) < chip.vmem
         assert found.depth == m or found.depth % found.chunk == 0
         assert found.share(n) < 0.95
         # All products of a matrix have tiles of one side, which the count of FLOPs assumes.
-        assert found.side == fastest(n, n, itemsize, kind).side
+        assert found.side == _chosen(n, n, itemsize, kind).side
 
 
 def test_small_sides_have_no_tiles():
@@ -64,7 +70,7 @@ def test_small_sides_have_no_tiles():
 
 def test_more_cores_or_bandwidth_never_take_more_cycles():
     chip = CHIPS["TPU v5"]
-    cut, r = fastest(4096, 4096, BFLOAT16, "TPU v5"), chip.sides[512]
+    cut, r = _chosen(4096, 4096, BFLOAT16, "TPU v5"), chip.sides[512]
     base = tiles.cycles(4096, 4096, BFLOAT16, 1, cut, r, chip)
     assert tiles.cycles(4096, 4096, BFLOAT16, 1, cut, r, chip._replace(cores=4)) < base
     assert tiles.cycles(4096, 4096, BFLOAT16, 1, cut, r, chip._replace(bandwidth=10)) > base

@@ -1,6 +1,7 @@
 """The TPU kernel of symmetric products, interpreted, against float64."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,10 @@ def test_vmap_equals_a_loop(batched):
     X = jnp.asarray(rng.normal(size=(3, 2, 140, 200)), jnp.float32)
     r = jnp.asarray(rng.normal(size=(3, 1, 1, 1)), jnp.float32)
     X, r = (x if axis == 0 else x[0] for x, axis in zip((X, r), batched, strict=True))
-    f = functools.partial(tpu_kernel.gram_matrix, tiles=PARTIAL[1])
+
+    def f(X, r):
+        return tpu_kernel.gram_matrix(X, r, PARTIAL[1])
+
     each = [
         f(*(x[i] if axis == 0 else x for x, axis in zip((X, r), batched, strict=True)))
         for i in range(3)
@@ -252,5 +256,5 @@ def test_muon_on_a_mesh_equals_one_device():
         tx = mc.scale_by_muon(shardings={"w": sharding}, **settings)
         got = jax.jit(tx.update)(params, tx.init(params))[0]["w"]
     alone = mc.scale_by_muon(ns_dtype=jnp.float32)
-    expected = alone.update({"w": w}, alone.init({"w": w}))[0]["w"]
-    np.testing.assert_allclose(got, expected, atol=2e-5)
+    expected: Any = alone.update({"w": w}, alone.init({"w": w}))[0]
+    np.testing.assert_allclose(got, expected["w"], atol=2e-5)
