@@ -169,7 +169,7 @@ def fastest(n: int, m: int, itemsize: int, kind: str | None) -> Tiles | None:
 
     Example:
       >>> fastest(4096, 4096, 2, "TPU v5").side, fastest(128, 512, 2, "TPU v5")
-      (512, None)
+      (256, None)
     """
     if (kind := kind or DEFAULT_KIND) not in CHIPS:
         raise ValueError(
