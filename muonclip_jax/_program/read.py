@@ -114,7 +114,7 @@ def read(traced: Call, kernels: Collection[str] = ()) -> Program:
     attentions = [trace(softmax) for softmax in found]
     shapes = [node.shape for node in graph.parameters]
     sites = distinct([describe(one, traced.paths, shapes) for one in attentions])
-    closed = [node for node in graph.nodes if node in graph.live and node.out == 0]
+    closed = _first_results(graph)
     opaque = [trace_closed(n) for n in closed if n.op == "opaque" and _has_two_activations(n)]
     hooked = [trace_closed(n) for n in closed if n.op == "kernel" and not n.is_backward]
     sites += [closed_site(one, traced.paths) for one in (*opaque, *hooked)]
@@ -125,6 +125,15 @@ def read(traced: Call, kernels: Collection[str] = ()) -> Program:
     )
     places = [f"{node.op} at {node.path}, shape {node.shape}" for node in suspects]
     return Program(graph, attentions, sites, hooked, places, dict(without))
+
+
+def _first_results(graph: Graph) -> list[Node]:
+    """Lists the first result of each equation that is used: splash attention has unused ones."""
+    first: dict[tuple[str, tuple[int, ...]], Node] = {}
+    for node in graph.nodes:
+        if node in graph.live:
+            first.setdefault((node.op, node.path), node)
+    return list(first.values())
 
 
 def _has_two_activations(node: Node) -> bool:
