@@ -95,8 +95,9 @@ def scale_by_muon(
       nesterov: Whether the direction looks one step ahead, with optax's bias corrections:
         β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t).
       adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
-      preconditioning: See `newton_schulz`. Also `"outputs"` or `"inputs"`: what each matrix has of
-        one output, or of one input, gets the norm 1 first (MuonEq); see `normalize_matrices`.
+      preconditioning: See `newton_schulz`. Also `"outputs"` or `"inputs"` (MuonEq): each slice
+        of a matrix for one output, or for one input, is divided by its norm first; see
+        `normalize_matrices`.
       weight_dimension_numbers: Which axes of each leaf are the inputs (reduction) and outputs of
         its matrices: a pytree, or a prefix of one, of `MuonDimensionNumbers`, or a function of the
         parameters that returns one. None: the last two axes of every leaf.

@@ -31,10 +31,10 @@ MAX_BATCH_BYTES = 2**30
 # Steps between two restarts of the Gram iteration.
 Windows: TypeAlias = tuple[tuple[Step, ...], ...]
 
-# When a window of the Gram iteration ends, because rounding errors have grown: before the product
-# of its slopes at zero, which is what amplifies them, exceeds this, by the bits of a real number,
+# The largest product of slopes at zero in a window of the Gram iteration, by the bits of a real
+# number: the slopes amplify rounding errors.
 _MAX_SLOPE = {16: 64.0, 32: 500.0, 64: 1e6}
-# and in 16 bits after so many steps. The first window starts from an X without errors.
+# The largest number of steps in a window, in 16 bits. The first starts from an X without errors.
 _MAX_STEPS_FIRST, _MAX_STEPS_LATER = 3, 2
 
 
@@ -194,7 +194,7 @@ def standard_cost(coefficients: Sequence[Step], aspect: float, share: float = 1.
     Args:
       coefficients: `(a, b, c)` of each step.
       aspect: m / n, at least 1.
-      share: s, the FLOPs of a symmetric product by those of a plain one.
+      share: s, the ratio of the FLOPs of a symmetric product to the FLOPs of a plain one.
 
     Returns:
       2 aspect (1 + s) + 2 s for each step, without the last 2 s where c = 0.

@@ -11,7 +11,7 @@ class ColumnShards(NamedTuple):
     The mesh may be cut into several groups of devices. Each group shares a matrix of its own.
 
     Attributes:
-      mesh_axes: The mesh axes from which the groups are cut, the slowest first.
+      mesh_axes: The mesh axes from which the groups are cut, major to minor.
       devices: Number of devices that share a matrix.
       groups: The devices of each group, numbered over `mesh_axes`; None for one group of all.
     """

@@ -92,8 +92,8 @@ def _quadratic(A: Symmetric, b: Scalar, c: Scalar) -> Symmetric:
 def _initial_product(Y: Symmetric) -> Symmetric:
     """Returns Q after the first step of a window, which is Y.
 
-    Errors of R are corrected by the next restart, errors of Q are not, so that Q is never mirrored.
-    Wide types have the digits for its diagonal, and would lose some in q X + Q X.
+    The errors of Q are never corrected, so its products are computed in full. Float32 and wider
+    types add the shift to the diagonal: they have the digits for it, and q X + Q X would lose some.
     """
     Q = Y.without_mirror()
     return Q if is_narrow(Q.matrix.dtype) else Q.without_shift()

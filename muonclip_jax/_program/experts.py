@@ -15,7 +15,7 @@ def expert_axes(
 ) -> set[tuple[int, int]]:
     """Finds axes of experts among the inputs and outputs of parameters.
 
-    Such an axis meets, in a product or elementwise, an axis of what the router put out or of a
+    Such an axis meets, in a product or elementwise, an axis of what the router returned or of a
     comparison with what was chosen; or it is a batch axis of the next product. The router of
     experts that are all used is a softmax.
 
@@ -42,7 +42,7 @@ def expert_axes(
 
 
 def _members(live: Sequence[Node], uses: Uses, counts: Collection[int]) -> set[tuple[int, int]]:
-    """Finds axes that products put out and the next product has as a batch axis.
+    """Finds output axes of products that are batch axes of the next product.
 
     Heads are none: a product of activations keeps them too. An axis is the first that is no stack,
     as `vmap` has it, or has the size of the experts.

@@ -1,4 +1,4 @@
-"""The role of each parameter, from how it meets data."""
+"""The role of each parameter, from how it is combined with activations."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""How each parameter first meets data: contracted, looked up, or joined element by element."""
+"""How each parameter is used first: contracted, looked up, or joined element by element."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

@@ -34,7 +34,7 @@ class PlacedLeaf(NamedTuple):
       shape: Its shape.
       dtype: Its dtype.
       axes: Its axes as a batch of matrices.
-      spec: For each axis, the mesh axes over which it is sharded, the slowest first.
+      spec: For each axis, the mesh axes over which it is sharded, major to minor.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Placement(NamedTuple):
       specs: How each leaf is sharded over it.
       leaves: The same as plain data, for the plan.
       axis_names: The mesh axes that `jax.shard_map` makes manual: all that are not manual yet.
-      vmapped_axes: The mesh axes over which `jax.vmap` shards its members. No plan may use them.
+      vmapped_axes: The mesh axes that shard the batch axis of `jax.vmap`. No plan may use them.
       device_kind: JAX's name of its devices; None if unknown.
     """
 
@@ -164,10 +164,10 @@ def _explicit(mesh: Any) -> frozenset[str]:
 
 
 def _vmapped_axes(kind: str) -> frozenset[str]:
-    """Lists the mesh axes over which a `jax.vmap` around the call shards its members.
+    """Lists the mesh axes that shard the batch axis of a `jax.vmap` around the call.
 
-    Sharing work over such an axis would mix members. JAX has no public function for this. Versions
-    that keep the names elsewhere yield none.
+    Sharing work over such an axis would mix the members of the batch. JAX has no public
+    function for this. Versions that keep the names elsewhere yield none.
     """
     env = getattr(core, "get_axis_env", lambda: None)()
     return frozenset(getattr(env, kind, None) or ())

@@ -73,8 +73,9 @@ def candidates(
 ) -> list[Strategy]:
     """Lists the ways to orthogonalize `count` matrices, each in `shards` blocks of `width` columns.
 
-    Full matrices, the last of them zero matrices; full matrices, and a remainder that is shared; or
-    all of them shared in place.
+    1. full matrices, padded with zero matrices
+    2. full matrices, and a remainder that is shared
+    3. all of them shared in place
     """
     if shards == 1:
         return [Strategy(count, 0, 1, False, count * matrix.flops, 0.0)]

@@ -1,6 +1,6 @@
 """Matrices with inputs, outputs or themselves divided by their norm: MuonEq and Muon+.
 
-With X a matrix n_in x n_out, X_i what it has of one input and X_j of one output:
+With X a matrix n_in x n_out, X_i its row of input i, and X_j its column of output j:
 
     "inputs":   X_i / ‖X_i‖                            before the orthogonalization: MuonEq
     "outputs":  X_j / ‖X_j‖                            before the orthogonalization: MuonEq
