@@ -256,7 +256,7 @@ def _kernel(
 
     @pl.when(k == K - 1)
     def _write():
-        products = total[...]
+        products = total[...] if m >= chunk else jnp.zeros(total.shape, jnp.float32)
         if remainder:
             products += multiply(last_depth - remainder, remainder)
         first = matrix * (1 if form.is_gram else len(added) + 1)
