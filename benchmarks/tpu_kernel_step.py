@@ -45,7 +45,7 @@ def optimizers(params: Any) -> dict[str, optax.GradientTransformation]:
 
 
 def summary(compilation: aot.Compilation, kind: str) -> dict[str, Any]:
-    """Returns the figures of a program, with the kernel's cycles in those of the program."""
+    """Returns the figures of a program, including the cycles of the kernel."""
     cost = compilation.cost
     kernel = cycles_of(cost.kernels, kind)
     return {
@@ -62,7 +62,7 @@ def summary(compilation: aot.Compilation, kind: str) -> dict[str, Any]:
 
 
 def ratios(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """Divides the figures of one program by those of another."""
+    """Divides the figures of one program by the figures of another."""
     return {key: one[key] / other[key] for key in SHOWN if one[key] and other[key]}
 
 

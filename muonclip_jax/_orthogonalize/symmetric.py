@@ -129,7 +129,9 @@ class Unrounded:
         return Unrounded(a * self.shift, terms, product, self.products)
 
     def __add__(self, other: "Unrounded") -> "Unrounded":
-        """Computes A + B, of which one may have a product."""
+        """Computes A + B, of which at most one has a product."""
+        if self.product and other.product:
+            raise ValueError("a sum of two unrounded products: round one of them first.")
         terms, product = self.terms + other.terms, self.product or other.product
         return Unrounded(self.shift + other.shift, terms, product, self.products)
 

@@ -7,6 +7,7 @@ import pytest
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.choices import gram_cost, restart_windows, standard_cost
+from muonclip_jax._orthogonalize.symmetric import Products, gram_matrix
 from tests.support import reference
 from tests.support.iteration_cases import DISTINCT, count_flops, spectra
 
@@ -176,3 +177,9 @@ def test_a_traced_number_of_steps_below_one_runs_one_step(steps):
     got = jax.jit(lambda steps: mc.newton_schulz(x, (2.0, -1.5, 0.5), steps=steps))(steps)
     expected = mc.newton_schulz(x, (2.0, -1.5, 0.5), steps=1, method="standard")
     assert reference.relative_error(got, expected) < 1e-6
+
+
+def test_sum_of_two_unrounded_products_raises():
+    A = gram_matrix(jnp.eye(4), Products())
+    with pytest.raises(ValueError, match="round one of them first"):
+        _ = (A @ A) + (A @ A)
