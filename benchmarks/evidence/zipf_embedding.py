@@ -162,9 +162,9 @@ This experiment has no language model. An embedding of {VOCABULARY} tokens and w
 fitted to random targets of variance 1, in {STEPS} steps of {BATCH} tokens with Zipf's frequencies.
 Errors are mean squared distances to the targets, and the loss weights tokens by their frequency.
 Frequent tokens are the first {FREQUENT.stop}; rare tokens are the second half. Noisy targets have
-new noise of variance 1 in each step. Both optimizers are tuned for the loss over {len(RATES)} rates.
-The published figures are from 1500 steps with a cosine schedule and probabilities proportional to
-1 / i^1.1. Sinkhorn stores one buffer, AdamW two.
+new noise of variance 1 in each step. Both optimizers are tuned for the loss over {len(RATES)}
+rates. The published figures are from 1500 steps with a cosine schedule and probabilities
+proportional to 1 / i^1.1. Sinkhorn stores one buffer, AdamW two.
 
 {markdown(columns, rows)}"""
 
