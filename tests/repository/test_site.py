@@ -13,7 +13,7 @@ from docs.figures import heads_over_time
 from docs.figures.__main__ import FIGURES, IMAGES
 from docs.figures.canvas import DARK, LIGHT
 from tests.support.pages import ROOT, table
-from website import api, badges, pages, repository
+from website import api, badges, package_readme, pages, repository
 from website.docstrings import translated
 from website.links import for_site, github_anchor, targets, without_comments, without_folders
 
@@ -203,8 +203,22 @@ def test_badges_are_written_into_both_files_of_a_notebook(tmp_path, monkeypatch)
         assert (tmp_path / name).read_text() == (ROOT / "notebooks" / name).read_text()
 
 
-def test_the_citation_has_the_version_of_the_package():
-    assert f"\nversion: {mc.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+def test_links_of_the_readme_on_pypi_are_absolute():
+    text = "![a](docs/images/algorithm.svg) [b](docs/choosing.md#b) [c](docs) [d](https://e)"
+    got = package_readme.for_package(text, "https://host/a/b", "v1")
+    expected = (
+        "![a](https://host/a/b/raw/v1/docs/images/algorithm.svg)"
+        " [b](https://host/a/b/blob/v1/docs/choosing.md#b)"
+        " [c](https://host/a/b/tree/v1/docs) [d](https://e)"
+    )
+    assert got == expected
+
+
+def test_changelog_and_citation_have_the_version_and_date_of_the_package():
+    heading = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading and heading[1] == mc.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {mc.__version__}\ndate-released: {heading[2]}\n" in citation
 
 
 # --- numbers --------------------------------------------------------------------------------------
