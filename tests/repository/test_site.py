@@ -212,11 +212,14 @@ def test_links_of_the_readme_on_pypi_are_absolute():
         " [c](https://host/a/b/tree/v1/docs) [d](https://e)"
     )
     assert got == expected
+    readme = package_readme.for_package((ROOT / "README.md").read_text(), "https://host/a/b", "v1")
+    assert not re.findall(r"\]\((?!https://|#)\S+\)", readme)
 
 
 def test_changelog_and_citation_have_the_version_and_date_of_the_package():
     heading = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert heading and heading[1] == mc.__version__
+    assert heading
+    assert heading[1] == mc.__version__
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {mc.__version__}\ndate-released: {heading[2]}\n" in citation
 
