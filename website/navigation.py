@@ -1,4 +1,4 @@
-"""The order of the pages. Paths are those of the repository; `*` is every page of a folder."""
+"""The order of the pages, by path in the repository; `*` is every page of a folder."""
 
 # The README is the start page, above all captions.
 START = "README.md"

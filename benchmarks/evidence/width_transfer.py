@@ -1,4 +1,4 @@
-"""Which scale of the update keeps the best learning rate while the width grows."""
+"""The scale of the update that keeps the best learning rate while the width grows."""
 
 import dataclasses
 import math

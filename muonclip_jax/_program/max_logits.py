@@ -58,7 +58,7 @@ def with_max_logits(
       TypeError: if `expect` is no integer.
       ValueError: when the function is called: if another number of attentions is found; if a kernel
         cannot be read and is neither in `kernels` nor in `ignore`; if the queries of an attention
-        come from no parameter, or its heads or layers cannot be told apart.
+        come from no parameter, or its heads or layers cannot be distinguished.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -160,7 +160,7 @@ def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
 
 
 def _max_logits_of(closed: Closed, fn: Callable[..., Any], *operands: Any) -> jax.Array:
-    """Computes the max logits of a kernel from as many operands as a function takes."""
+    """Computes the max logits of a kernel from one operand per argument of a function."""
     taken = inspect.signature(fn).parameters.values()
     if not any(one.kind is one.VAR_POSITIONAL for one in taken):
         needed = [one.kind is not one.KEYWORD_ONLY and one.default is one.empty for one in taken]

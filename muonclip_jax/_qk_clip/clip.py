@@ -5,7 +5,7 @@
     W_k,h ← γ_h¹⁻ᵃ W_k,h
 
 after the update of the optimizer, with S_h the max logit of head h in the forward pass (Kimi K2,
-arXiv 2507.20534, algorithm 1, lines 8 to 17). Where heads share a key, `head_factors` has the
+arXiv 2507.20534, algorithm 1, lines 8 to 17). If heads share a key, `head_factors` has the
 rules; in MLA, the rotary query columns take γ_h, and the shared rotary key stays.
 """
 

@@ -26,7 +26,7 @@ _step = getattr(kd.train.TrainStep, "_step", lambda: None)
 if [*inspect.signature(_step).parameters] != ["self", "state", "batch"]:
     raise ImportError(
         "muonclip_jax.integrations.gemma: kd.train.TrainStep has no method _step(state, batch). "
-        f"Expected one like that of kauldron {_RUN_WITH}, installed is "
+        f"Expected one as in kauldron {_RUN_WITH}, installed is "
         f"{importlib.metadata.version('kauldron')}. Install kauldron=={_RUN_WITH}, or call "
         "mc.with_max_logits and mc.qk_clip in a train step of your own."
     )
