@@ -146,7 +146,7 @@ for name, x in on_one.items():
 # %% [markdown]
 # ## What is sent
 #
-# The text of a compiled program has every exchange between devices. We compare with the same step
+# The text of a compiled program lists every exchange between devices. Compare with the same step
 # of `optax.contrib.muon`, for which the compiler gathers the shards in each of five iterations.
 
 # %%
