@@ -3,8 +3,8 @@
 #
 # Muon needs the axes of each matrix. QK-clip needs the largest attention logit of each head, and
 # the kernels of its queries and keys. `mc.analyze` reads all of it from the program of the model,
-# for any names and any framework. `mc.with_max_logits` makes a loss return its max logits. The model
-# does not change.
+# for any names and any framework. `mc.with_max_logits` makes a loss return its max logits. The
+# model does not change.
 
 # %%
 import importlib.util
