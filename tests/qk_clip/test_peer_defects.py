@@ -1,6 +1,7 @@
 """Defects of other implementations, each in its situation, and the behavior of this library.
 
-If the defect is a formula, the test has it too. It fails if both formulas give the same result. File names: MaxText is AI-Hypercomputer/maxtext, read at commit 03bf39d.
+If the defect is a formula, the test has it too, and fails if both formulas give the same result.
+File names: MaxText is AI-Hypercomputer/maxtext, read at commit 03bf39d.
 """
 
 import functools

@@ -318,8 +318,8 @@ def test_a_mesh_with_axes_of_both_kinds(dear_work):
     params = jax.device_put(draw(FEW), shardings)
     got = step(params, shardings=shardings, ns_coeffs=ONE_STEP)
     assert_close(got, step(draw(FEW), ns_coeffs=ONE_STEP), 1e-5)
-    # The types of jax 0.12 have no Auto axis on a dimension that an Explicit one shards further. XLA
-    # chooses the Auto axis of such an update.
+    # The types of jax 0.12 have no Auto axis on a dimension that an Explicit one shards further.
+    # XLA chooses the Auto axis of such an update.
     for tree in (got, params):
         del tree["held_odd"], tree["local"]
     assert_lie_alike(got, params)
