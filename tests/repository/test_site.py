@@ -12,7 +12,7 @@ import muonclip_jax as mc
 from docs.figures import heads_over_time
 from docs.figures.__main__ import FIGURES, IMAGES
 from docs.figures.canvas import DARK, LIGHT
-from tests.support.pages import ROOT, table
+from tests.support.pages import ROOT, numbers, table
 from website import api, badges, package_readme, pages, repository
 from website.docstrings import translated
 from website.links import for_site, github_anchor, targets, without_comments, without_folders
@@ -239,6 +239,8 @@ def test_figures_of_the_training_program_are_the_committed_ones():
 
 
 def test_ratios_of_the_benchmarks_are_the_committed_ones():
+    distances = [t["distance_from_ours"]["optax"] for t in _result("step_time")["trees"].values()]
+    assert numbers("docs/benchmarks.md") == {"distance_from_optax": f"{max(distances):.0e}"}
     keys = ("flops", "wall_time", "temporary_bytes", "compile_time")
     assert table("benchmarks.md", "step_time") == [
         [
