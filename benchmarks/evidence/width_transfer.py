@@ -274,8 +274,8 @@ changes by more than that, and by more than two standard deviations. The table h
 matrices. Each of {len(SEEDS)} seeds has its own best rate, interpolated by a parabola through three
 rates a factor of two apart.
 
-At each width the model has {Wide.layers} layer, heads of {HEAD_DIM}, {KEY_HEADS} key heads, and as
-many hidden units as its width. It trains for {Wide.steps} steps of {Wide.batch_size} x {SEQ_LEN}
+The model has {Wide.layers} layer, heads of {HEAD_DIM}, {KEY_HEADS} key heads and, at width n, n
+hidden units. It trains for {Wide.steps} steps of {Wide.batch_size} x {SEQ_LEN}
 bytes without decay, and the loss is measured on {Wide.validation_bytes:,} bytes. Each head is a
 matrix, as in Kimi K3, so queries, keys and values have {HEAD_DIM} outputs at each width. There the
 two scales without a factor differ. The other matrices are square, and both scales are 1.

@@ -120,9 +120,9 @@ def with_qk_clip(
 ) -> type:
     """Makes a trainer of EasyDeL clip queries and keys after each update.
 
-    EasyDeL's training step stays as it is: loss, gradients and update are bit for bit those of
-    `trainer`. The max logits of its micro-batches are joined by their maximum. The metrics have
-    those of `mc.qk_clip_metrics`, logged as `train/qk_clip/…`. Any optimizer works.
+    EasyDeL's training step does not change: loss, gradients and update equal `trainer` bit for bit.
+    The max logits of its micro-batches are joined by their maximum. `mc.qk_clip_metrics` are added
+    to the metrics, and logged as `train/qk_clip/…`. Any optimizer works.
 
     Args:
       trainer: `easydel.Trainer`, `easydel.SFTTrainer` or a subclass with the same training step.

@@ -42,7 +42,7 @@ class QKClipTrainStep(kd.train.TrainStep):
 
     Under `optax.MultiSteps`, the clip runs once per update, on the largest logits of all its
     micro-batches. They are kept in `state.collections["max_logits"]` meanwhile. Otherwise the state
-    and its checkpoints are those of `kd.train.TrainStep`. The scalars of `mc.qk_clip_metrics` are
+    and its checkpoints are as in `kd.train.TrainStep`. The scalars of `mc.qk_clip_metrics` are
     metrics, `metrics/qk_clip/max_logit` and so on.
 
     Attributes:
