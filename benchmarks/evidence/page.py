@@ -78,7 +78,7 @@ def page(results: Results) -> str:
         text = f"**{FOUND[result['verdict']]}.** {experiment.section(result['ours'])}"
         first, details = wrapped(text).split("\n\n", 1)
         shown = {"title": experiment.TITLE, "name": name, "result": first, "details": details}
-        parts.append(SECTION.format(**result | shown))
+        parts.append(SECTION.format(**{**result, **shown}))
     return "".join(parts)
 
 
