@@ -1,4 +1,4 @@
-"""The training steps of docs/qk_clip.md and docs/recipes.md, on one device and on meshes."""
+"""The training steps of docs/qk_clip.md and of the guides, on one device and on meshes."""
 
 import functools
 
