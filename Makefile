@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/examples
 	$(BIN)/python -m examples.language_model
 
-# What runs by day: every test but those marked `nightly`, with each value of a parameter, not each combination of values.
+# The tests that run by day: all except `nightly`, with each value of a parameter, not each combination of values.
 # A process for each core. Neighbors stay in one, as they share what they compile, until the other has no more to do.
 test: .venv/test
 	$(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST)

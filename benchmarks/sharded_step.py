@@ -8,7 +8,7 @@
 
 Writes results/sharded_step.json, and for GPUs sharded_step_gpu.json. The layers have the shapes of
 Llama 2 7B and are sharded over 64 chips or GPUs, stacked in one leaf each or as separate leaves; a
-few are compiled for other generations. No TPU and no GPU is needed. A step takes gradients and
+few are compiled for other generations. No TPU and no GPU is needed. A step accepts gradients and
 returns the new parameters, and donates the old ones. All figures are read from the compiled
 programs. Nothing is executed and only the compiler is timed. The estimates of time leave out the
 links between chips, over which optax's step sends far more. For GPUs the compiler has no estimate:
@@ -112,7 +112,7 @@ GPU_CASES = {
 def optimizers(params: Any) -> dict[str, optax.GradientTransformation]:
     """Builds both. TPUs also round the factors of optax's products to bfloat16, GPUs to TF32."""
     shardings = jax.tree.map(lambda x: x.sharding, params)
-    # By default optax's Muon takes two-axis leaves only.
+    # By default optax's Muon accepts two-axis leaves only.
     numbers = jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), params)
     return {
         "ours": mc.muon(2e-4, shardings=shardings, ns_dtype=jnp.bfloat16, **SETTINGS),

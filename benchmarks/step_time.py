@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_time
 
-Writes results/step_time.json and results/step_time.png. A step takes gradients and returns the new
-parameters. JAX donates the memory of the old ones, torch works in place. FLOPs are those of all
+Writes results/step_time.json and results/step_time.png. A step maps gradients to the new
+parameters. JAX donates the memory of the old ones, torch works in place. FLOPs are counted for all
 matrix products of the compiled step, and temporary memory is the compiler's figure. Wall times are
 interleaved with each other and with a plain square product, which shows the speed of the machine at
 that moment. Without torch its entries are absent. The program stops if the optimizers do not
@@ -41,7 +41,7 @@ TORCH = importlib.util.find_spec("torch") is not None
 
 
 def last_two_axes(params: Any) -> Any:
-    """Assigns stacks to optax's Muon, which by default takes two-axis leaves only."""
+    """Assigns stacks to optax's Muon, which by default accepts two-axis leaves only."""
     return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), params)
 
 

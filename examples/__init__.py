@@ -1,1 +1,1 @@
-"""Programs that use muonclip_jax: two of one page each, and a training program of several rooms."""
+"""Programs that use muonclip_jax: two of one page each, and a training program."""

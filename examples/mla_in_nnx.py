@@ -61,7 +61,7 @@ class LatentAttention(nnx.Module):
         query = jnp.concatenate([query[..., :NOPE], rotate(query[..., NOPE:])], axis=-1)
         k_rope = jnp.broadcast_to(k_rope, (b, t, HEADS, ROPE))
         key = jnp.concatenate([key_value[..., :NOPE], k_rope], axis=-1)
-        # The values are narrower than the keys: dot_product_attention takes that.
+        # The values are narrower than the keys, which dot_product_attention accepts.
         mixed, max_logits = mc.dot_product_attention(
             query, key, key_value[..., NOPE:], is_causal=True
         )

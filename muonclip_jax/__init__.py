@@ -57,7 +57,7 @@ from muonclip_jax._qk_clip.plot import plot_max_logits as plot_max_logits
 if TYPE_CHECKING:
     from muonclip_jax import linen as linen, nnx as nnx
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [  # linen and nnx are imported on first use
     "Analysis",

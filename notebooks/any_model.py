@@ -1,10 +1,10 @@
 # %% [markdown]
 # # MuonClip for a model that you do not edit
 #
-# Muon needs to know which parameters are matrices, and along which axes. QK-clip needs the largest
-# attention logit of each head, and the kernels of its queries and keys. `mc.analyze` reads all of
-# it from the program of the model, whatever the names and the framework.
-# `mc.with_max_logits` makes a loss return its max logits. The model stays as it is.
+# Muon needs the axes of each matrix. QK-clip needs the largest attention logit of each head, and
+# the kernels of its queries and keys. `mc.analyze` reads all of it from the program of the model,
+# for any names and any framework. `mc.with_max_logits` makes a loss return its max logits. The
+# model does not change.
 
 # %%
 import importlib.util
@@ -80,7 +80,7 @@ print(mc.analyze(outputs_first, shapes, TEXT))
 
 # %% [markdown]
 # `inputs -> outputs` are axes of one matrix: `-1 -> -2` means stored outputs first. The last table
-# lists the parameters that their names alone would put on the wrong side.
+# lists the parameters whose names suggest another role.
 #
 # ## Flax, in the style of GPT-2
 #
@@ -184,8 +184,8 @@ print(analysis)
 # %% [markdown]
 # ## Train it, without editing it
 #
-# `expect` is the number of attentions of the table above. The analysis takes the place of a head
-# layout: it has the axes of the heads. The max logits are those before the soft cap.
+# `expect` is the number of attention sites in the table above. The analysis replaces a head layout,
+# because it has the axes of the heads. Max logits are taken before the soft cap.
 
 # %%
 STEPS, BATCH, THRESHOLD = 100, 16, 20.0

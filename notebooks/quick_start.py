@@ -92,7 +92,7 @@ print(mc.routing_table(params, consistent_rms=0.2))
 # ## The train step
 #
 # **Line two:** `mc.muon`, an optax optimizer. With `consistent_rms=0.2`, its updates have the RMS
-# of AdamW's updates, so that one learning rate works for both. **Line three:** `mc.qk_clip` takes
+# of AdamW's updates, so one learning rate works for both. **Line three:** `mc.qk_clip` accepts
 # the parameters after the update and the max logits. 100 is the threshold of Kimi K2.
 
 # %%

@@ -146,7 +146,7 @@ for name, x in on_one.items():
 # %% [markdown]
 # ## What is sent
 #
-# The text of a compiled program has every exchange between devices. We compare with the same step
+# The text of a compiled program lists every exchange between devices. Compare with the same step
 # of `optax.contrib.muon`, for which the compiler gathers the shards in each of five iterations.
 
 # %%
@@ -189,4 +189,4 @@ plt.show()
 # %% [markdown]
 # `mc.muon` uses two all-to-alls for each group of the plan. On a GPU or TPU the default dtype is
 # bfloat16, and the exchanges have half of these bytes. For other meshes, several processes, and
-# larger plans, see `docs/sharding.md` in the repository.
+# larger plans, see `docs/guides/sharding.md` in the repository.

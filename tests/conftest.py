@@ -30,8 +30,8 @@ def _connect_to_loopback_only(self, address):
     return _connect(self, address)
 
 
-# A compiled program holds some memory maps, and Linux gives a process 65,530: after as many of them
-# as all tests need, XLA crashes.
+# A compiled program holds some memory maps. Linux gives a process 65,530. All tests need more, and
+# XLA crashes.
 _MAPS, _MOST_MAPS = pathlib.Path("/proc/self/maps"), 20_000
 
 

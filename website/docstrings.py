@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 _CODE = re.compile(r"(`[^`]*`)")  # over several lines too
-_SIGNS = re.compile(r"([*|]|(?<=\w)_(?!\w))")  # which reStructuredText takes for markup
+_SIGNS = re.compile(r"([*|]|(?<=\w)_(?!\w))")  # which reStructuredText reads as markup
 
 
 def setup(app: Any) -> None:

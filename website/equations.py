@@ -11,7 +11,7 @@ _EM = 20  # a drawing has this many pixels for 1 em of the text around it
 _SIZE = re.compile(r'width="([\d.]+)" height="([\d.]+)" viewBox="\S+ (\S+) \S+ \S+"')
 
 ziamath.config.svg2 = False  # no identifiers, which several equations of a page would share
-ziamath.config.math.color = "currentColor"  # that of the text, light or dark
+ziamath.config.math.color = "currentColor"  # the color of the text, light or dark
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -35,7 +35,7 @@ def draw(latex: str, *, inline: bool) -> str:
 
     Args:
       latex: The equation.
-      inline: Whether it is part of a line, on whose baseline it stands.
+      inline: Whether it is part of a line, and aligned with its baseline.
 
     Returns:
       An SVG element. Screen readers read the LaTeX.

@@ -1,22 +1,39 @@
-"""The order of the pages. Paths are those of the repository; `*` is every page of a folder."""
+"""The order of the pages, by path in the repository; `*` is every page of a folder."""
 
 # The README is the start page, above all captions.
 START = "README.md"
 NAVIGATION = {
-    "Get started": ("notebooks/quick_start.ipynb", "docs/training_program.md"),
+    "Get started": (
+        "docs/get_started.md",
+        "notebooks/quick_start.ipynb",
+        "docs/training_program.md",
+    ),
     "Guides": (
-        "docs/recipes.md",
+        "docs/guides/flax.md",
+        "docs/guides/nnx.md",
+        "docs/guides/equinox_haiku.md",
         "docs/program.md",
-        "docs/qk_clip.md",
+        "notebooks/any_model.ipynb",
+        "docs/guides/scan_remat_microbatches.md",
+        "docs/guides/per_head.md",
+        "docs/guides/threshold.md",
         "docs/choosing.md",
-        "docs/sharding.md",
+        "docs/guides/schedules_and_chains.md",
+        "docs/guides/sharding.md",
+        "notebooks/sharding.ipynb",
+        "docs/guides/checkpoints.md",
+        "docs/guides/lora.md",
+        "docs/guides/frameworks.md",
         "docs/frameworks/*.md",
         "examples/cloud_tpu/README.md",
     ),
-    "Notebooks": ("notebooks/*.ipynb",),
     "How it works": (
         "docs/how_it_works.md",
+        "notebooks/newton_schulz.ipynb",
+        "notebooks/exploding_logits.ipynb",
         "docs/numerics.md",
+        "docs/qk_clip.md",
+        "docs/sharding.md",
         "ARCHITECTURE.md",
         "docs/references.md",
     ),

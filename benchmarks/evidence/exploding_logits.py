@@ -108,6 +108,7 @@ def section(ours: Mapping[str, Any]) -> str:
     rise = [ours[name]["plain_second_half_by_first"]["mean"] for name in UNDECAYED]
     kept = [ours[name]["clipped_median_of_clipped_heads"]["mean"] for name in UNDECAYED]
     gains = [-ours[name]["clipped_minus_plain_loss"]["mean"] for name in UNDECAYED]
+    peaks = [ours[name]["plain_max_logit"]["mean"] for name in UNDECAYED]
     decayed = mean_sd(ours["gqa, weight decay 0.1"]["plain_max_logit"], 0)
     rows = [
         [
@@ -123,14 +124,16 @@ def section(ours: Mapping[str, Any]) -> str:
         for name, line in ours.items()
     ]
     return f"""\
+Without QK-clip the largest logit reaches {min(peaks):,.0f} to {max(peaks):,.0f}. With QK-clip each
+head stays near τ = {THRESHOLD:g}, and the loss is {min(gains):.2f} to {max(gains):.2f} lower.
+
 The learning rate is {RATE:g}, three times the best, without weight decay. With plain Muon the
-largest logit keeps rising: in the second half of {STEPS} steps, while the rate falls to 0, it is
-{min(rise):.1f} to {max(rise):.1f} times the largest of the first half. With QK-clip at
-τ = {THRESHOLD:g} each head stays near τ, and the loss is {min(gains):.2f} to {max(gains):.2f}
-lower. The median over clipped heads is {min(kept):.0f} to {max(kept):.0f}: one update at this rate
-adds that much before the next clip. This is more than the {KEPT - 1:.0%} above τ that we allowed.
-With the weight decay of Kimi K2, 0.1, the largest logit is {decayed} and falls without QK-clip:
-decay limits logits too, and QK-clip rarely acts at this scale.
+largest logit still rises while the rate falls to 0: in the second half of {STEPS} steps it is
+{min(rise):.1f} to {max(rise):.1f} times the largest of the first half. With QK-clip the median
+over clipped heads is {min(kept):.0f} to {max(kept):.0f}, because one update at this rate adds that
+much before the next clip. Our rule allows {KEPT - 1:.0%} above τ. With the weight decay of Kimi K2,
+0.1, the largest logit is {decayed} and falls without QK-clip. Decay limits logits too, and QK-clip
+rarely acts at this scale.
 
 {markdown(COLUMNS, rows)}"""
 

@@ -174,13 +174,14 @@ def section(ours: Mapping[str, Any]) -> str:
     names["at the end"] = [n for n in ours if ours[n]["learning_rate"] in (RATES[0], RATES[-1])]
     listed = {found: ", ".join(of) or "none" for found, of in names.items()}
     return f"""\
-By more than two standard deviations at the same seed the loss is lower with: {listed["lower"]}; and
-higher with: {listed["higher"]}. Within them: {listed["equal"]}. All variants train for
-{Variant(0.0, 0).steps} steps with the settings and the decay of plain Muon. Each has its best rate
-of {", ".join(f"{rate:g}" for rate in RATES)}, found with the first seed; at the end of this grid:
-{listed["at the end"]}. The rates of AdamW and of Sinkhorn-balanced momentum are the rate of the
-matrices. Sinkhorn-balanced momentum trains the embedding and the output head, here of {VOCABULARY}
-bytes: no table with rare tokens. Its rate cannot be chosen apart from the others here.
+These lower the loss of plain Muon by more than two standard deviations: {listed["lower"]}. These
+raise it: {listed["higher"]}. No clear difference: {listed["equal"]}.
+
+All variants train for {Variant(0.0, 0).steps} steps with the settings and the decay of plain Muon.
+Each has its best rate of {", ".join(f"{rate:g}" for rate in RATES)}, found with the first seed.
+Best rates at an end of this grid: {listed["at the end"]}. AdamW and Sinkhorn-balanced momentum have
+the learning rate of the matrices. Sinkhorn-balanced momentum trains the embedding and the output
+head of {VOCABULARY} bytes, which have no rare tokens.
 
 {markdown(columns, rows)}"""
 

@@ -72,7 +72,7 @@ def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
     line = ours[LOW]
     share = f"{line['ever_clipped']['mean']:.1%} of the heads ever clipped"
-    return f"τ = {LOW}: {mean_sd(line['minus_plain'], 4)} of loss; {share}"
+    return f"τ = {LOW}: loss changes by {mean_sd(line['minus_plain'], 4)}; {share}"
 
 
 def section(ours: Mapping[str, Any]) -> str:
@@ -92,12 +92,15 @@ def section(ours: Mapping[str, Any]) -> str:
     ]
     free, lowest = ours["none"]["max_logit"], f"{THRESHOLDS[-1]:g}"
     return f"""\
-At the best learning rate the largest logit is {mean_sd(free, 0)} without QK-clip, and heads reach
-each of these thresholds within {STEPS} steps. Down to τ = 12, which clips most heads at some time,
-the loss at the same seed is equal to the loss without QK-clip within its spread. At τ = {LOW},
+Down to τ = 12 the loss does not change. At τ = {lowest} it is
+{ours[lowest]["minus_plain"]["mean"]:.3f} higher.
+
+The learning rate is the best one. Without QK-clip the largest logit is {mean_sd(free, 0)}, so heads
+reach each of these thresholds within {STEPS} steps. At τ = {LOW},
 {ours[LOW]["ever_clipped"]["mean"]:.1%} of the heads are ever clipped, and none after step
-{ours[LOW]["last_clip"]["mean"]:.0f} on average. A threshold can be too low: τ = {lowest} clips
-every head until the end, and the loss is {ours[lowest]["minus_plain"]["mean"]:.3f} higher.
+{ours[LOW]["last_clip"]["mean"]:.0f} on average. At τ = 12 most heads are clipped at some time, and
+the loss equals the loss without QK-clip at the same seed, within its spread. τ = {lowest} is too
+low: it clips every head until the end.
 
 {markdown(columns, rows)}"""
 

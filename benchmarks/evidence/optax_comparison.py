@@ -138,7 +138,7 @@ def medians(ours: Mapping[str, Any]) -> dict[str, float]:
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
     times, gap = medians(ours).values(), mean_sd(ours["loss_minus_optax"])
-    return f"{gap} of loss; {min(times):.2f} to {max(times):.2f} times optax's update time"
+    return f"loss differs by {gap}; {min(times):.2f} to {max(times):.2f} of optax's update time"
 
 
 def section(ours: Mapping[str, Any]) -> str:
@@ -156,20 +156,26 @@ def section(ours: Mapping[str, Any]) -> str:
     first, wide, batch = (ours["share_of_step"][end]["mc.muon"] for end in ENDS)
     adamw = [share["adamw"] for share in ours["share_of_step"].values()]
     times = medians(ours)
+    every = list(times.values())
     widest = times.pop(ENDS[1])
     early = EARLY * OURS.steps // LOGGED
     return f"""\
-With their common defaults the training losses differ by at most
-{ours["largest_early_difference"]:.3%} in the first {early} steps and by
-{ours["largest_difference"]:.3%} in all {OURS.steps}, and the validation losses by
-{mean_sd(ours["loss_minus_optax"], 4)}: it is the same optimizer. Our update is faster where
-symmetric products are mirrored, from a side of {_SMALLEST_MIRRORED["cpu"]}: {widest:.2f}
-of the time of optax's at {ENDS[1].split(",")[0]}, and less on the matrices of
-[GPT-2 and larger models](benchmarks.md). At smaller widths the ratio is
-{min(times.values()):.2f} to {max(times.values()):.2f}, not always below 1. The share of Muon in a
-step grows with the width, {first:.0%} to {wide:.0%}: its FLOPs grow with the cube of the width,
-and the FLOPs of both passes with the square. It falls with the batch, {first:.0%} to {batch:.0%},
-because the update does not depend on the batch. AdamW needs {min(adamw):.1%} to {max(adamw):.1%}.
+`mc.muon` trains like `optax.contrib.muon`, and its update takes {min(every):.2f} to
+{max(every):.2f} of the time.
+
+With common defaults the training losses differ by at most {ours["largest_early_difference"]:.3%} in
+the first {early} steps and by {ours["largest_difference"]:.3%} in all {OURS.steps}. The validation
+losses differ by {mean_sd(ours["loss_minus_optax"], 4)}.
+
+Our update is faster from a side of {_SMALLEST_MIRRORED["cpu"]} on, where symmetric products are
+mirrored: {widest:.2f} of the time at {ENDS[1].split(",")[0]}, and less on the matrices of
+[GPT-2 and larger models](benchmarks.md). At smaller widths the ratio is {min(times.values()):.2f}
+to {max(times.values()):.2f}.
+
+The share of Muon in a step grows with the width, from {first:.0%} to {wide:.0%}: its FLOPs grow
+with the cube of the width, and the FLOPs of the model with the square. The share falls with the
+batch, from {first:.0%} to {batch:.0%}, because the update does not depend on the batch. AdamW takes
+{min(adamw):.1%} to {max(adamw):.1%}.
 
 {markdown(columns, rows)}"""
 

@@ -22,45 +22,50 @@ Results = Mapping[str, Mapping[str, Any]]
 
 HEAD = f"""# Evidence
 
-Small trainings that test published claims with this library. Each experiment has a command, its
-seeds, the record of every training, and a verdict computed by a rule in code.
+We tested published claims about Muon and QK-clip in small trainings. A rule in code computes each
+verdict from the recorded trainings.
 
 {{table}}
 
-**The scale is small.** Unless stated otherwise the models have {LAYERS} layers, width {WIDTH} and
-{HEADS} heads of {HEAD_DIM}. They read bytes of Python's standard library, {BATCH_SIZE} x {SEQ_LEN}
-per step, for {Run(0.0, 0).steps} steps, and the validation loss is measured on
-{VALIDATION_BYTES:,} bytes that no training reads. All of it ran on two CPU cores. Such runs cannot
-show what a model of a billion parameters does over a trillion tokens. A claim that fails here may
-hold there.
+**The scale is small.** Unless stated otherwise the model has {LAYERS} layers, width {WIDTH} and
+{HEADS} heads of {HEAD_DIM}. It reads bytes of Python's standard library, {BATCH_SIZE} x {SEQ_LEN}
+per step, for {Run(0.0, 0).steps} steps on two CPU cores. A claim that fails here may hold for a
+model of a billion parameters and a trillion tokens.
 
-± is one standard deviation over seeds. Losses are nats per byte on the validation bytes. "Same
-seed" compares trainings with the same initial weights and the same text at each step. Muon is
-Algorithm 1 of Kimi K2 without QK-clip: no Nesterov, scale 0.2 √max(n_in, n_out), decay 0.1.
-Learning rates have a linear warmup over 5 % of the steps and then a linear decay to 0. "Clip" is
-QK-clip.
+- **Loss** is in nats per byte, on {VALIDATION_BYTES:,} bytes that no training reads.
+- **±** is one standard deviation over seeds.
+- **Same seed** compares trainings with the same initial weights and the same text at each step.
+- **Muon** is Algorithm 1 of Kimi K2 without QK-clip: no Nesterov momentum, scale
+  0.2 √max(n_in, n_out), weight decay 0.1.
+- **Clip** is QK-clip.
+- **Learning rates** have a linear warmup over 5 % of the steps, then a linear decay to 0.
 
 ```
 pip install -e '.[examples]'
 python -m benchmarks.evidence all    # hours; an interrupted run continues
 ```
 
-The records are in [benchmarks/evidence/results](../benchmarks/evidence/results). This page is
-generated from them (`python -m benchmarks.evidence page`). `tests/benchmarks/test_evidence.py`
-recomputes every figure and verdict.
-Versions: {{versions}}.
+The records are in [benchmarks/evidence/results](../benchmarks/evidence/results), and
+`python -m benchmarks.evidence page` generates this page from them.
+`tests/benchmarks/test_evidence.py` recomputes every figure and verdict. Versions: {{versions}}.
 """
 
 SECTION = """
 ## {title}
 
+{result}
+
 ![{title}](../benchmarks/evidence/results/{name}.png)
 
-{text}
+{details}
 
-Claim: {claim} Source: {source}. Published: {published}. Verdict: **{verdict}**.
-Command: `{command}`, {date}.
+Claim: {claim} Source: {source}. Command: `{command}`, {date}.
 """
+FOUND = {
+    "reproduced": "Reproduced",
+    "partly": "Partly reproduced",
+    "not reproduced": "Not reproduced",
+}
 
 
 def page(results: Results) -> str:
@@ -70,8 +75,10 @@ def page(results: Results) -> str:
     parts = [HEAD.format(table=table(results), versions=listed)]
     for name, result in results.items():
         experiment = EXPERIMENTS[name]
-        title, text = experiment.TITLE, wrapped(experiment.section(result["ours"]))
-        parts.append(SECTION.format(**{**result, "title": title, "name": name, "text": text}))
+        text = f"**{FOUND[result['verdict']]}.** {experiment.section(result['ours'])}"
+        first, details = wrapped(text).split("\n\n", 1)
+        shown = {"title": experiment.TITLE, "name": name, "result": first, "details": details}
+        parts.append(SECTION.format(**{**result, **shown}))
     return "".join(parts)
 
 

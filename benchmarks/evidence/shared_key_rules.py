@@ -82,7 +82,8 @@ def one_line(ours: Mapping[str, Any]) -> str:
         for lines in ours.values()
     )
     bound = mean_sd(ours["large rate"][BOUND]["minus_default"])
-    return f"other rules down to {large:.3f} (large rate), {best:.3f} (best rate); bound {bound}"
+    rules = f"best other rule {large:.3f} (large rate), {best:.3f} (best rate)"
+    return f"loss minus the default rule: {rules}; bound {bound}"
 
 
 def section(ours: Mapping[str, Any]) -> str:
@@ -114,15 +115,20 @@ def section(ours: Mapping[str, Any]) -> str:
     spread = max(abs(line["minus_default"]["mean"]) for line in best)
     bounds = [mean_sd(lines[BOUND]["minus_default"]) for lines in ours.values()]
     return f"""\
-"Large rate" is {LARGE_RATE.learning_rate:g} without weight decay at τ = {LARGE_RATE.threshold:g}:
-QK-clip acts on every head until the end. "Best rate" is {BEST_RATE.learning_rate:g} with decay at
+At the best learning rate no rule changes the loss, and neither does the bound. At a large rate the
+rules that also shrink the shared key lower it by {min(gains):.3f} to {max(gains):.3f}.
+
+"Large rate" is {LARGE_RATE.learning_rate:g} without weight decay at τ = {LARGE_RATE.threshold:g},
+which clips every head until the end. "Best rate" is {BEST_RATE.learning_rate:g} with decay at
 τ = {BEST_RATE.threshold:g}, which most heads exceed for a while. Each key head serves two query
-heads. At the large rate the rules that also shrink the shared key keep logits lower,
-{min(logits):.0f} to {max(logits):.0f} instead of {default["max_logit"]["mean"]:.0f} under the
-default, `{DEFAULT}`. They clip {min(clips):.1f} to {max(clips):.1f} heads per step instead of
-{default["clips_a_step"]["mean"]:.1f}, and the loss is {min(gains):.3f} to {max(gains):.3f} lower.
-At the best rate no rule differs from the default by more than its spread (at most {spread:.3f}).
-The bound in place of exact max logits changes nothing in either: {bounds[0]} and {bounds[1]}.
+heads.
+
+At the large rate the rules `group` and `exact` keep the largest logit at {min(logits):.0f} to
+{max(logits):.0f}, instead of {default["max_logit"]["mean"]:.0f} with the default `{DEFAULT}`. They
+clip {min(clips):.1f} to {max(clips):.1f} heads per step instead of
+{default["clips_a_step"]["mean"]:.1f}. At the best rate no rule differs from the default by more
+than its spread (at most {spread:.3f}). The bound in place of exact max logits changes the loss by
+{bounds[0]} and {bounds[1]}.
 
 {markdown(columns, rows)}"""
 

@@ -122,9 +122,8 @@ def verdict(ours: Mapping[str, Any]) -> str:
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
     first = ours["steps_to_adamw_loss"]["muonclip"]["share"]
-    return (
-        f"{percent(first)} of the steps; {percent(ours['steps_to_that_loss']['share'])} of {LONG}"
-    )
+    second = ours["steps_to_that_loss"]["share"]
+    return f"{percent(first)} of {STEPS} steps; {percent(second)} of {LONG}"
 
 
 def percent(share: Mapping[str, Any]) -> str:
@@ -156,16 +155,18 @@ def section(ours: Mapping[str, Any]) -> str:
     longer = ours["adamw_twice_as_long"]
     unmatched = carried["muon, unmatched"]
     return f"""\
-MuonClip (τ = {THRESHOLD:g}) reaches the loss of AdamW at {STEPS} steps in {first} of them. It
-reaches the loss of AdamW at {LONG} steps ({mean_sd(longer["loss"])}, rate
-{longer["learning_rate"]:g}, tuned again) in {second}. Each budget is a separate training with a
-full schedule. Matched to the update size of AdamW, Muon is best at
-{carried["muon"]["rate_by_adamw_rate"]:g} times the rate of AdamW, one grid point away, and its loss
-at the rate of AdamW is {carried["muon"]["excess_loss"]:.3f} higher. Without matching the factor is
-{unmatched["rate_by_adamw_rate"]:g} and the increase {unmatched["excess_loss"]:.3f}. At its own best
-rate the unmatched scale, Keller Jordan's √max(1, n_out / n_in), trains better here: matching gives
-a rate that needs no search, not a lower loss. Such short trainings on such small batches do not
-rank AdamW.
+MuonClip (τ = {THRESHOLD:g}) reaches the loss of AdamW in {first} of the steps.
+
+AdamW trains for {STEPS} steps. If AdamW trains for {LONG} steps, to {mean_sd(longer["loss"])} at
+the rate {longer["learning_rate"]:g}, the fraction is {second}. Each number of steps is a separate
+training with a full schedule. Short trainings on small batches do not rank AdamW.
+
+With updates matched to the size of AdamW's, the best rate is
+{carried["muon"]["rate_by_adamw_rate"]:g} times the rate of AdamW, one grid point away. At the rate
+of AdamW the loss is {carried["muon"]["excess_loss"]:.3f} higher. Without matching, which is Keller
+Jordan's scale √max(1, n_out / n_in), the factor is {unmatched["rate_by_adamw_rate"]:g} and the
+increase {unmatched["excess_loss"]:.3f}. At its own best rate the unmatched scale trains better
+here. Matching saves the search for a rate, and does not lower the loss.
 
 {markdown(columns, rows)}"""
 

@@ -1,4 +1,4 @@
-"""Which scale of the update keeps the best learning rate while the width grows."""
+"""The scale of the update that keeps the best learning rate while the width grows."""
 
 import dataclasses
 import math
@@ -231,7 +231,7 @@ def trend(line: Mapping[str, Any]) -> str:
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
     texts = (f"{2 ** line['drift']['mean']:.2f} with {name}" for name, line in ours.items())
-    return f"best rate per doubling of the width, times {', '.join(texts)}"
+    return f"when the width doubles, the best rate changes by a factor of {', '.join(texts)}"
 
 
 def factor(line: Mapping[str, Any]) -> str:
@@ -266,19 +266,23 @@ def section(ours: Mapping[str, Any]) -> str:
         for found in ("steady", "moving", "unclear")
     }
     return f"""\
-The best rate is steady, at most {STEADY:g} octaves per doubling of the width, with:
-{names["steady"]}. It moves, by more than that and by more than two standard deviations, with:
-{names["moving"]}. Unclear: {names["unclear"]}. The rates are those of the matrices, interpolated by
-a parabola through three rates a factor of two apart. Each of {len(SEEDS)} seeds has its own.
+The best rate does not move with the width under {names["steady"]}. It moves under
+{names["moving"]}. Unclear: {names["unclear"]}.
 
-The model has {Wide.layers} layer, heads of {HEAD_DIM}, {KEY_HEADS} key heads at each width, and as
-many hidden units as its width. It trains for {Wide.steps} steps of {Wide.batch_size} x {SEQ_LEN}
-bytes without decay; the loss is measured on {Wide.validation_bytes:,} bytes. Each head is a matrix,
-as in Kimi K3, so that queries, keys and values have {HEAD_DIM} outputs at each width. There the two
-scales without a factor differ; the other matrices are square, with a scale of 1 under both. What
-AdamW trains follows muP: {ADAM_RATE:g} for the embedding and the norms, {ADAM_RATE:g} times
-{WIDTHS[0]} / width for the output head, hidden kernels with a variance of 1 / n_in at the start,
-zeros for the head and the residual branches.
+A rate is steady if it changes by at most {STEADY:g} octaves when the width doubles. It moves if it
+changes by more than that, and by more than two standard deviations. The table has the rates of the
+matrices. Each of {len(SEEDS)} seeds has its own best rate, interpolated by a parabola through three
+rates a factor of two apart.
+
+The model has {Wide.layers} layer, heads of {HEAD_DIM}, {KEY_HEADS} key heads and, at width n, n
+hidden units. It trains for {Wide.steps} steps of {Wide.batch_size} x {SEQ_LEN}
+bytes without decay, and the loss is measured on {Wide.validation_bytes:,} bytes. Each head is a
+matrix, as in Kimi K3, so queries, keys and values have {HEAD_DIM} outputs at each width. There the
+two scales without a factor differ. The other matrices are square, and both scales are 1.
+
+AdamW follows muP: {ADAM_RATE:g} for the embedding and the norms, and {ADAM_RATE:g} times
+{WIDTHS[0]} / width for the output head. Hidden kernels start with a variance of 1 / n_in, and the
+output head and the residual branches start at zero.
 
 {markdown(columns, rows)}"""
 

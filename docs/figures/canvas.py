@@ -43,7 +43,7 @@ class Canvas:
         Args:
           width: Width.
           height: Height.
-          title: What screen readers read.
+          title: The text for screen readers.
           palette: Its colors.
         """
         self.colors = palette

@@ -1,4 +1,4 @@
-"""What one Newton-Schulz step does to singular values, and what five steps do."""
+"""The effect of one Newton-Schulz step on singular values, and of five steps."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Which parameters of a transformer are assigned to which optimizer, by `mc.routing_table`."""
+"""The optimizer of each parameter of a transformer, by `mc.routing_table`."""
 
 from typing import Any
 

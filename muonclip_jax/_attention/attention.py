@@ -87,7 +87,7 @@ def dot_product_attention(
       query_seq_lengths: Number of queries of each row without padding, int32 `[batch]`.
       key_value_seq_lengths: The same for keys and values.
       local_window_size: `(left, right)`: query i sees only keys i - left <= j <= i + right. One
-        number stands for both. None is no limit.
+        number sets both. None is no limit.
       implementation: As in `jax.nn`: None, `"xla"` or `"cudnn"`.
       return_residual: Whether the output is a pair, with the log-sum-exp of each query.
       max_logit: Source of the max logits.

@@ -69,7 +69,7 @@ def max_attention_logit(
       query_seq_lengths: Number of queries of each row of the batch without padding, `[batch]`.
       key_value_seq_lengths: The same for keys.
       local_window_size: `(left, right)`: query i sees only keys i - left <= j <= i + right. One
-        number stands for both. None is no limit.
+        number sets both. None is no limit.
       block_size: Queries, and keys, of one block.
 
     Returns:

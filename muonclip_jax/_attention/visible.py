@@ -98,7 +98,7 @@ def block_pairs(t: int, s: int, size: int, key_size: int, within: Pair | None) -
     lo, hi = within or (1 - t, s - 1)
 
     def touches(i: int, j: int) -> bool:
-        # Inside a pair of blocks, j - i takes every value between those of two corners.
+        # Inside a pair of blocks, j - i has every value between its values at two corners.
         return max(lo, j - (i + size - 1)) <= min(hi, j + key_size - 1 - i)
 
     return [(i, j) for i in starts for j in key_starts if touches(i, j)] or [(0, 0)]

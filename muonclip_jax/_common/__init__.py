@@ -1,4 +1,4 @@
-"""What every package uses.
+"""Helpers that every package uses.
 
 Types, checks of settings, paths in pytrees, text tables, and arrays placed like others.
 """

@@ -13,7 +13,7 @@ def fold(
 
     Args:
       paths: Path components of each row.
-      cells: What else is in each row.
+      cells: The other cells of each row.
 
     Returns:
       For each group, in the order of first rows: its path, with `{0…31}` for several numbers, and

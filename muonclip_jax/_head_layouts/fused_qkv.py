@@ -106,7 +106,7 @@ class FusedQKVLayout(HeadLayout):
         others = 2 * total // 3 if self.num_kv_heads is None else 2 * self.num_kv_heads
         heads = total - others
         if heads < 1 or heads % (others // 2 or 1) or (self.num_kv_heads is None and total % 3):
-            keys = self.num_kv_heads or "as many"
+            keys = self.num_kv_heads or "an equal number of"
             raise ValueError(
                 f"{kernel} has {total} heads of head_dim {self.head_dim}, expected queries, {keys} "
                 f"keys and {keys} values."

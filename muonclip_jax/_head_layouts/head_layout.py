@@ -237,12 +237,12 @@ class HeadLayout(abc.ABC):
             raise ValueError(f"{self}: {field} must be a tuple of names.")
 
     def _check_int(self, field: str, minimum: int | None = None) -> None:
-        """Raises if a field is not a whole number, or below the minimum."""
+        """Raises if a field is not an integer, or below the minimum."""
         value: Any = getattr(self, field)
         try:
             whole = operator.index(value)
         except TypeError:
-            raise TypeError(f"{self}: {field} must be a whole number.") from None
+            raise TypeError(f"{self}: {field} must be an integer.") from None
         if isinstance(value, bool) or (minimum is not None and whole < minimum):
             raise ValueError(f"{self}: {field} must be at least {minimum}.")
 

@@ -244,7 +244,7 @@ class MultiHeadLayout(HeadLayout):
         return Sections(pattern.axes, {**sizes, "2": 2}, parts, "2")
 
     def _value_sections(self, kernels: Mapping[str, Leaf], stack: int) -> Sections:
-        """Describes the values of a module of their own: as many heads as keys."""
+        """Describes the values of a separate module, with the same number of heads as keys."""
         value: Leaf = kernels[self.value or ""]
         pattern = self.patterns[self.key]
         pattern = self.patterns[self.query].key() if pattern.literal == 2 else pattern

@@ -11,7 +11,7 @@ class Section(NamedTuple):
     """Adjacent columns of a kernel.
 
     Attributes:
-      name: What they are: `queries`, `keys`, `values` or `gates`.
+      name: `queries`, `keys`, `values` or `gates`.
       size: Their number along the axis that the sections divide.
       per_head: Whether each head is a matrix of its own; otherwise the section is one matrix.
     """

@@ -11,11 +11,11 @@ from muonclip_jax._program.roles import Role
 
 
 def analyze(fn: Callable[..., Any], params: ArrayTree, *args: Any, **kwargs: Any) -> Analysis:
-    """Reads from the program of a model what each parameter is for, and where attention is.
+    """Finds the role of each parameter, and the attention sites, in the program of a model.
 
-    The function is traced on shapes, which computes nothing. What the program does with a parameter
-    decides its role; names are used only where the program does not decide, and the printed table
-    shows both where they differ.
+    The function is traced on shapes, which computes nothing. The use of a parameter in the program
+    decides its role. Names are used only if the program does not decide. If both differ, the
+    printed table shows both.
 
     Args:
       fn: The forward pass or the loss, called as `fn(params, *args, **kwargs)`.

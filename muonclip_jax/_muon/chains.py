@@ -1,4 +1,4 @@
-"""What the chains of Muon and AdamW share: weight decay, float32, the sharding of their moments."""
+"""Shared by the chains of Muon and AdamW: weight decay, float32, the sharding of their moments."""
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
 """A signature that makes `optax.inject_hyperparams` work without `static_args`.
 
-`optax.inject_hyperparams` takes every function among the arguments for a schedule and calls it with
+`optax.inject_hyperparams` treats every function among the arguments as a schedule and calls it with
 the step: a mask, dimension numbers given as a function, `jnp.bfloat16`. It also casts every number
 to the dtype of the parameters: in bfloat16, 0.999 is 1, and an axis is no longer an integer of
 Python. It reads the arguments with `inspect.signature(factory).bind`. Our signature returns them in

@@ -83,7 +83,7 @@ def matched(
         raise ValueError(
             f"{caller}: {len(faults)} of {len(overrides or ())} overrides match no parameter.\n"
             + "\n".join(faults)
-            + "\nPatterns are those of `fnmatch`, matched against full paths; "
+            + "\nPatterns have the syntax of `fnmatch` and match full paths; "
             "`routing_table` prints the paths."
         )
     return found

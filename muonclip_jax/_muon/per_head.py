@@ -38,7 +38,7 @@ def _rule(value: Any) -> Exception | None:
 
 
 def _rule_or_layout(value: Any) -> Exception | None:
-    """Returns what is wrong with `per_head` of `muonclip`, where True stands for its layout."""
+    """Returns what is wrong with `per_head` of `muonclip`, where True means its layout."""
     return None if isinstance(value, bool) else _rule(value)
 
 

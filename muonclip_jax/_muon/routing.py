@@ -24,7 +24,7 @@ from muonclip_jax._orthogonalize.split import Split
 
 
 class Routing(NamedTuple):
-    """Which parameters are matrices, and along which axes.
+    """The parameters that are matrices, and their axes.
 
     Attributes:
       paths: Path of each parameter.
@@ -131,7 +131,7 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
     Args:
       caller: Name of the public function that was called.
       params: Parameters, gradients, or their shapes.
-      settings: What the user set.
+      settings: The settings of the user.
 
     Returns:
       The decisions, in the order of `jax.tree.leaves`.

@@ -23,8 +23,8 @@ class RoutePart(NamedTuple):
     """Equal matrices in one parameter.
 
     Attributes:
-      name: What they are, such as `keys`; empty if the parameter is one part.
-      unit: What one matrix is, such as `heads`; empty for a matrix without a name.
+      name: A name such as `keys`; empty if the parameter is one part.
+      unit: The name of one matrix, such as `heads`; empty for a matrix without a name.
       num_matrices: Number of matrices, each orthogonalized on its own.
       n_in: Inputs of each matrix, the reduced side.
       n_out: Outputs of each matrix.
@@ -57,7 +57,7 @@ class Route(NamedTuple):
       n_out: Outputs of each matrix; 0 under AdamW.
       scale: Factor on the orthogonalized matrix, see `scale_by_shape`; 1 under AdamW.
       reason: Why.
-      dimension_numbers: Which axes are the inputs and outputs, without `per_head`; None under
+      dimension_numbers: The axes of inputs and outputs, without `per_head`; None under
         AdamW.
       parts: The matrices by part; empty under AdamW.
     """

@@ -98,7 +98,7 @@ def scale_by_muon(
       preconditioning: See `newton_schulz`. Also `"outputs"` or `"inputs"` (MuonEq): each slice
         of a matrix for one output, or for one input, is divided by its norm first; see
         `normalize_matrices`.
-      weight_dimension_numbers: Which axes of each leaf are the inputs (reduction) and outputs of
+      weight_dimension_numbers: The axes of each leaf that are the inputs (reduction) and outputs of
         its matrices: a pytree, or a prefix of one, of `MuonDimensionNumbers`, or a function of the
         parameters that returns one. None: the last two axes of every leaf.
       ns_method: See `newton_schulz`.

@@ -107,7 +107,7 @@ class OptimizerSettings:
 
     Attributes:
       caller: Name of the public function, `muon` or `muonclip`.
-      roles: Which parameters are matrices.
+      roles: Settings for the roles of parameters.
       update: The update of the matrices.
       scale: Its learning rate, decay and scale.
       rest: The optimizer of the other parameters.

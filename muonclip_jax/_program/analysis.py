@@ -1,4 +1,4 @@
-"""What a program shows about its parameters: the result of `analyze`."""
+"""The result of `analyze`: the roles of parameters and the attention sites of a program."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ _KEPT = ("embedding", "router", "output head", "head ")
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What the program of a model shows: the role of each parameter, and its attention.
+    """The role of each parameter of a model, and its attention sites.
 
     Print it for a table. Pass it wherever a head layout is accepted: `qk_clip(params, stats,
     analysis)`, `muonclip(lr, layout=analysis)`.
@@ -38,7 +38,7 @@ class Analysis:
       shapes: Shape of each parameter.
       names: The role that its name and shape suggest.
       attention: The attention sites.
-      warnings: What should be checked.
+      warnings: Warnings to check.
       tree: The structure of the parameters, with paths as leaves; None if it is unknown.
     """
 
@@ -52,7 +52,7 @@ class Analysis:
     def decision(self, path: str) -> Role:
         """Returns the role that the optimizer uses for a parameter.
 
-        It is the role that the program shows. Where the program does not decide, it is the role
+        It is the role in the program. If the program does not decide, it is the role
         that the name suggests. A parameter named as an embedding, a router or an output head stays
         with AdamW where the program shows a matrix.
 
@@ -224,7 +224,7 @@ def paths_like(params: ArrayTree, shapes: dict[str, tuple[int, ...]]) -> ArrayTr
     found = {p: tuple(getattr(x, "shape", ())) for p, x in zip(paths, leaves, strict=True)}
     wrong = [f"{p}: {found.get(p)}, expected {n}" for p, n in shapes.items() if found.get(p) != n]
     if wrong:
-        raise ValueError("the parameters are not those of the analysis: " + "; ".join(wrong[:5]))
+        raise ValueError("the parameters do not match the analysis: " + "; ".join(wrong[:5]))
     return jax.tree.unflatten(treedef, [path if path in shapes else "" for path in paths])
 
 

@@ -40,7 +40,7 @@ def analyze_program(
     program = read(traced)
     if program.graph.differentiates:
         raise ValueError(
-            "analyze: fn computes gradients, so its products are not those of the model. Pass the "
+            "analyze: fn computes gradients, so it has products that the model has not. Pass the "
             "forward pass or the loss itself, not jax.grad of it and not a train step."
         )
     found = roles(program.graph, Uses(program.graph))

@@ -1,4 +1,4 @@
-"""Where the elements of an array come from: an index into it, as an index into an operand.
+"""The source of each element of an array: an index into it, as an index into an operand.
 
 A `View` gives, for each axis of an array, the index along that axis as a function of named indices.
 The functions are sums of digits with strides:
@@ -162,7 +162,7 @@ def piece(view: View, axis: int, start: int, size: int) -> View | None:
     Args:
       view: The view of the result.
       axis: The axis of the concatenation.
-      start: Where the operand begins in the result; negative if a pad crops it.
+      start: The position in the result where the operand begins; negative if a pad crops it.
       size: Its size.
 
     Returns:

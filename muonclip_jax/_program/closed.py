@@ -13,8 +13,8 @@ class Closed(NamedTuple):
 
     Attributes:
       node: The kernel.
-      queries: Where its first activations are in parameters.
-      keys: Where its second ones are.
+      queries: The position of its first activations in parameters.
+      keys: The position of its second activations.
       heads: Sizes of the axes of heads, outermost first; 0 if they are not clear.
       layers: Sizes of the scans over layers by their paths, outermost first.
     """

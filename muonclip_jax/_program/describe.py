@@ -34,7 +34,7 @@ class AttentionSite:
       layers: Sizes of the stacks of layers, outermost first.
       heads: Sizes of the axes of heads, outermost first.
       dims: For each product of queries and keys, the sizes of the axes it sums over.
-      sources: Where queries and keys are in their parameters.
+      sources: The positions of queries and keys in their parameters.
     """
 
     path: str

@@ -25,7 +25,7 @@ class Statistic(NamedTuple):
 
     Attributes:
       number: Its number among all.
-      path: Where its row maximum, or the kernel, is.
+      path: The path of its row maximum, or of the kernel.
       shape: Sizes of the axes of the row maxima; an axis may count as several.
       heads: Those of these axes that are heads, outermost first.
       batch: Axes that stay in front of them.
@@ -74,7 +74,7 @@ def evaluate(
       jaxpr: The program.
       consts: Its constants.
       args: Its arguments.
-      statistics: What to collect.
+      statistics: The max logits to collect.
 
     Returns:
       Its results, and the max logits by number, `[*layers, *batch, heads]`.

@@ -17,7 +17,7 @@ from muonclip_jax._program.jaxprs import (
 )
 from muonclip_jax._program.writes import Write, written
 
-# What a value is made of: constants, parameters and constants, or anything else.
+# The origin of a value: constants, parameters and constants, or anything else.
 CONSTANT, PARAMETER, DATA = 0, 1, 2
 PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
 _BACKWARD = ("transpose(", "rematted_computation")
@@ -36,7 +36,7 @@ class Node:
       shape: Its shape.
       dtype: Its dtype.
       path: Index of the equation in each program around it, outermost first.
-      out: Which result of the equation it is.
+      out: The index of the result of the equation.
       number: Index among the parameters, if it is one.
       value: The number that a literal is, or a constant.
       kind: `CONSTANT`, `PARAMETER` or `DATA`.
@@ -62,7 +62,7 @@ class Graph:
     """The values of a program.
 
     Attributes:
-      nodes: All of them, operands first, but for what a loop carries.
+      nodes: All nodes, operands first, except values that a loop carries.
       parameters: The nodes of the parameters.
       outputs: The results of the program.
       live: The nodes that a result depends on.
@@ -73,7 +73,7 @@ class Graph:
         """Opens a program.
 
         Args:
-          closed: What `jax.make_jaxpr` returned.
+          closed: The result of `jax.make_jaxpr`.
           count: How many of its first arguments are parameters.
           kernels: Names of calls that stay closed.
         """

@@ -1,4 +1,4 @@
-"""Which head, and which column of queries times keys, each element of a kernel belongs to."""
+"""The head, and the column of queries times keys, of each element of a kernel."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -60,7 +60,7 @@ def head_maps(
     """Computes the head of each element of each query and key parameter.
 
     Args:
-      sources: Where queries and keys are.
+      sources: The positions of queries and keys.
       layers: Sizes of the stacks of layers, outermost first.
       heads: Sizes of the axes of heads, outermost first.
       dims: For each product of queries and keys, the sizes of the axes it sums over.
@@ -69,7 +69,7 @@ def head_maps(
       One map for each parameter and side.
 
     Raises:
-      ValueError: if elements of a parameter cannot be told apart.
+      ValueError: if elements of a parameter cannot be distinguished.
     """
     order = [("layer", i) for i in range(len(layers))] + [("head", i) for i in range(len(heads))]
     sizes: dict[Hashable, int] = dict(zip(order, [*layers, *heads], strict=True))
@@ -239,7 +239,7 @@ def _map(
 
 
 def _union(old: HeadMap, new: HeadMap) -> HeadMap:
-    """Joins the maps of one parameter, such as those of both halves of a rotated key."""
+    """Joins the maps of one parameter, such as both halves of a rotated key."""
     if old.axes != new.axes or old.heads.shape != new.heads.shape:
         raise ValueError(f"{old.path}: it is used in two ways by one attention.")
     both = (old.rule != NONE) & (new.rule != NONE)

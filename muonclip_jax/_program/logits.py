@@ -26,7 +26,7 @@ class Product(NamedTuple):
 
     Attributes:
       node: The product.
-      query: Which operand has the queries.
+      query: The operand with the queries.
       view: A view of the product by the axes of the logits, `("row", axis)`.
     """
 
@@ -43,11 +43,11 @@ class Softmax(NamedTuple):
       shape: Sizes of the axes of the logits; an axis of heads and others counts as several.
       axis: The axis of the keys.
       products: The products that are added to logits.
-      caps: What bounds the logits, by path: a tanh, or a clamp; and which operand it bounds.
+      caps: The tanh or clamp that bounds the logits, by path, and the operand that it bounds.
       sinks: For each concatenation with columns that are no logits, by path, which operands are
         logits.
       mixes: Whether logits of several heads are mixed.
-      factors: What logits are multiplied with or divided by, as far as data decide it.
+      factors: The data-dependent factors and divisors of the logits.
       bends: Primitives on the way of logits that are neither linear nor a bound.
       base: The base of the exponentials: 2, or 0 for e.
     """

@@ -29,20 +29,20 @@ def with_max_logits(
     """Makes a function of a model return the max logits of its attention too.
 
     The model is not changed: the program of the call is traced, and the row maximum that each
-    softmax subtracts anyway is one more result. The output and the gradients are bit for bit those
-    of `fn`. The max logits are those before a soft cap, and without attention sinks.
+    softmax subtracts anyway is one more result. The output and the gradients equal `fn` bit for
+    bit. Max logits are taken before a soft cap, and without attention sinks.
 
     Use it for models and trainers that you do not own. In a model that you can edit,
     `linen.sow_max_logits` and `nnx.sow_max_logits` work with every kernel.
 
     Args:
       fn: A forward pass, a loss or a train step; its first argument are the parameters.
-      expect: How many attentions the model has; a scan over layers counts each layer. Any number
-        at first: the error prints the right one, with a table to check.
+      expect: Number of attention sites of the model; a scan over layers counts each layer. A
+        wrong number raises an error with the right one, and a table to check.
       has_aux: Whether `fn` returns a pair `(output, aux)`, as for `jax.value_and_grad`.
       kernels: For each kernel that cannot be read, by its name: a function that computes its max
-        logits `[..., heads]` from its operands, at the cost of one more product. It gets as many
-        of them as it has parameters without a default. So `{"flash": mc.max_attention_logit}`
+        logits `[..., heads]` from its operands, at the cost of one more product. It gets one
+        operand for each of its parameters without a default. So `{"flash": mc.max_attention_logit}`
         uses the first two, queries and keys; for a causal kernel with a scale of its own, use
         `functools.partial(mc.max_attention_logit, is_causal=True, scale=0.1)`. The name of a
         jitted function works too, and keeps it from being read.
@@ -58,7 +58,7 @@ def with_max_logits(
       TypeError: if `expect` is no integer.
       ValueError: when the function is called: if another number of attentions is found; if a kernel
         cannot be read and is neither in `kernels` nor in `ignore`; if the queries of an attention
-        come from no parameter, or its heads or layers cannot be told apart.
+        come from no parameter, or its heads or layers cannot be distinguished.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -160,7 +160,7 @@ def _statistics(program: Program, hooks: Mapping[str, Any]) -> list[Statistic]:
 
 
 def _max_logits_of(closed: Closed, fn: Callable[..., Any], *operands: Any) -> jax.Array:
-    """Computes the max logits of a kernel from as many operands as a function takes."""
+    """Computes the max logits of a kernel from one operand per argument of a function."""
     taken = inspect.signature(fn).parameters.values()
     if not any(one.kind is one.VAR_POSITIONAL for one in taken):
         needed = [one.kind is not one.KEYWORD_ONLY and one.default is one.empty for one in taken]

@@ -25,7 +25,7 @@ class Call(NamedTuple):
     Attributes:
       closed: Its jaxpr.
       out: The shapes that it returns.
-      arrays: The arrays of its arguments, those of the parameters first.
+      arrays: The arrays of its arguments, parameters first.
       paths: Components of the path of each parameter.
       positions: Its index among all leaves of the first argument.
     """
@@ -38,14 +38,14 @@ class Call(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What attention a program has.
+    """The attention of a program.
 
     Attributes:
       graph: Its values.
       traced: What is known of each attention that can be read.
       sites: The same in words and numbers; then one site for each kernel that cannot be read.
       hooked: The kernels that were named; their sites are the last ones.
-      suspects: Where a softmax was seen that no site explains.
+      suspects: The locations of softmaxes that no site explains.
       without_rule: How often each primitive without a rule was met.
     """
 

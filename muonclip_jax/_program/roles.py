@@ -23,14 +23,14 @@ _SLICES = frozenset("slice split unstack dynamic_slice".split())
 
 
 class Role(NamedTuple):
-    """What a parameter is for.
+    """The role of a parameter.
 
     Attributes:
       optimizer: `"muon"`, `"adamw"`, or `"unknown"` where the program does not decide.
       dimension_numbers: The inputs and outputs of its matrices; its other axes are a stack. None
         if it has no matrices.
       heads: Number of heads of a query or key kernel; 0 for others.
-      reason: What the program does with it.
+      reason: Its use in the program.
     """
 
     optimizer: str
@@ -57,7 +57,7 @@ def roles(graph: Graph, uses: Uses) -> list[Role]:
 
 
 class _Facts:
-    """What the program does with the results of products, by the number of the parameter.
+    """The uses of the results of products, by the number of the parameter.
 
     Attributes:
       heads: Parameters whose product no other product with a parameter follows.

@@ -76,7 +76,7 @@ def choice_axis(node: Node) -> int:
 
 
 def _ints(values: Iterable[Any]) -> tuple[int, ...]:
-    """Returns plain integers: `vmap` leaves those of NumPy in parameters."""
+    """Returns plain integers: `vmap` leaves NumPy integers in parameters."""
     return tuple(map(int, values))
 
 

@@ -21,14 +21,14 @@ _FACTORS = frozenset(
 
 
 class Source(NamedTuple):
-    """Where elements of queries or keys are in a parameter.
+    """The positions of elements of queries or keys in a parameter.
 
     Attributes:
       number: The number of the parameter.
       view: Its elements by the axes of the logits (`row`), of queries times keys (`dim`), layers
         (`layer`), and others.
       is_kernel: Whether it is multiplied with activations, unlike a bias.
-      marks: What is between it and the logits: `norm`, or the name of a nonlinear primitive.
+      marks: Operations between it and the logits: `norm`, or the name of a nonlinear primitive.
       is_inner: Whether a product with another parameter is on the way.
     """
 
@@ -40,12 +40,12 @@ class Source(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """What is known of one attention.
+    """One attention site.
 
     Attributes:
       softmax: The softmax.
-      queries: Where its queries are.
-      keys: Where its keys are.
+      queries: The positions of its queries.
+      keys: The positions of its keys.
       heads: The axes of the row maxima that are heads, outermost first.
       batch: Those that are shared by queries and keys, without heads.
       layers: Paths of the scans over layers, outermost first.
@@ -109,7 +109,7 @@ def _trace(softmax: Softmax) -> Traced:
             if side == 1:
                 shared |= view.names
             if side == 0 and ("row", softmax.axis) in view.names:
-                faults.append("queries and keys are not told apart")
+                faults.append("queries and keys cannot be distinguished")
             operand = product.node.inputs[i]
             found, wrong, added = sources(operand, view)
             both[side].extend(found)
@@ -142,7 +142,7 @@ def head_axes(
     """Finds the axes of heads and the scans over layers among the axes of query kernels.
 
     Args:
-      queries: Where queries are, by the axes of the logits.
+      queries: The positions of queries, by the axes of the logits.
       key_axis: The axis of the logits that numbers the keys.
 
     Returns:

@@ -34,7 +34,7 @@ class Use(NamedTuple):
         `reduced` (only norms or sums of it meet data).
       inputs: Axes that are contracted.
       outputs: Axes that are free.
-      node: Where.
+      node: The node that uses it.
     """
 
     what: str

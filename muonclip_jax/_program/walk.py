@@ -20,7 +20,7 @@ class Reached(NamedTuple):
       node: The parameter.
       view: Its elements, by the names of the walk.
       is_chained: Whether a product with another parameter is on the way.
-      marks: What is on the way and is not linear: a primitive, or `mul` of two parameters.
+      marks: Nonlinear operations on the way: a primitive, or `mul` of two parameters.
     """
 
     node: Node
@@ -38,7 +38,7 @@ def walk(
     """Walks back through a program, each value once for each view of it.
 
     Args:
-      start: Where to begin.
+      start: The first node.
       view: A view of it.
       follow: Given a node, its view and a state, the operands to go on with and the state there.
       state: The state at the start; hashable.
@@ -136,7 +136,7 @@ def _kind(node: Node) -> int:
 
 
 def _is_scaled(node: Node) -> bool:
-    """Returns whether a parameter is multiplied with or divided by one number of data."""
+    """Returns whether a parameter is multiplied with, or divided by, a scalar of data."""
     if node.op not in ("mul", "div"):
         return False
     one, other = node.inputs

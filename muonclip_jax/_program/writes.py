@@ -14,7 +14,7 @@ class Write(NamedTuple):
     Attributes:
       update: Index of the operand that is written; operand 0 is written to.
       axis: The axis.
-      start: Where the range begins.
+      start: The beginning of the range.
     """
 
     update: int

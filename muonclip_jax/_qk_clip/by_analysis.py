@@ -31,7 +31,7 @@ class ClippedSite(NamedTuple):
       name: Its path; numbered where several sites share one.
       site: The site.
       maps: The head of each element of its parameters.
-      places: Where each parameter is, by path.
+      places: The place of each parameter, by path.
       max_logits: One entry per call, `[*layers, ..., heads]`.
       stat_axes: The axes of layers of each entry.
       is_bound: Whether an entry is an upper bound: never.

@@ -5,7 +5,7 @@
     W_k,h ← γ_h¹⁻ᵃ W_k,h
 
 after the update of the optimizer, with S_h the max logit of head h in the forward pass (Kimi K2,
-arXiv 2507.20534, algorithm 1, lines 8 to 17). Where heads share a key, `head_factors` has the
+arXiv 2507.20534, algorithm 1, lines 8 to 17). If heads share a key, `head_factors` has the
 rules; in MLA, the rotary query columns take γ_h, and the shared rotary key stays.
 """
 
@@ -50,13 +50,13 @@ def qk_clip(
     """Scales down the queries and keys of each head whose max logit exceeds the threshold.
 
     Call it once per step, on the parameters after the update, with the max logits of the forward
-    pass before it. It keeps no state. A head that is not clipped keeps every bit of its weights.
+    pass before it. It keeps no state. A head that is not clipped does not change.
 
     Args:
       params: The parameters, in any pytree, with or without a root key `params`.
       max_logits: The max logits, as `sow_max_logits` of `linen` and `nnx` store them: at the path
         of each attention module, `max_logits`: an array or a tuple of `[*stack, ..., heads]`. The
-        maximum is taken over all axes but stacked layers and heads. The name `max_logits_bound`
+        maximum is taken over all axes except stacked layers and heads. The name `max_logits_bound`
         marks an upper bound, which may clip early and is counted.
       layout: Head layout: the names of the query and key modules, and the axes of their kernels. Of
         a tuple, the first layout that fits a module is used for it. An `Analysis` needs no names:

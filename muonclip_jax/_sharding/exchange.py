@@ -13,7 +13,7 @@ has [13, 4, 8]. By the plan each device orthogonalizes 3 full matrices alone, an
                [4, 4, 2]       then entry j has come from device j
                [8, 4]          assembled: all rows and 4 of the 16 columns, see `ColumnShards`
 
-Both ways back mirror this. The columns of [8, 4] are a permutation of those of the matrix, and a
+Both ways back mirror this. The columns of [8, 4] are permuted columns of the matrix, and a
 merged side may be sharded over any of its axes. Neither matters: with permutations P and Q,
 NS(P X Q) = P NS(X) Q, and the way back undoes them.
 """

@@ -69,8 +69,8 @@ def take_apart(
         raise ValueError(
             f"{caller}: {len(faults)} of {len(flat)} leaves are sharded across their heads.\n"
             + "\n".join(faults)
-            + "\nShard the inputs of these leaves instead, or over as many devices as divide the "
-            "heads, or leave the leaves out of per_head."
+            + "\nShard the inputs of these leaves instead, or shard over a number of devices that "
+            "divides the heads, or leave the leaves out of per_head."
         )
     axes = [part.axes for split in splits for part in split.parts]
     return Parts(jax.tree.structure(tree).unflatten(parts), axes, passed)

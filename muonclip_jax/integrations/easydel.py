@@ -25,7 +25,7 @@ import muonclip_jax as mc
 
 _NAME = "muonclip"
 _TRAINER = "easydel.trainers.trainer.trainer:Trainer"
-# What is used of EasyDeL 0.3.0 and eformer 0.0.99.12: objects, and their attributes or fields.
+# Objects of EasyDeL 0.3.0 and eformer 0.0.99.12 that are used, and their attributes or fields.
 _USED = {
     _TRAINER: (
         "configure_functions",
@@ -42,8 +42,8 @@ _USED = {
     "eformer.optimizers:OptimizerBuilder": (),
     "eformer.optimizers:register_optimizer": (),
 }
-# Arguments of `mc.muonclip` that `extra_optimizer_kwargs` does not have: those of the clip, and the
-# ones that EasyDeL passes. In EasyDeL's chain, its own weight decay follows the optimizer.
+# Arguments of `mc.muonclip` that `extra_optimizer_kwargs` does not have: arguments of the clip, and
+# the ones that EasyDeL passes. In EasyDeL's chain, its own weight decay follows the optimizer.
 _TAKEN = ("learning_rate", "layout", "threshold", "alpha", "shared_key", "ignore", "weight_decay")
 _DEFAULTS = {"adam_weight_decay": 0.0, "ns_dtype": None}  # EasyDeL reads "auto" as a dtype
 
@@ -58,7 +58,7 @@ def _settings() -> Iterator[tuple[str, Any, Any]]:
 
 
 MuonClipConfig = dataclasses.make_dataclass("MuonClipConfig", _settings())
-MuonClipConfig.__doc__ = "The arguments of `mc.muonclip` without those of the clip."
+MuonClipConfig.__doc__ = "The arguments of `mc.muonclip`, except for the clip."
 
 
 def optimizer(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -120,9 +120,9 @@ def with_qk_clip(
 ) -> type:
     """Makes a trainer of EasyDeL clip queries and keys after each update.
 
-    EasyDeL's training step stays as it is: loss, gradients and update are bit for bit those of
-    `trainer`. The max logits of its micro-batches are joined by their maximum. The metrics have
-    those of `mc.qk_clip_metrics`, logged as `train/qk_clip/…`. Any optimizer works.
+    EasyDeL's training step does not change: loss, gradients and update equal `trainer` bit for bit.
+    The max logits of its micro-batches are joined by their maximum. `mc.qk_clip_metrics` are added
+    to the metrics, and logged as `train/qk_clip/…`. Any optimizer works.
 
     Args:
       trainer: `easydel.Trainer`, `easydel.SFTTrainer` or a subclass with the same training step.
@@ -255,8 +255,8 @@ def _check_settings(arguments: Any) -> None:
     if unknown := sorted({*extra} - known - {"exponent"}):
         raise ValueError(
             f"extra_optimizer_kwargs: the optimizer {_NAME!r} has no settings {unknown}, expected "
-            f"names of {sorted(known)}. Pass those of the clip to with_qk_clip, and weight_decay, "
-            "learning_rate and clip_grad to TrainingArguments."
+            f"names of {sorted(known)}. Pass the arguments of the clip to with_qk_clip, and "
+            "weight_decay, learning_rate and clip_grad to TrainingArguments."
         )
     own = [name for name in ("muon_weight_decay", "adam_weight_decay") if extra.get(name)]
     if arguments.weight_decay and own:

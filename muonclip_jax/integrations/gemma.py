@@ -26,7 +26,7 @@ _step = getattr(kd.train.TrainStep, "_step", lambda: None)
 if [*inspect.signature(_step).parameters] != ["self", "state", "batch"]:
     raise ImportError(
         "muonclip_jax.integrations.gemma: kd.train.TrainStep has no method _step(state, batch). "
-        f"Expected one like that of kauldron {_RUN_WITH}, installed is "
+        f"Expected one as in kauldron {_RUN_WITH}, installed is "
         f"{importlib.metadata.version('kauldron')}. Install kauldron=={_RUN_WITH}, or call "
         "mc.with_max_logits and mc.qk_clip in a train step of your own."
     )
@@ -42,7 +42,7 @@ class QKClipTrainStep(kd.train.TrainStep):
 
     Under `optax.MultiSteps`, the clip runs once per update, on the largest logits of all its
     micro-batches. They are kept in `state.collections["max_logits"]` meanwhile. Otherwise the state
-    and its checkpoints are those of `kd.train.TrainStep`. The scalars of `mc.qk_clip_metrics` are
+    and its checkpoints are as in `kd.train.TrainStep`. The scalars of `mc.qk_clip_metrics` are
     metrics, `metrics/qk_clip/max_logit` and so on.
 
     Attributes:

@@ -19,7 +19,7 @@ import muonclip_jax as mc
 
 _Trainer = TypeVar("_Trainer")
 _RUN_WITH = "0.1.7"
-# What a trainer must have. `create_train_step_fn` and `_post_process_train_step` are replaced.
+# Attributes of a trainer. `create_train_step_fn` and `_post_process_train_step` are replaced.
 _HOOKS = (
     "model",
     "config",
@@ -117,7 +117,7 @@ def _check(trainer: Any, threshold: float) -> None:
 
 
 class _Aux(NamedTuple):
-    """What a loss returns beside its value, and the max logits."""
+    """The auxiliary result of a loss, and the max logits."""
 
     aux: Any
     max_logits: Any

@@ -19,6 +19,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DESKTOP, PHONE = (1440, 1000), (390, 844)
 PAGES = (
     "index.html",
+    "get_started.html",
+    "guides/threshold.html",
+    "guides/flax.html",
     "how_it_works.html",
     "qk_clip.html",
     "numerics.html",

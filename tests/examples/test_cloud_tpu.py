@@ -45,7 +45,7 @@ def call(script, *arguments, **changes):
 
 
 def shown(script, command, **changes):
-    """What a script would run, as lists of words."""
+    """The commands that a script would run, as lists of words."""
     done = call(script, "--dry-run", command, **changes)
     assert (done.returncode, done.stderr) == (0, "")
     return [shlex.split(line) for line in done.stdout.splitlines()]
@@ -269,7 +269,7 @@ elif "test -e" in line:
 
 
 def _step(words):
-    """What a call of gcloud is for, in a word."""
+    """The purpose of a call of gcloud, in a word."""
     line = " ".join(words)
     for sign, step in {
         "queued-resources create": "create",

@@ -49,7 +49,7 @@ def tiny(name, **changes):
 
 
 def crowded(capacity):
-    """The smallest mixture, with experts that can take so many times the mean."""
+    """The smallest mixture, whose experts accept `capacity` times the mean load."""
     routed = PRESETS["moe"]["tiny"]["routed"]._replace(capacity=capacity)
     return tiny("moe").clone(routed=routed)
 

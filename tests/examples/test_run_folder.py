@@ -158,7 +158,7 @@ def test_adamw_records_but_does_not_clip(tmp_path):
     assert [line["heads_clipped"] for line in lines] == [0, 0, 0]
 
 
-# What can be watched
+# TensorBoard events
 
 
 def test_events_are_the_scalars_of_the_metrics(whole):

@@ -220,11 +220,11 @@ def test_every_matrix_of_a_model_has_names(model):
             assert set(spec) <= AXES.keys(), name
 
 
-# Where things lie
+# Shardings
 
 
 def on(sizes, count=8, **changes):
-    """A trainer on so many devices that writes nothing."""
+    """A trainer on a number of devices that writes nothing."""
     settings = dataclasses.replace(CONFIG, mesh=sizes, batch_size=8, **changes)
     made = loop.make_model(settings)
     devices = jax.devices()[:count]
@@ -320,7 +320,7 @@ def assert_same(ours, reference, rtol):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    """Twenty steps under MuonClip, each batch in one piece, with a threshold in reach."""
+    """Twenty steps under MuonClip, without micro-batches, with a threshold in reach."""
     return advance(on(None, 1, threshold=0.8), 20)
 
 
@@ -402,7 +402,7 @@ def test_run_resumes_on_another_mesh(tmp_path):
         np.testing.assert_allclose(ours["max_logits"], reference["max_logits"], rtol=1e-5)
 
 
-# What it costs
+# Costs
 
 
 def test_eight_devices_send_weights_and_gradients_and_not_activations():

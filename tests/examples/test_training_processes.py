@@ -31,7 +31,7 @@ def environment():
 
 
 class Ended:
-    """What two processes left: exit codes, and by process what it printed."""
+    """The results of two processes: exit codes, and the output of each."""
 
     def __init__(self, folder, processes):
         self.codes = [process.returncode for process in processes]

@@ -118,10 +118,10 @@ def train(case, folder):
     Args:
       case: `model`, `steps`, `name`; `threshold`, None for EasyDeL's trainer as it is; `oracle`;
         everything else are arguments of `TrainingArguments`.
-      folder: Where checkpoints go.
+      folder: The folder of checkpoints.
 
     Returns:
-      Loss and metrics of each step, and what was asked for.
+      Loss and metrics of each step, and the requested extras.
     """
     import easydel as ed
     from datasets import Dataset

@@ -20,7 +20,7 @@ Axis = dataclasses.make_dataclass("Axis", ["name", "size"], frozen=True)
 
 
 def pytree(*children, static):
-    """Makes a class whose children are attributes of a pytree, as those of Equinox are."""
+    """Makes a class whose children are attributes of a pytree, as in Equinox."""
     return functools.partial(
         jax.tree_util.register_dataclass, data_fields=children, meta_fields=static
     )
@@ -120,5 +120,5 @@ def parsed(attributes):
     sized = {k: tuple(Axis(n, 0) for n in v.split(",") if n) for k, v in attributes.items()}
     if "groups" not in attributes:
         return sized
-    groups = int(attributes["groups"])  # a depthwise convolution has as many as inputs
+    groups = int(attributes["groups"])  # a depthwise convolution has one per input
     return {**sized, "groups": groups, "In": Axis(attributes["In"], groups)}

@@ -53,7 +53,7 @@ FSDP = "per_device_batch_size=1 ici_fsdp_parallelism=4 ici_tensor_parallelism=2"
 
 
 class Run(NamedTuple):
-    """What MaxText wrote for each step, and its log."""
+    """The metrics of MaxText for each step, and its log."""
 
     loss: list[float]
     max_logit: list[float]

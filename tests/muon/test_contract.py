@@ -1,4 +1,4 @@
-"""What optax and JAX expect of any transform, asked of each of ours."""
+"""Each transform meets the expectations of optax and JAX."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every row of "Which call" in docs/choosing.md, on all leaves, against a float64 reference."""
+"""Every row of "Which call" in docs/choosing.md, on all parameters, against a float64 reference."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ DEEPSEEK = (reference.JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2
 
 
 class Recipe(NamedTuple):
-    """What a row does.
+    """The reference of a row.
 
     Attributes:
       matrix: Arguments of `reference.muon`.
@@ -67,7 +67,7 @@ WHOLE = {
     "up/kernel": Kernel((6, 9), [np.arange(54).reshape(6, 9)]),
 }
 VECTORS = {"embed/embedding": (11, 6), "up/bias": (9,), "norm/scale": (6,)}
-# Where a clip with γ = 1/4 of the first head acts, and by which factors.
+# The kernels that a clip with γ = 1/4 of the first head scales, and the factors.
 CLIPPED = {
     "mha/query/kernel": [(slice(None), 0.5)],
     "mha/key/kernel": [(slice(None), 0.5)],

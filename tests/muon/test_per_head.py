@@ -159,7 +159,7 @@ def test_muonclip_takes_its_layout():
     chex.assert_trees_all_close(optax.apply_updates(params, got), expected, rtol=1e-5)
 
 
-# What is printed.
+# The printed table.
 
 
 def _kernels(**shapes):
@@ -188,7 +188,7 @@ def test_the_table_shows_pairs():
     assert found["attn/key/kernel"] == "1 x 2 heads x 8 x 4"
 
 
-# What is left alone.
+# Kernels that are not split.
 
 KDA = {"A_log": jnp.zeros(4), "q_conv1d": {"kernel": jnp.zeros((4, 1, 32))}}
 Q_AND_K = _kernels(q_proj=(16, 32), k_proj=(16, 32), v_proj=(16, 32))
@@ -250,7 +250,7 @@ def test_frozen_queries_are_skipped():
     chex.assert_trees_all_equal(got["attn"]["key"], expected["attn"]["key"])
 
 
-# What does not fit.
+# Errors.
 
 BAD = {
     "no module": (

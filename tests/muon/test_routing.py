@@ -1,4 +1,4 @@
-"""Which leaf goes where: a committed table, the rules, and updates that agree with it."""
+"""The optimizer of each leaf: a committed table, the rules, and updates that agree with it."""
 
 import pathlib
 

@@ -156,6 +156,6 @@ def test_bfloat16_momentum_is_rounded_once_a_step():
     for x in g:
         _, state = tx.update(x, state)
         mu = np.asarray(jnp.asarray(0.95 * mu + 0.05 * x, jnp.bfloat16), np.float32)
-        # Measured: equal but for ties of the last bit.
+        # Measured: equal except for ties of the last bit.
         np.testing.assert_allclose(np.asarray(state.mu, np.float32), mu, rtol=2**-7)
     assert state.mu.dtype == jnp.bfloat16

@@ -20,7 +20,7 @@ from tests.support import reference
 from tests.support.training_cases import assert_same_way, gradients
 
 STEPS = 3
-# The preset takes every singular value near one, so that the scale of an update can be read off it.
+# The preset maps every singular value to nearly one, so an update shows its scale.
 SETTINGS = {"learning_rate": 1.0, "ns_coeffs": "polar_express_6"}
 
 LAST_TWO = HEAD_OF_OUT = mc.MuonDimensionNumbers(-2, -1)
@@ -33,7 +33,7 @@ class Recipe:
     """One leaf, how it is read, and the matrices that it then is.
 
     Attributes:
-      path: Where the leaf is.
+      path: The path of the leaf.
       shape: Its shape.
       parts: Takes a leaf apart into its matrices, inputs x outputs.
       numbers: Dimension numbers of the recipe; None for what routing by role does.
@@ -72,7 +72,7 @@ def _fused(x):
     return [x[:, i].reshape(len(x), -1) for i in range(3)]
 
 
-# Widths are such that the scale of a part is not that of the whole.
+# Widths are such that a part and the full matrix have different scales.
 RECIPES = {
     "output per head": Recipe(
         "attn/out/kernel",

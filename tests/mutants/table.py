@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = "muonclip_jax"
-# Where the tests are of what has no package of its own.
+# The tests of modules outside of a package.
 FOLDERS = {
     "_head_layouts": "qk_clip",
     "_muonclip.py": "muon",

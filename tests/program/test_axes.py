@@ -118,7 +118,7 @@ def test_views_are_the_indices_or_lose_axes(chain):
         assert (out == ELSEWHERE).all()
         return
     grid = dict(enumerate(np.indices(out.shape))) if out.ndim else {}
-    # What was lost is nowhere used: the other axes are exact all the same.
+    # The lost axis is not used: the other axes are exact.
     known = View(tuple(a if a.is_exact else Axis() for a in view.axes), view.parts)
     indices, there = axes.evaluate(known, grid)
     expected = np.unravel_index(np.maximum(out, 0), shape)

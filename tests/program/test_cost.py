@@ -1,4 +1,4 @@
-"""What `analyze` and `with_max_logits` cost: time, operations, memory, collectives."""
+"""The cost of `analyze` and `with_max_logits`: time, operations, memory, collectives."""
 
 import functools
 import time

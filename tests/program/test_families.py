@@ -70,7 +70,7 @@ def test_there_are_programs_of_many_groups():
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["deberta", "two_streams", "unet", "perceiver", "shared_keys"])
 def test_clip_brings_logits_to_the_threshold(name):
-    """Where every part of the logits is bilinear in the clipped kernels, or it is an error."""
+    """Every part of the logits is bilinear in the clipped kernels, or there is an error."""
     family = MORE[name]
     params, analysis = family.params(), analyzed(name)
     count = sum(site.num_layers for site in analysis.attention)

@@ -14,7 +14,7 @@ from tests.support.program_packages import MODELS, UNKNOWN
 
 pytestmark = [
     pytest.mark.nightly,
-    pytest.mark.filterwarnings("ignore"),  # those of the packages
+    pytest.mark.filterwarnings("ignore"),  # warnings of the packages
 ]
 
 

@@ -136,7 +136,7 @@ def flash(q, k, v, mask):
 
 
 def test_max_logits_of_named_kernels_in_a_scan():
-    """Each layer has its own; the function gets as many operands as it takes."""
+    """Each layer has its own; the function gets one operand per parameter."""
     params = {n: jnp.stack([PARAMS[n], 2 * PARAMS[n], 0.5 * PARAMS[n]]) for n in "qkv"}
     mask = jnp.tri(6, dtype=bool)[None, None]
 

@@ -180,7 +180,7 @@ def test_adapters_are_scaled_with_the_kernel():
     assert same_bits(new["qkv"]["lora"]["lora_b"], new["qkv"]["kernel"][:2])
 
 
-# What does not fit.
+# Errors.
 
 
 def text_of(layout, columns, heads=N):

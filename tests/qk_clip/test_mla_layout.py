@@ -185,7 +185,7 @@ def test_adapters_reach_the_threshold():
     np.testing.assert_array_equal(new["q_b"]["lora"]["lora_b"], b * factor[None, None])
 
 
-# What does not fit.
+# Errors.
 
 NAMES = "query='q_b', key_value='kv_b'"
 

@@ -1,7 +1,7 @@
 """Defects of other implementations, each in its situation, and the behavior of this library.
 
-Where the defect is a formula the test has it too, so that it fails if the situation does not tell
-right from wrong. File names: MaxText is AI-Hypercomputer/maxtext, read at commit 03bf39d.
+If the defect is a formula, the test has it too, and fails if both formulas give the same result.
+File names: MaxText is AI-Hypercomputer/maxtext, read at commit 03bf39d.
 """
 
 import functools
@@ -32,7 +32,7 @@ def max_logits_of(*maxima):
 
 
 def unchanged(old, new, head: int | slice = slice(None)):
-    """Whether the query and key weights, or those of one head, kept every bit."""
+    """Whether the query and key weights, of all heads or of one, did not change."""
     return all(
         same_bits(old[name]["kernel"][..., head, :], new[name]["kernel"][..., head, :])
         for name in ("query", "key")
@@ -93,7 +93,7 @@ def test_megatron_and_maxtext_clipped_on_skipped_steps():
     assert unchanged(params, mc.qk_clip(params, stats, where=jnp.asarray(False))[0])
 
 
-# What shares a factor.
+# Shared factors.
 
 
 def test_maxtext_scanned_layers_shared_the_factor_of_the_worst():

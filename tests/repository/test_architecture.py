@@ -12,7 +12,7 @@ from tests.support.strict import STRICT
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = pathlib.Path(mc.__file__).parent  # also of an installed wheel
-# Which packages a package may import; the modules at the top may import all of them.
+# The packages that a package may import; the modules at the top may import all of them.
 MAY_IMPORT = {
     "_common": set(),
     "_head_layouts": set(),

@@ -18,8 +18,10 @@ from tests.support import reference
 from tests.support.pages import BLOCK, ROOT, numbers, run_page, table
 from tests.support.published_numbers import ABOVE_ONE, RANGES
 
-DOCS = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "frameworks").glob("*.md")])
-every_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+every_page = pytest.mark.parametrize(
+    "page", DOCS, ids=lambda p: p.relative_to(ROOT / "docs").as_posix()
+)
 
 
 @every_page
@@ -211,7 +213,7 @@ def test_cycles_of_the_kernel_are_the_committed_ones():
     assert table("numerics.md", "tpu_kernel_cycles") == expected
 
 
-# --- choosing.md ----------------------------------------------------------------------------------
+# --- choosing.md and guides/threshold.md ----------------------------------------------------------
 
 
 def test_calls_in_the_table_build_optimizers():
@@ -241,7 +243,7 @@ def test_figures_of_the_demo_are_the_committed_ones():
         "demo_loss": f"{clip['validation_loss']:.3f}",
         "demo_loss_unclipped": f"{plain['validation_loss']:.3f}",
     }
-    assert numbers("docs/choosing.md").items() >= expected.items()
+    assert numbers("docs/guides/threshold.md").items() >= expected.items()
 
 
 def test_what_is_sent_without_a_plan_is_the_committed_ratio():
@@ -256,7 +258,7 @@ def test_numbers_to_watch_are_those_of_the_metrics():
     params = {"attn": {name: {"kernel": jnp.ones((4, 2, 2))} for name in ("query", "key")}}
     stats, ever = {"attn": {"max_logits": jnp.ones(2)}}, {"attn": jnp.zeros(2, bool)}
     _, info = mc.qk_clip(params, stats, ever_clipped=ever)
-    rows = table("choosing.md", "watched")
+    rows = table("guides/threshold.md", "watched")
     watched = [name.strip("`") for name, *_ in rows if "qk_clip/" in name]
     assert len(watched) == 6
     assert set(watched) < set(mc.qk_clip_metrics(info))

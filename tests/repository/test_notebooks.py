@@ -1,6 +1,6 @@
 """The notebooks as committed: each in step with its `.py`, short, small, clean and seeded.
 
-`make notebooks` executes them, with the assertions that hold what they say.
+`make notebooks` executes them, with their assertions.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""What lies beside the package: README blocks run, figures are the committed ones, CI is pinned."""
+"""Files beside the package: README blocks run, figures are the committed ones, CI is pinned."""
 
 import ast
 import contextlib

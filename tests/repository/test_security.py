@@ -18,7 +18,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 
-# Each runs what a file or an argument says.
+# Each executes the content of a file or an argument.
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 METHODS = {"os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "pickle.load", "torch.load"}
@@ -26,7 +26,7 @@ ARGUMENTS = {"shell": True, "allow_pickle": True}
 
 
 def faults(source):
-    """What a source may not contain, each with its line."""
+    """Forbidden code in a source, each with its line."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -12,8 +12,8 @@ import muonclip_jax as mc
 from docs.figures import heads_over_time
 from docs.figures.__main__ import FIGURES, IMAGES
 from docs.figures.canvas import DARK, LIGHT
-from tests.support.pages import ROOT, table
-from website import api, badges, pages, repository
+from tests.support.pages import ROOT, numbers, table
+from website import api, badges, package_readme, pages, repository
 from website.docstrings import translated
 from website.links import for_site, github_anchor, targets, without_comments, without_folders
 
@@ -203,8 +203,25 @@ def test_badges_are_written_into_both_files_of_a_notebook(tmp_path, monkeypatch)
         assert (tmp_path / name).read_text() == (ROOT / "notebooks" / name).read_text()
 
 
-def test_the_citation_has_the_version_of_the_package():
-    assert f"\nversion: {mc.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+def test_links_of_the_readme_on_pypi_are_absolute():
+    text = "![a](docs/images/algorithm.svg) [b](docs/choosing.md#b) [c](docs) [d](https://e)"
+    got = package_readme.for_package(text, "https://host/a/b", "v1")
+    expected = (
+        "![a](https://host/a/b/raw/v1/docs/images/algorithm.svg)"
+        " [b](https://host/a/b/blob/v1/docs/choosing.md#b)"
+        " [c](https://host/a/b/tree/v1/docs) [d](https://e)"
+    )
+    assert got == expected
+    readme = package_readme.for_package((ROOT / "README.md").read_text(), "https://host/a/b", "v1")
+    assert not re.findall(r"\]\((?!https://|#)\S+\)", readme)
+
+
+def test_changelog_and_citation_have_the_version_and_date_of_the_package():
+    heading = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading
+    assert heading[1] == mc.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {mc.__version__}\ndate-released: {heading[2]}\n" in citation
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -222,6 +239,8 @@ def test_figures_of_the_training_program_are_the_committed_ones():
 
 
 def test_ratios_of_the_benchmarks_are_the_committed_ones():
+    distances = [t["distance_from_ours"]["optax"] for t in _result("step_time")["trees"].values()]
+    assert numbers("docs/benchmarks.md") == {"distance_from_optax": f"{max(distances):.0e}"}
     keys = ("flops", "wall_time", "temporary_bytes", "compile_time")
     assert table("benchmarks.md", "step_time") == [
         [

@@ -1,4 +1,4 @@
-"""What a planned update sends: read off the compiled program, and no more than planned."""
+"""The communication of a planned update: counted in the compiled program, and as planned."""
 
 import math
 import os
@@ -22,11 +22,11 @@ from tests.support.sharding_cases import (
     shardings_of,
 )
 
-DEAR = 1e-9  # FLOPs that cost as much as a byte, so that small matrices are shared by all
+DEAR = 1e-9  # FLOPs with the cost of a byte, so that small matrices are shared by all
 
 
 def compiled(leaves, mesh, factory=mc.scale_by_muon, **settings):
-    """Compiles an update of leaves that lie on a mesh."""
+    """Compiles an update of leaves that are sharded over a mesh."""
     shardings = shardings_of(mesh, leaves)
     params = jax.device_put(draw(leaves), shardings)
     tx = factory(**settings, shardings=shardings)

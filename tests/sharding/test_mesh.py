@@ -1,4 +1,4 @@
-"""On a mesh of which nothing is said, updates are the same, and keep their shardings."""
+"""On a mesh without `shardings=`, updates are the same, and keep their shardings."""
 
 import jax
 import jax.numpy as jnp

@@ -50,7 +50,7 @@ def spec_of(found):
 EXPECTED = {"a": (("x",), ("y",)), "b": ((), ("y", "x"))}
 
 
-# What is read.
+# Shardings that are read.
 
 
 def test_shardings_of_an_explicit_mesh_are_in_its_types():
@@ -95,7 +95,7 @@ def test_mesh_axes_of_one_device_shard_nothing():
 
 
 def test_types_that_name_axes_of_one_device_need_a_plan():
-    # JAX takes no product over a named axis, were it of one device.
+    # JAX accepts no product over a named axis, not even of one device.
     found = read(put(make_mesh((1, 1), "explicit"))[0])
     assert spec_of(found) == {"a": ((), ()), "b": ((), ())}
 
@@ -128,7 +128,7 @@ def test_an_abstract_mesh_is_enough():
     assert found.platform is None
 
 
-# What needs no plan.
+# Leaves that need no plan.
 
 
 def test_one_device_needs_no_plan():

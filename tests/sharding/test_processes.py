@@ -18,7 +18,7 @@ LIMIT = 180  # seconds; 15 s on two idle cores
 
 @pytest.fixture(scope="module", params=by_day([2, 4], 2), ids=["2 x 2", "2 x 4"])
 def results(request, tmp_path_factory):
-    """What each of two processes of so many devices has after training together."""
+    """The parameters of two processes with several devices each, after training together."""
     folder, port = tmp_path_factory.mktemp("processes"), free_port()
     files = [folder / f"{rank}.npz" for rank in range(2)]
     arguments = [(str(port), "2", str(rank), str(request.param)) for rank in range(2)]

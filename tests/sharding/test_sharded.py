@@ -117,7 +117,7 @@ FEW = {
 
 @functools.cache
 def update_of_few(kind="explicit", dtype=jnp.float32, **settings):
-    """Compiles the update of these leaves; gives it with the state and how they lie."""
+    """Compiles the update of these leaves; returns it with the state and the shardings."""
     mesh = make_mesh((2, 4), kind)
     shardings = shardings_of(mesh, FEW)
     said = shardings if kind == "auto" else None
@@ -318,8 +318,8 @@ def test_a_mesh_with_axes_of_both_kinds(dear_work):
     params = jax.device_put(draw(FEW), shardings)
     got = step(params, shardings=shardings, ns_coeffs=ONE_STEP)
     assert_close(got, step(draw(FEW), ns_coeffs=ONE_STEP), 1e-5)
-    # The types of jax 0.12 cannot say that an Auto axis divides what an Explicit one then divides:
-    # of such an update the Auto axis is XLA's choice.
+    # The types of jax 0.12 have no Auto axis on a dimension that an Explicit one shards further.
+    # XLA chooses the Auto axis of such an update.
     for tree in (got, params):
         del tree["held_odd"], tree["local"]
     assert_lie_alike(got, params)

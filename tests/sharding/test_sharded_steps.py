@@ -86,7 +86,7 @@ def use(mesh) -> Any:
 
 
 class Snapshot(NamedTuple):
-    """What is left of parameters and state after their buffers are given away."""
+    """Parameters and state after their buffers are donated."""
 
     values: Any
     types: Any
@@ -105,8 +105,8 @@ def trained(name, kind):
     chex.clear_trace_counter()
     with use(mesh):
         step, params, tx = build(name, mesh)
-        # Each step may have the buffers of the one before. What it cannot use is a warning, and so
-        # an error.
+        # Each step may use the buffers of the one before. An unused buffer issues a warning, which
+        # is an error.
         step = jax.jit(chex.assert_max_traces(step, 1), donate_argnums=(0, 1))
         state = tx.init(params)
         seen = [snapshot(params, state)]
@@ -187,7 +187,7 @@ def test_init_in_jit_needs_to_be_told_the_shardings_of_an_auto_mesh():
 
 
 def state_shardings(tx, params, shardings, mesh):
-    """The cure, as the documentation has it."""
+    """The fix in the documentation."""
     return optax.tree.map_params(
         tx,
         lambda x, sharding: x if is_masked(x) else sharding,

@@ -1,4 +1,4 @@
-"""Which device orthogonalizes which matrix, from shapes and shardings alone."""
+"""The device of each matrix, from shapes and shardings alone."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def only_group(*leaves, **mesh):
 
 
 def moved(m, n, count, pieces, item=4):
-    """Bytes that leave a device when so many matrices in so many pieces are exchanged twice."""
+    """Bytes that leave a device when `count` matrices in `pieces` shards are exchanged twice."""
     return 2 * count * (m * n * item / pieces) * (pieces - 1) / pieces
 
 
@@ -89,7 +89,7 @@ def test_a_small_remainder_is_padded_with_zeros():
         (11, "exchange: 1 full + 3 on 2 devices each", 1, 3, 2),
         (2, "exchange: 2 on 4 devices each", 0, 2, 4),
         (1, "exchange: 1 on 8 devices each", 0, 1, 8),
-        (5, "exchange: 1 full", 1, 0, 1),  # more than half as many as devices: no two for each
+        (5, "exchange: 1 full", 1, 0, 1),  # more than half the number of devices: no two for each
     ],
 )
 def test_a_large_remainder_is_shared(count, strategy, whole, rest, team):
@@ -168,7 +168,7 @@ def test_many_replicas_of_two_matrices_would_mostly_send_padding():
 
 
 def paths_of(p):
-    """Which leaves are together, and which of them are turned."""
+    """The leaves of a group, and the transposed ones among them."""
     return sorted(
         sorted((p.leaves[m.leaf].path, m.transposed) for m in group.members) for group in p.groups
     )
@@ -267,7 +267,7 @@ def test_an_empty_tree():
     assert plan(x=8).groups == ()
 
 
-# What a reader sees.
+# The printed plan.
 
 GOLDEN = """\
 mesh fsdp=4, tp=2; per device and step 4.3e+12 FLOPs, 1,635.8 MB sent

@@ -1,4 +1,4 @@
-"""Whatever the leaves and the mesh, a plan orthogonalizes every matrix once and shares the work."""
+"""For any leaves and mesh, a plan orthogonalizes every matrix once and shares the work."""
 
 import math
 
@@ -77,7 +77,7 @@ def test_every_matrix_is_orthogonalized_once_and_work_is_shared(tree):
             assert pieces % group.sharers == 0
             assert group.remainder * group.sharers <= pieces
             assert group.n // parts(mesh, group.column_axes) % group.sharers == 0
-        # Never more than whole matrices padded, never less than an equal share.
+        # At most the padded full matrices, at least an equal share.
         each = work(group.m, group.n, F32)
         assert share * each / pieces <= group.flops * (1 + 1e-9)
         assert group.flops <= -(-share // pieces) * each

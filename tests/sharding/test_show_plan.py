@@ -44,7 +44,7 @@ def test_arrays_and_their_shapes_have_the_same_plan(kind, abstract, dtype):
             params = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
             )
-        # Five steps in Gram form, twice as many columns as rows: 42 m³ by `gram_cost`.
+        # Five steps of the Gram method with n = 2 m: 42 m³ by `gram_cost`.
         assert str(mc.sharding_plan(params, shardings=shardings)) == SHOWN.format(
             flops=f"{42 * 32**3:.3g}"
         )

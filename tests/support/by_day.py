@@ -1,4 +1,4 @@
-"""Which cases of a test run by day: each value of each parameter; at night every combination.
+"""The cases of a test that run by day: each value of each parameter; at night every combination.
 
 `make test` runs the tests without the mark `nightly`, and `make test-all` runs every test.
 """
@@ -22,7 +22,7 @@ def at_night(*cases):
 
 
 def mark_combinations(items):
-    """Marks as nightly what adds no value of a parameter, but for tests marked `every_combination`.
+    """Marks cases without a new value as nightly, except in tests marked `every_combination`.
 
     Of a test with two parameters of three values, three of the nine cases run by day.
     """
@@ -46,7 +46,7 @@ def _values(case):
     params = case.callspec.params
     groups = [_names(mark.args[0]) for mark in case.iter_markers("parametrize")]
     groups += [(name,) for name in params if not any(name in group for group in groups)]
-    # By identity: values need not be hashable, and those of all cases are alive.
+    # By identity: values need not be hashable, and the values of all cases are alive.
     return frozenset((group, *(id(params[name]) for name in group)) for group in groups)
 
 

@@ -19,7 +19,7 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and installed("jaxlib") <
     _QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
-# The references are small: threads of NumPy's BLAS only wait for those of XLA.
+# The references are small: threads of NumPy's BLAS only wait for threads of XLA.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Tests expect an empty stderr. jaxlib before 0.10.2 writes a line there whenever it loads a program

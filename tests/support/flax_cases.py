@@ -1,4 +1,4 @@
-"""Small attention modules of `flax.linen` and `flax.nnx`, alike, for the tests of transport."""
+"""Equal small attention modules of `flax.linen` and `flax.nnx`, for tests of sown max logits."""
 
 import functools
 from typing import Any

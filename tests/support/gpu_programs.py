@@ -43,7 +43,7 @@ def _overlapped(x):
     return jax.lax.psum(x @ x, "a"), x.T @ x @ x
 
 
-# What counts for each: FLOPs by the dtype of their rate; bytes of each collective, of each link.
+# The figures of each: FLOPs by the dtype of their rate; bytes of each collective, of each link.
 _PRODUCT = 2 * N**3
 FLOPS = {"bf16": (TIMES + 1 / 4) * _PRODUCT, "tf32": _PRODUCT, "f32": _PRODUCT}
 SENT = {

@@ -34,7 +34,7 @@ class Case(NamedTuple):
 def kernel(pattern, names, sizes, matrices, stack=(), stack_axis=0):
     """Describes a kernel.
 
-    `matrices` takes the positions of one layer, by `names`, to its matrices.
+    `matrices` maps the positions of one layer, by `names`, to its matrices.
     """
     count = int(np.prod(sizes))
     placed = place(pattern, np.arange(count, dtype=np.float32).reshape(sizes), names)

@@ -1,6 +1,6 @@
 """Programs of more families, written in the style of public code: what they share.
 
-The letters of axes and the words of roles are those of `tests.support.program_models`. Each module
+The letters of axes and the words of roles are from `tests.support.program_models`. Each module
 `program_families_*` holds some families; `MORE` has all of them once these are imported.
 """
 

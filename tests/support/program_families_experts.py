@@ -118,7 +118,7 @@ def mixtral(p, tokens, tap=no_tap):
     args=(MEMORY,), gate_w="de:d>e router", w1="edf:d>f", w2="efd:f>d", head="dv:d>v output head",
 )  # fmt: skip
 def experts_choose_tokens(p, x, **_):
-    """Each expert takes the tokens with the largest gates."""
+    """Each expert selects the tokens with the largest gates."""
     rows = x.reshape(-1, 16)
     gates, index = jax.lax.top_k(jax.nn.softmax(rows @ p["gate_w"]).T, 3)
     taken = rows[index]

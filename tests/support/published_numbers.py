@@ -1,4 +1,4 @@
-"""What the documents state about the presets."""
+"""The numbers of the presets in the documents."""
 
 # Slope at 0, then the least and the largest of p on [l, 1] for l = 1e-2, 3e-3 and 1e-3.
 RANGES = {

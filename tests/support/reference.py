@@ -78,7 +78,7 @@ def muon(
 
 
 def relative_error(got, expected):
-    """Frobenius norm of the difference, relative to that of the expected."""
+    """Frobenius norm of the difference, relative to the norm of the expected."""
     got, expected = _wide(got), _wide(expected)
     return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 

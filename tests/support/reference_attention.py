@@ -48,7 +48,7 @@ def visible(
     key_value_seq_lengths=None,
     local_window_size=None,
 ):
-    """Which pairs may attend, as `[batch, heads, t, s]`."""
+    """The pairs that may attend, as `[batch, heads, t, s]`."""
     seen = np.broadcast_to(True if mask is None else np.asarray(mask), shape).copy()
     i, j = np.arange(shape[2])[:, None], np.arange(shape[3])[None, :]
     if is_causal:

@@ -26,7 +26,7 @@ def normuon(updates, b2=0.95, eps=1e-10):
 
 
 def equilibrated(x, by):
-    """What belongs to each output (a column) or input (a row) has the norm 1; 0 stays 0."""
+    """Gives the entries of each output (a column) or input (a row) the norm 1; 0 stays 0."""
     x = _wide(x)
     norm = np.sqrt(np.sum(np.abs(x) ** 2, axis={"outputs": 0, "inputs": 1}[by], keepdims=True))
     return np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)

@@ -53,9 +53,9 @@ def dense(x, params):
 
 
 def mixture(x, params, bias, sizes):
-    """Output [B T D], and how many tokens asked for each expert and how many in vain, [2 E].
+    """Output [B T D], and the numbers of tokens routed to each expert and dropped by it, [2 E].
 
-    Token by token: an expert takes the first `capacity` of each sequence that ask for it.
+    Token by token: an expert accepts the first `capacity` tokens of each sequence.
     """
     (batch, length, _), experts = x.shape, params["experts"]
     capacity = min(length, np.ceil(sizes.capacity * length * sizes.chosen / sizes.experts))

@@ -19,12 +19,12 @@ KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 # One step of Newton-Schulz instead of five: what is tested is what goes where.
 ONE_STEP = ((1.5, -0.5, 0.1),)
-DEAR = 1e-9  # FLOPs that cost as much as a byte
+DEAR = 1e-9  # FLOPs with the cost of a byte
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def make_mesh(sizes, kind="explicit"):
-    """Makes a mesh of the axes x, y, z, as many as there are sizes."""
+    """Makes a mesh of the axes x, y, z, one per size."""
     return jax.make_mesh(sizes, NAMES[: len(sizes)], axis_types=(KINDS[kind],) * len(sizes))
 
 

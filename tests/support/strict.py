@@ -1,4 +1,4 @@
-"""What depends on the installed versions: the flags of a strict Python, and features of Flax."""
+"""Depends on the installed versions: the flags of a strict Python, and features of Flax."""
 
 import importlib.metadata
 import re

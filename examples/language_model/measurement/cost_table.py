@@ -47,7 +47,7 @@ def cost_table(cost: Cost, memory: int | None, name: str = "chip") -> list[str]:
     Args:
       cost: From `benchmarks.compiled.compiled_cost`.
       memory: Of a device in GiB; None if unknown.
-      name: What a device is called.
+      name: The name of a device.
 
     Returns:
       Lines to print.

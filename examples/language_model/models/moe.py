@@ -140,7 +140,7 @@ class Mixture(nn.Module):
         return chosen, self.sizes.scale * gates / gates.sum(-1, keepdims=True)
 
     def _sow_loads(self, chosen: jax.Array, full: jax.Array) -> None:
-        """Sows how many tokens asked for each expert, and how many of them were dropped: [2 E]."""
+        """Sows the numbers of tokens routed to each expert, and of dropped ones: [2 E]."""
         asks = jax.nn.one_hot(chosen, self.sizes.experts)  # [B T K E]
         loads = jnp.stack([asks.sum((0, 1, 2)), (asks * full[..., None]).sum((0, 1, 2))])
         self.sow("loads", "routed", loads, init_fn=lambda: 0.0, reduce_fn=jnp.add)

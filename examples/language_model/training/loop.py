@@ -52,7 +52,7 @@ class Trainer:
       config: Settings.
       corpus: Text.
       path: Run folder; if it holds checkpoints, training resumes from the newest.
-      model: The model; `MODELS` has those of `--model`, at the sizes of their presets.
+      model: The model; `MODELS` has the models of `--model`, at the sizes of their presets.
       should_stop: Called after each step; if true, the step is saved and no summary is written.
       devices: To train on; None uses all devices of all processes.
       speed: Throughput of this process.

@@ -39,7 +39,7 @@ def _add(a: Any, b: Any) -> Any:
 
 
 # How micro-batches are merged, by collection, and the neutral element: the max logits of attention,
-# and for each expert how many tokens asked for it and how many of them were dropped [L 2 E].
+# and for each expert the number of tokens routed to it, and the number of dropped ones [L 2 E].
 MERGE = {"intermediates": (mc.merge_max_logits, -math.inf), "loads": (_add, 0.0)}
 
 

@@ -34,7 +34,7 @@ def add_cautious_weight_decay(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds weight decay where the update and the weight agree in sign.
 
-    It stands where `optax.add_decayed_weights` stands, with its arguments and its state: before
+    It replaces `optax.add_decayed_weights`, with the same arguments and state: before
     `optax.scale_by_learning_rate`, while the update still has the sign that is subtracted. A zero
     update or a zero weight agrees with every sign. Complex numbers agree if Re(Ū W) ≥ 0.
 

@@ -1,4 +1,4 @@
-"""Matrices with inputs, outputs or themselves divided by their norm: MuonEq and Muon+.
+"""Divides the inputs or outputs of matrices, or the matrices, by their norm: MuonEq and Muon+.
 
 With X a matrix n_in x n_out, X_i its row of input i, and X_j its column of output j:
 

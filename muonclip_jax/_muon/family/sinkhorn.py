@@ -91,8 +91,8 @@ def scale_by_sinkhorn(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each gradient of a token table by its balanced Nesterov momentum.
 
-    The last two axes of a leaf are a table, and the others number tables. The updates of all tokens
-    that have one are of equal size, and the features are balanced as far as that allows.
+    The last two axes of a leaf are a table, and other axes are a stack of tables. The updates of
+    all tokens that have one are of equal size, and the features are balanced as far as that allows.
     The state is one buffer instead of the two of AdamW. Sharded over tokens, an update sends five
     sums of n numbers and one sum of one number.
 

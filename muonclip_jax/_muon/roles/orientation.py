@@ -1,4 +1,4 @@
-"""Which side of a matrix is its inputs: by its bias, by names and widths, by other parameters."""
+"""The input side of a matrix: by its bias, by names and widths, by other parameters."""
 
 import re
 from typing import NamedTuple

@@ -16,8 +16,8 @@ class Role(NamedTuple):
     """A role that assigns parameters to AdamW.
 
     Attributes:
-      name: What the table prints.
-      where: Which components count.
+      name: The text in the table.
+      where: The path components that count.
       pattern: Regular expression.
       source: Public code or paper with these names.
     """

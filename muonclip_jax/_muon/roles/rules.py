@@ -45,7 +45,7 @@ def decide(
     Args:
       paths: Components of the path of each parameter.
       shapes: Its shape.
-      settings: What the user set.
+      settings: The settings of the user.
 
     Returns:
       One decision for each parameter.

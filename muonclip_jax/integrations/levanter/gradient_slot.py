@@ -1,6 +1,6 @@
 """Max logits as the gradient of a slot: an input that the forward pass reads and ignores.
 
-The cotangent of the slot is the statistic, whatever the loss is. So the max logits leave a model
+The cotangent of the slot is the max logit, whatever the loss is. So the max logits leave a model
 through scans over layers and rematerialization, and no module in between has to return them. A
 counter beside each number shows what happened on the way: 1 if it arrived once, 0 if no gradient
 reached the attention, another number if gradients were summed or scaled.
@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# The statistic of each head, and how often it arrived.
+# The max logit of each head, and how often it arrived.
 Slot: TypeAlias = tuple[Float[Array, "*heads"], Float[Array, "*heads"]]
 
 
 @jax.custom_vjp
 def attach(query: Array, slot: Slot, s: Float[Array, "*heads"]) -> Array:
-    """Returns `query`; the gradient of `slot` becomes the statistic and a 1.
+    """Returns `query`; the gradient of `slot` becomes the max logit and a 1.
 
     Args:
       query: The queries, or another array that the loss depends on.
       slot: Zeros.
-      s: The statistic, of the shape of both arrays of the slot.
+      s: The max logit, of the shape of both arrays of the slot.
 
     Returns:
       The queries.
@@ -43,7 +43,7 @@ def _forward(query: Array, slot: Slot, s: Array) -> tuple[Array, tuple[Slot, Arr
 
 def _backward(kept: tuple[Slot, Array], cotangent: Array) -> tuple[Array, Slot, None]:
     (value, count), s = kept
-    # The 1 is made of the statistic: under jax.vmap, whatever sums one sums the other.
+    # The 1 is made of the max logit: under jax.vmap, whatever sums one sums the other.
     one = jnp.where(jnp.isnan(s), 1, 1).astype(count.dtype)
     return cotangent, (s.astype(value.dtype), one), None
 
@@ -74,7 +74,7 @@ def joined(a: Slot, b: Slot) -> Slot:
 
 
 def arrived_once(slot: Slot) -> Float[Array, "*heads"]:
-    """Returns the statistic, NaN where it did not arrive exactly once.
+    """Returns the max logit, NaN if it did not arrive exactly once.
 
     `qk_clip` does not scale a head with a NaN, and counts it in `nonfinite_heads`.
 
@@ -82,7 +82,7 @@ def arrived_once(slot: Slot) -> Float[Array, "*heads"]:
       slot: Gradient of a slot.
 
     Returns:
-      The statistic of each head.
+      The max logit of each head.
 
     Example:
       >>> arrived_once((jnp.array([7.0, 0.0, 14.0]), jnp.array([1.0, 0.0, 2.0]))).tolist()

@@ -20,7 +20,7 @@ from muonclip_jax.integrations.levanter.attention import (
 from muonclip_jax.integrations.levanter.framework import hooks
 from muonclip_jax.integrations.levanter.optimizer import MuonClipTransformation
 
-_SLOTS = "qk_clip_slots"  # the entry of the metrics that takes the slots from the loss to the clip
+_SLOTS = "qk_clip_slots"  # the entry of the metrics that passes the slots from the loss to the clip
 
 
 class MuonClipTrainer(hooks.Trainer):
@@ -28,7 +28,7 @@ class MuonClipTrainer(hooks.Trainer):
 
     Args:
       config: See `Trainer`.
-      optimizer: What `MuonClipConfig.build` returns, or another optimizer with `threshold`.
+      optimizer: The result of `MuonClipConfig.build`, or another optimizer with `threshold`.
       loss_fn: See `Trainer`.
       threshold: τ, for an optimizer that was not built by `MuonClipConfig`.
       **options: See `Trainer`.

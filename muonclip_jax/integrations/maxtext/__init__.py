@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Args:
       argv: Program name and arguments of MaxText. `--no-qk-clip` among them is `qk_clip=False`.
-        None: those of the process.
+        None: the devices of the process.
     """
     argv = list(sys.argv if argv is None else argv)
     install(qk_clip="--no-qk-clip" not in argv)

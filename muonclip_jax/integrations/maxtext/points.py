@@ -46,7 +46,7 @@ def import_points(points: tuple[Point, ...] = POINTS) -> dict[str, Any]:
     """Imports the modules of MaxText by name.
 
     Args:
-      points: What they have to have.
+      points: The attributes that they must have.
 
     Returns:
       The modules.

@@ -1,4 +1,4 @@
-"""The settings of a run: those of `install`, and what MaxText's config means for the clip."""
+"""The settings of a run: arguments of `install`, and MaxText's config for the clip."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -39,7 +39,7 @@ def clipping(train: Any, settings: Settings) -> Callable[..., Any]:
             return state
 
         check(config, settings.alpha)
-        # MaxText refuses use_qk_clip=true for attention other than MLA when it reads its config.
+        # Reading the config, MaxText raises for use_qk_clip=true with attention other than MLA.
         config = Replaced(config, use_qk_clip=True)
         maxima = functools.partial(accumulate_maxima, accumulate)
         with (

@@ -2,7 +2,7 @@
 
 Each file has models of one kind: a comment with their source, `[name]`, and the parameters. `A` is
 AdamW and `2x8x16` two matrices of 8 inputs and 16 outputs; a `W` behind it allows a warning and any
-optimizer. Names and shapes are those of the public code in the comment.
+optimizer. Names and shapes are from the public code in the comment.
 """
 
 import pathlib
