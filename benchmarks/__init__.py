@@ -13,8 +13,9 @@
     python -m benchmarks.mirrored_products        # symmetric products by blocks against plain ones
     python -m benchmarks.evidence                 # small trainings that test the papers' claims
 
-Each writes `results/NAME.json` with its command, versions and date. Shared parts: `compiled` reads
-compiled programs, `roofline` their roofline on GPUs, `kernel_cycles` the bundles of a kernel, `tpu`
-and `gpu` have the settings of ahead-of-time compilation, `aot` compiles a sharded step, `workloads`
-has the matrices of three language models, `report` writes the results.
+Each writes `results/NAME.json` with its command, versions and date. Shared parts: `hlo` reads
+the text of compiled programs, `compiled` their cost, `roofline` their roofline on GPUs,
+`kernel_cycles` the bundles of a kernel, `tpu` and `gpu` have the settings of ahead-of-time
+compilation, `aot` compiles a sharded step, `workloads` has the matrices of three language models,
+`report` writes the results.
 """

@@ -2,10 +2,10 @@
 
     print(compiled_cost(jax.jit(step).lower(*arguments).compile()))
 
-XLA returns the optimized program as text: computations of instructions, each with its shapes. This
-module counts matrix products and collectives, and multiplies the contents of a loop by its trip
-count. It reads programs compiled for CPU, TPU and GPU. On GPU it counts products of Triton and of
-cuBLAS, not of cuDNN's attention.
+XLA returns the optimized program as text, which `benchmarks.hlo` reads. This module counts matrix
+products and collectives, and multiplies the contents of a loop by its trip count. It reads programs
+compiled for CPU, TPU and GPU. On GPU it counts products of Triton and of cuBLAS, not of cuDNN's
+attention.
 """
 
 import collections
@@ -13,29 +13,29 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-COLLECTIVES = (
-    *("all-gather", "all-reduce", "all-to-all", "collective-broadcast"),
-    *("collective-permute", "ragged-all-to-all", "reduce-scatter"),
+from benchmarks.hlo import (
+    ARRAY,
+    COLLECTIVES,
+    Instruction,
+    Program,
+    array_bytes,
+    collective_kind,
+    dimensions,
 )
+
 # Sums under "flops", "cycles", "unknown", ("count", kind), ("sent", kind), ("kernel", name) and
 # "kernel seconds".
 Figures: TypeAlias = dict[Any, float]
 
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
-# %name = shape opcode(%operand, ...), attributes
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 # The TPU compiler writes 2^63 - 1 cycles where it has no estimate: kernels on a SparseCore.
 _NO_ESTIMATE = 2**62
 # The compiler's roofline of a Pallas kernel on v5p, read from programs: FLOPs and bytes a second.
 _PEAK, _BANDWIDTH = 394e12, 2.35e12
-# Opcodes that run another computation once. TPU7x runs collectives on its SparseCores: call-start.
-_CALLS = ("fusion", "call", "async-start", "call-start")
 _GEMM = re.compile(r'custom_call_target="__cublas\$(gemm|lt\$matmul)')
 
 
@@ -95,8 +95,7 @@ def compiled_cost(compiled: Any) -> Cost:
     cost, once = (program_cost(text, loops=loops) for loops in (True, False))
     memory = compiled.memory_analysis()
     seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
-    program = Program(text, loops=False)
-    seconds -= program.total(program.entry).get("kernel seconds", 0.0)
+    seconds -= _figures_of(text, loops=False).get("kernel seconds", 0.0)
     # The compiler's estimate counts each loop once. On CPU it is negative.
     repeated = cost.cycles / once.cycles if once.cycles else 1.0
     return dataclasses.replace(
@@ -118,8 +117,7 @@ def program_cost(text: str, loops: bool = True) -> Cost:
     Raises:
       ValueError: if `text` is not the text of a compiled program.
     """
-    program = Program(text, loops)
-    found = collections.defaultdict(float, program.total(program.entry))
+    found = collections.defaultdict(float, _figures_of(text, loops))
     return Cost(
         flops=found["flops"],
         counts={kind: int(found["count", kind]) for kind in COLLECTIVES if found["count", kind]},
@@ -135,7 +133,7 @@ def collectives(compiled: Any) -> list[Collective]:
     """Lists the collectives of a `jax.stages.Compiled`; a combined one counts once."""
     program = Program(compiled.as_text())
     return [
-        Collective(kind, int(program.bytes_sent(inside, i)), times)
+        Collective(kind, int(bytes_sent(inside, i)), times)
         for inside, i, times in program.walk(program.entry, 1)
         if (kind := collective_kind(i))
     ]
@@ -147,92 +145,34 @@ def instruction_counts(compiled: Any) -> collections.Counter[str]:
     return collections.Counter(i.opcode for found in computations for i in found.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One instruction: `name = shape opcode(arguments), attributes`."""
-
-    name: str
-    shape: str
-    opcode: str
-    arguments: str
-    attributes: str
-
-    @property
-    def operands(self) -> list[str]:
-        """Names of the operands; in some programs each name follows its shape."""
-        return re.findall(r"%([\w.\-]+)", self.arguments)
-
-    def called(self, *keys: str) -> list[str]:
-        """Names of the computations under some attributes."""
-        found = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
-        return [name for names in found for name in re.findall(r"[\w.\-]+", names)]
-
-    @property
-    def branches(self) -> list[str]:
-        """Names of the computations of which a conditional runs one."""
-        return self.called("branch_computations", "true_computation", "false_computation")
-
-    @property
-    def inner(self) -> list[str]:
-        """Names of the computations that this instruction runs once."""
-        return self.called("calls", "to_apply") if self.opcode in _CALLS else []
+def _figures_of(text: str, loops: bool) -> Figures:
+    """Adds up one run of a program."""
+    program = Program(text, loops)
+    return _Sums(program).total(program.entry)
 
 
-class Program:
-    """The computations of a program; the figures of each are computed once."""
+class _Sums:
+    """The figures of each computation of a program, which are computed once."""
 
-    def __init__(self, text: str, loops: bool = True) -> None:
-        self.loops = loops
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry, current = "", None
-        for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-            if current is not None and (match := _INSTRUCTION.match(line)):
-                name, shape, opcode, rest = match.groups()
-                current[name] = Instruction(name, shape, opcode, *_split_attributes(rest))
-            elif match := _COMPUTATION.match(line):
-                current = self.computations.setdefault(match[2], {})
-                self.entry = match[2] if match[1] else self.entry
-            elif line.startswith("}"):
-                current = None
-        if not self.entry:
-            raise ValueError(
-                "program_cost: text has no ENTRY computation; pass the text of a compiled program, "
-                "compiled.as_text()."
-            )
+    def __init__(self, program: Program) -> None:
+        self.program = program
         self.total = functools.cache(self._total)
-
-    def walk(self, computation: str, times: int | None) -> Iterator[tuple[Any, Any, int | None]]:
-        """Walks through one computation that runs `times` times, and all that it runs.
-
-        Yields:
-          The instructions around an instruction, the instruction, and how often it is executed;
-          None inside a loop without a known trip count.
-        """
-        instructions = self.computations[computation]
-        for i in instructions.values():
-            yield instructions, i, times
-            for name in (*i.branches, *i.inner):
-                yield from self.walk(name, times)
-            if i.opcode == "while":
-                trips = self._trip_count(i)
-                product = None if times is None or trips is None else times * trips
-                yield from self.walk(i.called("body")[0], product)
 
     def _total(self, computation: str) -> Figures:
         """Adds up one run of a computation."""
-        instructions = self.computations[computation]
+        instructions = self.program.computations[computation]
         return _sum(self._figures(instructions, i) for i in instructions.values())
 
     def _figures(self, instructions: dict[str, Instruction], i: Instruction) -> Figures:
         """Returns the figures of one instruction and of all computations that it calls."""
         if kind := collective_kind(i):
-            return {("count", kind): 1, ("sent", kind): self.bytes_sent(instructions, i)}
-        if flops := self.product_flops(instructions, i):
+            return {("count", kind): 1, ("sent", kind): bytes_sent(instructions, i)}
+        if flops := product_flops(instructions, i):
             return {"flops": flops}
         if i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
             return _kernel_figures(instructions, i)
         if i.opcode == "while":
-            trips, body = self._trip_count(i), self.total(*i.called("body"))
+            trips, body = self.program.trip_count(i), self.total(*i.called("body"))
             repeated = {key: value * (trips or 1) for key, value in body.items()}
             return _sum([repeated, {"unknown": float(trips is None)}])
         if i.opcode == "conditional":  # the most expensive branch, figure by figure
@@ -244,49 +184,26 @@ class Program:
             return inner
         return inner | {"cycles": float(estimate[1])}  # for a fusion with all its contents
 
-    def _trip_count(self, i: Instruction) -> int | None:
-        """Reads how often a loop runs; None unless a counter stays below a constant."""
-        if not self.loops:
-            return 1
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes):
-            return int(known[1])
-        condition = self.computations[i.called("condition")[0]]
-        limits = [j.arguments for j in condition.values() if j.opcode == "constant"]
-        below = [j for j in condition.values() if "direction=LT" in j.attributes]
-        if not (below and len(limits) == 1 and limits[0].isdigit()):
-            return None
-        return math.ceil(int(limits[0]) / self._stride(i, condition.get(below[0].operands[0])))
 
-    def _stride(self, i: Instruction, counter: Instruction | None) -> int:
-        """Reads what a loop adds to its counter: 2 if XLA has unrolled it once."""
-        body = self.computations[i.called("body")[0]]
-        place = re.match(r"\W*index=(\d+)", counter.attributes) if counter else None
-        root = list(body.values())[-1]
-        if place is None or root.opcode != "tuple":
-            return 1
-        added = body[root.operands[int(place[1])]]
-        terms = [body[name] for name in added.operands] if added.opcode == "add" else []
-        steps = [int(term.arguments) for term in terms if term.opcode == "constant"]
-        return steps[0] if steps else 1
+def product_flops(instructions: dict[str, Instruction], i: Instruction) -> float:
+    """Counts the FLOPs of a matrix product; 0 for all other instructions."""
+    is_library = i.opcode == "custom-call" and _GEMM.search(i.attributes)
+    if i.opcode not in ("dot", "convolution") and not is_library:
+        return 0.0
+    left, right = (dimensions(instructions[x].shape) for x in i.operands[:2])
+    flops = _convolution_flops if i.opcode == "convolution" else _dot_flops
+    return flops(left, right, dimensions(i.shape), i.attributes)
 
-    def product_flops(self, instructions: dict[str, Instruction], i: Instruction) -> float:
-        """Counts the FLOPs of a matrix product; 0 for all other instructions."""
-        is_library = i.opcode == "custom-call" and _GEMM.search(i.attributes)
-        if i.opcode not in ("dot", "convolution") and not is_library:
-            return 0.0
-        left, right = (_dimensions(instructions[x].shape) for x in i.operands[:2])
-        flops = _convolution_flops if i.opcode == "convolution" else _dot_flops
-        return flops(left, right, _dimensions(i.shape), i.attributes)
 
-    def bytes_sent(self, instructions: dict[str, Instruction], i: Instruction) -> float:
-        """Counts the larger of the operands and the results of a collective."""
-        operands = [n for name in i.operands for n in _array_bytes(instructions[name].shape)]
-        results = _array_bytes(i.shape)
-        # An asynchronous one also returns its operands, before the results. The all-reduce of a TPU
-        # does not.
-        if i.opcode.endswith("-start") and len(results) >= 2 * len(operands):
-            results = results[len(operands) : 2 * len(operands)]
-        return max(sum(operands), sum(results))
+def bytes_sent(instructions: dict[str, Instruction], i: Instruction) -> float:
+    """Counts the larger of the operands and the results of a collective."""
+    operands = [n for name in i.operands for n in array_bytes(instructions[name].shape)]
+    results = array_bytes(i.shape)
+    # An asynchronous one also returns its operands, before the results. The all-reduce of a TPU
+    # does not.
+    if i.opcode.endswith("-start") and len(results) >= 2 * len(operands):
+        results = results[len(operands) : 2 * len(operands)]
+    return max(sum(operands), sum(results))
 
 
 def _kernel_figures(instructions: dict[str, Instruction], i: Instruction) -> Figures:
@@ -296,22 +213,11 @@ def _kernel_figures(instructions: dict[str, Instruction], i: Instruction) -> Fig
         return {}
     figures = {k: float(v) for k, v in re.findall(r'"(\w+)":"(\d+)"', estimate[1])}
     name = re.search(r'/(\w+)/pallas_call"', i.attributes)
-    arrays = (_ARRAY.search(instructions[x].shape) for x in i.operands)
+    arrays = (ARRAY.search(instructions[x].shape) for x in i.operands)
     shapes = (array[0] for array in arrays if array and "," in array[0])  # no vectors of settings
     called = " ".join([name[1] if name else i.name, *shapes])
     seconds = max(figures["flops"] / _PEAK, figures["bytes_accessed"] / _BANDWIDTH)
     return {"flops": figures["flops"], ("kernel", called): 1, "kernel seconds": seconds}
-
-
-def collective_kind(i: Instruction) -> str | None:
-    """Returns the opcode of a collective; None for others, and within single devices."""
-    kind = i.opcode.removesuffix("-start")
-    return kind if kind in COLLECTIVES and not _alone(i) else None
-
-
-def _alone(i: Instruction) -> bool:
-    """Whether each group of a collective is a single device, so that nothing is sent."""
-    return re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", i.attributes) is not None
 
 
 def _sum(parts: Iterable[Figures]) -> Figures:
@@ -321,30 +227,6 @@ def _sum(parts: Iterable[Figures]) -> Figures:
         for key, value in part.items():
             total[key] += value
     return dict(total)
-
-
-def _split_attributes(rest: str) -> tuple[str, str]:
-    """Splits `arguments), attributes`."""
-    depth = 1
-    for end, character in enumerate(rest):
-        depth += (character == "(") - (character == ")")
-        if not depth:
-            return rest[:end], rest[end + 1 :]
-    return rest, ""
-
-
-def _dimensions(shape: str) -> list[int]:
-    return [int(size) for size in _ARRAY.findall(shape)[0][1].split(",") if size]
-
-
-def _array_bytes(shape: str) -> list[float]:
-    """Lists the bytes of each array of a shape, which may be a tuple."""
-    found = []
-    for dtype, sizes in _ARRAY.findall(shape):
-        width = re.search(r"\d+", dtype)  # the first number, also of f8e4m3fn
-        bits = int(width[0]) if width else 8  # pred
-        found.append(math.prod(int(size) for size in sizes.split(",") if size) * bits / 8)
-    return found
 
 
 def _dot_flops(left: list[int], _: list[int], out: list[int], attributes: str) -> float:

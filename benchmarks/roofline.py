@@ -11,8 +11,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from benchmarks.compiled import Program, collective_kind
+from benchmarks.compiled import bytes_sent, product_flops
 from benchmarks.gpu import Gpu, kind_of
+from benchmarks.hlo import Program, collective_kind
 from benchmarks.replica_groups import replica_groups
 
 
@@ -57,8 +58,8 @@ def roofline(compiled: Any, gpu: Gpu, hosts: Sequence[int]) -> Roofline:
     for inside, i, times in program.walk(program.entry, 1):
         if collective_kind(i):
             link = "nvlink" if _within_hosts(replica_groups(i.attributes), hosts) else "network"
-            sent[link] += program.bytes_sent(inside, i) * (times or 1)
-        elif count := program.product_flops(inside, i):
+            sent[link] += bytes_sent(inside, i) * (times or 1)
+        elif count := product_flops(inside, i):
             rate = _rate(inside[i.operands[0]].shape, i.attributes)
             flops[rate] = flops.get(rate, 0.0) + count * (times or 1)
     if unknown := flops.keys() - gpu.rates.keys():

@@ -79,6 +79,13 @@ def strict_promotion():
 
 
 @pytest.fixture
+def rank_promotion():
+    """Ranks may differ, as JAX has it by default and models of public code need it."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
 def no_typecheck():
     """Turns the run-time shape check off, so that our own error text is what raises."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -1,10 +1,6 @@
 """An interrupted or damaged run resumes bitwise identical, or exits with the reason."""
 
-import dataclasses
-import json
 import os
-import pathlib
-import random
 import shutil
 import signal
 import subprocess
@@ -14,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from examples.language_model import data
-from examples.language_model.config import BadInput, Config
-from examples.language_model.run_folder import digests, files, opening
+from examples.language_model.config import BadInput
+from examples.language_model.run_folder import digests, files
 from examples.language_model.training import loop
 from tests.support import program_command, tiny_run
 from tests.support.by_day import by_day
@@ -24,22 +19,14 @@ from tests.support.interruption_cases import (
     Killed,
     after,
     assert_equal_runs,
-    ended,
-    environment,
     kill,
-    kill_after,
     limit_files,
-    start,
     unlimited_files,
     wait_for,
 )
-from tests.support.tiny_run import CONFIG, CORPUS, TEXT, TINY, trainer
+from tests.support.tiny_run import CONFIG, CORPUS, TINY, trainer
 
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    """The plots take half the time of a run; `test_run_folder` checks them."""
-    monkeypatch.setattr("examples.language_model.run_folder.plots.draw", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")
@@ -272,107 +259,6 @@ def test_foreign(whole, cut, tmp_path, capfd):
     assert_equal_runs(cut, whole)
 
 
-CHANGES = {
-    "model": "mla",
-    "preset": "small",
-    "dtype": "bfloat16",
-    "optimizer": "adamw",
-    "per_head": True,
-    "schedule": "cosine",
-    "steps": 21,
-    "batch_size": 8,
-    "seq_len": 8,
-    "learning_rate": 0.5,
-    "seed": 1,
-    "accumulate": 2,
-}
-
-
-def resumed(path, **typed):
-    """The settings of `--resume --out path` with other flags."""
-    return opening.resumed(Config(out=path, resume=True, **typed, given=frozenset(typed)))
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_changed_settings(whole, name):
-    before = CONFIG.peak if name == "learning_rate" else getattr(CONFIG, name)
-    flag = "--" + name.replace("_", "-")
-    with pytest.raises(BadInput) as error:
-        resumed(whole, **{name: CHANGES[name]})
-    assert f"{flag} was {before}, now {CHANGES[name]}" in str(error.value)
-    assert "another --out" in str(error.value)
-
-
-def test_changed_settings_are_listed_together(whole):
-    with pytest.raises(BadInput) as error:
-        resumed(whole, seed=1, steps=7)
-    assert str(error.value) == (
-        f"--resume {whole}: --steps was 20, now 7; --seed was 0, now 1;"
-        " pass the old values, or another --out"
-    )
-
-
-def test_settings_that_were_not_passed_are_those_of_the_run(whole):
-    config = resumed(whole)
-    assert config == dataclasses.replace(
-        CONFIG, out=whole, resume=True, learning_rate=CONFIG.peak, no_progress=False
-    )
-
-
-def test_a_run_from_before_these_settings_has_their_defaults(tmp_path):
-    opening.open_run(dataclasses.replace(CONFIG, out=tmp_path), CORPUS)
-    settings = json.loads((tmp_path / "run.json").read_bytes())
-    identity = opening.identity(tmp_path)
-    older = {name: value for name, value in settings.items() if name not in opening.ADDED}
-    (tmp_path / "run.json").write_text(json.dumps(older))
-    assert opening.identity(tmp_path) == identity
-    assert (resumed(tmp_path).per_head, resumed(tmp_path).schedule) == (False, "linear")
-
-
-def test_mesh_and_text_that_were_not_passed_are_those_of_the_run(tmp_path):
-    config = dataclasses.replace(
-        CONFIG, out=tmp_path, mesh={"fsdp": -1}, simulate_devices=8, data=pathlib.Path("text")
-    )
-    opening.open_run(config, CORPUS)
-    again = resumed(tmp_path)
-    assert (again.mesh, again.simulate_devices) == (config.mesh, 8)
-    assert again.data == pathlib.Path("text").absolute()
-    assert resumed(tmp_path, mesh={"data": -1}).mesh == {"data": -1}
-
-
-def test_settings_that_differ_from_the_run_raise(whole):
-    config = dataclasses.replace(CONFIG, out=whole, resume=True, seed=1)
-    with pytest.raises(BadInput, match="--seed was 0, now 1"):
-        opening.open_run(config, CORPUS)
-
-
-@pytest.mark.nightly
-def test_threshold_may_change_and_is_kept(tmp_path):
-    trainer(tmp_path, threshold=1e30, should_stop=after(9, lambda: True)).train()
-    for typed, steps in ({"threshold": 2.0}, 12), ({}, 20):
-        config = resumed(tmp_path, **typed)
-        assert config.threshold == 2.0
-        opening.open_run(config, CORPUS)
-        stop = after(steps - 9 if typed else 100, lambda: True)
-        made = loop.Trainer(config, CORPUS, tmp_path, TINY, stop, jax.devices()[:1])
-        assert made.train() == steps
-    lines = files.read_metrics(tmp_path)
-    over = [sum(x > 2.0 for layer in line["max_logits"] for x in layer) for line in lines]
-    assert [line["heads_clipped"] for line in lines] == [0] * 9 + over[9:]
-    assert sum(over[9:12]) > 0
-    assert sum(over[12:]) > 0
-
-
-def test_changed_text_raises(whole):
-    other = data.split("tiny", TEXT[:-1] + b"!", 0, CONFIG.seq_len)
-    with pytest.raises(BadInput, match=rf"--data was .*{CORPUS.sha256}, now .*{other.sha256}"):
-        opening.open_run(resumed(whole), other)
-
-
-def test_default_learning_rate_may_be_passed_on_resume(whole):
-    assert opening.open_run(resumed(whole, learning_rate=CONFIG.peak), CORPUS).complete
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -389,65 +275,3 @@ def test_changed_dtype(whole, change, text):
     with made.checkpoints() as checkpoints, pytest.raises(BadInput) as error:
         checkpoints.restore_newest(target)
     assert f"params/blocks/attn/key/kernel {text}; " in str(error.value)
-
-
-# Kills, of a process
-
-STEPS = 120  # all with one schedule, and so one compiled program
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory):
-    """A run of `STEPS` in a process of its own, without a pause."""
-    folder = tmp_path_factory.mktemp("long")
-    ended(start(folder, "--steps", str(STEPS), "--out", "whole"))
-    return folder / "whole"
-
-
-def kill_and_resume(folder, kills, steps, whole, model="gqa"):
-    """Kills a run at random times, and compares it with an uninterrupted run."""
-    flags = ["--steps", str(steps), "--model", model]
-    flags += ["--checkpoint-every", "2"]  # most of the time one is being written
-    draw = random.Random(0)
-    for n in range(kills):
-        process = start(folder, *flags, "--out", "run", "--resume")
-        lines = 0 if n == 0 else draw.randrange(1, steps // kills)
-        assert kill_after(process, folder / "run/metrics.jsonl", lines, 0.05 * draw.random())
-        process.communicate()
-    ended(start(folder, *flags, "--out", "run", "--resume"))
-    assert_equal_runs(folder / "run", whole, steps=steps, model=model)
-    logged = [step for step, _ in tiny_run.scalars(folder / "run")["loss"]]
-    assert logged == list(range(1, steps + 1))
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("kills", [1, 3])
-def test_kill_nine(tmp_path, long, kills):
-    kill_and_resume(tmp_path, kills, STEPS, long)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
-def test_kill_nine_at_twenty_moments(tmp_path, model):
-    ended(start(tmp_path, "--steps", "240", "--model", model, "--out", "whole"))
-    kill_and_resume(tmp_path, 20, 240, tmp_path / "whole", model)
-
-
-@pytest.mark.nightly
-def test_command_that_is_printed_after_a_stop_works_as_printed(tmp_path, long):
-    """The flags of the run, such as --steps and --preset, are not in the command."""
-    flags = ["--steps", str(STEPS), "--checkpoint-every", "5"]  # each waits for the one before
-    process = start(tmp_path, *flags, "--out", "run")
-    wait_for(tmp_path / "run" / "checkpoints" / "5")
-    process.send_signal(signal.SIGTERM)
-    _, last = ended(process).splitlines()
-    steps = [line["step"] for line in files.read_metrics(tmp_path / "run")]
-    assert (tmp_path / "run" / "checkpoints" / str(steps[-1])).exists()
-    assert not (tmp_path / "run" / "summary.json").exists()
-    stopped, command = last.split("; to resume: ")
-    assert stopped == f"stopped after step {steps[-1]}"
-    resume = subprocess.run(
-        command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
-    assert resume.returncode == 0, resume.stderr
-    assert_equal_runs(tmp_path / "run", long, steps=STEPS)

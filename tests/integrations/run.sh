@@ -18,4 +18,4 @@ if [[ ! -e $python/bin/python ]]; then
   esac
   uv pip install --python "$python" pytest hypothesis
 fi
-exec "$python/bin/python" -m pytest -q -o addopts= -o filterwarnings= --strict-markers "tests/integrations/trained_in_$framework.py" "$@"
+exec "$python/bin/python" -m pytest -q -o addopts= -o filterwarnings= --strict-markers "tests/integrations/trained_in_$framework"*.py "$@"

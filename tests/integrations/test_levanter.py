@@ -31,8 +31,8 @@ def llama():
     return stand_in(PER_MODEL["llama"])
 
 
-# Each line of the golden file is one parameter of a model of Levanter; `trained_in_levanter.py`
-# compares the file with the models.
+# Each line of the golden file is one parameter of a model of Levanter;
+# `trained_in_levanter_optimizer.py` compares the file with the models.
 def test_roles_follow_from_axis_names():
     for model, golden in PER_MODEL.items():
         found = lines(model, stand_in(golden), muon_weight_dimension_numbers=dimension_numbers)

@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
+from tests.support.role_checks import shapes_of
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "routing.txt"
-
-
-def _shapes(tree):
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        tree,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
 
 
 # Two scanned layers of a transformer in Flax's names, with a mixture of experts and a convolution.
@@ -56,14 +49,14 @@ MODEL = {
 
 def test_golden_table():
     """The committed table; after a deliberate change, write it anew and read the difference."""
-    assert str(mc.routing_table(_shapes(MODEL))) + "\n" == GOLDEN.read_text()
+    assert str(mc.routing_table(shapes_of(MODEL))) + "\n" == GOLDEN.read_text()
 
 
 def test_updates_agree_with_the_table():
     """Under Muon an update has flat singular values; under Adam's first step, one magnitude."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), _shapes(MODEL)
+        lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), shapes_of(MODEL)
     )
     tx = mc.muon(1.0, "polar_express_6", nesterov=False)
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
@@ -81,7 +74,7 @@ def test_updates_agree_with_the_table():
 
 
 def _optimizer(tree):
-    return {row.path: row.optimizer for row in mc.routing_table(_shapes(tree)).rows}
+    return {row.path: row.optimizer for row in mc.routing_table(shapes_of(tree)).rows}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +112,7 @@ def test_gate_beside_experts_is_a_router(experts):
 
 
 def _matrices(tree, path):
-    rows = {row.path: row for row in mc.routing_table(_shapes(tree)).rows}
+    rows = {row.path: row for row in mc.routing_table(shapes_of(tree)).rows}
     return rows[path].num_matrices, rows[path].n_in, rows[path].n_out
 
 
@@ -140,7 +133,7 @@ def test_out_without_a_query_is_no_attention():
 
 
 def test_dimension_numbers_override_the_rules():
-    tree = _shapes({"embed": (8, 4), "up": {"kernel": (4, 8), "bias": (8,)}})
+    tree = shapes_of({"embed": (8, 4), "up": {"kernel": (4, 8), "bias": (8,)}})
     table = mc.routing_table(
         tree, {"embed": mc.MuonDimensionNumbers(1, 0), "up": None}, consistent_rms=0.5
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
-from tests.program.test_safety import PARAMS, X, array, attend, found
+from tests.support.program_attention import PARAMS, X, array, attend, found
 
 MASK = jnp.tri(6, dtype=bool)
 

@@ -7,7 +7,7 @@ import pytest
 
 import muonclip_jax as mc
 from tests.program.test_hard_cases import logits64, project, tops
-from tests.program.test_safety import PARAMS, X, array, attend, found
+from tests.support.program_attention import PARAMS, X, array, attend, found
 
 
 def clip_error(fn, params, *args):

@@ -7,7 +7,7 @@ import pytest
 import muonclip_jax as mc
 from tests.program.test_hard_cases import check, logits64, project, tops
 from tests.program.test_hard_clips import clip_error
-from tests.program.test_safety import PARAMS, X, array, attend
+from tests.support.program_attention import PARAMS, X, array, attend
 
 HEADS = jnp.arange(1.0, 5.0)
 

@@ -6,34 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 import muonclip_jax as mc
+from tests.support.program_attention import PARAMS, X, array, attend, found
 from tests.support.program_models import FAMILIES, TOKENS, loss_of
 
-RNG = np.random.default_rng(0)
-
-
-def array(*shape):
-    return jnp.asarray(RNG.normal(size=shape) * 0.3, jnp.float32)
-
-
-X = array(2, 6, 16)
-PARAMS = {"q": array(16, 4, 8), "k": array(16, 4, 8), "v": array(16, 4, 8), "o": array(4, 8, 16)}
-
-
-def attend(p, x, logits_of=lambda logits: logits, soft=jax.nn.softmax):
-    q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[n]) for n in "qkv")
-    logits = logits_of(jnp.einsum("bthk,bshk->bhts", q, k))
-    out = jnp.einsum("bhts,bshk->bthk", soft(logits), v)
-    return jnp.einsum("bthk,hkd->btd", out, p["o"]).sum()
-
-
-def found(fn, params, *args, expect=1, **settings):
-    return mc.with_max_logits(fn, expect=expect, **settings)(params, *args)
-
-
-# Rule 1
+# Attention that is not found, or not understood
 
 
 @pytest.mark.parametrize("expect", [0, 2, 24])
@@ -65,31 +43,6 @@ def test_a_softmax_without_a_row_maximum_is_an_error():
     assert any("is not understood" in text for text in mc.analyze(fn, PARAMS, X).warnings)
 
 
-def kernel_sum(q, k):
-    def body(q_ref, k_ref, out_ref):
-        out_ref[...] = q_ref[...] + k_ref[...]
-
-    return pl.pallas_call(
-        body, out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype), interpret=True, name="fused"
-    )(q, k)
-
-
-def with_kernel(p, x, kernel=kernel_sum):
-    q, k = (jnp.einsum("btd,dhk->bthk", x, p[n]) for n in "qk")
-    return kernel(q, k).sum()
-
-
-def last_of_two_results(q, k):
-    """As splash attention, whose first results are sums that only the kernel uses."""
-
-    def body(q_ref, k_ref, sums_ref, out_ref):
-        sums_ref[...] = q_ref[...]
-        out_ref[...] = sums_ref[...] + k_ref[...]
-
-    shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    return pl.pallas_call(body, out_shape=(shape, shape), interpret=True, name="fused")(q, k)[1]
-
-
 @pytest.mark.parametrize("as_product", [False, True], ids=["sum", "product"])
 def test_a_softmax_over_edges_of_a_graph_is_an_error(as_product):
     edges = np.random.default_rng(0).integers(0, 6, (2, 20))
@@ -109,79 +62,7 @@ def test_a_softmax_over_edges_of_a_graph_is_an_error(as_product):
         found(fn, {n: PARAMS[n] for n in "qkv"}, X, expect=0)
 
 
-@pytest.mark.parametrize("kernel", [kernel_sum, last_of_two_results])
-def test_an_opaque_kernel_is_an_error_by_name(kernel):
-    fn = functools.partial(with_kernel, kernel=kernel)
-    with pytest.raises(ValueError, match="the kernel 'fused' has two activations"):
-        found(fn, PARAMS, X, expect=0)
-    analysis = mc.analyze(fn, PARAMS, X)
-    assert [site.opaque for site in analysis.attention] == ["fused"]
-    assert analysis.attention[0].query == ("q",)
-
-
-def logits64(p, x, scale=8**-0.5):
-    q, k = (np.einsum("btd,dhk->bthk", np.float64(x), np.float64(p[n])) for n in "qk")
-    return np.einsum("bthk,bshk->bhts", q, k) * scale
-
-
-def test_a_named_kernel_gives_its_max_logits():
-    out, stats = found(with_kernel, PARAMS, X, kernels={"fused": mc.max_attention_logit})
-    np.testing.assert_allclose(stats["max_logits"], logits64(PARAMS, X).max((-2, -1)), rtol=1e-5)
-    assert out == with_kernel(PARAMS, X)
-
-
-@jax.jit
-def flash(q, k, v, mask):
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=0.5)
-
-
-def test_max_logits_of_named_kernels_in_a_scan():
-    """Each layer has its own; the function gets one operand per parameter."""
-    params = {n: jnp.stack([PARAMS[n], 2 * PARAMS[n], 0.5 * PARAMS[n]]) for n in "qkv"}
-    mask = jnp.tri(6, dtype=bool)[None, None]
-
-    def fn(p, x):
-        def layer(x, p):
-            q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[n]) for n in "qkv")
-            return x, flash(q, k, v, mask).sum()
-
-        return jax.lax.scan(layer, x, p)[1].sum()
-
-    causal = functools.partial(mc.max_attention_logit, is_causal=True, scale=0.5)
-    kernels = {
-        "two operands": causal,
-        "all operands": lambda q, k, v, mask: mc.max_attention_logit(q, k, mask=mask, scale=0.5),
-        "any operands": lambda *qkv: causal(*qkv[:2]),
-    }
-    layers = [{n: w[i] for n, w in params.items()} for i in range(3)]
-    logits = np.stack([logits64(p, X, 0.5) for p in layers])
-    expected = np.where(mask, logits, -np.inf).max((-2, -1))
-    for kernel in kernels.values():
-        out, stats = found(fn, params, X, expect=3, kernels={"flash": kernel})
-        np.testing.assert_allclose(stats["max_logits"], expected, rtol=1e-5)
-        np.testing.assert_allclose(out, fn(params, X), rtol=1e-6)
-
-
-def test_max_logits_of_a_kernel_with_other_axes_are_an_error():
-    def heads_first(p, x):
-        q, k = (jnp.einsum("btd,dhk->bhtk", x, p[n]) for n in "qk")
-        return kernel_sum(q, k).sum()
-
-    with pytest.raises(ValueError, match=r"max logits \(2, 6\), expected \(..., 4\)"):
-        found(heads_first, PARAMS, X, kernels={"fused": mc.max_attention_logit})
-
-
-def test_an_ignored_kernel_is_no_attention():
-    def fn(p, x):
-        return attend(p, x) + with_kernel(p, x)
-
-    _, stats = found(fn, PARAMS, X, ignore=("fused",))
-    assert jax.tree.leaves(stats)[0].shape == (2, 4)
-    with pytest.raises(ValueError, match="no kernel named 'other'"):
-        found(fn, PARAMS, X, ignore=("fused", "other"))
-
-
-# Rule 2
+# Attention whose heads no clip can scale
 
 
 def test_queries_without_a_parameter_are_an_error():
@@ -258,7 +139,7 @@ def test_heads_split_by_shard_map_are_an_error():
         found(fn, PARAMS, X)
 
 
-# Rule 4
+# Roles that the program does not decide, or decides against names
 
 
 def test_undecided_parameters_go_by_name_with_one_warning():
@@ -307,7 +188,7 @@ def test_the_program_wins_over_a_guess_from_shapes():
     }  # fmt: skip
 
 
-# Rule 5
+# Gradients, and parameters without a use
 
 
 @pytest.mark.parametrize("transform", [jax.grad, jax.value_and_grad])
@@ -338,7 +219,7 @@ def test_unused_parameters_are_reported():
     assert "unused (4, 4) (not used)" in analysis.warnings[0]
 
 
-# Rule 6
+# Primitives without a rule
 
 
 def test_a_primitive_without_a_rule_loses_axes_and_is_counted():
@@ -356,7 +237,7 @@ def test_a_primitive_without_a_rule_loses_axes_and_is_counted():
     assert mc.analyze(mixed, {"up": array(16, 16)}, X).roles["up"].optimizer == "unknown"
 
 
-# Rule 7
+# Tables and arguments
 
 
 def test_routing_table_without_a_program_goes_by_name():

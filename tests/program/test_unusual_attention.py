@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
-from tests.program.test_safety import array, found
 from tests.support.by_day import by_day
+from tests.support.program_attention import array, found
 
 BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM = 2, 6, 16, 4, 8
 X = array(BATCH, LENGTH, WIDTH)

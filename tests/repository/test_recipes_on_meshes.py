@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from tests.qk_clip import test_qk_clip_recipes as recipes
+from tests.support import clip_recipes as recipes
 from tests.support.pages import run_page
 
 TAU = recipes.TAU
