@@ -34,7 +34,8 @@ from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.scale_by_muon import ScaleByMuonState, momentum, plain_nesterov
 from muonclip_jax._muon.settings import UPDATE_RULES, OptimizerSettings
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
-from muonclip_jax._orthogonalize.matrix_axes import ConsistentRMS, DimensionNumbersOrFn
+from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn
+from muonclip_jax._orthogonalize.matrices import ConsistentRMS
 from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._qk_clip.clip import CLIP_RULES, qk_clip
 

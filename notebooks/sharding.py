@@ -189,4 +189,4 @@ plt.show()
 # %% [markdown]
 # `mc.muon` uses two all-to-alls for each group of the plan. On a GPU or TPU the default dtype is
 # bfloat16, and the exchanges have half of these bytes. For other meshes, several processes, and
-# larger plans, see `docs/sharding.md` in the repository.
+# larger plans, see `docs/guides/sharding.md` in the repository.

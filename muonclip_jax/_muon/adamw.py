@@ -13,11 +13,8 @@ import optax
 
 from muonclip_jax._common.dtypes import cast, widened
 from muonclip_jax._common.types import Scalar
-from muonclip_jax._muon.family.cautious_decay import (
-    add_cautious_weight_decay,
-    add_decayed_weights,
-)
-from muonclip_jax._muon.moments import in_float32, with_sharding_of_mu
+from muonclip_jax._muon.chains import add_decayed_weights, in_float32, with_sharding_of_mu
+from muonclip_jax._muon.family.cautious_decay import add_cautious_weight_decay
 
 
 def adamw(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from muonclip_jax._head_layouts.head_layout import HeadLayout, Leaf
 from muonclip_jax._head_layouts.kernel_pattern import stack_axes
 from muonclip_jax._head_layouts.sections import HEADS, Section, Sections
-from muonclip_jax._orthogonalize.matrix_axes import Axes
+from muonclip_jax._orthogonalize.matrices import Axes
 from muonclip_jax._orthogonalize.split import Part, Split
 
 _GROUP = "heads of one matrix"

@@ -12,14 +12,11 @@ import optax
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.family.cautious_decay import (
-    add_cautious_weight_decay,
-    add_decayed_weights,
-)
+from muonclip_jax._muon.chains import add_decayed_weights, in_float32, with_sharding_of_mu
+from muonclip_jax._muon.family.cautious_decay import add_cautious_weight_decay
 from muonclip_jax._muon.family.normuon import NEURON_EPS, neurons_normalized
 from muonclip_jax._muon.family.sinkhorn import ScaleBySinkhornState
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.moments import in_float32, with_sharding_of_mu
 from muonclip_jax._muon.overrides import ROLE_RULES
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
 from muonclip_jax._muon.roles.decision import Overrides
@@ -33,12 +30,8 @@ from muonclip_jax._muon.scale_by_muon import (
 )
 from muonclip_jax._muon.settings import UPDATE_RULES, OptimizerSettings
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
-from muonclip_jax._orthogonalize.matrix_axes import (
-    ConsistentRMS,
-    DimensionNumbersOrFn,
-    is_function,
-    spread,
-)
+from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn, is_function, spread
+from muonclip_jax._orthogonalize.matrices import ConsistentRMS
 
 _OPTIONAL = (
     "mu_dtype",

@@ -14,7 +14,7 @@ from muonclip_jax._head_layouts.module_names import words
 from muonclip_jax._muon.head_split import head_split
 from muonclip_jax._muon.per_head_analysis import analysis_splits
 from muonclip_jax._muon.roles.decision import HeadPatterns
-from muonclip_jax._orthogonalize.matrix_axes import DimensionNumbersOrFn, per_leaf
+from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn, per_leaf
 from muonclip_jax._orthogonalize.split import Split
 from muonclip_jax._program.analysis import Analysis
 

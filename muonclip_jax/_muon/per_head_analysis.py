@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from muonclip_jax._orthogonalize.matrix_axes import Axes, axes_of
+from muonclip_jax._orthogonalize.dimension_numbers import axes_of
+from muonclip_jax._orthogonalize.matrices import Axes
 from muonclip_jax._orthogonalize.split import Part, Split
 from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._program.head_map import NONE, SHARED, HeadMap

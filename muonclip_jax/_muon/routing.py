@@ -18,12 +18,8 @@ from muonclip_jax._muon.overrides import matched
 from muonclip_jax._muon.per_head import PerHead, find_heads, head_patterns
 from muonclip_jax._muon.roles.decision import DEFAULTS, Decision, RoleSettings
 from muonclip_jax._muon.roles.rules import decide
-from muonclip_jax._orthogonalize.matrix_axes import (
-    LAST_TWO_AXES,
-    axes_of,
-    per_leaf,
-    sides,
-)
+from muonclip_jax._orthogonalize.dimension_numbers import LAST_TWO_AXES, axes_of, per_leaf
+from muonclip_jax._orthogonalize.matrices import sides
 from muonclip_jax._orthogonalize.split import Split
 
 

@@ -14,12 +14,8 @@ from muonclip_jax._muon.overrides import ROLE_RULES
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
 from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.routing import Routing, check_axes, role_settings, route
-from muonclip_jax._orthogonalize.matrix_axes import (
-    ConsistentRMS,
-    DimensionNumbersOrFn,
-    axes_of,
-    update_scale,
-)
+from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn, axes_of
+from muonclip_jax._orthogonalize.matrices import ConsistentRMS, update_scale
 from muonclip_jax._orthogonalize.split import Split
 
 

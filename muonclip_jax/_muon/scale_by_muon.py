@@ -23,16 +23,16 @@ from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.chains import check_match
 from muonclip_jax._muon.family.normalize import normalized
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.moments import check_match
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
 from muonclip_jax._muon.settings import UPDATE_RULES, MuonSettings, Weights
-from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
-from muonclip_jax._orthogonalize.matrix_axes import (
+from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn
+from muonclip_jax._orthogonalize.matrices import (
     ConsistentRMS,
-    DimensionNumbersOrFn,
+    orthogonalize_leaves,
     sides,
     update_scale,
 )

@@ -11,13 +11,13 @@ import optax
 from muonclip_jax._common.settings import PRECONDITIONINGS, Rule, choice
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.adamw import adamw
+from muonclip_jax._muon.chains import in_float32, with_sharding_of_mu
 from muonclip_jax._muon.family.sinkhorn import RMS, scale_by_sinkhorn
-from muonclip_jax._muon.moments import in_float32, with_sharding_of_mu
 from muonclip_jax._muon.per_head import PerHead
 from muonclip_jax._muon.roles.decision import RoleSettings
 from muonclip_jax._muon.routing import role_settings
 from muonclip_jax._orthogonalize.coefficients import Coefficients, is_single_step
-from muonclip_jax._orthogonalize.matrix_axes import ConsistentRMS
+from muonclip_jax._orthogonalize.matrices import ConsistentRMS
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, orthogonalizer
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._sharding.placement import shardings_by_path

@@ -16,14 +16,9 @@ from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
 from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.routing import role_settings, route
 from muonclip_jax._muon.settings import newton_schulz_of
-from muonclip_jax._orthogonalize.batching import groups_of
 from muonclip_jax._orthogonalize.coefficients import JORDAN, Coefficients
-from muonclip_jax._orthogonalize.matrix_axes import (
-    Axes,
-    DimensionNumbersOrFn,
-    is_tall,
-    to_matrices,
-)
+from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn
+from muonclip_jax._orthogonalize.matrices import Axes, groups_of, is_tall, to_matrices
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._orthogonalize.split import splits_of

@@ -19,7 +19,6 @@ from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.settings import check_settings
 from muonclip_jax._common.types import Scalar, Step
 from muonclip_jax._orthogonalize import choices
-from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
 from muonclip_jax._orthogonalize.coefficients import (
     Coefficients,
     as_coefficients,
@@ -30,8 +29,9 @@ from muonclip_jax._orthogonalize.coefficients import (
     traced_for_sixteen_bits,
 )
 from muonclip_jax._orthogonalize.column_shards import ColumnShards
+from muonclip_jax._orthogonalize.dimension_numbers import LAST_TWO_AXES, axes_of
 from muonclip_jax._orthogonalize.iterations import gram, standard
-from muonclip_jax._orthogonalize.matrix_axes import LAST_TWO_AXES, axes_of
+from muonclip_jax._orthogonalize.matrices import orthogonalize_leaves
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._orthogonalize.symmetric import (
     Products,

@@ -13,13 +13,12 @@ import jax
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._orthogonalize.matrix_axes import (
-    Axes,
+from muonclip_jax._orthogonalize.dimension_numbers import (
     DimensionNumbersOrFn,
     matrix_axes,
     per_leaf,
-    sides,
 )
+from muonclip_jax._orthogonalize.matrices import Axes, sides
 
 
 class Part(NamedTuple):

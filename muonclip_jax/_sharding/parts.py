@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._orthogonalize.matrix_axes import Axes
+from muonclip_jax._orthogonalize.matrices import Axes
 from muonclip_jax._orthogonalize.split import Split
 
 

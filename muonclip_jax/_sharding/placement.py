@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, Singl
 from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.settings import shown
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._orthogonalize.matrix_axes import Axes
+from muonclip_jax._orthogonalize.matrices import Axes
 
 MeshAxes: TypeAlias = tuple[str, ...]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from muonclip_jax._common.paths import aligned
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._orthogonalize.matrix_axes import Axes, is_tall, sides
+from muonclip_jax._orthogonalize.matrices import Axes, is_tall, sides
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
 from muonclip_jax._sharding import strategies
 from muonclip_jax._sharding.placement import (
@@ -158,7 +158,7 @@ def plan_for(
 
     Returns:
       The plan, for `exchange.orthogonalize`. None if every device has full matrices or XLA decides
-      how they move: then call `batching.orthogonalize_leaves`.
+      how they move: then call `matrices.orthogonalize_leaves`.
 
     Raises:
       ValueError: see `find_placement`.

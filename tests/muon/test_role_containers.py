@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 import muonclip_jax as mc
 from muonclip_jax._common.paths import leaf_paths
-from muonclip_jax._orthogonalize.matrix_axes import is_function
+from muonclip_jax._orthogonalize.dimension_numbers import is_function
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(8, 24)), jnp.float32)
 NUMBERS = mc.MuonDimensionNumbers

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._orthogonalize import batching, choices
-from muonclip_jax._orthogonalize.batching import orthogonalize_leaves
-from muonclip_jax._orthogonalize.matrix_axes import LAST_TWO_AXES, axes_of
+from muonclip_jax._orthogonalize import choices, matrices
+from muonclip_jax._orthogonalize.dimension_numbers import LAST_TWO_AXES, axes_of
+from muonclip_jax._orthogonalize.matrices import orthogonalize_leaves
 from tests.support import reference
 
 
@@ -60,9 +60,9 @@ def test_nothing_to_orthogonalize():
 
 
 def test_a_group_holds_no_more_than_its_bytes(monkeypatch):
-    monkeypatch.setattr(batching, "MAX_BATCH_BYTES", 3 * 4 * 6 * 4)  # three matrices of 4 x 6
-    matrices = [jnp.ones((4, 6)), jnp.ones((6, 4)), jnp.ones((2, 4, 6)), jnp.ones((5, 4, 6))]
-    assert _calls(matrices) == [(2, 4, 6), (2, 4, 6), (5, 4, 6)]
+    monkeypatch.setattr(matrices, "MAX_BATCH_BYTES", 3 * 4 * 6 * 4)  # three matrices of 4 x 6
+    leaves = [jnp.ones((4, 6)), jnp.ones((6, 4)), jnp.ones((2, 4, 6)), jnp.ones((5, 4, 6))]
+    assert _calls(leaves) == [(2, 4, 6), (2, 4, 6), (5, 4, 6)]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
@@ -73,7 +73,7 @@ def test_grouped_equals_ungrouped(backend, adaptive, monkeypatch):
     state = tx.init(params)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     grouped = tx.update(params, state, params)[0]
-    monkeypatch.setattr(batching, "groups_of", lambda D: [[i] for i in range(len(D))])
+    monkeypatch.setattr(matrices, "groups_of", lambda D: [[i] for i in range(len(D))])
     ungrouped = tx.update(params, state, params)[0]
     for g, u in zip(*map(jax.tree.leaves, (grouped, ungrouped)), strict=True):
         assert reference.relative_error(g, u) < 1e-5  # measured: 4e-7

@@ -1,6 +1,7 @@
-"""The training steps of docs/qk_clip.md and of the guides, on one device and on meshes."""
+"""The training steps of the guides, on one device and on meshes."""
 
 import functools
+import types
 
 import chex
 import flax.linen as nn
@@ -40,22 +41,30 @@ def accumulate_then_clip(accumulate, params, batches):
     return mc.qk_clip(params, stats, threshold=TAU)
 
 
-def page_accumulate(params, batches):
-    """`accumulate` of the page, on the model of these tests."""
-    page = _page()
+def step_of_the_guide(params, batches):
+    """`train_step` of the guide to micro-batches, on the model and threshold of these tests."""
+    step = _guide()["train_step"].__wrapped__
 
     def gradient(params, x):
         grads, stats = recipes.gradient(params, x)
         return (jnp.zeros(()), stats), grads
 
-    names = page["accumulate"].__globals__ | {"gradient": gradient}
-    run = type(page["accumulate"])(page["accumulate"].__code__, names)
-    return run(params, batches)
+    def clip(params, stats, threshold):
+        return mc.qk_clip(params, stats, threshold=TAU)
+
+    clips = types.SimpleNamespace(
+        merge_max_logits=mc.merge_max_logits, qk_clip=clip, qk_clip_metrics=mc.qk_clip_metrics
+    )
+    tx = optax.sgd(0.01)
+    names = step.__globals__ | {"loss_and_grads": gradient, "mc": clips, "tx": tx}
+    run = types.FunctionType(step.__code__, names)
+    params, _, metrics = run(params, tx.init(params), batches)
+    return params, metrics
 
 
 @functools.cache
-def _page():
-    return run_page("qk_clip.md")
+def _guide():
+    return run_page("guides/scan_remat_microbatches.md")
 
 
 def multi_steps(params, batches):
@@ -109,7 +118,7 @@ def scheduled(params, batches):
 
 
 RECIPES = {
-    "accumulate": functools.partial(accumulate_then_clip, page_accumulate),
+    "guide": step_of_the_guide,
     "from the first batch": functools.partial(accumulate_then_clip, recipes.accumulated),
     "from nothing": functools.partial(accumulate_then_clip, recipes.accumulated_from_nothing),
     "multi_steps": multi_steps,
@@ -128,15 +137,14 @@ MESHES = {
 
 @functools.cache
 def on_one_device(recipe):
-    _page()  # whose blocks run outside of jit
+    if recipe == "guide":
+        _guide()  # its blocks run outside of jit
     return jax.jit(RECIPES[recipe])(init(), BATCHES)
 
 
 # Every recipe on one mesh, those that carry arrays from batch to batch on all.
 CASES = [(recipe, "explicit fsdp") for recipe in RECIPES] + [
-    (recipe, name)
-    for recipe in ("accumulate", "multi_steps")
-    for name in ("explicit tensor", "auto")
+    (recipe, name) for recipe in ("guide", "multi_steps") for name in ("explicit tensor", "auto")
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._orthogonalize.matrix_axes import Axes
+from muonclip_jax._orthogonalize.matrices import Axes
 from muonclip_jax._sharding.placement import find_placement, shardings_by_path
 from tests.support.sharding_cases import KINDS, each_kind, make_mesh
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from muonclip_jax._orthogonalize.matrix_axes import Axes
+from muonclip_jax._orthogonalize.matrices import Axes
 from muonclip_jax._sharding import strategies
 from muonclip_jax._sharding.placement import PlacedLeaf
 from muonclip_jax._sharding.plan import make_plan

@@ -5,7 +5,7 @@ import math
 import hypothesis
 import hypothesis.strategies as st
 
-from muonclip_jax._orthogonalize.matrix_axes import Axes, sides
+from muonclip_jax._orthogonalize.matrices import Axes, sides
 from muonclip_jax._sharding.placement import PlacedLeaf
 from muonclip_jax._sharding.plan import make_plan
 from tests.support.sharding_cases import F32, work

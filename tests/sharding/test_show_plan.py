@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._orthogonalize import batching
+from muonclip_jax._orthogonalize import matrices
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
 from muonclip_jax._sharding import plan
 from muonclip_jax._sharding.placement import PASS_SHARDINGS
@@ -112,7 +112,7 @@ def test_on_one_device_a_line_is_a_call(monkeypatch):
     alone = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), P())
     assert str(mc.sharding_plan(jax.device_put(params, alone))) == ONE_DEVICE.format(total=total)
     assert calls(monkeypatch, params) == 1
-    monkeypatch.setattr(batching, "MAX_BATCH_BYTES", 3 * 32 * 64 * 4)
+    monkeypatch.setattr(matrices, "MAX_BATCH_BYTES", 3 * 32 * 64 * 4)
     assert len(mc.sharding_plan(params).groups) == calls(monkeypatch, params) == 2
 
 

@@ -25,10 +25,11 @@ def run_page(name: str) -> dict[str, Any]:
     """Names that a page's blocks define, run one after the other."""
     namespace: dict[str, Any] = {"__name__": name}
     text = (ROOT / "docs" / name).read_text()
-    if "nnx.capture" in text and not HAS_CAPTURE:
+    blocks = BLOCK.findall(text)
+    if not HAS_CAPTURE and any("nnx.capture" in source for source, _ in blocks):
         pytest.skip(NEEDS_CAPTURE)
     missing = [package for package in OPTIONAL if importlib.util.find_spec(package) is None]
-    for source, shown in BLOCK.findall(text):
+    for source, shown in blocks:
         if any(f"import {package}" in source for package in missing):
             continue
         printed = io.StringIO()

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._orthogonalize.matrix_axes import matrix_axes
+from muonclip_jax._orthogonalize.dimension_numbers import matrix_axes
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
 from muonclip_jax._sharding.plan import plan_for
 from tests.support import reference

@@ -17,8 +17,8 @@ import optax
 from muonclip_jax._common.dtypes import cast
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree
+from muonclip_jax._muon.chains import add_decayed_weights, in_float32
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.moments import in_float32
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
@@ -77,39 +77,6 @@ def add_cautious_weight_decay(
     return optax.with_extra_args_support(
         in_float32(optax.GradientTransformation(decay.init, update_fn))
     )
-
-
-def add_decayed_weights(
-    weight_decay: optax.ScalarOrSchedule,
-    mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None = None,
-) -> optax.GradientTransformation:
-    """Builds `optax.add_decayed_weights`, and counts the steps of a schedule.
-
-    optax 0.2.6 returns the count as it was, so that a schedule stays at its first value.
-
-    Args:
-      weight_decay: Number or schedule.
-      mask: See `add_cautious_weight_decay`.
-
-    Returns:
-      A transform with the state of optax.
-
-    Example:
-      >>> tx = add_decayed_weights(lambda step: 0.5 * step)
-      >>> _, state = tx.update(jnp.ones(()), tx.init(jnp.ones(())), jnp.ones(()))
-      >>> print(tx.update(jnp.ones(()), state, jnp.ones(()))[0])
-      1.5
-    """
-    decay = optax.add_decayed_weights(weight_decay, mask)
-
-    def update_fn(updates, state, params=None):
-        updates, new_state = decay.update(updates, state, params)
-        pairs = zip(jax.tree.leaves(new_state), jax.tree.leaves(state), strict=True)
-        if all(new is old for new, old in pairs):  # no counter, or one that optax leaves as it is
-            new_state = jax.tree.map(optax.safe_increment, new_state)
-        return updates, new_state
-
-    return optax.GradientTransformation(decay.init, update_fn)
 
 
 def _add_where_they_agree(U: jax.Array, W: jax.Array, decay: jax.Array) -> jax.Array:

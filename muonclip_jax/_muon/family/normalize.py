@@ -22,7 +22,8 @@ from muonclip_jax._common.dtypes import widened
 from muonclip_jax._common.settings import NUMBERS, check_settings, choice
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
-from muonclip_jax._orthogonalize.matrix_axes import Axes, DimensionNumbersOrFn, sides
+from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn
+from muonclip_jax._orthogonalize.matrices import Axes, sides
 from muonclip_jax._orthogonalize.split import splits_of
 from muonclip_jax._sharding.parts import map_matrices
 

@@ -22,7 +22,8 @@ from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
-from muonclip_jax._orthogonalize.matrix_axes import Axes, DimensionNumbersOrFn
+from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn
+from muonclip_jax._orthogonalize.matrices import Axes
 from muonclip_jax._orthogonalize.split import Split, splits_of
 from muonclip_jax._sharding.parts import map_matrices
 

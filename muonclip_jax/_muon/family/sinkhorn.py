@@ -26,9 +26,9 @@ from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.chains import check_match
 from muonclip_jax._muon.injection import injectable
-from muonclip_jax._muon.moments import check_match
-from muonclip_jax._orthogonalize.matrix_axes import spread
+from muonclip_jax._orthogonalize.dimension_numbers import spread
 
 NUM_NORMALIZATIONS = 11  # K
 EPS = 1e-20  # in the normalizations

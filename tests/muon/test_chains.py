@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from muonclip_jax._muon.moments import in_float32
+from muonclip_jax._muon.chains import in_float32
 
 
 def test_a_chain_in_float32_rounds_once():

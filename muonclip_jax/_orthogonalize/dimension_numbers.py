@@ -1,13 +1,7 @@
-"""A leaf as a batch of matrices, and the scale of its Muon update.
+"""Reads dimension numbers: which axes of each leaf are the inputs and outputs of its matrices."""
 
-The equation of a layer is x W = y: a matrix has its reduction axes first and its output axes last,
-n_in x n_out. All other axes of the leaf are a batch, and are never flattened into a matrix. A
-matrix that is tall is transposed on the way, here and nowhere else.
-"""
-
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +9,15 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._common.paths import leaf_paths, path_string
-from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._common.types import ArrayTree
+from muonclip_jax._orthogonalize.matrices import Axes
 
 # A pytree, or a prefix of one, of MuonDimensionNumbers and None; or a function from the parameters
 # to such a pytree.
 DimensionNumbersOrFn: TypeAlias = ArrayTree | Callable[[ArrayTree], ArrayTree]
-# The scale of an update: see `update_scale`.
-ConsistentRMS: TypeAlias = Scalar | Literal["spectral"] | None
 
 # The matrices of a leaf without dimension numbers.
 LAST_TWO_AXES = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-
-
-class Axes(NamedTuple):
-    """The axes of a leaf as a batch of matrices, as numbers that are not negative.
-
-    Attributes:
-      batch: Axes that index the matrices, in the order of the leaf.
-      reduction: Axes that are merged to the inputs, n_in.
-      output: Axes that are merged to the outputs, n_out.
-    """
-
-    batch: tuple[int, ...]
-    reduction: tuple[int, ...]
-    output: tuple[int, ...]
 
 
 def axes_of(dimension_numbers: MuonDimensionNumbers, ndim: int) -> Axes:
@@ -70,119 +49,6 @@ def axes_of(dimension_numbers: MuonDimensionNumbers, ndim: int) -> Axes:
             "least one axis, and no axis may be named twice"
         )
     return Axes(tuple(a for a in range(ndim) if a not in used), reduction, output)
-
-
-def to_matrices(x: jax.Array, axes: Axes, transposed: bool) -> jax.Array:
-    """Reshapes a leaf to a batch of matrices.
-
-    Args:
-      x: Leaf.
-      axes: Its axes.
-      transposed: Whether to transpose the matrices; `is_tall` makes all of them wide.
-
-    Returns:
-      (*batch, n_in, n_out), or (*batch, n_out, n_in) if transposed.
-
-    Example:
-      >>> to_matrices(jnp.ones((5, 2, 3)), Axes((), (0,), (1, 2)), transposed=True).shape
-      (6, 5)
-    """
-    batch = tuple(x.shape[a] for a in axes.batch)
-    matrices = x.transpose(sum(axes, ())).reshape(*batch, *sides(x.shape, axes))
-    return matrices.mT if transposed else matrices
-
-
-def from_matrices(
-    matrices: jax.Array, axes: Axes, shape: Sequence[int], transposed: bool
-) -> jax.Array:
-    """Reshapes a batch of matrices to the leaf: the inverse of `to_matrices`.
-
-    Args:
-      matrices: Array of shape (*batch, n_in, n_out), or (*batch, n_out, n_in) if transposed.
-      axes: Axes of the leaf.
-      shape: Shape of the leaf.
-      transposed: Whether the matrices are transposed.
-
-    Returns:
-      The leaf.
-
-    Example:
-      >>> from_matrices(jnp.ones((5, 6)), Axes((), (0,), (1, 2)), (5, 2, 3), False).shape
-      (5, 2, 3)
-    """
-    matrices = matrices.mT if transposed else matrices
-    order = sum(axes, ())
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return matrices.reshape([shape[a] for a in order]).transpose(inverse)
-
-
-def is_tall(shape: Sequence[int], axes: Axes) -> bool:
-    """Returns whether matrices have more rows than columns, and are iterated on transposed.
-
-    X Xᴴ is then smaller, and Newton-Schulz of Xᵀ is the transpose of Newton-Schulz of X.
-
-    Args:
-      shape: Shape of the leaf.
-      axes: Its axes.
-
-    Returns:
-      True if n_in > n_out.
-
-    Example:
-      >>> is_tall((5, 2, 3), Axes((), (0,), (1, 2)))
-      False
-    """
-    n_in, n_out = sides(shape, axes)
-    return n_in > n_out
-
-
-def sides(shape: Sequence[int], axes: Axes) -> tuple[int, int]:
-    """Returns the sides of the matrices of a leaf.
-
-    Args:
-      shape: Shape of the leaf.
-      axes: Its axes.
-
-    Returns:
-      n_in and n_out.
-
-    Example:
-      >>> sides((5, 2, 3), Axes((), (0,), (1, 2)))
-      (5, 6)
-    """
-    return math.prod(shape[a] for a in axes.reduction), math.prod(shape[a] for a in axes.output)
-
-
-def update_scale(n_in: int, n_out: int, consistent_rms: ConsistentRMS = None) -> Scalar:
-    """Returns the factor of an orthogonalized matrix, by its shape.
-
-    None: √max(1, n_out / n_in), so that one learning rate serves all widths. A number r:
-    r √max(n_in, n_out), so that the update has the root mean square r; 0.2 matches AdamW.
-    `"spectral"`: √(n_out / n_in), with which a learning rate transfers over width (muP).
-
-    Args:
-      n_in: Number of inputs.
-      n_out: Number of outputs.
-      consistent_rms: Root mean square of the update, None or `"spectral"`.
-
-    Returns:
-      The factor.
-
-    Example:
-      >>> update_scale(4, 16), update_scale(4, 16, consistent_rms=0.25)
-      (2.0, 1.0)
-      >>> update_scale(16, 4), update_scale(16, 4, consistent_rms="spectral")
-      (1.0, 0.5)
-
-    References:
-      Jordan et al. 2024, KellerJordan/Muon, muon.py; Liu et al. 2025, arXiv 2502.16982,
-      section 2.2; Pethick et al. 2025 (Scion), arXiv 2502.07529.
-    """
-    if isinstance(consistent_rms, str):  # "spectral"
-        return math.sqrt(n_out / max(n_in, 1))
-    if consistent_rms is None:
-        return math.sqrt(max(1.0, n_out / max(n_in, 1)))
-    return consistent_rms * math.sqrt(max(n_in, n_out))
 
 
 def is_function(value: Any) -> bool:

@@ -1,4 +1,6 @@
-"""Runs an optimizer in the dtype and in the sharding of its moments, and checks their shapes."""
+"""What the chains of Muon and AdamW share: weight decay, float32, the sharding of their moments."""
+
+from collections.abc import Callable
 
 import jax
 import optax
@@ -60,6 +62,41 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 def _cast_like(new: ArrayTree, old: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda a, b: cast(a, getattr(b, "dtype", None)), new, old)
+
+
+def add_decayed_weights(
+    weight_decay: optax.ScalarOrSchedule,
+    mask: ArrayTree | Callable[[ArrayTree], ArrayTree] | None = None,
+) -> optax.GradientTransformation:
+    """Builds `optax.add_decayed_weights`, and counts the steps of a schedule.
+
+    optax 0.2.6 returns the count as it was, so that a schedule stays at its first value.
+
+    Args:
+      weight_decay: Number or schedule.
+      mask: Pytree or prefix of booleans, or a function of the parameters that returns one: which
+        leaves decay. None: all.
+
+    Returns:
+      A transform with the state of optax.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = add_decayed_weights(lambda step: 0.5 * step)
+      >>> _, state = tx.update(jnp.ones(()), tx.init(jnp.ones(())), jnp.ones(()))
+      >>> print(tx.update(jnp.ones(()), state, jnp.ones(()))[0])
+      1.5
+    """
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def update_fn(updates, state, params=None):
+        updates, new_state = decay.update(updates, state, params)
+        pairs = zip(jax.tree.leaves(new_state), jax.tree.leaves(state), strict=True)
+        if all(new is old for new, old in pairs):  # no counter, or one that optax leaves as it is
+            new_state = jax.tree.map(optax.safe_increment, new_state)
+        return updates, new_state
+
+    return optax.GradientTransformation(decay.init, update_fn)
 
 
 def check_match(caller: str, updates: ArrayTree, mu: ArrayTree) -> None:
