@@ -170,5 +170,6 @@ plt.show()
 # In this short training of a small model, max logits stay far below the threshold, and QK-clip does
 # not change the weights. The notebook `exploding_logits` shows a training that needs the clip,
 # `newton_schulz` shows how Muon changes a matrix, and `sharding` runs a step on eight devices.
-# `mc.muonclip(learning_rate)` is Muon and QK-clip as one optimizer. `docs/qk_clip.md` has the
-# layouts of other attention modules (grouped, latent, fused).
+# `mc.muonclip(learning_rate)` is Muon and QK-clip as one optimizer. `docs/guides` has a page for
+# Flax NNX, for Equinox and Haiku, and for scanned layers. `docs/qk_clip.md` has the layouts of
+# other attention modules (grouped, latent, fused).

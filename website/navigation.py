@@ -23,10 +23,9 @@ NAVIGATION = {
         "notebooks/sharding.ipynb",
         "docs/guides/checkpoints.md",
         "docs/guides/lora.md",
-        "docs/guides/frameworks.md",
-        "docs/frameworks/*.md",
         "examples/cloud_tpu/README.md",
     ),
+    "Frameworks": ("docs/guides/frameworks.md", "docs/frameworks/*.md"),
     "How it works": (
         "docs/how_it_works.md",
         "notebooks/newton_schulz.ipynb",

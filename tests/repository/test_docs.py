@@ -213,7 +213,7 @@ def test_cycles_of_the_kernel_are_the_committed_ones():
     assert table("numerics.md", "tpu_kernel_cycles") == expected
 
 
-# --- choosing.md and guides/threshold.md ----------------------------------------------------------
+# --- choosing.md ----------------------------------------------------------------------------------
 
 
 def test_calls_in_the_table_build_optimizers():
@@ -232,6 +232,23 @@ def test_presets_in_the_table_of_choices_arrive_where_it_says():
         assert said == "{:.3f} to {:.3f}".format(*RANGES[name][2])
 
 
+def test_what_is_sent_without_a_plan_is_the_committed_ratio():
+    path = ROOT / "benchmarks" / "results" / "sharded_step.json"
+    stacks = json.loads(path.read_text())["cases"]["stacks"]
+    assert (stacks["layers"], stacks["side"], stacks["hidden"]) == (32, 4096, 11008)  # 7B
+    times = f"{1 / stacks['ours_by_optax']['sent_bytes']:.0f}"
+    assert numbers("docs/choosing.md")["sent_without_plan"] == times
+
+
+def test_momentum_weighs_068_of_keller_jordans_at_step_2():
+    beta = 0.95
+    optax_ratio = (beta / (1 - beta**3)) / ((1 - beta) / (1 - beta**2))
+    assert round(optax_ratio / (beta / (1 - beta)), 2) == 0.68
+
+
+# --- guides/threshold.md --------------------------------------------------------------------------
+
+
 def test_figures_of_the_demo_are_the_committed_ones():
     path = ROOT / "benchmarks" / "results" / "train_lm.json"
     clip, plain, _ = json.loads(path.read_text())["runs"]
@@ -246,14 +263,6 @@ def test_figures_of_the_demo_are_the_committed_ones():
     assert numbers("docs/guides/threshold.md").items() >= expected.items()
 
 
-def test_what_is_sent_without_a_plan_is_the_committed_ratio():
-    path = ROOT / "benchmarks" / "results" / "sharded_step.json"
-    stacks = json.loads(path.read_text())["cases"]["stacks"]
-    assert (stacks["layers"], stacks["side"], stacks["hidden"]) == (32, 4096, 11008)  # 7B
-    times = f"{1 / stacks['ours_by_optax']['sent_bytes']:.0f}"
-    assert numbers("docs/choosing.md")["sent_without_plan"] == times
-
-
 def test_numbers_to_watch_are_those_of_the_metrics():
     params = {"attn": {name: {"kernel": jnp.ones((4, 2, 2))} for name in ("query", "key")}}
     stats, ever = {"attn": {"max_logits": jnp.ones(2)}}, {"attn": jnp.zeros(2, bool)}
@@ -262,12 +271,6 @@ def test_numbers_to_watch_are_those_of_the_metrics():
     watched = [name.strip("`") for name, *_ in rows if "qk_clip/" in name]
     assert len(watched) == 6
     assert set(watched) < set(mc.qk_clip_metrics(info))
-
-
-def test_momentum_weighs_068_of_keller_jordans_at_step_2():
-    beta = 0.95
-    optax_ratio = (beta / (1 - beta**3)) / ((1 - beta) / (1 - beta**2))
-    assert round(optax_ratio / (beta / (1 - beta)), 2) == 0.68
 
 
 # --- numerics.md ----------------------------------------------------------------------------------
