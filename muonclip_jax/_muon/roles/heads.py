@@ -14,6 +14,7 @@ def output_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> Decisi
     small, large = sorted((n_in, n_out))
     if _has_vocabulary(leaf, evidence, n_in, n_out):
         is_head = n_out == evidence.vocabulary and _is_last(leaf, evidence)
+        is_head &= not _is_head_named(evidence)
         doubt = "" if is_head or leaf.has(names.HEAD) else _UNNAMED
         return Decision(None, f"output head: the vocabulary size {evidence.vocabulary}", doubt)
     if _is_last_of_head(leaf, evidence) and small < large:
@@ -63,7 +64,7 @@ def _has_vocabulary(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bo
     width, vocabulary = evidence.embedded, evidence.vocabulary
     if len(leaf.shape) > 3 or len(evidence.stack_of(leaf).without(leaf.shape)) < len(leaf.shape):
         return False
-    if leaf.has(names.INTO_HEADS):  # queries, keys or values
+    if leaf.has(names.INTO_HEADS) or _is_in_attention_or_mlp(leaf, evidence):
         return False
     is_reversed = (n_in, n_out) == (width, vocabulary)
     is_like = is_reversed or ((n_in, n_out) == (vocabulary, width) and width < vocabulary)
@@ -73,7 +74,33 @@ def _has_vocabulary(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bo
         return is_like or (n_out == vocabulary and width < vocabulary)
     # A head inside of a numbered layer, as in multi-token prediction.
     is_last = names.matches(rf"{names.GENERIC}|{names.READOUT}", leaf.name)
-    return is_like and (leaf.has(names.HEAD) or is_last)
+    return is_like and (leaf.has(names.HEAD) or (is_last and not _is_head_named(evidence)))
+
+
+def _is_in_attention_or_mlp(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether names beside a matrix show that it ends attention or is a half of an MLP.
+
+    With bytes as tokens, the width or the hidden width often equals the vocabulary.
+    """
+    module, name = leaf.module, leaf.name
+    if names.matches(f"{names.PERHAPS_OUT}|{names.OUT_OF_HEADS}", name):
+        if evidence.has_child(module, names.INTO_HEADS):
+            return True
+    halves = (names.FROM_RESIDUAL, names.TO_RESIDUAL)
+    return any(
+        names.matches(one, name) and evidence.has_child(module, other)
+        for one, other in (halves, halves[::-1])
+    )
+
+
+def _is_head_named(evidence: Evidence) -> bool:
+    """Returns whether a parameter with the vocabulary as a side is an output head by its name."""
+    return any(
+        leaf.role is not None
+        and leaf.role[0].name == "output head"
+        and evidence.vocabulary in leaf.shape[-2:]
+        for leaf in evidence.leaves
+    )
 
 
 def _is_outside_blocks(leaf: Leaf) -> bool:

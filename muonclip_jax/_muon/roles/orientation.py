@@ -226,7 +226,8 @@ def _gate_like_down(leaf: Leaf, shape: Shape, evidence: Evidence) -> str:
     if not names.matches(names.FROM_RESIDUAL, name):
         return ""
     for child in evidence.children.get(module, ()):
-        if names.matches(f"{names.TO_RESIDUAL}|linear", child):
+        is_other = child != leaf.core[len(module)]  # `linear1` is a `linear` too
+        if is_other and names.matches(f"{names.TO_RESIDUAL}|linear", child):
             for path in ((*module, child), *((*module, child, k) for k in ("kernel", "w"))):
                 back = evidence.by_core.get(path)
                 if back and evidence.layer_of(back)[1][-2:] == shape[-2:]:
