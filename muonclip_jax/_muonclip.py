@@ -141,7 +141,7 @@ def muonclip(
       adam_eps_root: Added inside the root of AdamW.
       adam_weight_decay: Decay of AdamW's leaves. None: `weight_decay`, as Moonlight does.
       adam_learning_rate: Number or schedule. None: `learning_rate`.
-      muon_weight_dimension_numbers: See `muon`.
+      muon_weight_dimension_numbers: See `muon`. None: the roles of `layout` if it is an `Analysis`.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
       ns_products: See `newton_schulz`; on a mesh, pass `shardings` or use Explicit axes.

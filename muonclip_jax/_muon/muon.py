@@ -115,7 +115,8 @@ def muon(
         rate.
       adam_learning_rate: Number or schedule. None: `learning_rate`.
       muon_weight_dimension_numbers: Pytree, or a prefix of one, of `MuonDimensionNumbers`, with
-        None for AdamW; or a function of the parameters that returns one. None: by role.
+        None for AdamW; a function of the parameters that returns one; or an `Analysis`, whose roles
+        are used. None: by role.
       consistent_rms: See `scale_by_shape`. With 0.2 a learning rate tuned for AdamW fits.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.

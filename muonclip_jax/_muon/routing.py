@@ -21,6 +21,7 @@ from muonclip_jax._muon.roles.rules import decide
 from muonclip_jax._orthogonalize.dimension_numbers import LAST_TWO_AXES, axes_of, per_leaf
 from muonclip_jax._orthogonalize.matrices import sides
 from muonclip_jax._orthogonalize.split import Split
+from muonclip_jax._program.analysis import Analysis
 
 
 class Routing(NamedTuple):
@@ -115,8 +116,9 @@ def role_settings(
       The settings.
     """
     rms = arguments.get("consistent_rms")
+    numbers = arguments["muon_weight_dimension_numbers"]
     return RoleSettings(
-        arguments["muon_weight_dimension_numbers"],
+        layout if numbers is None and isinstance(layout, Analysis) else numbers,
         arguments["overrides"],
         arguments["outputs_first"],
         rms is None or isinstance(rms, str),
@@ -149,7 +151,9 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
         return Routing((), (), (), {})
     paths = leaf_paths(params)
     shapes = tuple(tuple(np.shape(x)) for x in leaves)
-    if settings.numbers is not None:
+    if isinstance(settings.numbers, Analysis):
+        decisions = _decisions_of(caller, settings.numbers, paths, shapes)
+    elif settings.numbers is not None:
         decisions = [Decision(n, "given") for n in per_leaf(settings.numbers, params)]
     else:
         _check_dtypes(caller, paths, leaves)
@@ -159,7 +163,8 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
     for index, (pattern, value) in found.items():
         reason = f"override '{pattern}'"
         decisions[index] = _override(f"{caller}: {reason}", joined[index], shapes[index], value)
-    given = [i for i, d in enumerate(decisions) if d.numbers is None and d.reason == "given"]
+    is_given = settings.numbers is not None
+    given = [i for i, d in enumerate(decisions) if is_given and d.numbers is None]
     hidden = [tuple(path.split("/")) for path in hidden]
     is_part = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_hides))
     decided = {*found, *given}
@@ -172,6 +177,33 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
         numbers = decision.numbers or (LAST_TWO_AXES if index in heads.splits else None)
         decisions[index] = Decision(numbers, f"{decision.reason}, {note}")
     return Routing(tuple(paths), shapes, tuple(decisions), heads.splits)
+
+
+def _decisions_of(
+    caller: str,
+    analysis: Analysis,
+    paths: Sequence[tuple[str, ...]],
+    shapes: Sequence[tuple[int, ...]],
+) -> list[Decision]:
+    """Reads the decisions of an analysis; raises if it is of another model."""
+    known = {path.removeprefix("params/"): path for path in analysis.roles}
+    decisions, faults = [], []
+    for path, shape in zip(paths, shapes, strict=True):
+        name = "/".join(path)
+        found = known.get(name.removeprefix("params/"))
+        if found is None or analysis.shapes[found] != shape:
+            expected = "no such parameter" if found is None else analysis.shapes[found]
+            faults.append(f"  {name}: got {shape}, expected {expected}.")
+            continue
+        role = analysis.decision(found)
+        numbers = role.dimension_numbers if role.optimizer == "muon" else None
+        decisions.append(Decision(numbers, role.reason))
+    if faults:
+        raise ValueError(
+            f"{caller}: the analysis is of another model.\n" + "\n".join(faults) + "\nCall "
+            "mc.analyze with these parameters, or pass layout= a head layout instead of it."
+        )
+    return decisions
 
 
 def _override(
@@ -222,8 +254,9 @@ def _check_dtypes(caller: str, paths: Sequence[tuple[str, ...]], leaves: Sequenc
         raise ValueError(
             f"{caller}: {len(wrong)} of {len(leaves)} leaves are neither floating nor complex.\n"
             + "\n".join(wrong)
-            + "\nKeep them out of the optimizer with `optax.masked` or `optax.partition`; of an "
-            "Equinox model pass `eqx.filter(model, eqx.is_inexact_array)`."
+            + "\nPass the parameters alone: of an NNX model `nnx.state(model, nnx.Param)`, of an "
+            "Equinox model `eqx.filter(model, eqx.is_inexact_array)`. Keep other leaves out of the "
+            "optimizer with `optax.masked` or `optax.partition`."
         )
 
 

@@ -93,11 +93,16 @@ class Analysis:
     def __str__(self) -> str:
         """Formats the roles, then the attention sites, the names that differ, and warnings."""
         lines = [*self._role_lines(), *self._attention_lines()]
-        for title, found in (
-            ("names that suggest another role", [*self._differing()]),
-            ("warnings", self.warnings),
+        for one, many, found in (
+            (
+                "name that suggests another role",
+                "names that suggest another role",
+                [*self._differing()],
+            ),
+            ("warning", "warnings", self.warnings),
         ):
             if found:
+                title = one if len(found) == 1 else many
                 lines += [f"{len(found)} {title}:", *(f"  {text}" for text in found)]
         return "\n".join(lines)
 
@@ -115,7 +120,7 @@ class Analysis:
 
     def _attention_lines(self) -> Iterator[str]:
         count = sum(site.num_layers for site in self.attention)
-        yield f"{count} attentions:" if count else "no attention"
+        yield f"{count} attention{'s' * (count > 1)}:" if count else "no attention"
         for path, indices in fold(
             [site.path.split("/") for site in self.attention],
             [_without_numbers(site) for site in self.attention],

@@ -130,7 +130,8 @@ def _check(program: Program, expect: int, hooks: Mapping[str, Any], ignore: Sequ
     counted = _counted(program)
     count = sum(site.num_layers for site in counted)
     if count != expect:
-        faults.append(f"found {count} attentions, expected expect={expect}.")
+        plural = "" if count == 1 else "s"
+        faults.append(f"found {count} attention{plural}, expected expect={expect}.")
     if faults:
         table = [f"  {site.path or '(root)'}: {site}" for site in program.sites]
         found = ["The program has these attentions:", *(table or ["  none"])]

@@ -222,7 +222,7 @@ def test_settings_of_other_optimizers_are_not_checked(modules):
 
 def test_another_number_of_attentions_raises_in_the_first_step(modules):
     trainer = easydel.with_qk_clip(Trainer, expect=3)()
-    with pytest.raises(ValueError, match="found 1 attentions, expected expect=3"):
+    with pytest.raises(ValueError, match="found 1 attention, expected expect=3"):
         trainer.step(State(PARAMS), BATCH, 2)
 
 

@@ -217,7 +217,7 @@ def test_lora_raises_unless_nothing_is_clipped(make):
 def test_the_number_of_attentions_is_needed_and_checked(make):
     trainstep = make(optax.sgd(0.0), expect=2)
     state = trainstep.init(None)
-    with pytest.raises(ValueError, match="found 1 attentions, expected expect=2"):
+    with pytest.raises(ValueError, match="found 1 attention, expected expect=2"):
         trainstep._step(state, TOKENS[0])
     model = types.SimpleNamespace(init=Gemma().init)
     trainstep = make(optax.sgd(0.0), model)

@@ -206,7 +206,7 @@ def test_the_number_of_attentions_is_needed_and_checked():
     model = Llama()
     model.config.num_layers = 2
     trainer = add_qk_clip(Trainer(model, optax.sgd(0.0)))
-    with pytest.raises(ValueError, match="found 1 attentions, expected expect=2"):
+    with pytest.raises(ValueError, match="found 1 attention, expected expect=2"):
         trainer.train(TOKENS[0])
     del model.config
     with pytest.raises(ValueError, match=r"Llama has no config\.num_layers\. Pass expect="):

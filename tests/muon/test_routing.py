@@ -156,6 +156,7 @@ def test_integer_leaves_raise_with_their_paths():
         "routing_table: 2 of 3 leaves are neither floating nor complex.\n"
         "  a/ids: int32[3, 4].\n"
         "  b/0: bool[].\n"
-        "Keep them out of the optimizer with `optax.masked` or `optax.partition`; of an "
-        "Equinox model pass `eqx.filter(model, eqx.is_inexact_array)`."
+        "Pass the parameters alone: of an NNX model `nnx.state(model, nnx.Param)`, of an Equinox "
+        "model `eqx.filter(model, eqx.is_inexact_array)`. Keep other leaves out of the optimizer "
+        "with `optax.masked` or `optax.partition`."
     )

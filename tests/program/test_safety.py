@@ -16,7 +16,7 @@ from tests.support.program_models import FAMILIES, TOKENS, loss_of
 
 @pytest.mark.parametrize("expect", [0, 2, 24])
 def test_another_number_of_attentions_is_an_error_with_the_table(expect):
-    with pytest.raises(ValueError, match=f"found 1 attentions, expected expect={expect}") as error:
+    with pytest.raises(ValueError, match=f"found 1 attention, expected expect={expect}") as error:
         found(attend, PARAMS, X, expect=expect)
     assert "4 heads of 8 columns; queries q; keys k" in str(error.value)
 
@@ -169,7 +169,7 @@ def test_the_program_wins_over_the_name():
     analysis = mc.analyze(fn, params, X)
     assert analysis.roles["weird"].optimizer == "muon"
     assert analysis.roles["weird"].dimension_numbers == (-1, -2)
-    assert "names that suggest another role" in str(analysis)
+    assert "name that suggests another role" in str(analysis)
 
 
 def test_the_program_wins_over_a_guess_from_shapes():
