@@ -224,7 +224,8 @@ def _check_arguments(params: ArrayTree, max_logits: ArrayTree) -> None:
         name = "params" if params is None else "max_logits"
         raise ValueError(
             f"muonclip: update needs {name}, got None. Call tx.update(grads, state, params, "
-            "max_logits=stats) with the max logits that the model sowed. "
+            "max_logits=stats) with the max logits that the model sowed; of nnx.Optimizer, "
+            "optimizer.update(model, grads, max_logits=stats). "
             "TrainState.apply_gradients of Flax and optax.lookahead do not pass max_logits on: "
             "call state.tx.update yourself, or use muonclip(..., threshold=None) and qk_clip after "
             "optax.apply_updates; threshold=None alone trains without the clip."

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from muonclip_jax._attention.flax_attention import (
     MaxLogit,
     attend_and_sow,
+    check_kind,
     check_no_soft_cap,
     check_sown_before_soft_cap,
 )
@@ -65,6 +66,7 @@ def sow_max_logits(
     References:
       Kimi K2, arXiv 2507.20534, section 2.1, definition of S_max.
     """
+    check_kind("linen.sow_max_logits", module, nn.Module, "mc.nnx.sow_max_logits")
     if not before_soft_cap:
         check_sown_before_soft_cap(module, _name(module))
     return module.sow(collection, name, jax.lax.stop_gradient(max_logits))
@@ -147,6 +149,7 @@ def attention_fn(
     """
     sow = None
     if module is not None:
+        check_kind("linen.attention_fn", module, nn.Module, "mc.nnx.attention_fn")
         check_no_soft_cap(module, _name(module))
         if module.is_mutable_collection("intermediates"):
             sow = functools.partial(sow_max_logits, module)

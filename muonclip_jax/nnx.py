@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Shaped
 from muonclip_jax._attention.flax_attention import (
     MaxLogit,
     attend_and_sow,
+    check_kind,
     check_no_soft_cap,
     check_sown_before_soft_cap,
 )
@@ -108,6 +109,7 @@ def sow_max_logits(
       Kimi K2, arXiv 2507.20534, section 2.1, definition of S_max.
     """
     _check_flax("nnx.sow_max_logits")
+    check_kind("nnx.sow_max_logits", module, nnx.Module, "mc.linen.sow_max_logits")
     if not before_soft_cap:
         check_sown_before_soft_cap(module, type(module).__name__)
     if not _is_captured(module):
@@ -189,6 +191,7 @@ def attention_fn(
     sow = None
     if module is not None:
         _check_flax("nnx.attention_fn")
+        check_kind("nnx.attention_fn", module, nnx.Module, "mc.linen.attention_fn")
         check_no_soft_cap(module, type(module).__name__)
         if _is_captured(module):
             sow = functools.partial(sow_max_logits, module)

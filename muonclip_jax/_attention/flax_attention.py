@@ -91,6 +91,23 @@ def _output(
     return dot_product_attention(query, key, value, bias, mask, **options)[0]
 
 
+def check_kind(name: str, module: Any, kind: type, other: str) -> None:
+    """Raises for a module of the other API of Flax.
+
+    Args:
+      name: Of the function that was called.
+      module: What it was called with.
+      kind: The class of the modules that it accepts.
+      other: The same function for modules of the other API.
+    """
+    if not isinstance(module, kind):
+        api = ".".join(kind.__module__.split(".")[:2])
+        raise TypeError(
+            f"{name}: got a {type(module).__name__}, expected a module of {api}. For the other API "
+            f"of Flax, use {other}."
+        )
+
+
 def check_sown_before_soft_cap(module: Any, name: str) -> None:
     """Raises for a module with a soft cap: its max logits may be computed after the cap."""
     if found := _soft_cap(module):

@@ -39,6 +39,7 @@ def plot_max_logits(
 
     Raises:
       ImportError: if matplotlib is not installed.
+      TypeError: if a report is no `QKClipInfo`.
       ValueError: if the reports are empty or have different modules, or there are more or fewer
         `steps` than reports.
 
@@ -80,6 +81,11 @@ def _stacked(history: Sequence[QKClipInfo]) -> dict[str, Float[np.ndarray, "step
     """Joins reports: the max logits of each module over all steps."""
     if not history:
         raise ValueError("plot_max_logits: history is empty. Pass the reports of qk_clip.")
+    if other := [type(info).__name__ for info in history if not isinstance(info, QKClipInfo)]:
+        raise TypeError(
+            f"plot_max_logits: history has a {other[0]}, expected the QKClipInfo that qk_clip "
+            "returns, and not its metrics."
+        )
     modules = {path: None for info in history for path in info.max_logits}
     for i, info in enumerate(history):
         if missing := modules.keys() - info.max_logits.keys():

@@ -325,3 +325,19 @@ def test_is_causal_of_linen_equals_a_causal_mask(options, masked):
     chex.assert_trees_all_close(causal_stats, stats, rtol=1e-6)
     plain, _ = linen_call(X, padding, options=options)
     assert not np.allclose(np.asarray(plain), expected)
+
+
+@needs_capture
+@pytest.mark.parametrize("name", ["attention_fn", "sow_max_logits"])
+def test_a_module_of_the_other_api_raises_with_the_right_function(name, no_typecheck):
+    linen_module, nnx_module = nn.Dense(2), nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 3, 2, 4))
+
+    def call(api, module):
+        function = getattr(api, name)
+        return function(module, x) if name == "sow_max_logits" else function(x, x, x, module=module)
+
+    with pytest.raises(TypeError, match=f"Linear, expected a module of flax.linen.*mc.nnx.{name}"):
+        call(mc.linen, nnx_module)
+    with pytest.raises(TypeError, match=f"Dense, expected a module of flax.nnx.*mc.linen.{name}"):
+        call(mc.nnx, linen_module)

@@ -99,3 +99,9 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"muonclip-jax\[plots\]"):
         mc.plot_max_logits([report([1.0, 2.0])])
+
+
+def test_metrics_instead_of_reports_raise(no_typecheck):
+    metrics = mc.qk_clip_metrics(report([1.0, 2.0]))
+    with pytest.raises(TypeError, match="history has a dict, expected the QKClipInfo"):
+        mc.plot_max_logits([metrics])
