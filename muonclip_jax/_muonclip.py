@@ -117,7 +117,8 @@ def muonclip(
 
     Args:
       learning_rate: η, number or schedule, of both optimizers. A rate tuned for AdamW fits.
-      layout: See `qk_clip`.
+      layout: See `qk_clip`. It also shows which axes of queries and keys are inputs and outputs,
+        with any threshold and without the clip.
       threshold: τ, see `qk_clip`: number, or schedule of the updates before this one. None builds
         the optimizer without the clip.
       alpha: See `qk_clip`.
@@ -181,9 +182,8 @@ def muonclip(
     arguments = locals()
     _check(arguments)
     heads = (layout if per_head else None) if isinstance(per_head, bool) else per_head
-    clipped = None if threshold is None else layout
     direction = plain_nesterov if nesterov else momentum
-    optimizer = with_adamw(OptimizerSettings.of("muonclip", direction, arguments, heads, clipped))
+    optimizer = with_adamw(OptimizerSettings.of("muonclip", direction, arguments, heads, layout))
     if threshold is None:
         return optimizer
     clip = functools.partial(

@@ -4,13 +4,15 @@ The names and shapes of the other children of an attention module contradict the
 then raises, and the user confirms or corrects the layout; nothing here chooses a layout.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
 from muonclip_jax._head_layouts.module_names import (
+    is_latent,
     is_out_projection,
     letters,
     names_keys_and_values,
+    normalizes,
 )
 
 _IF_FUSED = (
@@ -19,6 +21,60 @@ _IF_FUSED = (
     "'inputs (heads 2 head_dim)' (key and value of each head); if it holds keys alone, pass its "
     "pattern as key_kernel."
 )
+
+# Letters in the name of a module, by the field of the layout that names it.
+_SHOWN = {"query": {"q"}, "key": {"k"}, "key_value": {"k"}, "qkv": {"q", "k"}}
+_WORDS = {"query": "queries", "key": "keys", "key_value": "keys", "qkv": "queries and keys"}
+
+
+def undeclared_kernels(
+    layout: HeadLayout, kernels: Mapping[str, Leaf], children: Children
+) -> list[str]:
+    """Lists the children with kernels that the layout does not mention, by name alone.
+
+    Args:
+      layout: A layout; a child in its `kept_leaves` is mentioned too.
+      kernels: The kernels by module name.
+      children: All children of the attention module.
+
+    Returns:
+      The names, without norms and without down-projections to latent vectors.
+    """
+    declared = {*layout.projections, *layout.scaled_leaves, *layout.kept_leaves}
+    ranks = {len(leaf.shape) for leaf in kernels.values()}
+    return [
+        name
+        for name, shapes in children.items()
+        if name not in declared and normalizes(name) is None and not is_latent(name)
+        if ranks & {*map(len, shapes)}
+    ]
+
+
+def misnamed_modules(layout: HeadLayout, others: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Finds modules of a layout whose names fit worse than the name of another child.
+
+    Args:
+      layout: The layout.
+      others: Names of the other children, see `undeclared_kernels`.
+
+    Yields:
+      The fault, and the name of the other child.
+    """
+    for field, name in zip(layout.module_fields, layout.modules, strict=True):
+        shown = _SHOWN.get(field, set())
+        better = next((other for other in others if shown <= letters(other)), None)
+        if better is not None and not shown <= letters(name):
+            yield f"{field}={name!r}, but {better!r} has a name of {_WORDS[field]}.", better
+
+
+def second_pair(others: Collection[str]) -> list[str]:
+    """Returns the names of further queries and keys among other children; empty without both.
+
+    Args:
+      others: Names of the other children, see `undeclared_kernels`.
+    """
+    pair = [name for name in others if letters(name) & {"q", "k"}]
+    return pair if {"q", "k"} <= {letter for name in pair for letter in letters(name)} else []
 
 
 def swapped_axes(

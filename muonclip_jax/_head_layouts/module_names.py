@@ -61,6 +61,16 @@ def is_out_projection(name: str) -> bool:
     return all(word in _OUT or word.isdigit() for word in words(name))
 
 
+def is_latent(name: str) -> bool:
+    """Returns whether a name is a name of a latent vector of MLA, or of its down-projection.
+
+    Example:
+      >>> is_latent("q_a_proj"), is_latent("q_b_proj")
+      (True, False)
+    """
+    return not _LATENT.isdisjoint(words(name))
+
+
 def normalizes(name: str) -> str | None:
     """Returns whether a child of an attention module normalizes queries or keys, by its name.
 

@@ -18,7 +18,7 @@ from muonclip_jax._muon.family.normuon import NEURON_EPS, neurons_normalized
 from muonclip_jax._muon.family.sinkhorn import ScaleBySinkhornState
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.overrides import ROLE_RULES
-from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
+from muonclip_jax._muon.per_head import LAYOUT_RULES, PER_HEAD_RULES, PerHead
 from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.routing import Routing, dtype_of, route
 from muonclip_jax._muon.scale_by_muon import (
@@ -46,7 +46,7 @@ _OPTIONAL = (
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises for settings of `muon` that are not allowed."""
-    rules = {**UPDATE_RULES, **ROLE_RULES, **PER_HEAD_RULES}
+    rules = {**UPDATE_RULES, **ROLE_RULES, **PER_HEAD_RULES, **LAYOUT_RULES}
     check_settings("muon", arguments, optional=_OPTIONAL, rules=rules)
 
 
@@ -81,6 +81,7 @@ def muon(
     outputs_first: bool | None = None,
     cautious_weight_decay: bool = False,
     neuron_b2: Scalar | None = None,
+    layout: PerHead = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for everything else.
 
@@ -138,6 +139,9 @@ def muon(
         sign with the update, see `add_cautious_weight_decay`.
       neuron_b2: Decay of the second moment of each output neuron (NorMuon), see
         `normalize_neurons`; 0.95 in its paper. None: off.
+      layout: The head layout of `qk_clip`, or a tuple of them: its patterns show which axes of
+        queries and keys are inputs and outputs, under any names. It splits no heads. An `Analysis`
+        changes nothing here.
 
     Returns:
       An optax transformation, which ignores extra arguments. `update` needs the parameters. Each
@@ -166,7 +170,7 @@ def muon(
     arguments = locals()
     _check(arguments)
     direction = bias_corrected_nesterov if nesterov else bias_corrected
-    return with_adamw(OptimizerSettings.of("muon", direction, arguments, per_head))
+    return with_adamw(OptimizerSettings.of("muon", direction, arguments, per_head, layout))
 
 
 def with_adamw(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:

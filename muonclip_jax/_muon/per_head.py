@@ -43,6 +43,7 @@ def _rule_or_layout(value: Any) -> Exception | None:
 
 
 PER_HEAD_RULES: dict[str, Rule] = {"per_head": _rule}
+LAYOUT_RULES: dict[str, Rule] = {"layout": _rule}
 PER_HEAD_OR_LAYOUT_RULES: dict[str, Rule] = {"per_head": _rule_or_layout}
 
 

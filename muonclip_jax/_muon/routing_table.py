@@ -11,7 +11,7 @@ from muonclip_jax._common.paths import aligned
 from muonclip_jax._common.settings import check_settings
 from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._muon.overrides import ROLE_RULES
-from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
+from muonclip_jax._muon.per_head import LAYOUT_RULES, PER_HEAD_RULES, PerHead
 from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.routing import Routing, check_axes, role_settings, route
 from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn, axes_of
@@ -126,6 +126,7 @@ def routing_table(
     per_head: PerHead = None,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
+    layout: PerHead = None,
 ) -> RoutingTable:
     """Shows which optimizer `muon` and `muonclip` use for each parameter, and why.
 
@@ -136,6 +137,7 @@ def routing_table(
       per_head: See `muon`.
       overrides: See `muon`.
       outputs_first: See `muon`.
+      layout: See `muon`. For `muonclip`, pass its `layout`.
 
     Returns:
       The table: print it.
@@ -157,9 +159,9 @@ def routing_table(
     """
     arguments = locals()
     optional = ("consistent_rms", "outputs_first")
-    rules = {**ROLE_RULES, **PER_HEAD_RULES}
+    rules = {**ROLE_RULES, **PER_HEAD_RULES, **LAYOUT_RULES}
     check_settings("routing_table", arguments, optional=optional, rules=rules)
-    settings = role_settings(arguments, per_head)
+    settings = role_settings(arguments, per_head, layout)
     routing = route("routing_table", params, settings)
     rows = (_row(routing, index, consistent_rms) for index in range(len(routing.paths)))
     return RoutingTable(tuple(rows), routing.warnings)

@@ -12,7 +12,7 @@ from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.settings import check_settings
 from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._muon.overrides import ROLE_RULES
-from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead
+from muonclip_jax._muon.per_head import LAYOUT_RULES, PER_HEAD_RULES, PerHead
 from muonclip_jax._muon.roles.decision import Overrides
 from muonclip_jax._muon.routing import role_settings, route
 from muonclip_jax._muon.settings import newton_schulz_of
@@ -40,6 +40,7 @@ def sharding_plan(
     per_head: PerHead = None,
     overrides: Overrides | None = None,
     outputs_first: bool | None = None,
+    layout: PerHead = None,
 ) -> Plan:
     """Plans which devices of a mesh orthogonalize which matrices, as `muon` does.
 
@@ -57,6 +58,7 @@ def sharding_plan(
       per_head: See `muon`. `muonclip(..., per_head=True)` has `per_head=layout` here.
       overrides: See `muon`.
       outputs_first: See `muon`.
+      layout: See `muon`.
 
     Returns:
       The plan, a named tuple; `str` of it has one line for each group of matrices: how many, their
@@ -78,9 +80,9 @@ def sharding_plan(
       4         256 / fsdp  512      exchange: 1 full  7.05e+08  0.8      up/kernel
     """
     arguments = locals()
-    rules = {**COEFFICIENT_RULES, **ROLE_RULES, **PER_HEAD_RULES}
+    rules = {**COEFFICIENT_RULES, **ROLE_RULES, **PER_HEAD_RULES, **LAYOUT_RULES}
     check_settings("sharding_plan", arguments, optional=("outputs_first",), rules=rules)
-    roles = role_settings(arguments, per_head)
+    roles = role_settings(arguments, per_head, layout)
     numbers = route("sharding_plan", params, roles).numbers
     structure = jax.tree.structure(params)
     passed = shardings_by_path("sharding_plan", shardings)

@@ -5,8 +5,8 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
-from muonclip_jax._qk_clip.matching import Matching, Path, key_of
-from muonclip_jax._qk_clip.module_faults import Fault, module_faults
+from muonclip_jax._qk_clip.matching import Matching, Path, key_of, named_layouts
+from muonclip_jax._qk_clip.module_faults import IF_SECOND_PAIR, Fault, module_faults
 from muonclip_jax._qk_clip.proposals import hint, proposal
 
 _IF_NOT_CLIPPED = "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
@@ -40,7 +40,8 @@ def check_matching(found: Matching, *, strict: bool, report_only: bool = False) 
     unpaired = [*_missing(found), *_unused(found)]
     if not (found.described or found.max_logits or found.left_out):
         unpaired = [_nothing(found)]
-    faults = [f for module in found.matched for f in module_faults(module, report_only=report_only)]
+    faults = [] if report_only else [*_several_pairs(found)]
+    faults += [f for one in found.matched for f in module_faults(one, report_only=report_only)]
     if faults or (strict and unpaired):
         faults = [*(unpaired if strict else ()), *faults]
         raise ValueError(_message(found, faults, report_only))
@@ -85,6 +86,16 @@ def _unused(found: Matching) -> Iterator[Fault]:
             there = ", ".join(repr(name) for name in sorted(children))
             text = f"no module {absent}; there are {there}."
             yield Fault(path, text)
+
+
+def _several_pairs(found: Matching) -> Iterator[Fault]:
+    """Lists modules that have all children of two layouts without a common child."""
+    for module in found.matched:
+        declared = {*module.head_layout.projections, *module.head_layout.kept_leaves}
+        for other in named_layouts(module.children, found.head_layouts):
+            if declared.isdisjoint(other.modules):
+                text = f"{module.head_layout} and {other} both describe it."
+                yield Fault(module.path, text, IF_SECOND_PAIR)
 
 
 def _nothing(found: Matching) -> Fault:

@@ -141,7 +141,7 @@ def match(
     """
     modules, masked, absent = _modules(params)
     sown, bounds = _sown(max_logits, {layout.stat for layout in head_layouts})
-    named = {path: _named(children, head_layouts) for path, children in modules.items()}
+    named = {path: named_layouts(children, head_layouts) for path, children in modules.items()}
     described = {path: layouts[0] for path, layouts in named.items() if layouts}
     left_out = {
         path
@@ -274,8 +274,13 @@ def _below(root: str, paths: Sequence[Path]) -> Iterator[tuple[int, Path]]:
             yield index, path[1:]
 
 
-def _named(children: Collection[str], layouts: Iterable[HeadLayout]) -> list[HeadLayout]:
-    """Returns the head layouts whose modules are all among the children."""
+def named_layouts(children: Collection[str], layouts: Iterable[HeadLayout]) -> list[HeadLayout]:
+    """Returns the head layouts whose modules are all among the children.
+
+    Args:
+      children: Names of the children of one module.
+      layouts: The head layouts.
+    """
     return [layout for layout in layouts if all(name in children for name in layout.modules)]
 
 

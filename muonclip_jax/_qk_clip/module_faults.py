@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from muonclip_jax._head_layouts.layout_evidence import (
+    misnamed_modules,
+    second_pair,
+    undeclared_kernels,
+)
 from muonclip_jax._head_layouts.module_names import letters, words
 from muonclip_jax._qk_clip.matching import AttentionModule, Path
 
@@ -33,6 +38,13 @@ _IF_BIAS = (
     "the module of the projection, or list it in `kept_leaves` to leave it as it is."
 )
 
+_IF_MISNAMED = "Correct the layout, or confirm it with kept_leaves={names}."
+IF_SECOND_PAIR = (
+    "A module has one max_logits and one layout, so that a second pair is not scaled. Make each "
+    "pair of queries and keys a module of its own, with its own max logits."
+)
+_IF_NO_PAIR = IF_SECOND_PAIR + " If they are not part of the logits, pass kept_leaves={names}."
+
 
 class Fault(NamedTuple):
     """One mismatch: the path of the module, a description, and the fix."""
@@ -53,6 +65,7 @@ def module_faults(module: AttentionModule, *, report_only: bool = False) -> list
       The faults; none if the clip is right.
     """
     faults = [] if report_only else list(_norm_faults(module))
+    faults += _name_faults(module, report_only=report_only)
     leaves = [*_bias_faults(module), *_leaf_faults(module)]
     return [*faults, *leaves] if leaves else [*faults, *_shape_faults(module)]
 
@@ -100,6 +113,21 @@ def _norms(module: AttentionModule) -> tuple[list[str], list[str]]:
     if not named and {letter for name in pair for letter in letters(name)} == {"q", "k"}:
         unnamed |= dict.fromkeys(pair)
     return [*named], [*unnamed]
+
+
+def _name_faults(module: AttentionModule, *, report_only: bool) -> Iterator[Fault]:
+    """Lists names that contradict the layout, and queries and keys that it does not mention."""
+    layout = module.head_layout
+    others = undeclared_kernels(layout, module.kernels, module.children)
+    misnamed = [*misnamed_modules(layout, others)]
+    names = *layout.kept_leaves, *(better for _, better in misnamed)
+    for text, _ in misnamed:
+        yield Fault(module.path, text, _IF_MISNAMED.format(names=names))
+    pair = second_pair(others)
+    if pair and not misnamed and not report_only:
+        text = f"{' and '.join(map(repr, pair))} look like a second pair of queries and keys."
+        names = (*layout.kept_leaves, *pair)
+        yield Fault(module.path, text, _IF_NO_PAIR.format(names=names))
 
 
 def _bias_faults(module: AttentionModule) -> Iterator[Fault]:

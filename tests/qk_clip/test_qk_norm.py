@@ -18,7 +18,7 @@ LATENT = mc.MLALayout(nope_dim=2, rope_dim=2, value_dim=2)
 def clip(children, layout=DEFAULT, **settings):
     """Clips one attention module that has these children too."""
     kernel = {"kernel": jnp.ones((8, N, H))}
-    names = {"query", "key", "value", *layout.modules}
+    names = {"value", *layout.modules}
     params = {"attn": {**dict.fromkeys(names, kernel), **children}}
     return mc.qk_clip(params, STATS, layout, **settings)
 
