@@ -46,7 +46,7 @@ def standard(
 
     def step(X: jax.Array, A: Symmetric, a: Scalar, b: Scalar, c: Scalar) -> jax.Array:
         """X ← (a I + b A + c A²) X."""
-        return ((a + _quadratic(A, b, c)) @ X).astype(X.dtype)
+        return (a + _quadratic(A, b, c)) @ X
 
     X = step(X, A, *coefficients[0])
     if steps is not None:
@@ -78,7 +78,7 @@ def gram(X: jax.Array, R: Symmetric, windows: Sequence[Sequence[Step]]) -> jax.A
             R = (Y @ (R @ Y).rounded()).rounded()
             Y = a + _quadratic(R, b, c)
             Q = (Y @ Q).rounded()
-        X = (Q @ X).astype(X.dtype)
+        X = Q @ X
     return X
 
 
@@ -95,5 +95,5 @@ def _initial_product(Y: Symmetric) -> Symmetric:
     The errors of Q are never corrected, so its products are computed in full. Float32 and wider
     types add the shift to the diagonal: they have the digits for it, and q X + Q X would lose some.
     """
-    Q = Y.without_mirror()
+    Q = Y.in_full()
     return Q if is_narrow(Q.matrix.dtype) else Q.without_shift()

@@ -186,9 +186,12 @@ class Orthogonalizer:
         """Decides the dtype of the products of matrices of `dtype`."""
         return choices.compute_dtype(dtype, self.dtype, self._platform)
 
-    def flops(self, n: int, m: int, dtype: Any) -> float:
-        """Counts the FLOPs of one n x m matrix, n ≤ m (a multiply-add is two)."""
-        return self.choose(n, m, dtype).flops(n, m)
+    def flops(self, n: int, m: int, dtype: Any, is_shared: bool = False) -> float:
+        """Counts the FLOPs of one n x m matrix, n ≤ m (a multiply-add is two).
+
+        If devices share it, these are the FLOPs of all of them together.
+        """
+        return self.choose(n, m, dtype, is_shared).flops(n, m)
 
     def choose(self, n: int, m: int, dtype: Any, is_shared: bool = False) -> choices.Choice:
         """Decides how to orthogonalize n x m matrices of `dtype`, n ≤ m."""

@@ -6,16 +6,20 @@ No chip has confirmed them yet.
 """
 
 import functools
-from collections.abc import Iterable
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+# Rows and columns of a tile.
+Part: TypeAlias = tuple[slice, slice]
 
 
 class Tiles(NamedTuple):
-    """How a symmetric n x n product, whose sums have m terms, is cut.
+    """How a product is cut. A symmetric n x n one has tiles on and above the diagonal.
 
     Attributes:
       side: Rows and columns of a tile of the result, a multiple of 128.
-      depth: Terms that are fetched at once: m, or a multiple of `chunk`.
+      depth: Terms of the sums that are fetched at once: all, or a multiple of `chunk`.
       chunk: Terms that are multiplied at once, a multiple of 128.
     """
 
@@ -23,14 +27,31 @@ class Tiles(NamedTuple):
     depth: int
     chunk: int
 
+    def on_side(self, n: int) -> int:
+        """Counts the tiles on a side."""
+        return -(-n // self.side)
+
     def positions(self, n: int) -> int:
         """Counts the tiles on and above the diagonal."""
-        count = -(-n // self.side)
+        count = self.on_side(n)
         return count * (count + 1) // 2
 
-    def share(self, n: int) -> float:
+    def parts(self, is_diagonal: bool) -> list[Part]:
+        """Lists what is computed of a tile: of one on the diagonal, three of four blocks."""
+        half, whole = self.side // 2, slice(0, self.side)
+        if not is_diagonal or half % 128:
+            return [(whole, whole)]
+        return [(slice(0, half), whole), (slice(half, self.side), slice(half, self.side))]
+
+    def area(self, n: int) -> int:
+        """Counts the numbers that are computed of a symmetric n x n product."""
+        diagonal = sum(_size(part) for part in self.parts(is_diagonal=True))
+        count = self.on_side(n)
+        return (self.positions(n) - count) * self.side**2 + count * diagonal
+
+    def flop_fraction(self, n: int) -> float:
         """Returns the FLOPs, as a fraction of those of a product that computes every number."""
-        return self.positions(n) * self.side**2 / n**2
+        return self.area(n) / n**2
 
     def vmem(self, itemsize: int) -> int:
         """Counts the bytes in fast memory: two buffers of each block, and tiles for the sums."""
@@ -38,22 +59,30 @@ class Tiles(NamedTuple):
         return 2 * blocks * itemsize + self.side**2 * (itemsize + 4)
 
 
+def _size(part: Part) -> int:
+    return math.prod(x.stop - x.start for x in part)
+
+
 class Regions(NamedTuple):
     """The cycles of the parts of the kernel, for one side of its tiles.
 
     Attributes:
       chunk: Terms that are multiplied at once.
-      sum: Cycles to multiply them, and to add them up.
-      write: Cycles of the sum with A, B and I, once for each position.
-      mirror: Cycles of the transposed tile, once for each position off the diagonal.
       step: Cycles of the pipeline of blocks, once for each step.
+      sum: Cycles to multiply a chunk, and to add it up.
+      write: Cycles of the last chunk, with the sum with A, B and I, once for each position.
+      transposed: Cycles to write the transposed tile, once for each position off the diagonal.
+      diagonal_sum: `sum` of a tile on the diagonal.
+      diagonal_write: `write` of a tile on the diagonal.
     """
 
     chunk: int
+    step: int
     sum: int
     write: int
-    mirror: int
-    step: int
+    transposed: int = 0
+    diagonal_sum: int = 0
+    diagonal_write: int = 0
 
 
 class Chip(NamedTuple):
@@ -64,8 +93,10 @@ class Chip(NamedTuple):
       macs: Multiply-adds of bfloat16 that the matrix units of a core do in a cycle.
       bandwidth: Bytes of HBM that a core reads or writes in a cycle.
       vmem: Bytes of fast memory of a core.
-      smallest: Short side from which the kernel takes fewer cycles than XLA's product.
-      sides: The cycles for each side of tiles.
+      smallest: Short side from which a symmetric product takes fewer cycles than XLA's.
+      smallest_full: Shortest of all three sides from which a full product does.
+      sides: The cycles for each side of the tiles of a symmetric product.
+      full_sides: The cycles for each side of the tiles of a full product.
     """
 
     cores: int
@@ -73,27 +104,58 @@ class Chip(NamedTuple):
     bandwidth: float
     vmem: int
     smallest: int
+    smallest_full: int
     sides: dict[int, Regions]
+    full_sides: dict[int, Regions]
+
+
+class Shape(NamedTuple):
+    """A product.
+
+    Attributes:
+      rows: Rows of the result.
+      columns: Columns of the result.
+      terms: Terms of its sums.
+      itemsize: Bytes of a number.
+      is_symmetric: Whether half of its tiles are computed.
+      added: Matrices that are added to the product.
+    """
+
+    rows: int
+    columns: int
+    terms: int
+    itemsize: int
+    is_symmetric: bool
+    added: int = 1
 
 
 # By JAX's name of a device. Memories: jax.experimental.pallas.tpu.get_tpu_info_for_chip, whose
 # bytes in a second are divided by the clock: the FLOPs there, by two for each multiply-add.
 CHIPS = {
-    "TPU v5 lite": Chip(1, 4 * 128**2, 546, 2**27, 1024, {
-        256: Regions(1024, 918, 84, 135, 158),
-        512: Regions(512, 1917, 300, 417, 160),
+    "TPU v5 lite": Chip(1, 4 * 128**2, 546, 2**27, 1024, 1024, {
+        256: Regions(1024, 158, 918, 1000, 70, 700, 750),
+        512: Regions(512, 160, 1917, 2000, 150, 1450, 1550),
+    }, {
+        512: Regions(512, 160, 1917, 2000),
+        1024: Regions(512, 160, 7600, 8000),
     }),
-    "TPU v5": Chip(2, 4 * 128**2, 702, 2**26, 1024, {
-        256: Regions(1024, 918, 84, 135, 155),
-        512: Regions(512, 1917, 300, 417, 155),
+    "TPU v5": Chip(2, 4 * 128**2, 702, 2**26, 1024, 1024, {
+        256: Regions(1024, 158, 918, 1000, 70, 700, 750),
+        512: Regions(512, 160, 1917, 2000, 150, 1450, 1550),
+    }, {
+        512: Regions(512, 160, 1917, 2000),
+        1024: Regions(512, 160, 7600, 8000),
     }),
-    "TPU v6 lite": Chip(1, 4 * 256**2, 935, 2**27, 2048, {
-        512: Regions(1024, 1232, 297, 217, 154),
-        1024: Regions(1024, 4331, 1161, 840, 154),
+    "TPU v6 lite": Chip(1, 4 * 256**2, 935, 2**27, 2048, 2048, {
+        512: Regions(1024, 154, 1232, 1500, 100, 900, 1100),
+        1024: Regions(1024, 154, 4331, 5500, 400, 3300, 4000),
+    }, {
+        1024: Regions(1024, 154, 4331, 5500),
     }),
-    "TPU7x": Chip(1, 4 * 256**2, 1680, 2**26, 2048, {
-        512: Regions(1024, 667, 379, 208, 709),
-        1024: Regions(1024, 2932, 1531, 811, 156),
+    "TPU7x": Chip(1, 4 * 256**2, 1680, 2**26, 2048, 2048, {
+        1024: Regions(1024, 156, 2932, 4400, 400, 2200, 3000),
+    }, {
+        1024: Regions(1024, 156, 2932, 4400),
     }),
 }  # fmt: skip
 CHIPS |= {
@@ -109,51 +171,69 @@ DEFAULT_KIND = "TPU v5"
 # Part of the fast memory that the kernel may use: XLA and the compiler need some of it.
 _PART_OF_VMEM = 0.85
 _DEPTHS = (1024, 2048, 4096, 8192)
+_BFLOAT16 = 2  # bytes
 
 
-def cycles(
-    n: int, m: int, itemsize: int, added: int, tiles: Tiles, r: Regions, chip: Chip
-) -> float:
+def cycles(shape: Shape, tiles: Tiles, r: Regions, chip: Chip) -> float:
     """Estimates the cycles of a product.
 
-    A step takes as long as its instructions, or as the blocks that it fetches for the next step.
-    All steps take as long as that, or as all bytes. The first blocks are fetched before, and the
-    last tile is written after them.
+    A step takes as long as its instructions, as the matrix units, or as the blocks that it fetches
+    for the next step. All steps take as long as that, or as all bytes. The first blocks are fetched
+    before, and the last tile is written after them.
 
     Args:
-      n: Short side.
-      m: Terms of the sums.
-      itemsize: Bytes of a number.
-      added: Matrices in the sum with A and B.
-      tiles: How the product is cut.
+      shape: The product.
+      tiles: How it is cut.
       r: The cycles for this side of tiles.
       chip: The device.
 
     Returns:
       Cycles of the device.
     """
-    side, depth, positions = tiles.side, min(tiles.depth, m), tiles.positions(n)
-    count, K = -(-n // side), -(-m // depth)
-    last = m - (K - 1) * depth
-    chunk = max(r.sum / r.chunk * tiles.chunk, side**2 * tiles.chunk / chip.macs)
-    remainder = side**2 * (last % tiles.chunk) / chip.macs
-    mirrored = (positions - count) / positions  # the others are on the diagonal
-    block, tile = side * depth * itemsize, side**2 * itemsize
+    side, depth = tiles.side, min(tiles.depth, shape.terms)
+    rows, K = tiles.on_side(shape.rows), -(-shape.terms // depth)
+    if shape.is_symmetric:
+        positions, diagonal = tiles.positions(shape.rows), rows
+    else:
+        positions, diagonal = rows * tiles.on_side(shape.columns), 0
+    mirrored = (positions - diagonal) / positions if shape.is_symmetric else 0.0
+    block, tile = side * depth * shape.itemsize, side**2 * shape.itemsize
     # The next step needs two blocks. With all terms in a step, a row of tiles shares the left one.
-    fetched = 2 * block if K > 1 else block * (1 + count / positions)
-    fetch = (fetched + added * tile) / chip.bandwidth
-    steps = [r.step + depth // tiles.chunk * chunk] * (K - 1)
-    steps += [r.step + last // tiles.chunk * chunk + remainder + r.write]
-    position = sum(max(step, fetch) for step in steps) + r.step + mirrored * r.mirror
-    bytes_of_position = K * fetched + (added + 1 + mirrored) * tile
+    fetched = 2 * block if K > 1 else block * (1 + rows / positions)
+    fetch = (fetched + shape.added * tile) / chip.bandwidth
+
+    def position(is_diagonal: bool) -> float:
+        chunk, last_chunk = _chunks(shape.terms, tiles, r, chip, is_diagonal)
+        in_last_step = -(-(shape.terms - (K - 1) * depth) // tiles.chunk)
+        steps = [r.step + depth // tiles.chunk * chunk] * (K - 1)
+        steps += [r.step + (in_last_step - 1) * chunk + last_chunk]
+        own = r.step + (0 if is_diagonal else r.transposed) if shape.is_symmetric else 0
+        return sum(max(step, fetch) for step in steps) + own
+
+    mean = ((positions - diagonal) * position(False) + diagonal * position(True)) / positions
+    bytes_of_position = K * fetched + (shape.added + 1 + mirrored) * tile
     in_turn = -(-positions // chip.cores)
     ends = (2 * block + tile) / chip.bandwidth
-    return ends + in_turn * max(position, bytes_of_position / chip.bandwidth)
+    return ends + in_turn * max(mean, bytes_of_position / chip.bandwidth)
+
+
+def _chunks(
+    terms: int, tiles: Tiles, r: Regions, chip: Chip, is_diagonal: bool
+) -> tuple[float, float]:
+    """Returns the cycles of a chunk and of the last one, which may be partial."""
+    area = sum(_size(part) for part in tiles.parts(is_diagonal))
+    add, write = (r.diagonal_sum, r.diagonal_write) if is_diagonal else (r.sum, r.write)
+    last = (terms - 1) % tiles.chunk + 1
+    in_units = area / chip.macs  # cycles of the matrix units for each term
+    return (
+        max(add / r.chunk, in_units) * tiles.chunk,
+        max(write - (r.chunk - last) * add / r.chunk, last * in_units),
+    )
 
 
 @functools.cache
 def fastest(n: int, m: int, itemsize: int, kind: str | None) -> Tiles | None:
-    """Finds the tiles with the fewest cycles, of the side that has the fewest for m = n.
+    """Finds the tiles of a symmetric product, of the side that has the fewest cycles for m = n.
 
     Args:
       n: Short side.
@@ -169,32 +249,66 @@ def fastest(n: int, m: int, itemsize: int, kind: str | None) -> Tiles | None:
 
     Example:
       >>> fastest(4096, 4096, 2, "TPU v5").side, fastest(128, 512, 2, "TPU v5")
-      (256, None)
+      (512, None)
     """
+    chip = chip_of(kind)
+    if n < chip.smallest:
+        return None
+    square = _best(Shape(n, n, n, itemsize, True), chip.sides, chip)
+    if square is None:
+        return None
+    # One side, so that all products of a matrix compute the same fraction.
+    only = {square.side: chip.sides[square.side]}
+    return _best(Shape(n, n, m, itemsize, True), only, chip)
+
+
+@functools.cache
+def fastest_full(
+    rows: int, columns: int, terms: int, itemsize: int, kind: str | None
+) -> Tiles | None:
+    """Finds the tiles of a full product.
+
+    Args:
+      rows: Rows of the result.
+      columns: Columns of the result.
+      terms: Terms of the sums.
+      itemsize: Bytes of a number.
+      kind: See `fastest`.
+
+    Returns:
+      The tiles. None if XLA's product takes fewer cycles, or is the only one that was measured.
+
+    Raises:
+      ValueError: if the device has no measured tiles.
+    """
+    chip = chip_of(kind)
+    if min(rows, columns, terms) < chip.smallest_full or itemsize != _BFLOAT16:
+        return None
+    return _best(Shape(rows, columns, terms, itemsize, False), chip.full_sides, chip)
+
+
+def chip_of(kind: str | None) -> Chip:
+    """Returns the generation of a device; raises ValueError if it is not known."""
     if (kind := kind or DEFAULT_KIND) not in CHIPS:
         raise ValueError(
             f"newton_schulz: products='pallas' has no tiles for {kind!r}, only for "
             f"{', '.join(CHIPS)}. Pass products='xla'."
         )
-    chip = CHIPS[kind]
-    if n < chip.smallest:
-        return None
-
-    def best(m: int, sides: Iterable[int]) -> Tiles | None:
-        found = [
-            (cycles(n, m, itemsize, 1, tiles, chip.sides[side], chip), tiles)
-            for side in sides
-            for tiles in cuts(m, side, chip.sides[side].chunk, itemsize, chip)
-        ]
-        return min(found)[1] if found else None
-
-    square = best(n, chip.sides)  # so that all products of a matrix have the same share
-    return square and best(m, [square.side])
+    return CHIPS[kind]
 
 
-def cuts(m: int, side: int, chunk: int, itemsize: int, chip: Chip) -> list[Tiles]:
+def _best(shape: Shape, sides: Mapping[int, Regions], chip: Chip) -> Tiles | None:
+    found = [
+        (cycles(shape, tiles, r, chip), tiles)
+        for side, r in sides.items()
+        for tiles in cuts(shape.terms, side, r.chunk, shape.itemsize, chip)
+    ]
+    return min(found)[1] if found else None
+
+
+def cuts(terms: int, side: int, chunk: int, itemsize: int, chip: Chip) -> list[Tiles]:
     """Lists the tiles of one side that fit the fast memory."""
-    chunk = min(chunk, m // 128 * 128)
-    depths = [d for d in (m, *_DEPTHS) if 0 < chunk <= d <= m]
+    chunk = min(chunk, terms // 128 * 128)
+    depths = [d for d in (terms, *_DEPTHS) if 0 < chunk <= d <= terms]
     found = (Tiles(side, depth, chunk) for depth in depths)
     return [tiles for tiles in found if tiles.vmem(itemsize) <= _PART_OF_VMEM * chip.vmem]
