@@ -13,11 +13,18 @@ def small_tiles(side=128, chunk=128, smallest=130):
     Matrices of one shape must not be computed with two settings: compiled programs are kept.
     """
     before = tiles.CHIPS[DEFAULT_KIND]
-    regions = {side: Regions(chunk, 1, 1, 1, 1)}
-    tiles.CHIPS[DEFAULT_KIND] = before._replace(smallest=smallest, sides=regions)
-    tiles.fastest.cache_clear()
+    regions = {side: Regions(chunk, *6 * [1])}
+    tiles.CHIPS[DEFAULT_KIND] = before._replace(
+        smallest=smallest, smallest_full=smallest, sides=regions, full_sides=regions
+    )
+    _clear()
     try:
         yield
     finally:
         tiles.CHIPS[DEFAULT_KIND] = before
-        tiles.fastest.cache_clear()
+        _clear()
+
+
+def _clear():
+    tiles.fastest.cache_clear()
+    tiles.fastest_full.cache_clear()
