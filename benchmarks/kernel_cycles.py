@@ -47,7 +47,8 @@ def read_regions(dump: str, chunk: int) -> Regions:
     start, end = max(skips, key=lambda s: s[1] - s[0], default=(0, 0))
     depth = bundles[start].depth
     loops = [loop for loop in _loops(bundles, depth) if start < loop[0] and loop[1] <= end]
-    stores = [s for s in skips if start < s[0] and s[1] <= end and _has_stores(bundles, s)]
+    inside = [s for s in skips if start < s[0] and s[1] <= end]
+    stores = [s for s in inside if _has("vst ", bundles, s)]  # the pipeline of blocks has none
     without = [s for s in stores if not any(s[0] < loop[0] < s[1] for loop in loops)]
     parts = [
         s for s in without if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in without)
@@ -66,7 +67,7 @@ def read_regions(dump: str, chunk: int) -> Regions:
 
 
 def _loops(bundles: list[_Bundle], depth: int) -> list[tuple[int, int]]:
-    """Lists the first and the last bundle of each loop that stores, below a depth."""
+    """Lists the first and the last bundle of each loop below a depth that multiplies matrices."""
     found, first = [], None
     for i, bundle in enumerate(bundles):
         if bundle.depth > depth and first is None:
@@ -74,12 +75,12 @@ def _loops(bundles: list[_Bundle], depth: int) -> list[tuple[int, int]]:
         elif bundle.depth <= depth and first is not None:
             found.append((first, i))
             first = None
-    return [loop for loop in found if _has_stores(bundles, loop)]
+    return [loop for loop in found if _has(r"vmat", bundles, loop)]
 
 
-def _has_stores(bundles: list[_Bundle], part: tuple[int, int]) -> bool:
-    """Whether a part writes to fast memory. The pipeline of blocks does not."""
-    return any(re.search(r"\bvst ", bundle.text) for bundle in bundles[slice(*part)])
+def _has(instruction: str, bundles: list[_Bundle], part: tuple[int, int]) -> bool:
+    """Whether an instruction that starts so is in a part."""
+    return any(re.search(rf"\b{instruction}", bundle.text) for bundle in bundles[slice(*part)])
 
 
 def _bundles(dump: str) -> list[_Bundle]:
