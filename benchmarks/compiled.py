@@ -185,7 +185,9 @@ class Program:
         self.loops = loops
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, current = "", None
-        for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        # The settings of a kernel inside of a fusion have line breaks.
+        text = re.sub(r'\n(?="|\}, )', "", re.sub(r"/\*.*?\*/", "", text))
+        for line in text.splitlines():
             if current is not None and (match := _INSTRUCTION.match(line)):
                 name, shape, opcode, rest = match.groups()
                 current[name] = Instruction(name, shape, opcode, *_split_attributes(rest))
@@ -291,10 +293,10 @@ class Program:
 
 def _kernel_figures(instructions: dict[str, Instruction], i: Instruction) -> Figures:
     """Reads the figures of a Pallas kernel, as its `cost_estimate` has them."""
-    estimate = re.search(r'"cost_estimate":\{([^}]*)\}', i.attributes)
+    estimate = re.search(r'"cost_estimate":\s*\{([^}]*)\}', i.attributes)
     if estimate is None:
         return {}
-    figures = {k: float(v) for k, v in re.findall(r'"(\w+)":"(\d+)"', estimate[1])}
+    figures = {k: float(v) for k, v in re.findall(r'"(\w+)":"?(\d+)', estimate[1])}
     name = re.search(r'/(\w+)/pallas_call"', i.attributes)
     arrays = (_ARRAY.search(instructions[x].shape) for x in i.operands)
     shapes = (array[0] for array in arrays if array and "," in array[0])  # no vectors of settings

@@ -34,6 +34,10 @@ from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, nonzero
 from muonclip_jax._sharding.plan import Group, Plan
 
 
+# Rows and columns of a tile in the memory of a TPU.
+_ROWS, _LANES = 8, 128
+
+
 def orthogonalize(
     leaves: Sequence[jax.Array], plan: Plan, orthogonalize: Orthogonalizer, eps: Scalar
 ) -> list[jax.Array]:
@@ -109,6 +113,9 @@ def _stacked(
     """Stacks the shards of all matrices of a group, [K, m / R, n / C], in the transfer dtype."""
     stacks = []
     for member, a, shard in zip(group.members, axes, shards, strict=True):
+        if member.transposed and not _has_smaller_range(transfer_dtype, shard.dtype):
+            # In this order: otherwise XLA transposes what `shard` is computed from.
+            shard = _materialized(shard.astype(transfer_dtype))
         x = to_matrices(shard, a, member.transposed)
         x = x.reshape(member.count, *x.shape[-2:])
         stacks.append(_materialized(_cast(x, transfer_dtype, group)))
@@ -122,6 +129,8 @@ def _unstacked(
     results, start = [], 0
     for member, a, shard in zip(group.members, axes, shards, strict=True):
         part = jax.lax.slice_in_dim(x, start, start + member.count)
+        if member.transposed:  # otherwise XLA transposes all of x
+            part = _materialized(part)
         part = _materialized(from_matrices(part, a, shard.shape, member.transposed))
         results.append(part.astype(shard.dtype))
         start += member.count
@@ -130,10 +139,14 @@ def _unstacked(
 
 def _cast(x: jax.Array, transfer_dtype: Any, group: Group) -> jax.Array:
     """Casts to the transfer dtype, after scaling each matrix if its range is smaller."""
-    if jnp.finfo(transfer_dtype).maxexp < jnp.finfo(x.dtype).maxexp:
+    if _has_smaller_range(transfer_dtype, x.dtype):
         largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
         x = x / nonzero(jax.lax.pmax(largest, group.axes) if group.axes else largest)
     return x.astype(transfer_dtype)
+
+
+def _has_smaller_range(dtype: Any, other: Any) -> bool:
+    return jnp.finfo(dtype).maxexp < jnp.finfo(other).maxexp
 
 
 def _split_over_replicas(
@@ -230,6 +243,14 @@ def _assembled(shards: jax.Array, grid: tuple[int, int]) -> jax.Array:
     *batch, _, height, width = shards.shape
     R, C = grid
     # One axis at a time: under jax.vmap, jax 0.10 cannot merge more axes of a sharded array.
+    if C > 1 and height % _ROWS == 0 and width % _LANES == 0:
+        # As tiles, which move as they are. In a tile of (C, width), C would be padded.
+        tiles = height // _ROWS, _ROWS, width // _LANES, _LANES
+        shards = jnp.moveaxis(shards.reshape(*batch, R, C, *tiles), -5, -3)
+        shards = shards.reshape(*batch, R, height, C, *tiles[2:])
+        shards = shards.reshape(*batch, R * height, C, *tiles[2:])
+        shards = shards.reshape(*batch, R * height, C, width)
+        return shards.reshape(*batch, R * height, C * width)
     shards = shards.reshape(*batch, R, C, height, width).swapaxes(-3, -2)
     return shards.reshape(*batch, R * height, C, width).reshape(*batch, R * height, C * width)
 
