@@ -112,7 +112,7 @@ def by_kernel(product: Product, cut: Tiles, numbers: Any, A: jax.Array, B: jax.A
     if product.kind == "square":
         return tpu_kernel.product(a, A, 0.0, A, c, cut)
     if product.kind == "full":
-        return tpu_kernel.full_product(c, A, B, [(a, B)], cut)
+        return tpu_kernel.full_product(c, A, B, [(a, B)], cut)[0]
     return tpu_kernel.product(a, A, b, B, c, cut)
 
 

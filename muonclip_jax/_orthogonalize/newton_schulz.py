@@ -34,6 +34,7 @@ from muonclip_jax._orthogonalize.iterations import gram, standard
 from muonclip_jax._orthogonalize.matrix_axes import LAST_TWO_AXES, axes_of
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._orthogonalize.symmetric import (
+    Matrix,
     Products,
     Symmetric,
     gram_matrix,
@@ -320,7 +321,7 @@ def _normalize(
 
 def _precondition(
     X: jax.Array, preconditioning: str, products: Products
-) -> tuple[jax.Array, Symmetric]:
+) -> tuple[Matrix, Symmetric]:
     """Scales the rows of a normalized X as the preconditioning requires; also returns X Xᴴ.
 
     Args:
@@ -332,14 +333,16 @@ def _precondition(
       X and X Xᴴ. Two preconditionings replace X by D X, D diagonal, and X Xᴴ by D X Xᴴ D.
     """
     if preconditioning not in ("schatten", "aol"):
-        return X, gram_matrix(X, products)
+        normalized = Matrix(X, 1.0 if preconditioning == "frobenius" else None)
+        return normalized, gram_matrix(normalized, products)
     A = unrounded_gram_matrix(X, products)
     if preconditioning == "schatten":  # D = ‖A‖^(-1/2) I, and ‖A‖^(1/2) is the Schatten-4 norm of X
         total = jnp.linalg.norm(A, axis=(-2, -1), keepdims=True)
     else:  # D_ii = (Σ_j |A_ij|)^(-1/2)
         total = jnp.sum(jnp.abs(A), axis=-1, keepdims=True)
     D = jax.lax.rsqrt(nonzero(total)).astype(A.dtype)
-    return (D * X.astype(A.dtype)).astype(X.dtype), rounded(A * D * D.mT, X.dtype, products)
+    scaled = (D * X.astype(A.dtype)).astype(X.dtype)
+    return Matrix(scaled), rounded(A * D * D.mT, X.dtype, products)
 
 
 def nonzero(x: jax.Array) -> jax.Array:

@@ -72,6 +72,18 @@ class Products(NamedTuple):
         return fastest_full(rows, columns, terms, A.dtype.itemsize, self.kernel)
 
 
+class Matrix(NamedTuple):
+    """An n x m matrix X that Newton-Schulz iterates on.
+
+    Attributes:
+      entries: `[..., n, m]`; if devices share it, some of its columns.
+      squares: The sum of its squares, `[..., 1, 1]`, up to rounding; None if it is not known yet.
+    """
+
+    entries: jax.Array
+    squares: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Symmetric:
     """r I + R, a matrix that is symmetric up to rounding.
@@ -95,15 +107,14 @@ class Symmetric:
         return Unrounded(a * self.shift, ((a, self.matrix),), None, self.products)
 
     def __matmul__(self, other: Any) -> Any:
-        """Computes A B, of matrices that commute up to rounding, or A X, rounded, for an array X.
+        """Computes A B, of matrices that commute up to rounding, or A X, rounded, for a `Matrix`.
 
         A B is symmetric, and may be used as such later, only if both A and B are.
         """
         r, R = self.shift, self.matrix
-        if isinstance(other, jax.Array):
-            return _sum_of_products(
-                [(r, other)], (1.0, R, other), self.products._replace(mirror=False)
-            )
+        if isinstance(other, Matrix):
+            X, in_full = other.entries, self.products._replace(mirror=False)
+            return _sum_of_products([(r, X)], (1.0, R, X), in_full)
         t, T = other.shift, other.matrix
         products = self.products if other.products.is_symmetric else other.products
         return Unrounded(r * t, ((r, T), (t, R)), (1.0, R, T), products)
@@ -163,7 +174,7 @@ class Unrounded:
         if product:
             c, R, T = product
             product = c, own_rows(R, products.shards), T
-        rows = _sum_of_products(terms, product, products)
+        rows = _sum_of_products(terms, product, products).entries
         return Symmetric(self.shift, _all_rows(rows, n, products.shards), products)
 
     def _sums(self) -> list[tuple[Any, jax.Array]]:
@@ -178,25 +189,28 @@ class Unrounded:
         return found
 
 
-def gram_matrix(X: jax.Array, products: Products) -> Symmetric:
+def gram_matrix(X: Matrix, products: Products) -> Symmetric:
     """Computes X Xᴴ, rounded to the dtype of X.
 
     Args:
-      X: `[..., n, m]`; if devices share it, some of its columns.
+      X: `[..., n, m]`.
       products: How products are computed.
 
     Returns:
       The matrix; in 16 bits its shift is the mean of the diagonal.
     """
+    entries, squares = X
     if products.shards:
-        return rounded(unrounded_gram_matrix(X, products), X.dtype, products)
+        return rounded(unrounded_gram_matrix(entries, products), entries.dtype, products)
     r: Any = 0.0
-    if is_narrow(X.dtype):
-        # From X: known before the product, so that the unrounded A need not be kept.
-        r = jnp.sum(jnp.abs(_wide(X)) ** 2, axis=(-2, -1), keepdims=True) / X.shape[-2]
-    if tiles := products.tiles(X.shape[-2], X.shape[-1], X.dtype):
-        return Symmetric(r, _kernel().gram_matrix(X, r, tiles), products)
-    return rounded(unrounded_gram_matrix(X, products), X.dtype, products, r)
+    if is_narrow(entries.dtype):
+        # Known before the product, so that the unrounded A need not be kept.
+        if squares is None:
+            squares = jnp.sum(jnp.abs(_wide(entries)) ** 2, axis=(-2, -1), keepdims=True)
+        r = squares / entries.shape[-2]
+    if tiles := products.tiles(*entries.shape[-2:], entries.dtype):
+        return Symmetric(r, _kernel().gram_matrix(entries, r, tiles), products)
+    return rounded(unrounded_gram_matrix(entries, products), entries.dtype, products, r)
 
 
 def unrounded_gram_matrix(X: jax.Array, products: Products) -> jax.Array:
@@ -238,7 +252,7 @@ def _sum_of_products(
     terms: Sequence[tuple[Any, jax.Array]],
     product: tuple[Any, jax.Array, jax.Array] | None,
     products: Products,
-) -> jax.Array:
+) -> Matrix:
     """Computes Σ a A + c R T in float32 at least, and rounds it once.
 
     Args:
@@ -250,14 +264,14 @@ def _sum_of_products(
       The sum, in the dtype of the matrices.
     """
     if product and (tiles := products.full_tiles(*product[1:])):
-        return _kernel().full_product(*product, terms, tiles)
+        return Matrix(*_kernel().full_product(*product, terms, tiles))
     total: Any = None
     for a, A in terms:
         total = _plus(total, _times(a, _wide(A)))
     if product:
         c, R, T = product
         total = _plus(total, c * (mirrored if products.mirror else multiply)(R, T))
-    return total.astype(terms[0][1].dtype)
+    return Matrix(total.astype(terms[0][1].dtype))
 
 
 def mirrored(A: jax.Array, B: jax.Array) -> jax.Array:

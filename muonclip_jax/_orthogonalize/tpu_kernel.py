@@ -35,7 +35,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from muonclip_jax._orthogonalize.tiles import Tiles
-from muonclip_jax._orthogonalize.tpu_kernel_step import LANES, Form, divided, kernel_step
+from muonclip_jax._orthogonalize.tpu_kernel_step import (
+    LANES,
+    ROWS,
+    Form,
+    ProductShape,
+    kernel_step,
+)
 
 # The kernel must not use all of the fast memory that it is given.
 _SPARE_BYTES = 2**22
@@ -58,7 +64,7 @@ def gram_matrix(X: jax.Array, r: Any, tiles: Tiles, dtype: Any = None) -> jax.Ar
     Returns:
       `[..., n, n]`, summed in float32 and rounded once.
     """
-    return _apply(Form(tiles, "gram_matrix", jnp.dtype(dtype or X.dtype)), (r,), (X, X))
+    return _apply(Form(tiles, "gram_matrix", jnp.dtype(dtype or X.dtype)), (r,), (X, X))[0]
 
 
 def product(a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles) -> jax.Array:
@@ -77,13 +83,13 @@ def product(a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles) ->
     """
     form = Form(tiles, "product", A.dtype)
     if A is B:
-        return _apply(form, (a + b, c), (A, A, A))
-    return _apply(form, (a, b, c), (A, B, A, B))
+        return _apply(form, (a + b, c), (A, A, A))[0]
+    return _apply(form, (a, b, c), (A, B, A, B))[0]
 
 
 def full_product(
     c: Any, A: jax.Array, B: jax.Array, terms: Sequence[tuple[Any, jax.Array]], tiles: Tiles
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Computes c A B + Σ a C.
 
     Args:
@@ -94,14 +100,19 @@ def full_product(
       tiles: How the result is cut.
 
     Returns:
-      `[..., n, m]` in the dtype of A, summed in float32 and rounded once.
+      `[..., n, m]` in the dtype of A, summed in float32 and rounded once; and the sum of its
+      squares before it is rounded, `[..., 1, 1]` in float32.
     """
     added = [(a, C) for a, C in terms if not (isinstance(a, float) and a == 0)]
     numbers = (*(a for a, _ in added), c)
-    return _apply(Form(tiles, "full_product", A.dtype), numbers, (A, B, *(C for _, C in added)))
+    form = Form(tiles, "full_product", A.dtype)
+    result, squares = _apply(form, numbers, (A, B, *(C for _, C in added)))
+    return result, jnp.sum(squares, axis=(-2, -1), keepdims=True)
 
 
-def _apply(form: Form, numbers: Sequence[Any], arrays: Sequence[jax.Array]) -> jax.Array:
+def _apply(
+    form: Form, numbers: Sequence[Any], arrays: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
     """Runs the kernel on stacks of any number of axes.
 
     Args:
@@ -114,23 +125,26 @@ def _apply(form: Form, numbers: Sequence[Any], arrays: Sequence[jax.Array]) -> j
     each = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), (*stack, 1, 1)) for x in numbers]
     numbers_of_each = jnp.concatenate([x.reshape(count, 1) for x in each], axis=1)
     flat = tuple(x.reshape(count, *x.shape[-2:]) for x in arrays)
-    result = _without_derivative(form, numbers_of_each, flat)
-    return result.reshape(*stack, *result.shape[1:])
+    results = _without_derivative(form, numbers_of_each, flat)
+    return tuple(x.reshape(*stack, *x.shape[1:]) for x in results)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _without_derivative(form: Form, numbers: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+def _without_derivative(
+    form: Form, numbers: jax.Array, arrays: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
     """Runs the kernel on the matrices of a stack, [count, n, m], also under `jax.vmap`."""
 
     @jax.custom_batching.custom_vmap
     def run(numbers, arrays):
         # Chosen when the program is lowered, which may be for a TPU that is not attached.
-        return jax.lax.platform_dependent(
+        results = jax.lax.platform_dependent(
             numbers,
             *arrays,
             tpu=functools.partial(_compiled, form, False),
             cpu=functools.partial(_compiled, form, True),
         )
+        return tuple(results)
 
     @run.def_vmap
     def _(size, is_batched, numbers, arrays):
@@ -140,8 +154,8 @@ def _without_derivative(form: Form, numbers: jax.Array, arrays: tuple[jax.Array,
             x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
-        result = run(*jax.tree.map(stacked, (numbers, arrays), tuple(is_batched)))
-        return result.reshape(size, -1, *result.shape[1:]), True
+        results = run(*jax.tree.map(stacked, (numbers, arrays), tuple(is_batched)))
+        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in results), (True,) * len(results)
 
     return run(numbers, arrays)
 
@@ -153,81 +167,96 @@ def _(form, primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(form: Form, interpret: bool, numbers: jax.Array, *arrays: jax.Array) -> jax.Array:
+def _compiled(
+    form: Form, interpret: bool, numbers: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
     """Lays out the kernel: numbers [count, 1 to 3], arrays [count, rows, columns]."""
     tiles, (count, n, terms) = form.tiles, arrays[0].shape
     m = n if form.is_symmetric else arrays[1].shape[-1]
     rows, columns = form.places(n, m)
-    positions, K = len(rows), -(-terms // tiles.depth)
+    product = ProductShape(count, n, m, terms, len(rows), -(-terms // tiles.depth))
+    out_specs, out_shapes = _results(form, product)
+    totals = (jnp.float32, form.dtype) if form.is_symmetric else (jnp.float32,)
+    itemsize = max(form.dtype.itemsize, arrays[0].dtype.itemsize)
+    call = pl.pallas_call(
+        functools.partial(kernel_step, form=form, product=product),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(count * product.positions, product.K + form.is_symmetric),
+            in_specs=_inputs(form, product, len(arrays) - 2),
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM((tiles.side, tiles.side), dtype) for dtype in totals],
+        ),
+        out_shape=out_shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            # The checks take a third of the cycles that the pipeline of blocks needs in a step.
+            disable_bounds_checks=True,
+            disable_semaphore_checks=True,
+            vmem_limit_bytes=tiles.vmem(itemsize) + _SPARE_BYTES,
+        ),
+        cost_estimate=_cost(form, product, arrays),
+        interpret=interpret,
+        name=f"symmetric_{form.kind}" if form.is_symmetric else form.kind,
+    )
+    return tuple(call(jnp.asarray(rows), jnp.asarray(columns), numbers.reshape(-1), *arrays))
 
-    def index(p, rows, columns):
-        """The matrix, i and j of a position."""
-        matrix, at = divided(p, positions, count)
-        return matrix, rows[at], columns[at]
+
+def _inputs(form: Form, product: ProductShape, added: int) -> list[pl.BlockSpec]:
+    """Returns the blocks of both factors and of the matrices that are added."""
+    K, side = product.K, form.tiles.side
+    depth = -(-form.tiles.depth // LANES) * LANES
 
     def block(shape: tuple[int, int], place: Callable[..., tuple[Any, Any]]) -> pl.BlockSpec:
         """A block of an input: of the next position, once this one has read all its terms."""
 
         def index_map(p, k, rows, columns, _):
             if form.is_symmetric:
-                p = jnp.where(k == K, jnp.minimum(p + 1, count * positions - 1), p)
+                last = product.count * product.positions - 1
+                p = jnp.where(k == K, jnp.minimum(p + 1, last), p)
                 k = jnp.where(k == K, 0, k)
-            matrix, i, j = index(p, rows, columns)
-            return (matrix, *place(i, j, k))
+            matrix, at = product.divided(p)
+            return (matrix, *place(rows[at], columns[at], k))
 
         return pl.BlockSpec((None, *shape), index_map)
 
-    def result_map(p, k, rows, columns, _):
-        matrix, i, j = index(p, rows, columns)
-        if not form.is_symmetric:
-            return matrix, i, j
-        return matrix, jnp.where(k == K, j, i), jnp.where(k == K, i, j)
-
-    side, depth = tiles.side, -(-tiles.depth // LANES) * LANES
     left = block((side, depth), lambda i, j, k: (i, k))
     if form.is_gram:
         right = block((side, depth), lambda i, j, k: (j, k))
     else:
         right = block((depth, side), lambda i, j, k: (k, j))
-    in_tile = block((side, side), lambda i, j, k: (i, j))
-    scratch = (jnp.float32, form.dtype) if form.is_symmetric else (jnp.float32,)
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
-        grid=(count * positions, K + 1 if form.is_symmetric else K),
-        in_specs=[left, right, *[in_tile for _ in arrays[2:]]],
-        out_specs=pl.BlockSpec((None, side, side), result_map),
-        scratch_shapes=[pltpu.VMEM((side, side), dtype) for dtype in scratch],
-    )
-    settings = {"form": form, "terms": terms, "count": count, "positions": positions, "K": K}
-    return pl.pallas_call(
-        functools.partial(kernel_step, **settings),
-        grid_spec=grid,
-        out_shape=jax.ShapeDtypeStruct((count, n, m), form.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            # The checks take a third of the cycles that the pipeline of blocks needs in a step.
-            disable_bounds_checks=True,
-            disable_semaphore_checks=True,
-            vmem_limit_bytes=tiles.vmem(max(form.dtype.itemsize, arrays[0].dtype.itemsize))
-            + _SPARE_BYTES,
-        ),
-        cost_estimate=_cost(form, arrays, K),
-        interpret=interpret,
-        name=f"symmetric_{form.kind}" if form.is_symmetric else form.kind,
-    )(jnp.asarray(rows), jnp.asarray(columns), numbers.reshape(-1), *arrays)
+    return [left, right, *[block((side, side), lambda i, j, k: (i, j)) for _ in range(added)]]
 
 
-def _cost(form: Form, arrays: Sequence[jax.Array], K: int) -> pl.CostEstimate:
+def _results(form: Form, product: ProductShape) -> tuple[list[pl.BlockSpec], list[Any]]:
+    """Returns the blocks of the results, and their shapes."""
+    side, count = form.tiles.side, product.count
+
+    def place(p, k, rows, columns, _):
+        matrix, at = product.divided(p)
+        i, j = rows[at], columns[at]
+        if not form.is_symmetric:
+            return matrix, i, j
+        return matrix, jnp.where(k == product.K, j, i), jnp.where(k == product.K, i, j)
+
+    specs = [pl.BlockSpec((None, side, side), place)]
+    shapes = [jax.ShapeDtypeStruct((count, product.n, product.m), form.dtype)]
+    if not form.is_symmetric:  # and sums of squares
+        specs.append(pl.BlockSpec((None, ROWS, side), lambda p, *_: (*product.divided(p), 0)))
+        sums = (count, product.positions * ROWS, side)
+        shapes.append(jax.ShapeDtypeStruct(sums, jnp.float32))
+    return specs, shapes
+
+
+def _cost(form: Form, product: ProductShape, arrays: Sequence[jax.Array]) -> pl.CostEstimate:
     """Counts the FLOPs of all tiles, and the bytes that are fetched and written."""
-    tiles, (count, n, terms) = form.tiles, arrays[0].shape
-    m = n if form.is_symmetric else arrays[1].shape[-1]
-    positions = len(form.places(n, m)[0])
+    tiles, count, n, m, terms, positions, K = form.tiles, *product
     area = tiles.area(n) if form.is_symmetric else positions * tiles.side**2
     # If all terms are fetched at once, the left block is fetched once for each row of tiles.
     fetched = 2 * positions if K > 1 else positions + tiles.on_side(n)
     numbers = fetched * tiles.side * terms + len(arrays[2:]) * positions * tiles.side**2
     return pl.CostEstimate(
-        flops=int(2 * count * area * terms),
+        flops=2 * count * area * terms,
         bytes_accessed=count * (numbers * arrays[0].dtype.itemsize + n * m * form.dtype.itemsize),
         transcendentals=0,
     )

@@ -12,6 +12,8 @@ from muonclip_jax._orthogonalize.tiles import Part, Tiles
 
 # Numbers in a row of a register: slices of blocks start and end at multiples of it.
 LANES = 128
+# Rows of a register of float32.
+ROWS = 8
 
 
 class Form(NamedTuple):
@@ -42,11 +44,30 @@ class Form(NamedTuple):
         return i.reshape(-1).astype(np.int32), j.reshape(-1).astype(np.int32)
 
 
-def divided(p: Any, positions: int, count: int) -> tuple[Any, Any]:
-    """Divides a position in a stack: the matrix, and the position in it."""
-    if count == 1:  # without divisions, which take many cycles at each step
-        return 0, p
-    return jax.lax.div(p, positions), jax.lax.rem(p, positions)
+class ProductShape(NamedTuple):
+    """Sizes of a stack of products.
+
+    Attributes:
+      count: Matrices.
+      n: Rows of the result.
+      m: Columns of the result.
+      terms: Terms of the sums.
+      positions: Tiles of a matrix that are computed.
+      K: Steps that add up terms.
+    """
+
+    count: int
+    n: int
+    m: int
+    terms: int
+    positions: int
+    K: int
+
+    def divided(self, p: Any) -> tuple[Any, Any]:
+        """Divides a position in the stack: the matrix, and the position in it."""
+        if self.count == 1:  # without divisions, which take many cycles at each step
+            return 0, p
+        return jax.lax.div(p, self.positions), jax.lax.rem(p, self.positions)
 
 
 class _Tile(NamedTuple):
@@ -125,29 +146,29 @@ class _Tile(NamedTuple):
         )
 
 
-def kernel_step(
-    rows, columns, numbers, *refs, form: Form, terms: int, count: int, positions: int, K: int
-) -> None:
+def kernel_step(rows, columns, numbers, *refs, form: Form, product: ProductShape) -> None:
     """One step of a position."""
-    left, right, *added, out, total = refs[:-1] if form.is_symmetric else refs
+    left, right, *added, _, _, _ = refs
     p, k = pl.program_id(0), pl.program_id(1)
-    matrix, at = divided(p, positions, count)
-    i, j = rows[at], columns[at]
+    matrix, at = product.divided(p)
     each = 1 if form.is_gram else len(added) + 1
     factors = [numbers[matrix * each + index] for index in range(each)]
-    tile = _Tile(form, left, right, added, total, factors, terms, k, K)
-    whole, *_ = form.tiles.parts(is_diagonal=False)
+    place = rows[at], columns[at]
+    if form.is_symmetric:
+        out, total, transposed = refs[-3:]
+        tile = _Tile(form, left, right, added, total, factors, product.terms, k, product.K)
+        _symmetric(tile, place, out, transposed)
+    else:
+        out, squares, total = refs[-3:]
+        tile = _Tile(form, left, right, added, total, factors, product.terms, k, product.K)
+        _full(tile, place, (product.n, product.m), out, squares)
 
-    if not form.is_symmetric:
-        tile.add([whole])
 
-        @pl.when(k == K - 1)
-        def _write():
-            out[...] = tile.result(whole, False).astype(out.dtype)
-
-        return
-
-    transposed, halves = refs[-1], form.tiles.parts(is_diagonal=True)
+def _symmetric(tile: _Tile, place: tuple[Any, Any], out: Any, transposed: Any) -> None:
+    """One step of a symmetric product."""
+    (i, j), k, K = place, tile.k, tile.K
+    whole, *_ = tile.form.tiles.parts(is_diagonal=False)
+    parts = tile.form.tiles.parts(is_diagonal=True)
 
     @pl.when((k < K) & (i != j))
     def _sum():
@@ -164,15 +185,34 @@ def kernel_step(
 
     @pl.when((k < K) & (i == j))
     def _sum_diagonal():
-        tile.add(halves)
+        tile.add(parts)
 
     @pl.when((k == K - 1) & (i == j))
     def _write_diagonal():
-        for part in halves:
+        for part in parts:
             out[part] = tile.result(part, True).astype(out.dtype)
-        if len(halves) > 1:  # the block that is left
-            upper, lower = (rows for rows, _ in halves)
+        if len(parts) > 1:  # the block that is left
+            upper, lower = (rows for rows, _ in parts)
             out[lower, upper] = out[upper, lower].T
+
+
+def _full(
+    tile: _Tile, place: tuple[Any, Any], sides: tuple[int, int], out: Any, squares: Any
+) -> None:
+    """One step of a full product. It also sums the squares of a tile over groups of eight rows."""
+    whole, *_ = tile.form.tiles.parts(is_diagonal=False)
+    tile.add([whole])
+
+    @pl.when(tile.k == tile.K - 1)
+    def _write():
+        result = tile.result(whole, False)
+        out[...] = result.astype(out.dtype)
+        for axis in (0, 1):
+            if sides[axis] % result.shape[axis]:
+                left = sides[axis] - place[axis] * result.shape[axis]
+                result = _masked(result, axis, left)
+        groups = (result * result).reshape(-1, ROWS, result.shape[1])
+        squares[...] = jnp.sum(groups, axis=0)
 
 
 def _identity(part: Part) -> jax.Array:
@@ -182,7 +222,7 @@ def _identity(part: Part) -> jax.Array:
     return (row + part[0].start == column + part[1].start).astype(jnp.float32)
 
 
-def _masked(x: jax.Array, axis: int, size: int) -> jax.Array:
+def _masked(x: jax.Array, axis: int, size: Any) -> jax.Array:
     """Replaces what is behind the first `size` numbers of an axis by zeros."""
     inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < size
     return jnp.where(inside, x.astype(jnp.float32), 0.0).astype(x.dtype)

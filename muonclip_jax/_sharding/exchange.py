@@ -33,7 +33,6 @@ from muonclip_jax._orthogonalize.matrix_axes import Axes, from_matrices, to_matr
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, nonzero
 from muonclip_jax._sharding.plan import Group, Plan
 
-
 # Rows and columns of a tile in the memory of a TPU.
 _ROWS, _LANES = 8, 128
 

@@ -91,10 +91,12 @@ def check_full_product(shape, tiles, dtype, terms):
     factors = [-0.7, c - 1][:terms]
     expected = _wide(c) * (_wide(A) @ _wide(B))
     expected += sum(_wide(a) * _wide(x) for a, x in zip(factors, C, strict=True))
-    got = tpu_kernel.full_product(c, A, B, [*zip(factors, C, strict=True)], tiles)
+    got, squares = tpu_kernel.full_product(c, A, B, [*zip(factors, C, strict=True)], tiles)
     assert got.dtype == dtype
     assert got.shape == expected.shape
     assert np.abs(_wide(got) - expected).max() <= _rounding(dtype) * np.abs(expected).max()
+    sums = np.sum(expected**2, axis=(-2, -1), keepdims=True)
+    np.testing.assert_allclose(squares, sums, rtol=1e-4)
 
 
 def test_gram_matrix_equals_float64():
