@@ -87,12 +87,12 @@ def newton_schulz(
         vectors a little.
       eps: Added to the norm of the matrix after its largest magnitude has been made one, so it is
         relative.
-      products: What computes the symmetric products, two of three. `"xla"`: XLA. `"pallas"`: a TPU
-        kernel that computes little more than half of them, see `docs/numerics.md`. It runs for real
-        bfloat16 and float32 products and a short side of at least 1024 (v5e, v5p) or 2048 (v6e,
-        TPU7x); all others are XLA's. It has no derivative. On a CPU it is interpreted, for tests.
-        `"auto"` is `"xla"` until the kernel has been timed on a TPU: `python -m
-        benchmarks.tpu_kernel` times it on yours.
+      products: What computes the matrix products. `"xla"`: XLA. `"pallas"`: a TPU kernel that
+        computes little more than half of each symmetric product, two of three, see
+        `docs/numerics.md`. It runs for real bfloat16 and float32 products and a short side of at
+        least 1024 (v5e, v5p) or 2048 (v6e, TPU7x); all others are XLA's. It has no derivative. On
+        a CPU it is interpreted, for tests. `"auto"` is `"xla"` until the kernel has been timed on a
+        TPU: `python -m benchmarks.tpu_kernel` times it on yours.
 
     Returns:
       Shape and dtype of `x`. For "jordan", singular values of at least 3e-3 of the norm end in
@@ -188,10 +188,7 @@ class Orthogonalizer:
         return choices.compute_dtype(dtype, self.dtype, self._platform)
 
     def flops(self, n: int, m: int, dtype: Any, is_shared: bool = False) -> float:
-        """Counts the FLOPs of one n x m matrix, n ≤ m (a multiply-add is two).
-
-        If devices share it, these are the FLOPs of all of them together.
-        """
+        """Counts the FLOPs of one n x m matrix, n ≤ m, on all devices that share it."""
         return self.choose(n, m, dtype, is_shared).flops(n, m)
 
     def choose(self, n: int, m: int, dtype: Any, is_shared: bool = False) -> choices.Choice:
@@ -199,7 +196,7 @@ class Orthogonalizer:
         computed = self.compute_dtype(dtype)
         narrow = is_narrow(computed)
         coefficients = for_sixteen_bits(self.coefficients) if narrow else self.coefficients
-        # The restarts of the Gram iteration depend on the coefficients.
+        # Restarts depend on the coefficients.
         method = "standard" if jax.tree.leaves(self) else self.method
         platform, kernel = self._platform, self._kernel()
         return choices.choose(n, m, computed, coefficients, method, platform, is_shared, kernel)
@@ -330,11 +327,11 @@ def _precondition(
       products: How products of n x n matrices are computed.
 
     Returns:
-      X and X Xᴴ. Two preconditionings replace X by D X, D diagonal, and X Xᴴ by D X Xᴴ D.
+      X and X Xᴴ. Two settings replace X by D X, D diagonal, and X Xᴴ by D X Xᴴ D.
     """
     if preconditioning not in ("schatten", "aol"):
-        normalized = Matrix(X, 1.0 if preconditioning == "frobenius" else None)
-        return normalized, gram_matrix(normalized, products)
+        matrix = Matrix(X, squares=1.0 if preconditioning == "frobenius" else None)
+        return matrix, gram_matrix(matrix, products)
     A = unrounded_gram_matrix(X, products)
     if preconditioning == "schatten":  # D = ‖A‖^(-1/2) I, and ‖A‖^(1/2) is the Schatten-4 norm of X
         total = jnp.linalg.norm(A, axis=(-2, -1), keepdims=True)

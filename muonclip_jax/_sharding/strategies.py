@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 # Bytes of the matrices that are exchanged at once. Newton-Schulz holds a few times more.
-MAX_EXCHANGED_BYTES = 2**28
+MAX_EXCHANGED_BYTES = 3 * 2**27
 
 # FLOPs that a device computes in the time of sending one byte. Work with fewer FLOPs is repeated on
 # several devices rather than shared. From data sheets: TPU v5p 459e12 / 600e9 = 765, H100 over
