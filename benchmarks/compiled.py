@@ -22,8 +22,8 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast"),
     *("collective-permute", "ragged-all-to-all", "reduce-scatter"),
 )
-# Sums under "flops", "cycles", "unknown", ("count", kind), ("sent", kind), ("kernel", name) and
-# "kernel seconds".
+# Sums under "flops", "cycles", "product cycles", "unknown", ("count", kind), ("sent", kind),
+# ("kernel", name) and "kernel seconds".
 Figures: TypeAlias = dict[Any, float]
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
@@ -56,6 +56,7 @@ class Cost:
       temporary_bytes: Memory allocated besides arguments and results.
       peak_bytes: Largest memory in use at any time, arguments included.
       kernels: How often each Pallas kernel runs, by its name and the shapes of its arrays.
+      product_cycles: The part of `cycles` of fusions with matrix products.
     """
 
     flops: float
@@ -68,6 +69,7 @@ class Cost:
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    product_cycles: float = 0.0
 
     @property
     def sent_bytes(self) -> float:
@@ -128,6 +130,7 @@ def program_cost(text: str, loops: bool = True) -> Cost:
         seconds=None,
         unknown_loops=int(found["unknown"]),
         kernels={key[1]: int(times) for key, times in found.items() if key[0] == "kernel"},
+        product_cycles=found["product cycles"],
     )
 
 
@@ -244,7 +247,8 @@ class Program:
         estimate = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
         if estimate is None or int(estimate[1]) >= _NO_ESTIMATE:
             return inner
-        return inner | {"cycles": float(estimate[1])}  # for a fusion with all its contents
+        cycles = float(estimate[1])  # of a fusion with all its contents
+        return inner | {"cycles": cycles, "product cycles": cycles * bool(inner.get("flops"))}
 
     def _trip_count(self, i: Instruction) -> int | None:
         """Reads how often a loop runs; None unless a counter stays below a constant."""

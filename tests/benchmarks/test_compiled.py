@@ -164,7 +164,7 @@ def test_fusion_has_its_cycles_and_its_products():
         'backend_config={"window_config":{"estimated_cycles":"1234"}}',
         computations=computations,
     )
-    assert (cost.flops, cost.cycles) == (2 * 8 * 4 * 6, 1234)
+    assert (cost.flops, cost.cycles, cost.product_cycles) == (2 * 8 * 4 * 6, 1234, 1234)
 
 
 LOOP = """
