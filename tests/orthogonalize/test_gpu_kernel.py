@@ -1,6 +1,5 @@
 """The kernel of symmetric products for GPUs, interpreted, against float64."""
 
-import functools
 import sys
 
 import jax
@@ -21,7 +20,7 @@ nightly = pytest.mark.nightly
 TILES = Tiles(16, 16, 16)
 PARTIAL = (2, 40, 56)  # three tiles a side, the last partial, and a remainder of terms
 SHAPES = [(16, 16), (32, 48), (3, 2, 7, 20), (33, 100)]
-H100 = "NVIDIA H100 80GB HBM3"
+H100, EPS = "NVIDIA H100 80GB HBM3", 1e-8
 
 
 def _wide(x):
@@ -107,14 +106,14 @@ def _on_h100(
 ):
     """Newton-Schulz as on an H100; the kernel is interpreted, as this is a CPU."""
     made = orthogonalizer(coefficients, steps, method, dtype, "frobenius", products)
-    return functools.partial(made.on("gpu", H100), eps=1e-8)
+    return made.on("gpu", H100)
 
 
 def test_newton_schulz_equals_that_of_xla():
     x = _draw((52, 72), jnp.float32)
     with small_gpu_tiles():
-        got = _on_h100(method="gram", steps=2)(x)
-    expected = _on_h100(method="gram", steps=2, products="xla")(x)
+        got = _on_h100(method="gram", steps=2)(x, EPS)
+    expected = _on_h100(method="gram", steps=2, products="xla")(x, EPS)
     assert np.any(got != expected)
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
@@ -123,8 +122,8 @@ def test_flops_are_those_of_the_program():
     n, m, s = 96, 192, 6 / 9  # tiles on and below the diagonal, of 3 x 3
     with small_gpu_tiles():
         settings = _on_h100(method="standard")
-        jaxpr = jax.make_jaxpr(settings)(jnp.ones((n, m)))
-        planned = settings.func.flops(n, m, jnp.float32)
+        jaxpr = jax.make_jaxpr(settings)(jnp.ones((n, m)), EPS)
+        planned = settings.flops(n, m, jnp.float32)
     expected = 5 * (2 * m * n**2 * (1 + s) + 2 * s * n**3)
     assert planned == pytest.approx(expected)
     assert kernel_flops(jaxpr.jaxpr) == pytest.approx(expected)
@@ -132,12 +131,12 @@ def test_flops_are_those_of_the_program():
 
 @pytest.mark.parametrize(("n", "m", "kernel"), [(1024, 4096, H100), (1023, 4096, None)])
 def test_small_matrices_use_xla(n, m, kernel):
-    assert _on_h100().func.choose(n, m, jnp.float32).products.kernel == kernel
+    assert _on_h100().choose(n, m, jnp.float32).products.kernel == kernel
 
 
 @pytest.mark.parametrize(("n", "m"), [(1026, 4096), (1024, 4098)])
 def test_rows_that_are_not_aligned_use_xla(n, m):
-    assert _on_h100().func.choose(n, m, jnp.float32).products.kernel is None
+    assert _on_h100().choose(n, m, jnp.float32).products.kernel is None
 
 
 def test_jax_without_triton_raises(monkeypatch):
@@ -146,7 +145,7 @@ def test_jax_without_triton_raises(monkeypatch):
     monkeypatch.delattr(pallas, "triton")
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     with pytest.raises(ValueError, match=r"needs jax.experimental.pallas.triton .* which jax \d"):
-        jax.eval_shape(_on_h100(), jnp.ones((1024, 1024)))
+        jax.eval_shape(_on_h100(), jnp.ones((1024, 1024)), EPS)
 
 
 @nightly
@@ -158,8 +157,8 @@ def test_bfloat16_leaks_no_more_than_with_xla(shape, method, name):
     x = np.stack([matrix for seed in (0, 1) for matrix in spectra(*shape, seed=seed)])
     settings = {"coefficients": name, "method": method, "dtype": jnp.bfloat16}
     with small_gpu_tiles():
-        got = np.asarray(_on_h100(**settings)(jnp.asarray(x)))
-    expected = np.asarray(_on_h100(**settings, products="xla")(jnp.asarray(x)))
+        got = np.asarray(_on_h100(**settings)(jnp.asarray(x), EPS))
+    expected = np.asarray(_on_h100(**settings, products="xla")(jnp.asarray(x), EPS))
     ratio = leakage(x, got) / leakage(x, expected)
     assert ratio.max() <= 1.05
     assert np.linalg.svd(got, compute_uv=False).max() <= 1.32

@@ -21,6 +21,7 @@ from muonclip_jax._orthogonalize.newton_schulz import orthogonalizer
 
 RESULTS = "RESULTS "  # before the last line that is printed
 LAYERS, BATCH, HEADS = 32, 64, 32  # of the clip
+SIDE, WIDTH = 1160, 2000  # of the two matrices of `kernels`, whose last tiles are partial
 # Targets of calls: cuDNN's attention, its gradient with a suffix; and Triton kernels of Pallas.
 TARGETS = {"cudnn_calls": "__cudnn$fmhaSoftmax", "pallas_calls": "__gpu$xla.gpu.triton"}
 
@@ -65,7 +66,7 @@ def _kernels(products: str) -> dict[str, Any]:
     """Compiles Newton-Schulz of two matrices, for one GPU."""
     h100 = gpu.GPUS["h100"]
     mesh = gpu.Cluster(h100, 1, 1).mesh((1,), ("x",))
-    x = jax.ShapeDtypeStruct((2, 1100, 2000), jnp.float32, sharding=NamedSharding(mesh, P()))
+    x = jax.ShapeDtypeStruct((2, SIDE, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P()))
     # Pallas looks for the device here; the mesh of the arguments is not known while it traces.
     kind = AbstractDevice(
         device_kind=h100.device_kind, num_cores=h100.multiprocessors, platform="gpu"
@@ -81,9 +82,13 @@ def _sharded_kernels() -> dict[str, Any]:
     """Compiles a step on four GPUs: a full matrix for each, and one that all four share."""
     mesh = gpu.Cluster(gpu.GPUS["h100"], 1, 4).mesh((4,), ("x",))
     sharding = NamedSharding(mesh, P(None, "x", None))
-    params = {"w": jax.ShapeDtypeStruct((5, 1024, 2048), jnp.float32, sharding=sharding)}
+    shapes = {"full": (4, 1024, 2048), "shared": (1, 4096, 8192)}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        for name, shape in shapes.items()
+    }
     settings: dict[str, Any] = {"ns_dtype": jnp.bfloat16, "ns_products": "pallas"}
-    tx = mc.scale_by_muon(shardings={"w": sharding}, **settings)
+    tx = mc.scale_by_muon(shardings=dict.fromkeys(params, sharding), **settings)
     state = aot.sharded_like(params, jax.eval_shape(tx.init, params))
     return _cost(tx.update, mesh, params, state)
 
