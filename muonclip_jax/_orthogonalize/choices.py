@@ -94,7 +94,7 @@ def choose(
       method: `"standard"`, `"gram"`, or `"auto"` for the one with fewer FLOPs.
       platform: `"cpu"`, `"tpu"` or `"gpu"`.
       is_shared: Whether several devices share a matrix.
-      kernel: The kind of TPU whose kernel computes symmetric products; None for XLA's products.
+      kernel: The kind of device whose kernel computes symmetric products; None for XLA's.
 
     Returns:
       The choice.
@@ -104,7 +104,7 @@ def choose(
       >>> choose(64, 256, jnp.float32, coefficients, "auto", "cpu").method
       'gram'
     """
-    if kernel and not has_kernel(n, dtype, kernel):
+    if kernel and not has_kernel(n, m, dtype, kernel):
         kernel = None
     mirror = not is_shared and n >= _SMALLEST_MIRRORED.get(platform, math.inf) and n % 2 == 0
     products = Products(mirror and not kernel, kernel)
@@ -119,11 +119,11 @@ def choose(
     return gram if method == "gram" else standard
 
 
-def has_kernel(n: int, dtype: Any, kind: str) -> bool:
-    """Whether the kernel of a kind of TPU computes n x n products of a dtype."""
+def has_kernel(n: int, m: int, dtype: Any, kind: str) -> bool:
+    """Whether the kernel of a kind of device computes the products of n x m matrices of a dtype."""
     dtype = jnp.dtype(dtype)
     known = dtype in (jnp.bfloat16, jnp.float32)
-    return known and fastest(n, n, dtype.itemsize, kind) is not None
+    return known and all(fastest(n, k, dtype.itemsize, kind) is not None for k in (n, m))
 
 
 def compute_dtype(dtype: Any, requested: Any, platform: str) -> Any:

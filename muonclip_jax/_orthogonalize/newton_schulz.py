@@ -87,12 +87,13 @@ def newton_schulz(
         vectors a little.
       eps: Added to the norm of the matrix after its largest magnitude has been made one, so it is
         relative.
-      products: What computes the matrix products. `"xla"`: XLA. `"pallas"`: a TPU kernel that
-        computes little more than half of each symmetric product, two of three, see
-        `docs/numerics.md`. It runs for real bfloat16 and float32 products and a short side of at
-        least 1024 (v5e, v5p) or 2048 (v6e, TPU7x); all others are XLA's. It has no derivative. On
-        a CPU it is interpreted, for tests. `"auto"` is `"xla"` until the kernel has been timed on a
-        TPU: `python -m benchmarks.tpu_kernel` times it on yours.
+      products: What computes the matrix products. `"xla"`: XLA. `"pallas"`: a kernel that computes
+        little more than half of each symmetric product, two of three, see `docs/numerics.md`. It
+        runs for real bfloat16 and float32 products and a short side of at least 1024 (v5e, v5p,
+        NVIDIA GPUs) or 2048 (v6e, TPU7x); all others are XLA's, and on a GPU also those whose rows
+        do not start at multiples of 16 bytes. It has no derivative. On a CPU the TPU kernel is
+        interpreted, for tests. `"auto"` is `"xla"`, as nobody has timed the kernels yet: `python -m
+        benchmarks.tpu_kernel` and `benchmarks.gpu_kernel` time them on your TPU or GPU.
 
     Returns:
       Shape and dtype of `x`. For "jordan", singular values of at least 3e-3 of the norm end in
@@ -100,7 +101,7 @@ def newton_schulz(
 
     Raises:
       ValueError: if `x` has fewer than two axes, a name or the coefficients are not known, or
-        there is no kernel for the platform.
+        there is no kernel for the device.
       TypeError: if `x` is not floating or complex.
 
     Example:
@@ -202,14 +203,9 @@ class Orthogonalizer:
         return choices.choose(n, m, computed, coefficients, method, platform, is_shared, kernel)
 
     def _kernel(self) -> str | None:
-        """Returns the kind of TPU whose kernel computes symmetric products; None without it."""
+        """Returns the kind of device whose kernel computes symmetric products; None without it."""
         if self.products != "pallas":
             return None
-        if self._platform not in ("cpu", "tpu"):
-            raise ValueError(
-                f"newton_schulz: products='pallas' needs a TPU, or a CPU to test it, got "
-                f"{self._platform}. Pass products='xla'."
-            )
         if self._platform == "cpu":
             return DEFAULT_KIND
         return self.device_kind or jax.devices()[0].device_kind

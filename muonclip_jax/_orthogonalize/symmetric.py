@@ -13,7 +13,7 @@ The classes hide four optimizations that are no part of the equation.
   (r I + R) (t I + T) = r t I + (r T + t R + R T).
 - A polynomial is computed where it is rounded, its product and its sum at once.
 - `mirror` computes three of the four blocks of a product, as the fourth is one of them transposed.
-  `kernel` is the same in small tiles, on TPU (`tpu_kernel.py`).
+  `kernel` is the same in small tiles, on TPU (`tpu_kernel.py`) and GPU (`gpu_kernel.py`).
 - On devices that share a matrix (`ColumnShards`), each has a shard of the columns of X and all of
   A. It computes some rows of each product, and gathers the others after they are rounded.
 """
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._orthogonalize.column_shards import ColumnShards
-from muonclip_jax._orthogonalize.tiles import Tiles, fastest, fastest_full
+from muonclip_jax._orthogonalize.tiles import Tiles, fastest, fastest_full, is_nvidia
 
 # The FLOPs of a mirrored product, as a fraction of those of a plain one.
 _MIRRORED_FRACTION = 0.75
@@ -38,7 +38,7 @@ class Products(NamedTuple):
 
     Attributes:
       mirror: Whether to compute three of their four blocks. The sides must be even.
-      kernel: The kind of TPU whose kernel computes them; None for XLA's products.
+      kernel: The kind of device whose kernel computes them; None for XLA's products.
       shards: The devices that share the matrix; None for one device. Each computes some rows of a
         product in full, and all of X Xᴴ.
       in_full: Whether to compute every number of a symmetric product.
@@ -70,6 +70,21 @@ class Products(NamedTuple):
         if self.kernel is None:
             return None
         return fastest_full(rows, columns, terms, A.dtype.itemsize, self.kernel)
+
+    def functions(self) -> Any:
+        """Imports the module of the kernel where it is used: importing Pallas takes long."""
+        if not is_nvidia(self.kernel):
+            from muonclip_jax._orthogonalize import tpu_kernel
+
+            return tpu_kernel
+        try:
+            from muonclip_jax._orthogonalize import gpu_kernel
+        except ImportError as error:  # JAX has deprecated what the kernel needs
+            raise ValueError(
+                f"newton_schulz: products='pallas' needs jax.experimental.pallas.triton on a GPU, "
+                f"which jax {jax.__version__} does not have. Pass products='xla'."
+            ) from error
+        return gpu_kernel
 
 
 class Matrix(NamedTuple):
@@ -167,7 +182,7 @@ class Unrounded:
         if in_part and (tiles := products.tiles(n, n, dtype)):
             c, R, T = self.product
             a, b = (sum(a for a, A in sums if A is B) for B in (R, T))
-            R = _kernel().product(a, R, 0.0 if T is R else b, T, c, tiles)
+            R = products.functions().product(a, R, 0.0 if T is R else b, T, c, tiles)
             return Symmetric(self.shift, R, products)
         terms = [(a, own_rows(R, products.shards)) for a, R in sums]
         product = self.product
@@ -209,14 +224,14 @@ def gram_matrix(X: Matrix, products: Products) -> Symmetric:
             squares = jnp.sum(jnp.abs(_wide(entries)) ** 2, axis=(-2, -1), keepdims=True)
         r = squares / entries.shape[-2]
     if tiles := products.tiles(*entries.shape[-2:], entries.dtype):
-        return Symmetric(r, _kernel().gram_matrix(entries, r, tiles), products)
+        return Symmetric(r, products.functions().gram_matrix(entries, r, tiles), products)
     return rounded(unrounded_gram_matrix(entries, products), entries.dtype, products, r)
 
 
 def unrounded_gram_matrix(X: jax.Array, products: Products) -> jax.Array:
     """Computes X Xᴴ in the dtype of its sums; see `gram_matrix`."""
     if tiles := products.tiles(X.shape[-2], X.shape[-1], X.dtype):
-        A = _kernel().gram_matrix(X, 0.0, tiles, accumulator(X.dtype))
+        A = products.functions().gram_matrix(X, 0.0, tiles, accumulator(X.dtype))
     else:
         A = (mirrored if products.mirror else multiply)(X, X.mT.conj())
     return products.shards.sum(A) if products.shards else A
@@ -264,7 +279,7 @@ def _sum_of_products(
       The sum, in the dtype of the matrices.
     """
     if product and (tiles := products.full_tiles(*product[1:])):
-        return Matrix(*_kernel().full_product(*product, terms, tiles))
+        return Matrix(*products.functions().full_product(*product, terms, tiles))
     total: Any = None
     for a, A in terms:
         total = _plus(total, _times(a, _wide(A)))
@@ -281,13 +296,6 @@ def mirrored(A: jax.Array, B: jax.Array) -> jax.Array:
     lower_right = multiply(A[..., half:, :], B[..., half:])
     lower_left = upper[..., half:].mT.conj()
     return jnp.concatenate([upper, jnp.concatenate([lower_left, lower_right], axis=-1)], axis=-2)
-
-
-def _kernel() -> Any:
-    """Imports the kernel where it is used: importing Pallas takes long."""
-    from muonclip_jax._orthogonalize import tpu_kernel
-
-    return tpu_kernel
 
 
 def own_rows(A: jax.Array, shards: ColumnShards | None) -> jax.Array:

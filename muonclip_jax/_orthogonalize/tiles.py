@@ -176,6 +176,12 @@ _PART_OF_VMEM = 0.85
 _DEPTHS = (1024, 2048, 4096, 8192)
 _BFLOAT16 = 2  # bytes
 
+# Of the kernel for GPUs, by the bytes of a number, and the short side from which it is used: all
+# untimed. 64 terms at a time in float32 would not fit the registers of an H100.
+_GPU_TILES, _SMALLEST_ON_GPU = {2: Tiles(128, 64, 64), 4: Tiles(128, 32, 32)}, 1024
+# Rows have to start at a multiple of these bytes, or a GPU loads single numbers, which is slow.
+_GPU_ALIGNMENT = 16
+
 
 def cycles(shape: Shape, tiles: Tiles, r: Regions, chip: Chip) -> float:
     """Estimates the cycles of a product.
@@ -254,6 +260,9 @@ def fastest(n: int, m: int, itemsize: int, kind: str | None) -> Tiles | None:
       >>> fastest(4096, 4096, 2, "TPU v5").side, fastest(128, 512, 2, "TPU v5")
       (512, None)
     """
+    if is_nvidia(kind):
+        is_aligned = n * itemsize % _GPU_ALIGNMENT == m * itemsize % _GPU_ALIGNMENT == 0
+        return _GPU_TILES[itemsize] if n >= _SMALLEST_ON_GPU and is_aligned else None
     chip = chip_of(kind)
     if n < chip.smallest:
         return None
@@ -284,17 +293,24 @@ def fastest_full(
     Raises:
       ValueError: if the device has no measured tiles.
     """
+    if is_nvidia(kind):
+        return None
     chip = chip_of(kind)
     if min(rows, columns, terms) < chip.smallest_full or itemsize != _BFLOAT16:
         return None
     return _best(Shape(rows, columns, terms, itemsize, False), chip.full_sides, chip)
 
 
+def is_nvidia(kind: str | None) -> bool:
+    """Whether a kind of device is a GPU whose kernel is `gpu_kernel.py`."""
+    return kind is not None and kind.startswith("NVIDIA")
+
+
 def chip_of(kind: str | None) -> Chip:
     """Returns the generation of a device; raises ValueError if it is not known."""
     if (kind := kind or DEFAULT_KIND) not in CHIPS:
         raise ValueError(
-            f"newton_schulz: products='pallas' has no tiles for {kind!r}, only for "
+            f"newton_schulz: products='pallas' has no tiles for {kind!r}, only for NVIDIA GPUs, "
             f"{', '.join(CHIPS)}. Pass products='xla'."
         )
     return CHIPS[kind]

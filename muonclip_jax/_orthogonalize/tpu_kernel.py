@@ -25,7 +25,6 @@ masked. The kernel has no derivative. On a CPU it is interpreted.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,22 +33,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from muonclip_jax._orthogonalize.kernel_call import Form, Kernel, call
 from muonclip_jax._orthogonalize.tiles import Tiles
 from muonclip_jax._orthogonalize.tpu_kernel_step import (
     LANES,
     ROWS,
-    Form,
     ProductShape,
     kernel_step,
 )
 
 # The kernel must not use all of the fast memory that it is given.
 _SPARE_BYTES = 2**22
-
-_NO_DERIVATIVE = (
-    "newton_schulz: the kernel of products='pallas' has no derivative. Pass products='xla' "
-    "(ns_products='xla' to an optimizer) to differentiate."
-)
 
 
 def gram_matrix(X: jax.Array, r: Any, tiles: Tiles, dtype: Any = None) -> jax.Array:
@@ -64,7 +58,7 @@ def gram_matrix(X: jax.Array, r: Any, tiles: Tiles, dtype: Any = None) -> jax.Ar
     Returns:
       `[..., n, n]`, summed in float32 and rounded once.
     """
-    return _apply(Form(tiles, "gram_matrix", jnp.dtype(dtype or X.dtype)), (r,), (X, X))[0]
+    return call(_KERNEL, Form(tiles, "gram_matrix", jnp.dtype(dtype or X.dtype)), (r,), (X, X))[0]
 
 
 def product(a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles) -> jax.Array:
@@ -83,8 +77,8 @@ def product(a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles) ->
     """
     form = Form(tiles, "product", A.dtype)
     if A is B:
-        return _apply(form, (a + b, c), (A, A, A))[0]
-    return _apply(form, (a, b, c), (A, B, A, B))[0]
+        return call(_KERNEL, form, (a + b, c), (A, A, A))[0]
+    return call(_KERNEL, form, (a, b, c), (A, B, A, B))[0]
 
 
 def full_product(
@@ -106,64 +100,8 @@ def full_product(
     added = [(a, C) for a, C in terms if not (isinstance(a, float) and a == 0)]
     numbers = (*(a for a, _ in added), c)
     form = Form(tiles, "full_product", A.dtype)
-    result, squares = _apply(form, numbers, (A, B, *(C for _, C in added)))
+    result, squares = call(_KERNEL, form, numbers, (A, B, *(C for _, C in added)))
     return result, jnp.sum(squares, axis=(-2, -1), keepdims=True)
-
-
-def _apply(
-    form: Form, numbers: Sequence[Any], arrays: Sequence[jax.Array]
-) -> tuple[jax.Array, ...]:
-    """Runs the kernel on stacks of any number of axes.
-
-    Args:
-      form: What it computes.
-      numbers: r, or the factor of each matrix that is added and then the factor of the product.
-      arrays: Both factors, and the matrices that are added.
-    """
-    stack = arrays[0].shape[:-2]
-    count = math.prod(stack)
-    each = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), (*stack, 1, 1)) for x in numbers]
-    numbers_of_each = jnp.concatenate([x.reshape(count, 1) for x in each], axis=1)
-    flat = tuple(x.reshape(count, *x.shape[-2:]) for x in arrays)
-    results = _without_derivative(form, numbers_of_each, flat)
-    return tuple(x.reshape(*stack, *x.shape[1:]) for x in results)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _without_derivative(
-    form: Form, numbers: jax.Array, arrays: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
-    """Runs the kernel on the matrices of a stack, [count, n, m], also under `jax.vmap`."""
-
-    @jax.custom_batching.custom_vmap
-    def run(numbers, arrays):
-        # Chosen when the program is lowered, which may be for a TPU that is not attached.
-        results = jax.lax.platform_dependent(
-            numbers,
-            *arrays,
-            tpu=functools.partial(_compiled, form, False),
-            cpu=functools.partial(_compiled, form, True),
-        )
-        return tuple(results)
-
-    @run.def_vmap
-    def _(size, is_batched, numbers, arrays):
-        """Makes one stack of all members."""
-
-        def stacked(x, batched):
-            x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        results = run(*jax.tree.map(stacked, (numbers, arrays), tuple(is_batched)))
-        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in results), (True,) * len(results)
-
-    return run(numbers, arrays)
-
-
-@_without_derivative.defjvp
-def _(form, primals, tangents):
-    del form, primals, tangents
-    raise ValueError(_NO_DERIVATIVE)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -178,7 +116,7 @@ def _compiled(
     out_specs, out_shapes = _results(form, product)
     totals = (jnp.float32, form.dtype) if form.is_symmetric else (jnp.float32,)
     itemsize = max(form.dtype.itemsize, arrays[0].dtype.itemsize)
-    call = pl.pallas_call(
+    run = pl.pallas_call(
         functools.partial(kernel_step, form=form, product=product),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -199,7 +137,10 @@ def _compiled(
         interpret=interpret,
         name=f"symmetric_{form.kind}" if form.is_symmetric else form.kind,
     )
-    return tuple(call(jnp.asarray(rows), jnp.asarray(columns), numbers.reshape(-1), *arrays))
+    return tuple(run(jnp.asarray(rows), jnp.asarray(columns), numbers.reshape(-1), *arrays))
+
+
+_KERNEL = Kernel("tpu", _compiled)
 
 
 def _inputs(form: Form, product: ProductShape, added: int) -> list[pl.BlockSpec]:

@@ -5,43 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
-from muonclip_jax._orthogonalize.tiles import Part, Tiles
+from muonclip_jax._orthogonalize.kernel_call import Form
+from muonclip_jax._orthogonalize.tiles import Part
 
 # Numbers in a row of a register: slices of blocks start and end at multiples of it.
 LANES = 128
 # Rows of a register of float32.
 ROWS = 8
-
-
-class Form(NamedTuple):
-    """What one kernel computes.
-
-    Attributes:
-      tiles: How the result is cut.
-      kind: The function of this module.
-      dtype: Dtype of the result.
-    """
-
-    tiles: Tiles
-    kind: str
-    dtype: Any
-
-    @property
-    def is_gram(self) -> bool:
-        return self.kind == "gram_matrix"
-
-    @property
-    def is_symmetric(self) -> bool:
-        return self.kind != "full_product"
-
-    def places(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """Lists i and j of all positions."""
-        rows, columns = self.tiles.on_side(n), self.tiles.on_side(m)
-        i, j = np.triu_indices(rows) if self.is_symmetric else np.indices((rows, columns))
-        return i.reshape(-1).astype(np.int32), j.reshape(-1).astype(np.int32)
 
 
 class ProductShape(NamedTuple):

@@ -13,7 +13,7 @@ import muonclip_jax as mc
 from muonclip_jax._orthogonalize import tpu_kernel
 from muonclip_jax._orthogonalize.tiles import Tiles
 from tests.support.iteration_cases import spectra
-from tests.support.kernel_cases import small_tiles
+from tests.support.kernel_cases import kernel_flops, leakage, small_tiles
 
 nightly = pytest.mark.nightly
 
@@ -209,37 +209,12 @@ def test_small_and_complex_matrices_use_xla():
         np.testing.assert_array_equal(mc.newton_schulz(z, products="pallas"), mc.newton_schulz(z))
 
 
-def test_gpu_and_unknown_tpus_raise(monkeypatch):
-    x = jnp.ones((2000, 2000))
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_unknown_devices_raise(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     f = functools.partial(mc.newton_schulz, products="pallas")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(ValueError, match="needs a TPU, or a CPU to test it, got gpu"):
-        jax.eval_shape(f, x)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(ValueError, match="has no tiles for 'cpu', only for TPU v5 lite"):
-        jax.eval_shape(f, x)
-
-
-def _kernel_flops(jaxpr, names=None):
-    """FLOPs of all products and of the kernels' estimates; adds the names of the kernels."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        params = equation.params
-        if equation.primitive.name == "pallas_call":
-            total += params["cost_estimate"].flops
-            if names is not None:
-                names.add(params["name"])
-        elif equation.primitive.name == "dot_general":
-            (left, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            contracted = np.prod([shape[axis] for axis in left])
-            total += 2 * contracted * np.prod(equation.outvars[0].aval.shape)
-        elif equation.primitive.name == "cond":
-            total += max(_kernel_flops(branch.jaxpr, names) for branch in params["branches"])
-        else:
-            inner = [x for x in params.values() if hasattr(x, "jaxpr") or hasattr(x, "eqns")]
-            total += sum(_kernel_flops(getattr(x, "jaxpr", x), names) for x in inner)
-    return total
+    with pytest.raises(ValueError, match="for 'cpu', only for NVIDIA GPUs, TPU v5 lite"):
+        jax.eval_shape(f, jnp.ones((2000, 2000)))
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
@@ -255,7 +230,7 @@ def test_flops_are_those_of_the_program(method):
     # One window in float32: X Xᵀ and Q X, five squares, four times Y Q, Y R and (Y R) Y.
     gram = 2 * m * n**2 * (1 + s) + 5 * 2 * s * n**3 + 4 * (2 + 4 * s) * n**3
     expected = standard if method == "standard" else gram
-    assert _kernel_flops(jaxpr.jaxpr) == pytest.approx(expected)
+    assert kernel_flops(jaxpr.jaxpr) == pytest.approx(expected)
     with small_tiles():
         params = {"w": jax.ShapeDtypeStruct((384, 768), jnp.float32)}
         planned = mc.sharding_plan(params, ns_method=method, ns_products="pallas")
@@ -274,19 +249,11 @@ def test_products_of_a_shared_matrix_use_the_kernel(method):
     tx = mc.scale_by_muon(**settings)
     names = set()
     jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params))
-    flops = _kernel_flops(jaxpr.jaxpr, names)
+    flops = kernel_flops(jaxpr.jaxpr, names)
     assert names == {"symmetric_gram_matrix", "full_product"}
     plan = mc.sharding_plan(params, **settings)
     assert "4 devices" in plan.groups[0].strategy()
     assert plan.groups[0].flops == pytest.approx(flops)
-
-
-def _leakage(x, y):
-    """‖C - diag C‖ / ‖C‖ of C = Uᵀ y V, with x = U S Vᵀ."""
-    u, _, vh = np.linalg.svd(_wide(x), full_matrices=False)
-    C = u.mT @ _wide(y) @ vh.mT
-    off = C * (1 - np.eye(C.shape[-1]))
-    return np.linalg.norm(off, axis=(-2, -1)) / np.linalg.norm(C, axis=(-2, -1))
 
 
 @nightly
@@ -300,7 +267,7 @@ def test_bfloat16_leaks_no_more_than_with_xla(shape, method, name):
     with small_tiles():
         got = np.asarray(f(x, products="pallas"))
     expected = np.asarray(f(x))
-    ratio = _leakage(x, got) / _leakage(x, expected)
+    ratio = leakage(x, got) / leakage(x, expected)
     assert ratio.max() <= 1.05
     largest = np.linalg.svd(got, compute_uv=False).max()
     assert largest <= 1.32
