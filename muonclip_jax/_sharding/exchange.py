@@ -112,9 +112,6 @@ def _stacked(
     """Stacks the shards of all matrices of a group, [K, m / R, n / C], in the transfer dtype."""
     stacks = []
     for member, a, shard in zip(group.members, axes, shards, strict=True):
-        if member.transposed and not _has_smaller_range(transfer_dtype, shard.dtype):
-            # In this order: otherwise XLA transposes what `shard` is computed from.
-            shard = _materialized(shard.astype(transfer_dtype))
         x = to_matrices(shard, a, member.transposed)
         x = x.reshape(member.count, *x.shape[-2:])
         stacks.append(_materialized(_cast(x, transfer_dtype, group)))
@@ -138,14 +135,10 @@ def _unstacked(
 
 def _cast(x: jax.Array, transfer_dtype: Any, group: Group) -> jax.Array:
     """Casts to the transfer dtype, after scaling each matrix if its range is smaller."""
-    if _has_smaller_range(transfer_dtype, x.dtype):
+    if jnp.finfo(transfer_dtype).maxexp < jnp.finfo(x.dtype).maxexp:
         largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
         x = x / nonzero(jax.lax.pmax(largest, group.axes) if group.axes else largest)
     return x.astype(transfer_dtype)
-
-
-def _has_smaller_range(dtype: Any, other: Any) -> bool:
-    return jnp.finfo(dtype).maxexp < jnp.finfo(other).maxexp
 
 
 def _split_over_replicas(
