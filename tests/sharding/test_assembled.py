@@ -1,5 +1,6 @@
 """Shards are assembled to matrices in the order of the matrix, as tiles or not."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,5 +15,5 @@ def test_assembled_shards_are_the_matrix(grid, sides):
     X = np.random.default_rng(0).normal(size=(2, R * height, C * width)).astype(np.float32)
     rows = np.split(X, R, axis=-2)
     shards = np.stack([shard for row in rows for shard in np.split(row, C, axis=-1)], axis=1)
-    np.testing.assert_array_equal(_assembled(shards, grid), X)
-    np.testing.assert_array_equal(_taken_apart(X, grid), shards)
+    np.testing.assert_array_equal(_assembled(jnp.asarray(shards), grid), X)
+    np.testing.assert_array_equal(_taken_apart(jnp.asarray(X), grid), shards)
