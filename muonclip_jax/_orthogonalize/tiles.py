@@ -7,7 +7,7 @@ No chip has confirmed them yet.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 # Rows and columns of a tile.
@@ -48,6 +48,10 @@ class Tiles(NamedTuple):
         diagonal = sum(_size(part) for part in self.parts(is_diagonal=True))
         count = self.on_side(n)
         return (self.positions(n) - count) * self.side**2 + count * diagonal
+
+    def edge(self, m: int) -> int:
+        """Counts the columns that are computed of the last tiles of a full product."""
+        return -(-(m - (self.on_side(m) - 1) * self.side) // 128) * 128
 
     def flop_fraction(self, n: int) -> float:
         """Returns the FLOPs, as a fraction of those of a product that computes every number."""
@@ -201,43 +205,53 @@ def cycles(shape: Shape, tiles: Tiles, r: Regions, chip: Chip) -> float:
     """
     side, depth = tiles.side, min(tiles.depth, shape.terms)
     rows, K = tiles.on_side(shape.rows), -(-shape.terms // depth)
-    if shape.is_symmetric:
-        positions, diagonal = tiles.positions(shape.rows), rows
-    else:
-        positions, diagonal = rows * tiles.on_side(shape.columns), 0
-    mirrored = (positions - diagonal) / positions if shape.is_symmetric else 0.0
+    kinds = list(_kinds(shape, tiles, r))
+    positions = sum(kind.count for kind in kinds)
+    mirrored = kinds[0].count / positions if shape.is_symmetric else 0.0
     block, tile = side * depth * shape.itemsize, side**2 * shape.itemsize
     # The next step needs two blocks. With all terms in a step, a row of tiles shares the left one.
     fetched = 2 * block if K > 1 else block * (1 + rows / positions)
     fetch = (fetched + shape.added * tile) / chip.bandwidth
 
-    def position(is_diagonal: bool) -> float:
-        chunk, last_chunk = _chunks(shape.terms, tiles, r, chip, is_diagonal)
+    def position(kind: _Kind) -> float:
+        last = (shape.terms - 1) % tiles.chunk + 1  # terms of the last chunk
+        in_units = kind.area / chip.macs  # cycles of the matrix units for each term
+        chunk = max(kind.sum / r.chunk, in_units) * tiles.chunk
+        last_chunk = max(kind.write - (r.chunk - last) * kind.sum / r.chunk, last * in_units)
         in_last_step = -(-(shape.terms - (K - 1) * depth) // tiles.chunk)
         steps = [r.step + depth // tiles.chunk * chunk] * (K - 1)
         steps += [r.step + (in_last_step - 1) * chunk + last_chunk]
-        own = r.step + (0 if is_diagonal else r.transposed) if shape.is_symmetric else 0
-        return sum(max(step, fetch) for step in steps) + own
+        return sum(max(step, fetch) for step in steps) + kind.own
 
-    mean = ((positions - diagonal) * position(False) + diagonal * position(True)) / positions
+    mean = sum(kind.count * position(kind) for kind in kinds) / positions
     bytes_of_position = K * fetched + (shape.added + 1 + mirrored) * tile
     in_turn = -(-positions // chip.cores)
     ends = (2 * block + tile) / chip.bandwidth
     return ends + in_turn * max(mean, bytes_of_position / chip.bandwidth)
 
 
-def _chunks(
-    terms: int, tiles: Tiles, r: Regions, chip: Chip, is_diagonal: bool
-) -> tuple[float, float]:
-    """Returns the cycles of a chunk and of the last one, which may be partial."""
-    area = sum(_size(part) for part in tiles.parts(is_diagonal))
-    add, write = (r.diagonal_sum, r.diagonal_write) if is_diagonal else (r.sum, r.write)
-    last = (terms - 1) % tiles.chunk + 1
-    in_units = area / chip.macs  # cycles of the matrix units for each term
-    return (
-        max(add / r.chunk, in_units) * tiles.chunk,
-        max(write - (r.chunk - last) * add / r.chunk, last * in_units),
-    )
+class _Kind(NamedTuple):
+    """Positions that take equal cycles; `own` are those of step K."""
+
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    area: int
+    sum: float
+    write: float
+    own: int
+
+
+def _kinds(shape: Shape, tiles: Tiles, r: Regions) -> Iterator[_Kind]:
+    """Yields the kinds of positions: above the diagonal and on it, or inside and at the edge."""
+    side, rows = tiles.side, tiles.on_side(shape.rows)
+    if shape.is_symmetric:
+        area = sum(_size(part) for part in tiles.parts(is_diagonal=True))
+        above = tiles.positions(shape.rows) - rows
+        yield _Kind(above, side**2, r.sum, r.write, r.step + r.transposed)
+        yield _Kind(rows, area, r.diagonal_sum, r.diagonal_write, r.step)
+    else:
+        edge, inside = tiles.edge(shape.columns), tiles.on_side(shape.columns) - 1
+        yield _Kind(rows * inside, side**2, r.sum, r.write, 0)
+        yield _Kind(rows, side * edge, r.sum * edge / side, r.write * edge / side, 0)
 
 
 @functools.cache

@@ -17,7 +17,8 @@ by chunk. With the last chunk, step K − 1 also adds A, B and I, rounds once, w
 transposes it: the matrix units hide this work. Step K writes the transposed tile. It reads nothing,
 and its inputs are those of the next position: a step starts to fetch the inputs of the next one, so
 that step K − 1, which is long, hides the fetch, and step K has none. Of a tile on the diagonal,
-three of four blocks are computed. A full product has all tiles, and no step K.
+three of four blocks are computed. A full product has all tiles, and no step K. Its last column of
+tiles is as narrow as the matrix, in steps of 128.
 
 The cores of a chip share the positions. Tiles at the right and lower edges may be partial: what
 they have outside of the matrix is garbage, which is dropped. In the last terms of the sums it is
@@ -192,7 +193,11 @@ def _results(form: Form, product: ProductShape) -> tuple[list[pl.BlockSpec], lis
 def _cost(form: Form, product: ProductShape, arrays: Sequence[jax.Array]) -> pl.CostEstimate:
     """Counts the FLOPs of all tiles, and the bytes that are fetched and written."""
     tiles, count, n, m, terms, positions, K = form.tiles, *product
-    area = tiles.area(n) if form.is_symmetric else positions * tiles.side**2
+    if form.is_symmetric:
+        area = tiles.area(n)
+    else:
+        columns = (tiles.on_side(m) - 1) * tiles.side + tiles.edge(m)
+        area = tiles.on_side(n) * tiles.side * columns
     # If all terms are fetched at once, the left block is fetched once for each row of tiles.
     fetched = 2 * positions if K > 1 else positions + tiles.on_side(n)
     numbers = fetched * tiles.side * terms + len(arrays[2:]) * positions * tiles.side**2

@@ -172,19 +172,30 @@ def _full(
     tile: _Tile, place: tuple[Any, Any], sides: tuple[int, int], out: Any, squares: Any
 ) -> None:
     """One step of a full product. It also sums the squares of a tile over groups of eight rows."""
+    (n, m), (i, j), side, edge = sides, place, tile.form.tiles.side, tile.form.tiles.edge(sides[1])
     whole, *_ = tile.form.tiles.parts(is_diagonal=False)
-    tile.add([whole])
 
-    @pl.when(tile.k == tile.K - 1)
-    def _write():
-        result = tile.result(whole, False)
-        out[...] = result.astype(out.dtype)
-        for axis in (0, 1):
-            if sides[axis] % result.shape[axis]:
-                left = sides[axis] - place[axis] * result.shape[axis]
-                result = _masked(result, axis, left)
-        groups = (result * result).reshape(-1, ROWS, result.shape[1])
-        squares[...] = jnp.sum(groups, axis=0)
+    def compute(part: Part) -> None:
+        tile.add([part])
+
+        @pl.when(tile.k == tile.K - 1)
+        def _write():
+            result = tile.result(part, False)
+            out[part] = result.astype(out.dtype)
+            if n % side:
+                result = _masked(result, 0, n - i * side)
+            if m % side:
+                result = _masked(result, 1, m - j * side)
+            groups = (result * result).reshape(-1, ROWS, result.shape[1])
+            squares[:, part[1]] = jnp.sum(groups, axis=0)
+            if part != whole:
+                squares[:, part[1].stop :] = jnp.zeros((ROWS, side - part[1].stop), squares.dtype)
+
+    if edge == side:
+        compute(whole)
+    else:
+        pl.when(j < tile.form.tiles.on_side(m) - 1)(lambda: compute(whole))
+        pl.when(j == tile.form.tiles.on_side(m) - 1)(lambda: compute((whole[0], slice(0, edge))))
 
 
 def _identity(part: Part) -> jax.Array:

@@ -36,6 +36,7 @@ FULL_SHAPES = [
     ((2, 256, 128, 384), Tiles(256, 128, 128)),  # one chunk, two tiles in a row
     ((3, 1, 140, 512, 129), Tiles(128, 256, 256)),  # two batch axes, partial tiles, two steps
     ((40, 300, 300), Tiles(128, 300, 128)),  # fewer rows than a tile has
+    ((300, 130, 700), Tiles(512, 130, 128)),  # a narrow last tile, masked rows
 ]
 
 
@@ -108,7 +109,8 @@ def test_product_of_symmetric_matrices_equals_float64():
 
 
 def test_full_product_equals_float64():
-    check_full_product((2, 140, 300, 200), Tiles(128, 256, 128), jnp.bfloat16, terms=1)
+    # The last tiles are half as wide as the others.
+    check_full_product((2, 140, 300, 300), Tiles(256, 256, 128), jnp.bfloat16, terms=1)
 
 
 @nightly
