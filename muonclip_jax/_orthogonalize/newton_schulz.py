@@ -326,7 +326,9 @@ def _precondition(
       X and X Xᴴ. Two settings replace X by D X, D diagonal, and X Xᴴ by D X Xᴴ D.
     """
     if preconditioning not in ("schatten", "aol"):
-        matrix = Matrix(X, squares=1.0 if preconditioning == "frobenius" else None)
+        # Only for the kernel, for which the sum would be a pass over X of its own.
+        is_known = preconditioning == "frobenius" and products.kernel is not None
+        matrix = Matrix(X, squares=1.0 if is_known else None)
         return matrix, gram_matrix(matrix, products)
     A = unrounded_gram_matrix(X, products)
     if preconditioning == "schatten":  # D = ‖A‖^(-1/2) I, and ‖A‖^(1/2) is the Schatten-4 norm of X

@@ -60,7 +60,8 @@ class Tiles(NamedTuple):
     def vmem(self, itemsize: int) -> int:
         """Counts the bytes in fast memory: two buffers of each block, and tiles for the sums."""
         blocks = 2 * self.side * self.depth + 3 * self.side**2  # factors; A, B and the result
-        return 2 * blocks * itemsize + self.side**2 * (itemsize + 4)
+        # The sums, two more tiles of float32 for the compiler, and the transposed tile.
+        return 2 * blocks * itemsize + self.side**2 * (3 * 4 + itemsize)
 
 
 def _size(part: Part) -> int:
