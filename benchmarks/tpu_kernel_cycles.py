@@ -180,7 +180,7 @@ def compare(kind: str, regions: dict[str, Any], xla: list[float]) -> list[dict[s
         shape, candidates = product.shape, {}
         for side, fields in regions["square" if shape.is_symmetric else "full"].items():
             r = Regions(**fields)
-            cuts = tiles.cuts(shape.terms, int(side), r.chunk, BFLOAT16, chip)
+            cuts = tiles.cuts(shape, int(side), r.chunk, chip)
             best = min((tiles.cycles(shape, cut, r, chip), cut) for cut in cuts)
             candidates[side] = {"cycles": round(best[0]), "depth": best[1].depth}
             if shape.is_symmetric:

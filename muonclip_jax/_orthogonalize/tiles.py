@@ -57,11 +57,12 @@ class Tiles(NamedTuple):
         """Returns the FLOPs, as a fraction of those of a product that computes every number."""
         return self.area(n) / n**2
 
-    def vmem(self, itemsize: int) -> int:
-        """Counts the bytes in fast memory: two buffers of each block, and tiles for the sums."""
+    def vmem(self, itemsize: int, is_symmetric: bool = True) -> int:
+        """Counts the bytes in fast memory: two buffers of each block, and tiles of numbers."""
         blocks = 2 * self.side * self.depth + 3 * self.side**2  # factors; A, B and the result
-        # The sums, two more tiles of float32 for the compiler, and the transposed tile.
-        return 2 * blocks * itemsize + self.side**2 * (3 * 4 + itemsize)
+        # The sums, and the transposed tile, or two tiles of float32 for the compiler.
+        tiles = 4 + itemsize if is_symmetric else 3 * 4
+        return 2 * blocks * itemsize + self.side**2 * tiles
 
 
 def _size(part: Part) -> int:
@@ -335,14 +336,15 @@ def _best(shape: Shape, sides: Mapping[int, Regions], chip: Chip) -> Tiles | Non
     found = [
         (cycles(shape, tiles, r, chip), tiles)
         for side, r in sides.items()
-        for tiles in cuts(shape.terms, side, r.chunk, shape.itemsize, chip)
+        for tiles in cuts(shape, side, r.chunk, chip)
     ]
     return min(found)[1] if found else None
 
 
-def cuts(terms: int, side: int, chunk: int, itemsize: int, chip: Chip) -> list[Tiles]:
+def cuts(shape: Shape, side: int, chunk: int, chip: Chip) -> list[Tiles]:
     """Lists the tiles of one side that fit the fast memory."""
+    terms, itemsize, limit = shape.terms, shape.itemsize, _PART_OF_VMEM * chip.vmem
     chunk = min(chunk, terms // 128 * 128)
     depths = [d for d in (terms, *_DEPTHS) if 0 < chunk <= d <= terms]
     found = (Tiles(side, depth, chunk) for depth in depths)
-    return [tiles for tiles in found if tiles.vmem(itemsize) <= _PART_OF_VMEM * chip.vmem]
+    return [tiles for tiles in found if tiles.vmem(itemsize, shape.is_symmetric) <= limit]

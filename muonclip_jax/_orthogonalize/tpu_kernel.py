@@ -132,7 +132,7 @@ def _compiled(
             # The checks take a third of the cycles that the pipeline of blocks needs in a step.
             disable_bounds_checks=True,
             disable_semaphore_checks=True,
-            vmem_limit_bytes=tiles.vmem(itemsize) + _SPARE_BYTES,
+            vmem_limit_bytes=tiles.vmem(itemsize, form.is_symmetric) + _SPARE_BYTES,
         ),
         cost_estimate=_cost(form, product, arrays),
         interpret=interpret,
