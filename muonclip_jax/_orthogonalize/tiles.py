@@ -182,8 +182,8 @@ _PART_OF_VMEM = 0.85
 _DEPTHS = (1024, 2048, 4096, 8192)
 _BFLOAT16 = 2  # bytes
 
-# Of the kernel for GPUs, by the bytes of a number, and the short side from which it is used: all
-# untimed. 64 terms at a time in float32 would not fit the registers of an H100.
+# Of the kernel for GPUs, by the bytes of a number, and the short side from which it is used. All
+# are untimed; 64 terms at a time in float32 would not fit the registers of an H100.
 _GPU_TILES, _SMALLEST_ON_GPU = {2: Tiles(128, 64, 64), 4: Tiles(128, 32, 32)}, 1024
 # Rows have to start at a multiple of these bytes, or a GPU loads single numbers, which is slow.
 _GPU_ALIGNMENT = 16
@@ -282,8 +282,7 @@ def fastest(n: int, m: int, itemsize: int, kind: str | None) -> Tiles | None:
     chip = chip_of(kind)
     if n < chip.smallest:
         return None
-    square = _best(Shape(n, n, n, itemsize, True), chip.sides, chip)
-    if square is None:
+    if (square := _best(Shape(n, n, n, itemsize, True), chip.sides, chip)) is None:
         return None
     # One side, so that all products of a matrix compute the same fraction.
     only = {square.side: chip.sides[square.side]}
@@ -323,7 +322,7 @@ def is_nvidia(kind: str | None) -> bool:
 
 
 def chip_of(kind: str | None) -> Chip:
-    """Returns the generation of a device; raises ValueError if it is not known."""
+    """Returns the generation of a device; raises ValueError if it is unknown."""
     if (kind := kind or DEFAULT_KIND) not in CHIPS:
         raise ValueError(
             f"newton_schulz: products='pallas' has no tiles for {kind!r}, only for NVIDIA GPUs, "
@@ -346,5 +345,5 @@ def cuts(shape: Shape, side: int, chunk: int, chip: Chip) -> list[Tiles]:
     terms, itemsize, limit = shape.terms, shape.itemsize, _PART_OF_VMEM * chip.vmem
     chunk = min(chunk, terms // 128 * 128)
     depths = [d for d in (terms, *_DEPTHS) if 0 < chunk <= d <= terms]
-    found = (Tiles(side, depth, chunk) for depth in depths)
-    return [tiles for tiles in found if tiles.vmem(itemsize, shape.is_symmetric) <= limit]
+    found = [Tiles(side, depth, chunk) for depth in depths]
+    return [x for x in found if x.vmem(itemsize, shape.is_symmetric) <= limit]
