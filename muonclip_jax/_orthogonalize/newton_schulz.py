@@ -266,13 +266,13 @@ def _orthogonalize(
     if is_narrow(choice.dtype):
         # Otherwise the compiler normalizes X again, in float32, inside every product.
         X = jax.lax.optimization_barrier(X)
-    X, A = _precondition(X, settings.preconditioning, products)
+    matrix, A = _precondition(X, settings.preconditioning, products)
     if choice.method == "gram":
-        return gram(X, A, choice.windows).astype(dtype)
+        return gram(matrix, A, choice.windows).astype(dtype)
     coefficients = choice.coefficients
     if settings.traced_coefficients is not None:
         coefficients = traced_for_sixteen_bits(settings.traced_coefficients, choice.dtype)
-    return standard(X, A, coefficients, settings.traced_steps).astype(dtype)
+    return standard(matrix, A, coefficients, settings.traced_steps).astype(dtype)
 
 
 def _normalize(

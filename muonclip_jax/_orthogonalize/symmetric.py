@@ -178,8 +178,8 @@ class Unrounded:
         """Computes the matrix in float32 at least, rounds it once, and gathers its rows."""
         products, sums = self.products, self._sums()
         dtype, n = sums[0][1].dtype, sums[0][1].shape[-1]
-        in_part = self.product and not products.shards and not products.in_full
-        if in_part and (tiles := products.tiles(n, n, dtype)):
+        in_part = not products.shards and not products.in_full
+        if self.product and in_part and (tiles := products.tiles(n, n, dtype)):
             c, R, T = self.product
             a, b = (sum(a for a, A in sums if A is B) for B in (R, T))
             R = products.functions().product(a, R, 0.0 if T is R else b, T, c, tiles)
@@ -223,7 +223,7 @@ def gram_matrix(X: Matrix, products: Products) -> Symmetric:
         if squares is None:
             squares = jnp.sum(jnp.abs(_wide(entries)) ** 2, axis=(-2, -1), keepdims=True)
         r = squares / entries.shape[-2]
-    if tiles := products.tiles(*entries.shape[-2:], entries.dtype):
+    if tiles := products.tiles(entries.shape[-2], entries.shape[-1], entries.dtype):
         return Symmetric(r, products.functions().gram_matrix(entries, r, tiles), products)
     return rounded(unrounded_gram_matrix(entries, products), entries.dtype, products, r)
 

@@ -28,7 +28,7 @@ class ProductShape(NamedTuple):
       K: Steps that add up terms.
     """
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     n: int
     m: int
     terms: int

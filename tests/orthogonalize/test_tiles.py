@@ -91,7 +91,8 @@ def test_chosen_tiles_of_full_products_fit_the_fast_memory(sides):
         assert found.vmem(BFLOAT16, is_symmetric=False) < chip.vmem
         # The matrix units alone need so many cycles.
         least = np.prod(sides) / chip.macs / chip.cores
-        shape = Shape(*sides, BFLOAT16, False)
+        rows, columns, terms = sides
+        shape = Shape(rows, columns, terms, BFLOAT16, False)
         assert tiles.cycles(shape, found, chip.full_sides[found.side], chip) >= least
 
 
