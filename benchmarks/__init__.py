@@ -7,6 +7,7 @@
     python -m benchmarks.tpu_kernel_cycles        # the kernel of symmetric products, compiled only
     python -m benchmarks.tpu_kernel_step          # optimizer steps with this kernel, compiled only
     python -m benchmarks.tpu_kernel               # the kernel on an attached TPU, timed
+    python -m benchmarks.gpu_kernel               # settings of muon on an attached GPU, timed
     python -m benchmarks.max_logit_cost           # what the max logits cost beside attention
     python -m benchmarks.newton_schulz_accuracy   # every preset, method and dtype against float64
     python -m benchmarks.batched_vs_loop          # a batched Newton–Schulz call against a loop

@@ -28,8 +28,8 @@ from benchmarks.hlo import (
     dimensions,
 )
 
-# Sums under "flops", "cycles", "unknown", ("count", kind), ("sent", kind), ("kernel", name) and
-# "kernel seconds".
+# Sums under "flops", "cycles", "product cycles", "unknown", ("count", kind), ("sent", kind),
+# ("kernel", name) and "kernel seconds".
 Figures: TypeAlias = dict[Any, float]
 
 # The TPU compiler writes 2^63 - 1 cycles where it has no estimate: kernels on a SparseCore.
@@ -56,6 +56,7 @@ class Cost:
       temporary_bytes: Memory allocated besides arguments and results.
       peak_bytes: Largest memory in use at any time, arguments included.
       kernels: How often each Pallas kernel runs, by its name and the shapes of its arrays.
+      product_cycles: The part of `cycles` of fusions with matrix products.
     """
 
     flops: float
@@ -68,6 +69,7 @@ class Cost:
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    product_cycles: float = 0.0
 
     @property
     def sent_bytes(self) -> float:
@@ -126,6 +128,7 @@ def program_cost(text: str, loops: bool = True) -> Cost:
         seconds=None,
         unknown_loops=int(found["unknown"]),
         kernels={key[1]: int(times) for key, times in found.items() if key[0] == "kernel"},
+        product_cycles=found["product cycles"],
     )
 
 
@@ -182,7 +185,8 @@ class _Sums:
         estimate = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
         if estimate is None or int(estimate[1]) >= _NO_ESTIMATE:
             return inner
-        return inner | {"cycles": float(estimate[1])}  # for a fusion with all its contents
+        cycles = float(estimate[1])  # of a fusion with all its contents
+        return inner | {"cycles": cycles, "product cycles": cycles * bool(inner.get("flops"))}
 
 
 def product_flops(instructions: dict[str, Instruction], i: Instruction) -> float:
@@ -208,10 +212,10 @@ def bytes_sent(instructions: dict[str, Instruction], i: Instruction) -> float:
 
 def _kernel_figures(instructions: dict[str, Instruction], i: Instruction) -> Figures:
     """Reads the figures of a Pallas kernel, as its `cost_estimate` has them."""
-    estimate = re.search(r'"cost_estimate":\{([^}]*)\}', i.attributes)
+    estimate = re.search(r'"cost_estimate":\s*\{([^}]*)\}', i.attributes)
     if estimate is None:
         return {}
-    figures = {k: float(v) for k, v in re.findall(r'"(\w+)":"(\d+)"', estimate[1])}
+    figures = {k: float(v) for k, v in re.findall(r'"(\w+)":"?(\d+)', estimate[1])}
     name = re.search(r'/(\w+)/pallas_call"', i.attributes)
     arrays = (ARRAY.search(instructions[x].shape) for x in i.operands)
     shapes = (array[0] for array in arrays if array and "," in array[0])  # no vectors of settings

@@ -58,7 +58,9 @@ class Program:
         self.loops = loops
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, current = "", None
-        for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        # The settings of a kernel inside of a fusion have line breaks.
+        text = re.sub(r'\n(?="|\}, )', "", re.sub(r"/\*.*?\*/", "", text))
+        for line in text.splitlines():
             if current is not None and (match := _INSTRUCTION.match(line)):
                 name, shape, opcode, rest = match.groups()
                 current[name] = Instruction(name, shape, opcode, *_split_attributes(rest))

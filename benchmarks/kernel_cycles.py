@@ -1,15 +1,15 @@
-"""The cycles of the symmetric-product kernel, from the TPU compiler's dump of its bundles.
+"""The cycles of the kernel of products, from the TPU compiler's dump of its bundles.
 
 A core executes one bundle of instructions in a cycle, unless it waits. The dump has all bundles of
-a kernel, with their loops and branches. A branch skips each of the three parts of the kernel that
-do not run at every step: the loop over chunks, the epilogue and the mirrored tile.
+a kernel, with their loops and branches. A branch skips each part of the kernel that does not run at
+every step: the loop over chunks, the last chunk with the epilogue, and the transposed tile.
 """
 
 import pathlib
 import re
 from typing import Any, NamedTuple
 
-from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, cycles, fastest
+from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Shape, cycles, fastest, fastest_full
 
 # Set before libtpu is loaded; {} is a folder.
 DUMP_FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
@@ -40,27 +40,47 @@ def read_regions(dump: str, chunk: int) -> Regions:
       chunk: Terms that one run of the inner loop multiplies.
 
     Raises:
-      ValueError: if the dump does not have the three parts.
+      ValueError: if the dump does not have the parts of a symmetric or of a full product.
     """
     bundles = _bundles(dump)
     skips = list(_skips(bundles))
     start, end = max(skips, key=lambda s: s[1] - s[0], default=(0, 0))
-    stores = re.compile(r"\bvst ")  # the pipeline of blocks has none
-    inside = [
-        s
-        for s in skips
-        if start < s[0] and s[1] <= end and any(stores.search(b.text) for b in bundles[slice(*s)])
-    ]
-    parts = [s for s in inside if not any(o[0] < s[0] and s[1] <= o[1] for o in inside)]
-    if len(parts) != 3:
-        raise ValueError(f"read_regions: the kernel has three parts, this dump has {len(parts)}.")
     depth = bundles[start].depth
-    head, write, mirror = (last - first - 1 for first, last in parts)
-    loop = sum(bundle.depth > depth for bundle in bundles[slice(*parts[0])])
-    if not loop:  # a single chunk has no loop
-        loop = head
-    step = sum(bundle.depth >= depth for bundle in bundles) - loop - write - mirror
-    return Regions(chunk, loop, write, mirror, step)
+    loops = [loop for loop in _loops(bundles, depth) if start < loop[0] and loop[1] <= end]
+    inside = [s for s in skips if start < s[0] and s[1] <= end]
+    stores = [s for s in inside if _has("vst ", bundles, s)]  # the pipeline of blocks has none
+    without = [s for s in stores if not any(s[0] < loop[0] < s[1] for loop in loops)]
+    parts = [
+        s for s in without if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in without)
+    ]
+    sums = [last - first for first, last in loops]
+    writes = [last - first - 1 for first, last in parts]
+    if (len(sums), len(writes)) not in ((2, 3), (1, 1)):
+        raise ValueError(
+            "read_regions: a symmetric product has two loops and three other parts, a full one has "
+            f"one of each, this dump has {len(sums)} and {len(writes)}."
+        )
+    step = sum(bundle.depth >= depth for bundle in bundles) - sum(sums) - sum(writes)
+    write, *others = writes
+    transposed, diagonal_write = others or (0, 0)
+    return Regions(chunk, step, sums[0], write, transposed, sum(sums[1:]), diagonal_write)
+
+
+def _loops(bundles: list[_Bundle], depth: int) -> list[tuple[int, int]]:
+    """Lists the first and the last bundle of each loop below a depth that multiplies matrices."""
+    found, first = [], None
+    for i, bundle in enumerate(bundles):
+        if bundle.depth > depth and first is None:
+            first = i
+        elif bundle.depth <= depth and first is not None:
+            found.append((first, i))
+            first = None
+    return [loop for loop in found if _has(r"vmat", bundles, loop)]
+
+
+def _has(instruction: str, bundles: list[_Bundle], part: tuple[int, int]) -> bool:
+    """Whether an instruction that starts so is in a part."""
+    return any(re.search(rf"\b{instruction}", bundle.text) for bundle in bundles[slice(*part)])
 
 
 def _bundles(dump: str) -> list[_Bundle]:
@@ -93,19 +113,25 @@ def cycles_of(kernels: dict[str, int], kind: str) -> float:
       kind: JAX's name of the device.
 
     Raises:
-      ValueError: if one is not the symmetric-product kernel.
+      ValueError: if one is not the kernel of products.
     """
-    total = 0.0
-    for kernel, times in kernels.items():
-        name, first, *others = kernel.split()
-        if name not in ("symmetric_gram_matrix", "symmetric_product"):
-            raise ValueError(f"cycles_of: {name} is not the symmetric-product kernel.")
-        count, n, m = (int(size) for size in re.findall(r"\d+", first.partition("[")[2]))
-        itemsize = 4 if first.startswith("f32") else 2
-        cut, chip = fastest(n, m, itemsize, kind), CHIPS[kind]
-        if cut is None:
-            raise ValueError(f"cycles_of: {kind} has no kernel for {kernel}.")
-        added = len(others) - 1
-        each = cycles(n, m, itemsize, added, cut, chip.sides[cut.side], chip)
-        total += times * count * each
-    return total
+    return sum(times * _cycles_of_one(kernel, kind) for kernel, times in kernels.items())
+
+
+def _cycles_of_one(kernel: str, kind: str) -> float:
+    """Estimates the cycles of a kernel, from its name and the shapes of its arrays."""
+    name, *arrays = kernel.split()
+    if name not in ("symmetric_gram_matrix", "symmetric_product", "full_product"):
+        raise ValueError(f"cycles_of: {name} is not the kernel of products.")
+    shapes = [[int(size) for size in re.findall(r"\d+", x.partition("[")[2])] for x in arrays]
+    (count, n, terms), (*_, m) = shapes[:2]
+    itemsize, added, chip = 4 if arrays[0].startswith("f32") else 2, len(shapes) - 2, CHIPS[kind]
+    if name == "full_product":
+        shape = Shape(n, m, terms, itemsize, False, added)
+        cut, sides = fastest_full(n, m, terms, itemsize, kind), chip.full_sides
+    else:
+        shape = Shape(n, n, terms, itemsize, True, added)
+        cut, sides = fastest(n, terms, itemsize, kind), chip.sides
+    if cut is None:
+        raise ValueError(f"cycles_of: {kind} has no kernel for {kernel}.")
+    return count * cycles(shape, cut, sides[cut.side], chip)

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import report
-from benchmarks.tpu_kernel_cycles import BFLOAT16, PRODUCTS, Product, by_kernel, by_xla
-from muonclip_jax._orthogonalize.tiles import CHIPS, DEFAULT_KIND, Tiles, cycles, fastest
+from benchmarks.tpu_kernel_cycles import PRODUCTS, Product, by_kernel, by_xla
+from muonclip_jax._orthogonalize.tiles import CHIPS, DEFAULT_KIND, Tiles, cycles
 
 CALLS = 20  # products in a timed program, so that starting it does not count
 REPEATS = 7
@@ -31,6 +31,7 @@ REPEATS = 7
 LARGEST_ERROR = 2.0**-7
 NUMBERS = (0.5, 0.25, -0.75)
 QUICK = (Product("gram", 140, 200), Product("square", 140, 140), Product("product", 140, 140))
+QUICK += (Product("full", 140, 200),)
 
 
 def arrays(product: Product) -> tuple[jax.Array, jax.Array]:
@@ -39,6 +40,10 @@ def arrays(product: Product) -> tuple[jax.Array, jax.Array]:
     if product.kind == "gram":
         X = jnp.asarray(rng.normal(size=(product.n, product.m)) / math.sqrt(product.m))
         return X.astype(jnp.bfloat16), X.astype(jnp.bfloat16)
+    if product.kind == "full":
+        X = jnp.asarray(rng.normal(size=(product.n, product.m)), jnp.bfloat16)
+        A = rng.normal(size=(product.n, product.n)) / math.sqrt(product.n)
+        return jnp.asarray(A, jnp.bfloat16), X
     # Circulant matrices commute, and are symmetric if their first row is.
     first = rng.normal(size=(2, product.n)) / math.sqrt(product.n)
     first = (first + np.roll(first[:, ::-1], 1, axis=1)) / 2
@@ -84,17 +89,14 @@ def ratio(product: Product, kernel: Callable[..., jax.Array]) -> float:
     return mine / other
 
 
-def measure(product: Product, kind: str, cut: Tiles | None) -> dict[str, Any]:
+def measure(product: Product, kind: str, cut: Tiles) -> dict[str, Any]:
     """Checks and times one product."""
     chip = CHIPS[kind]
-    cut = cut or fastest(product.n, product.m, BFLOAT16, kind)
-    if cut is None:
-        raise ValueError(f"measure: the kernel is not used for {product} on {kind}.")
     kernel = functools.partial(by_kernel, product, cut)
     row = dataclasses.asdict(product) | {"error": error(product, kernel), "tiles": tuple(cut)}
-    if cut.side in chip.sides:
-        r = chip.sides[cut.side]
-        row["cycles"] = cycles(product.n, product.m, BFLOAT16, product.added, cut, r, chip)
+    sides = chip.full_sides if product.kind == "full" else chip.sides
+    if cut.side in sides:
+        row["cycles"] = cycles(product.shape, cut, sides[cut.side], chip)
     return row | {"kernel_by_xla": ratio(product, kernel)}
 
 
@@ -119,11 +121,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"this measures a TPU, got {device.platform}; --quick runs anywhere")
     results = report.provenance("tpu_kernel", machine=device.device_kind)
     kind = DEFAULT_KIND if options.quick else device.device_kind
-    smallest = 0 if options.quick else CHIPS[kind].smallest
-    shapes = QUICK if options.quick else PRODUCTS
     results["products"] = []
-    for product in (p for p in shapes if p.n >= smallest):
-        cut = Tiles(128, product.m, 128) if options.quick else None
+    for product in QUICK if options.quick else PRODUCTS:
+        cut = Tiles(128, product.shape.terms, 128) if options.quick else product.cut(kind)
+        if cut is None:  # XLA's product is used
+            continue
         row = report.rounded(measure(product, kind, cut))
         print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
         results["products"].append(row)

@@ -1,4 +1,4 @@
-"""The symmetric-product kernel against XLA's products, in cycles that the TPU compiler counts.
+"""The kernel of products against XLA's products, in cycles that the TPU compiler counts.
 
     pip install "muonclip-jax[tpu]"
     python -m benchmarks.tpu_kernel_cycles
@@ -31,24 +31,26 @@ from benchmarks.kernel_cycles import DUMP_FLAGS, newest_dump, read_regions
 from muonclip_jax._orthogonalize import tiles, tpu_kernel
 from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Tiles
 
-# A slice of each generation, and the candidates: sides of tiles, with the terms of a chunk.
+# A slice of each generation, and the candidates for symmetric and for full products: sides of
+# tiles, with the terms of a chunk.
 TOPOLOGIES = {
-    "TPU v5 lite": ("v5e:2x2", {256: 1024, 384: 1024, 512: 512}),
-    "TPU v5": ("v5p:2x2x1", {256: 1024, 384: 1024, 512: 512}),
-    "TPU v6 lite": ("v6e:2x2", {512: 1024, 768: 1024, 1024: 1024}),
-    "TPU7x": ("tpu7x:2x2x1", {512: 1024, 768: 1024, 1024: 1024}),
+    "TPU v5 lite": ("v5e:2x2", {256: 1024, 512: 512}, {512: 512, 1024: 512}),
+    "TPU v5": ("v5p:2x2x1", {256: 1024, 512: 512}, {512: 512, 1024: 512}),
+    "TPU v6 lite": ("v6e:2x2", {512: 1024, 1024: 1024}, {512: 1024, 1024: 1024}),
+    "TPU7x": ("tpu7x:2x2x1", {512: 1024, 1024: 1024}, {512: 1024, 1024: 1024}),
 }
 BFLOAT16 = 2  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A symmetric product of one matrix, in bfloat16.
+    """A product of one matrix, in bfloat16.
 
     Attributes:
-      kind: `"gram"`, X Xᵀ − r I; `"square"`, a A + c A A; `"product"`, a A + b B + c A B.
+      kind: `"gram"`, X Xᵀ − r I; `"square"`, a A + c A A; `"product"`, a A + b B + c A B;
+        `"full"`, a X + c A X and the sum of its squares, of which the next X Xᵀ has need.
       n: Short side.
-      m: Long side; n except for `"gram"`.
+      m: Long side; n except for `"gram"` and `"full"`.
     """
 
     kind: str
@@ -58,7 +60,20 @@ class Product:
     @property
     def added(self) -> int:
         """Matrices in the sum with A B."""
-        return ("gram", "square", "product").index(self.kind)
+        return {"gram": 0, "square": 1, "product": 2, "full": 1}[self.kind]
+
+    @property
+    def shape(self) -> tiles.Shape:
+        """The product for `tiles.cycles`."""
+        if self.kind == "full":
+            return tiles.Shape(self.n, self.m, self.n, BFLOAT16, False, self.added)
+        return tiles.Shape(self.n, self.n, self.m, BFLOAT16, True, self.added)
+
+    def cut(self, kind: str) -> Tiles | None:
+        """The tiles that are used on a kind of device; None where XLA's product is."""
+        if self.kind == "full":
+            return tiles.fastest_full(self.n, self.m, self.n, BFLOAT16, kind)
+        return tiles.fastest(self.n, self.m, BFLOAT16, kind)
 
 
 PRODUCTS = (
@@ -67,22 +82,36 @@ PRODUCTS = (
     Product("gram", 2048, 7168),
     Product("gram", 4096, 11008),
     Product("product", 4096, 4096),
+    *(Product("full", n, n) for n in (1024, 2048, 4096)),
+    Product("full", 2048, 7168),
+    Product("full", 4096, 11008),
 )
-# One for each kind, to read the cycles of the kernel from.
-SAMPLES = (PRODUCTS[4], Product("gram", 4096, 4096), PRODUCTS[-1])
+# The cycles of the kernel's parts are read from these. Other symmetric products differ by a few.
+SAMPLES = (Product("square", 4096, 4096), Product("full", 4096, 4096))
 
 
 def by_xla(product: Product, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
     """Computes a product without the kernel: sums in float32, rounded once."""
     a, b, c = numbers
-    right = {"gram": A.mT, "square": A, "product": B}[product.kind]
+    right = {"gram": A.mT, "square": A, "product": B, "full": B}[product.kind]
     total = jnp.matmul(A, right, preferred_element_type=jnp.float32)
     if product.kind == "gram":
         return (total - a * jnp.eye(product.n)).astype(A.dtype)
-    total = a * A.astype(jnp.float32) + c * total
+    added = B if product.kind == "full" else A
+    total = a * added.astype(jnp.float32) + c * total
     if product.kind == "product":
         total += b * B.astype(jnp.float32)
     return total.astype(A.dtype)
+
+
+def with_squares(
+    product: Product, numbers: Any, A: jax.Array, B: jax.Array
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Computes what the kernel does: a full product also has the sum of its squares."""
+    result = by_xla(product, numbers, A, B)
+    if product.kind != "full":
+        return result
+    return result, jnp.sum(result.astype(jnp.float32) ** 2)
 
 
 def by_kernel(product: Product, cut: Tiles, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
@@ -92,15 +121,18 @@ def by_kernel(product: Product, cut: Tiles, numbers: Any, A: jax.Array, B: jax.A
         return tpu_kernel.gram_matrix(A, a, cut)
     if product.kind == "square":
         return tpu_kernel.product(a, A, 0.0, A, c, cut)
+    if product.kind == "full":
+        return tpu_kernel.full_product(c, A, B, [(a, B)], cut)[0]
     return tpu_kernel.product(a, A, b, B, c, cut)
 
 
-def compiled(f: Callable[..., jax.Array], product: Product, topology: str) -> tuple[Any, float]:
+def compiled(f: Callable[..., Any], product: Product, topology: str) -> tuple[Any, float]:
     """Compiles a product for one chip; also returns the processor time of the compiler."""
     mesh = Mesh(np.array(tpu.topology_devices(topology)[:1]), ("x",))
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
-    A = shape((product.n, product.m), jnp.bfloat16)
-    lowered = jax.jit(f).lower((shape((), jnp.float32),) * 3, A, A)
+    B = shape((product.n, product.m), jnp.bfloat16)
+    A = shape((product.n, product.n), jnp.bfloat16) if product.kind == "full" else B
+    lowered = jax.jit(f).lower((shape((), jnp.float32),) * 3, A, B)
     start = time.process_time()
     return lowered.compile(), time.process_time() - start
 
@@ -111,31 +143,33 @@ def regions_of(
     """Compiles the kernel, and reads the cycles of its parts."""
     cut = Tiles(side, 2 * chunk, chunk)
     compiled(functools.partial(by_kernel, product, cut), product, topology)
-    found = read_regions(newest_dump(dump, "symmetric"), chunk)
+    found = read_regions(newest_dump(dump, "_product"), chunk)
     for file in dump.iterdir():  # hundreds of megabytes
         file.unlink()
     return found
 
 
 def measure_kernel(kind: str, dump: pathlib.Path) -> dict[str, Any]:
-    """Reads the cycles of the kernel for all candidates and kinds of products."""
-    topology, candidates = TOPOLOGIES[kind]
+    """Reads the cycles of the kernel for all candidates."""
+    topology, sides, full_sides = TOPOLOGIES[kind]
     return {
         product.kind: {
             str(side): regions_of(product, side, chunk, topology, dump)._asdict()
-            for side, chunk in candidates.items()
+            for side, chunk in (full_sides if product.kind == "full" else sides).items()
         }
         for product in SAMPLES
     }
 
 
-def cycles_of_xla(kind: str) -> list[float]:
-    """Reads XLA's cycles for each product."""
+def cycles_of_xla(kind: str, known: dict[Product, float]) -> list[float]:
+    """Reads XLA's cycles for each product that is not known."""
     topology, found = TOPOLOGIES[kind][0], []
     for product in PRODUCTS:
-        cost = compiled_cost(compiled(functools.partial(by_xla, product), product, topology)[0])
-        print(kind, product, cost.cycles, flush=True)
-        found.append(cost.cycles)
+        if product not in known:
+            program = compiled(functools.partial(with_squares, product), product, topology)[0]
+            known[product] = compiled_cost(program).cycles
+            print(kind, product, known[product], flush=True)
+        found.append(known[product])
     return found
 
 
@@ -143,20 +177,18 @@ def compare(kind: str, regions: dict[str, Any], xla: list[float]) -> list[dict[s
     """Estimates the kernel's cycles for each product, beside XLA's."""
     chip, rows = CHIPS[kind], []
     for product, cycles in zip(PRODUCTS, xla, strict=True):
-        n, m, candidates = product.n, product.m, {}
-        for side, fields in regions[product.kind].items():
+        shape, candidates = product.shape, {}
+        for side, fields in regions["square" if shape.is_symmetric else "full"].items():
             r = Regions(**fields)
-            cuts = tiles.cuts(m, int(side), r.chunk, BFLOAT16, chip)
-            best = min((tiles.cycles(n, m, BFLOAT16, product.added, t, r, chip), t) for t in cuts)
-            candidates[side] = {
-                "cycles": round(best[0]),
-                "depth": best[1].depth,
-                "share": best[1].share(n),
-            }
-        used = tiles.fastest(n, m, BFLOAT16, kind)  # None for small sides, where XLA's is used
+            cuts = tiles.cuts(shape, int(side), r.chunk, chip)
+            best = min((tiles.cycles(shape, cut, r, chip), cut) for cut in cuts)
+            candidates[side] = {"cycles": round(best[0]), "depth": best[1].depth}
+            if shape.is_symmetric:
+                candidates[side]["flop_fraction"] = best[1].flop_fraction(product.n)
+        used = product.cut(kind)
         side = str(used.side) if used else min(candidates, key=lambda x: candidates[x]["cycles"])
         row = {"xla": cycles, "side": int(side), "cycles": candidates[side]["cycles"]}
-        row["kernel_by_xla"] = row["cycles"] / cycles
+        row |= {"kernel_by_xla": row["cycles"] / cycles, "is_used": used is not None}
         rows.append(dataclasses.asdict(product) | row | {"candidates": candidates})
     return rows
 
@@ -188,8 +220,9 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(folder)
         for kind in options.chip or TOPOLOGIES:
             regions = measure_kernel(kind, pathlib.Path(folder))
-            kept = before.get(kind) if options.keep_xla else None
-            xla = [row["xla"] for row in kept["products"]] if kept else cycles_of_xla(kind)
+            rows = before.get(kind, {}).get("products", ()) if options.keep_xla else ()
+            known = {Product(row["kind"], row["n"], row["m"]): row["xla"] for row in rows}
+            xla = cycles_of_xla(kind, known)
             found = {"regions": regions, "products": compare(kind, regions, xla)}
             results["chips"][kind] = report.rounded(found)
             report.write_json(path, results)

@@ -47,6 +47,7 @@ class Choice(NamedTuple):
       method: `"standard"` or `"gram"`.
       products: How symmetric products are computed.
       batch_size: Matrices in one batch.
+      is_shared: Whether several devices share a matrix.
     """
 
     dtype: Any
@@ -54,6 +55,7 @@ class Choice(NamedTuple):
     method: str
     products: Products
     batch_size: int
+    is_shared: bool = False
 
     @property
     def windows(self) -> Windows:
@@ -64,10 +66,12 @@ class Choice(NamedTuple):
         """Counts the FLOPs of one n x m matrix, n ≤ m (a multiply-add is two)."""
         if n == 0:
             return 0.0
-        share = self.products.share(n, self.dtype)
+        fraction = self.products.flop_fraction(n, self.dtype)
+        # Devices that share a matrix compute X Xᴴ in part, and their rows of A B in full.
+        fractions = (fraction, 1.0 if self.is_shared else fraction)
         if self.method == "gram":
-            return gram_cost(self.windows, m / n, share) * n**3
-        return standard_cost(self.coefficients, m / n, share) * n**3
+            return gram_cost(self.windows, m / n, *fractions) * n**3
+        return standard_cost(self.coefficients, m / n, *fractions) * n**3
 
 
 def choose(
@@ -90,7 +94,7 @@ def choose(
       method: `"standard"`, `"gram"`, or `"auto"` for the one with fewer FLOPs.
       platform: `"cpu"`, `"tpu"` or `"gpu"`.
       is_shared: Whether several devices share a matrix.
-      kernel: The kind of TPU whose kernel computes symmetric products; None for XLA's products.
+      kernel: The kind of device whose kernel computes symmetric products; None for XLA's.
 
     Returns:
       The choice.
@@ -100,14 +104,14 @@ def choose(
       >>> choose(64, 256, jnp.float32, coefficients, "auto", "cpu").method
       'gram'
     """
-    if kernel and not has_kernel(n, dtype, kernel):
+    if kernel and not has_kernel(n, m, dtype, kernel):
         kernel = None
     mirror = not is_shared and n >= _SMALLEST_MIRRORED.get(platform, math.inf) and n % 2 == 0
     products = Products(mirror and not kernel, kernel)
     by_one = platform == "cpu" or (platform == "tpu" and n >= _ONE_AT_A_TIME_ON_TPU)
     batch_size = 1 if by_one else max(1, MAX_BATCH_BYTES // (4 * max(1, n * m)))
     standard, gram = (
-        Choice(jnp.dtype(dtype), coefficients, name, products, batch_size)
+        Choice(jnp.dtype(dtype), coefficients, name, products, batch_size, is_shared)
         for name in ("standard", "gram")
     )
     if method == "auto":
@@ -115,11 +119,11 @@ def choose(
     return gram if method == "gram" else standard
 
 
-def has_kernel(n: int, dtype: Any, kind: str) -> bool:
-    """Whether the kernel of a kind of TPU computes n x n products of a dtype."""
+def has_kernel(n: int, m: int, dtype: Any, kind: str) -> bool:
+    """Whether the kernel of a kind of device computes the products of n x m matrices of a dtype."""
     dtype = jnp.dtype(dtype)
     known = dtype in (jnp.bfloat16, jnp.float32)
-    return known and fastest(n, n, dtype.itemsize, kind) is not None
+    return known and all(fastest(n, k, dtype.itemsize, kind) is not None for k in (n, m))
 
 
 def compute_dtype(dtype: Any, requested: Any, platform: str) -> Any:
@@ -188,42 +192,46 @@ def restart_windows(coefficients: Sequence[Step], dtype: Any) -> Windows:
     return tuple(window for window in windows if window)
 
 
-def standard_cost(coefficients: Sequence[Step], aspect: float, share: float = 1.0) -> float:
+def standard_cost(
+    coefficients: Sequence[Step], aspect: float, g: float = 1.0, s: float | None = None
+) -> float:
     """Counts the work of the standard iteration, in n³ FLOPs (a multiply-add is two).
 
     Args:
       coefficients: `(a, b, c)` of each step.
       aspect: m / n, at least 1.
-      share: s, the ratio of the FLOPs of a symmetric product to the FLOPs of a plain one.
+      g: FLOPs of X Xᴴ, as a fraction of those of a product that computes every number.
+      s: The same for A B of symmetric A and B; None for g.
 
     Returns:
-      2 aspect (1 + s) + 2 s for each step, without the last 2 s where c = 0.
+      2 aspect (1 + g) + 2 s for each step, without the last 2 s where c = 0.
 
     Example:
       >>> standard_cost([(3.4, -4.8, 2.0)] * 5, aspect=4.0)
       90.0
     """
-    s = share
-    return sum(2 * aspect * (1 + s) + (2 * s if c else 0.0) for _, _, c in coefficients)
+    s = g if s is None else s
+    return sum(2 * aspect * (1 + g) + (2 * s if c else 0.0) for _, _, c in coefficients)
 
 
-def gram_cost(windows: Windows, aspect: float, share: float = 1.0) -> float:
+def gram_cost(windows: Windows, aspect: float, g: float = 1.0, s: float | None = None) -> float:
     """Counts the work of the Gram iteration, in n³ FLOPs (a multiply-add is two).
 
     Args:
       windows: See `restart_windows`.
       aspect: m / n, at least 1.
-      share: See `standard_cost`.
+      g: See `standard_cost`.
+      s: See `standard_cost`.
 
     Returns:
-      2 aspect (1 + s) for each window, 2 s for each R R, 2 for each Y Q and 4 s for each new R.
+      2 aspect (1 + g) for each window, 2 s for each R R, 2 for each Y Q and 4 s for each new R.
 
     Example:
       >>> gram_cost((((3.4, -4.8, 2.0),) * 5,), aspect=4.0)
       50.0
     """
-    s = share
+    s = g if s is None else s
     squares = sum(2 * s for window in windows for _, _, c in window if c)
     return squares + sum(
-        2 * aspect * (1 + s) + (2 + 4 * s) * (len(window) - 1) for window in windows
+        2 * aspect * (1 + g) + (2 + 4 * s) * (len(window) - 1) for window in windows
     )

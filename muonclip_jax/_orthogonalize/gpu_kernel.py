@@ -1,13 +1,18 @@
-"""Products that are symmetric, on NVIDIA GPUs: half of the tiles, in a Pallas kernel for Triton.
+"""Symmetric products on NVIDIA GPUs: half of the tiles are computed, and each is written twice.
 
-Two of the three products of a Newton-Schulz step are symmetric. A kernel computes the tiles on and
-below the diagonal and writes each of the others as a transpose, in (t + 1) / 2t of the FLOPs for t
-tiles a side. **Nobody has timed it**: it is compiled for H100 and checked in interpret mode.
-`newton_schulz` does not use it.
+    gram_matrix     X Xᵀ − r I
+    product         a A + b B + c A B       A and B symmetric, and they commute
+
+The functions of `tpu_kernel.py`, in a Pallas kernel for Triton. A program computes one tile, on or
+above the diagonal, and writes it to its place and, transposed, to the mirrored place. Rows of A are
+multiplied by rows of B, as B is its own transpose. What is outside of the matrix is loaded as zero,
+and not stored.
+
+**Nobody has timed it.** It is compiled for H100 (`tests/sharding/test_gpu_aot.py`), and interpreted
+on a CPU. JAX has deprecated Pallas' Triton backend, and warns when it compiles the kernel.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -16,115 +21,106 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from muonclip_jax._common.dtypes import accumulator
-from muonclip_jax._orthogonalize.symmetric import is_narrow
+from muonclip_jax._orthogonalize.kernel_call import Form, Kernel, call
+from muonclip_jax._orthogonalize.tiles import Tiles
 
-# Sides of a tile of the product, and columns that are multiplied at a time. 128 x 128 and 64
-# columns in 3 stages use 96 of the 227 KiB of shared memory of an H100. All four are untimed.
-TILE, DEPTH, WARPS, STAGES = 128, 64, 8, 3
+# Untimed. 128 x 128 tiles with 64 terms at a time, in 3 stages, use 96 of the 227 KiB of shared
+# memory of an H100, so that two programs may run at the same time.
+_WARPS, _STAGES = 8, 3
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "depth", "interpret"))
-def symmetric_product(
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array | None = None,
-    *,
-    b: Any = 1.0,
-    c: Any = 1.0,
-    tile: int = TILE,
-    depth: int = DEPTH,
-    interpret: bool = False,
-) -> jax.Array:
-    """Computes c A Bᵀ + b C, where A Bᵀ is symmetric: X Xᵀ, or A B of symmetric A, B that commute.
+def gram_matrix(X: jax.Array, r: Any, tiles: Tiles, dtype: Any = None) -> jax.Array:
+    """Computes X Xᵀ − r I; see `tpu_kernel.gram_matrix`.
 
     Args:
-      A: `[..., n, k]`.
-      B: `[..., n, k]`; for A B of symmetric matrices pass B itself, which is its own transpose.
-      C: `[..., n, n]`, symmetric; None adds nothing.
-      b: Factor on C, a scalar.
-      c: Factor on A Bᵀ, a scalar.
-      tile: Rows and columns of a tile, a power of two from 16 on.
-      depth: Columns of A and B that are multiplied at a time, a power of two from 16 on.
-      interpret: Whether to run the kernel in interpret mode, on any platform.
+      X: `[..., n, m]`, bfloat16 or float32.
+      r: A number, or one for each matrix, `[..., 1, 1]`.
+      tiles: How the result is cut; `side` and `chunk` are powers of two from 16 on.
+      dtype: Dtype of the result; None for that of X.
 
     Returns:
-      `[..., n, n]` in the dtype of A, summed in float32 and rounded once. Above the diagonal it is
-      the transpose of what is below, bit for bit, but within tiles on the diagonal.
-
-    Raises:
-      ValueError: if shapes do not fit together.
-      TypeError: if A and B, or C, have different dtypes, or one that is no bfloat16, float16 or
-        float32.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> X = jnp.array([[1.0, 2.0], [3.0, 4.0]], jnp.bfloat16)
-      >>> symmetric_product(X, X, tile=16, depth=16, interpret=True)
-      Array([[5, 11],
-             [11, 25]], dtype=bfloat16)
+      `[..., n, n]`, summed in float32 and rounded once.
     """
-    _check(A, B, C)
-    *batch, n, k = A.shape
-    arrays = [x for x in (A, B, C) if x is not None]
-    stacks = [x.reshape(math.prod(batch), *x.shape[-2:]) for x in arrays]
-    tiles = np.stack(np.tril_indices(pl.cdiv(n, tile))).astype(np.int32)
-    factors = jnp.stack([jnp.asarray(c, jnp.float32), jnp.asarray(b, jnp.float32)])
-    call = pl.pallas_call(
-        functools.partial(_tile_of_product, k=k, n=n, tile=tile, depth=depth),
-        out_shape=jax.ShapeDtypeStruct((math.prod(batch), n, n), A.dtype),
-        grid=(tiles.shape[1], math.prod(batch)),
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+    return call(_KERNEL, Form(tiles, "gram_matrix", jnp.dtype(dtype or X.dtype)), (r,), (X, X))[0]
+
+
+def product(a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles) -> jax.Array:
+    """Computes a A + b B + c A B for symmetric matrices that commute; see `tpu_kernel.product`.
+
+    Args:
+      a: A number, or one for each matrix, `[..., 1, 1]`; so are b and c.
+      A: `[..., n, n]`, bfloat16 or float32.
+      b: See a.
+      B: Like A.
+      c: See a.
+      tiles: See `gram_matrix`.
+
+    Returns:
+      Shape and dtype of A, summed in float32 and rounded once.
+    """
+    form = Form(tiles, "product", A.dtype)
+    if A is B:
+        return call(_KERNEL, form, (a + b, c), (A, A, A))[0]
+    return call(_KERNEL, form, (a, b, c), (A, B, A, B))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(
+    form: Form, interpret: bool, numbers: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array]:
+    """Lays out the kernel: numbers [count, 1 to 3], arrays [count, n, n or m]."""
+    count, n, m = arrays[0].shape
+    places = np.stack(form.places(n, n))
+    run = pl.pallas_call(
+        functools.partial(_kernel, form=form, n=n, m=m),
+        out_shape=jax.ShapeDtypeStruct((count, n, n), form.dtype),
+        grid=(count, places.shape[1]),
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        cost_estimate=pl.CostEstimate(
+            flops=int(2 * count * form.tiles.area(n) * m),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays)
+            + count * n**2 * form.dtype.itemsize,
+            transcendentals=0,
+        ),
         interpret=interpret,
-        name="symmetric_product",
+        name=f"symmetric_{form.kind}",
     )
-    return call(jnp.asarray(tiles), factors, *stacks).reshape(*batch, n, n)
+    return (run(jnp.asarray(places), numbers, *arrays),)
 
 
-def _check(A: jax.Array, B: jax.Array, C: jax.Array | None) -> None:
-    expected = (*A.shape[:-1], A.shape[-2]) if A.ndim > 1 else None
-    if expected is None or B.shape != A.shape or (C is not None and C.shape != expected):
-        shapes = ", ".join(str(x.shape) for x in (A, B, C) if x is not None)
-        raise ValueError(
-            f"symmetric_product: got A, B, C of shapes {shapes}, expected [..., n, k] for A and B"
-            " and [..., n, n] for C."
-        )
-    dtypes = {x.dtype.name for x in (A, B, C) if x is not None}
-    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16", "float32"}:
-        raise TypeError(
-            f"symmetric_product: got {', '.join(sorted(dtypes))}, expected one of bfloat16,"
-            " float16, float32 for all arrays; cast them first."
-        )
+_KERNEL = Kernel("cuda", _compiled)
 
 
-def _tile_of_product(
-    tiles: Any, factors: Any, A: Any, B: Any, *rest: Any, n: int, k: int, tile: int, depth: int
-) -> None:
-    """Computes one tile on or below the diagonal, and writes it and its transpose."""
-    *C, out = rest
-    which, matrix = pl.program_id(0), pl.program_id(1)
-    i, j = tiles[0, which], tiles[1, which]
-    rows, columns = (at * tile + jnp.arange(tile) for at in (i, j))
+def _kernel(places: Any, numbers: Any, *refs: Any, form: Form, n: int, m: int) -> None:
+    """Computes one tile on or above the diagonal, and writes it and its transpose."""
+    left, right, *added, out = refs
+    matrix, position = pl.program_id(0), pl.program_id(1)
+    side, chunk = form.tiles.side, form.tiles.chunk
+    i, j = places[0, position], places[1, position]
+    rows, columns = (at * side + jnp.arange(side) for at in (i, j))
 
     def load(x: Any, first: jax.Array, second: jax.Array, width: int) -> jax.Array:
         inside = (first < n)[:, None] & (second < width)[None, :]
         return plgpu.load(x.at[matrix, first[:, None], second[None, :]], mask=inside, other=0.0)
 
-    def add_product(step: jax.Array, total: jax.Array) -> jax.Array:
-        inner = step * depth + jnp.arange(depth)
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+        terms = step * chunk + jnp.arange(chunk)
+        A, B = load(left, rows, terms, m), load(right, columns, terms, m)
+        # HIGHEST: a GPU would round float32 factors to TF32 by default.
+        precision = jax.lax.Precision.HIGHEST if A.dtype == jnp.float32 else None
+        dimensions = (((1,), (1,)), ((), ()))
         return total + jax.lax.dot_general(
-            load(A, rows, inner, k),
-            load(B, columns, inner, k),
-            (((1,), (1,)), ((), ())),
-            precision=None if is_narrow(A.dtype) else jax.lax.Precision.HIGHEST,  # no TF32
-            preferred_element_type=total.dtype,
+            A, B, dimensions, precision=precision, preferred_element_type=jnp.float32
         )
 
-    total = jnp.zeros((tile, tile), accumulator(A.dtype))
-    total = factors[0] * jax.lax.fori_loop(0, pl.cdiv(k, depth), add_product, total)
-    if C:
-        total += factors[1] * load(C[0], rows, columns, n).astype(total.dtype)
-    block, inside = total.astype(out.dtype), (rows < n)[:, None] & (columns < n)[None, :]
-    plgpu.store(out.at[matrix, rows[:, None], columns[None, :]], block, mask=inside)
-    above = inside.T & (i != j)
-    plgpu.store(out.at[matrix, columns[:, None], rows[None, :]], block.T, mask=above)
+    total = jax.lax.fori_loop(0, pl.cdiv(m, chunk), add, jnp.zeros((side, side), jnp.float32))
+    if form.is_gram:
+        total -= numbers[matrix, 0] * (rows[:, None] == columns[None, :])
+    else:
+        total *= numbers[matrix, len(added)]
+        for index, x in enumerate(added):
+            total += numbers[matrix, index] * load(x, rows, columns, n).astype(total.dtype)
+    tile, inside = total.astype(out.dtype), (rows < n)[:, None] & (columns < n)[None, :]
+    plgpu.store(out.at[matrix, rows[:, None], columns[None, :]], tile, mask=inside)
+    mirrored = inside.T & (i != j)
+    plgpu.store(out.at[matrix, columns[:, None], rows[None, :]], tile.T, mask=mirrored)

@@ -20,6 +20,7 @@ import jax
 
 from muonclip_jax._common.types import Scalar, Step
 from muonclip_jax._orthogonalize.symmetric import (
+    Matrix,
     Symmetric,
     gram_matrix,
     is_narrow,
@@ -27,7 +28,7 @@ from muonclip_jax._orthogonalize.symmetric import (
 
 
 def standard(
-    X: jax.Array,
+    X: Matrix,
     A: Symmetric,
     coefficients: Sequence[tuple[Scalar, Scalar, Scalar]],
     steps: jax.Array | None = None,
@@ -44,20 +45,20 @@ def standard(
       `[..., n, m]`.
     """
 
-    def step(X: jax.Array, A: Symmetric, a: Scalar, b: Scalar, c: Scalar) -> jax.Array:
+    def step(X: Matrix, A: Symmetric, a: Scalar, b: Scalar, c: Scalar) -> Matrix:
         """X ← (a I + b A + c A²) X."""
-        return ((a + _quadratic(A, b, c)) @ X).astype(X.dtype)
+        return (a + _quadratic(A, b, c)) @ X
 
     X = step(X, A, *coefficients[0])
     if steps is not None:
         again = lambda _, X: step(X, gram_matrix(X, A.products), *coefficients[0])  # noqa: E731
-        return jax.lax.fori_loop(1, steps, again, X)
+        return jax.lax.fori_loop(1, steps, again, X).entries
     for a, b, c in coefficients[1:]:
         X = step(X, gram_matrix(X, A.products), a, b, c)
-    return X
+    return X.entries
 
 
-def gram(X: jax.Array, R: Symmetric, windows: Sequence[Sequence[Step]]) -> jax.Array:
+def gram(X: Matrix, R: Symmetric, windows: Sequence[Sequence[Step]]) -> jax.Array:
     """Runs the Gram iteration.
 
     Args:
@@ -78,8 +79,8 @@ def gram(X: jax.Array, R: Symmetric, windows: Sequence[Sequence[Step]]) -> jax.A
             R = (Y @ (R @ Y).rounded()).rounded()
             Y = a + _quadratic(R, b, c)
             Q = (Y @ Q).rounded()
-        X = (Q @ X).astype(X.dtype)
-    return X
+        X = Q @ X
+    return X.entries
 
 
 def _quadratic(A: Symmetric, b: Scalar, c: Scalar) -> Symmetric:
@@ -95,5 +96,5 @@ def _initial_product(Y: Symmetric) -> Symmetric:
     The errors of Q are never corrected, so its products are computed in full. Float32 and wider
     types add the shift to the diagonal: they have the digits for it, and q X + Q X would lose some.
     """
-    Q = Y.without_mirror()
+    Q = Y.in_full()
     return Q if is_narrow(Q.matrix.dtype) else Q.without_shift()

@@ -34,6 +34,7 @@ from muonclip_jax._orthogonalize.iterations import gram, standard
 from muonclip_jax._orthogonalize.matrices import orthogonalize_leaves
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
 from muonclip_jax._orthogonalize.symmetric import (
+    Matrix,
     Products,
     Symmetric,
     gram_matrix,
@@ -86,12 +87,13 @@ def newton_schulz(
         vectors a little.
       eps: Added to the norm of the matrix after its largest magnitude has been made one, so it is
         relative.
-      products: What computes the symmetric products, two of three. `"xla"`: XLA. `"pallas"`: a TPU
-        kernel that computes little more than half of them, see `docs/numerics.md`. It runs for real
-        bfloat16 and float32 products and a short side of at least 1024 (v5e, v5p) or 2048 (v6e,
-        TPU7x); all others are XLA's. It has no derivative. On a CPU it is interpreted, for tests.
-        `"auto"` is `"xla"` until the kernel has been timed on a TPU: `python -m
-        benchmarks.tpu_kernel` times it on yours.
+      products: What computes the matrix products. `"xla"`: XLA. `"pallas"`: a kernel that computes
+        little more than half of each symmetric product, two of three, see `docs/numerics.md`. It
+        runs for real bfloat16 and float32 products and a short side of at least 1024 (v5e, v5p,
+        NVIDIA GPUs) or 2048 (v6e, TPU7x); all others are XLA's, and on a GPU also those whose rows
+        do not start at multiples of 16 bytes. It has no derivative. On a CPU the TPU kernel is
+        interpreted, for tests. `"auto"` is `"xla"`, as nobody has timed the kernels yet: `python -m
+        benchmarks.tpu_kernel` and `benchmarks.gpu_kernel` time them on your TPU or GPU.
 
     Returns:
       Shape and dtype of `x`. For "jordan", singular values of at least 3e-3 of the norm end in
@@ -99,7 +101,7 @@ def newton_schulz(
 
     Raises:
       ValueError: if `x` has fewer than two axes, a name or the coefficients are not known, or
-        there is no kernel for the platform.
+        there is no kernel for the device.
       TypeError: if `x` is not floating or complex.
 
     Example:
@@ -186,29 +188,24 @@ class Orthogonalizer:
         """Decides the dtype of the products of matrices of `dtype`."""
         return choices.compute_dtype(dtype, self.dtype, self._platform)
 
-    def flops(self, n: int, m: int, dtype: Any) -> float:
-        """Counts the FLOPs of one n x m matrix, n ≤ m (a multiply-add is two)."""
-        return self.choose(n, m, dtype).flops(n, m)
+    def flops(self, n: int, m: int, dtype: Any, is_shared: bool = False) -> float:
+        """Counts the FLOPs of one n x m matrix, n ≤ m, on all devices that share it."""
+        return self.choose(n, m, dtype, is_shared).flops(n, m)
 
     def choose(self, n: int, m: int, dtype: Any, is_shared: bool = False) -> choices.Choice:
         """Decides how to orthogonalize n x m matrices of `dtype`, n ≤ m."""
         computed = self.compute_dtype(dtype)
         narrow = is_narrow(computed)
         coefficients = for_sixteen_bits(self.coefficients) if narrow else self.coefficients
-        # The restarts of the Gram iteration depend on the coefficients.
+        # Restarts depend on the coefficients.
         method = "standard" if jax.tree.leaves(self) else self.method
         platform, kernel = self._platform, self._kernel()
         return choices.choose(n, m, computed, coefficients, method, platform, is_shared, kernel)
 
     def _kernel(self) -> str | None:
-        """Returns the kind of TPU whose kernel computes symmetric products; None without it."""
+        """Returns the kind of device whose kernel computes symmetric products; None without it."""
         if self.products != "pallas":
             return None
-        if self._platform not in ("cpu", "tpu"):
-            raise ValueError(
-                f"newton_schulz: products='pallas' needs a TPU, or a CPU to test it, got "
-                f"{self._platform}. Pass products='xla'."
-            )
         if self._platform == "cpu":
             return DEFAULT_KIND
         return self.device_kind or jax.devices()[0].device_kind
@@ -269,13 +266,13 @@ def _orthogonalize(
     if is_narrow(choice.dtype):
         # Otherwise the compiler normalizes X again, in float32, inside every product.
         X = jax.lax.optimization_barrier(X)
-    X, A = _precondition(X, settings.preconditioning, products)
+    matrix, A = _precondition(X, settings.preconditioning, products)
     if choice.method == "gram":
-        return gram(X, A, choice.windows).astype(dtype)
+        return gram(matrix, A, choice.windows).astype(dtype)
     coefficients = choice.coefficients
     if settings.traced_coefficients is not None:
         coefficients = traced_for_sixteen_bits(settings.traced_coefficients, choice.dtype)
-    return standard(X, A, coefficients, settings.traced_steps).astype(dtype)
+    return standard(matrix, A, coefficients, settings.traced_steps).astype(dtype)
 
 
 def _normalize(
@@ -317,7 +314,7 @@ def _normalize(
 
 def _precondition(
     X: jax.Array, preconditioning: str, products: Products
-) -> tuple[jax.Array, Symmetric]:
+) -> tuple[Matrix, Symmetric]:
     """Scales the rows of a normalized X as the preconditioning requires; also returns X Xᴴ.
 
     Args:
@@ -326,17 +323,21 @@ def _precondition(
       products: How products of n x n matrices are computed.
 
     Returns:
-      X and X Xᴴ. Two preconditionings replace X by D X, D diagonal, and X Xᴴ by D X Xᴴ D.
+      X and X Xᴴ. Two settings replace X by D X, D diagonal, and X Xᴴ by D X Xᴴ D.
     """
     if preconditioning not in ("schatten", "aol"):
-        return X, gram_matrix(X, products)
+        # Only for the kernel, for which the sum would be a pass over X of its own.
+        is_known = preconditioning == "frobenius" and products.kernel is not None
+        matrix = Matrix(X, squares=1.0 if is_known else None)
+        return matrix, gram_matrix(matrix, products)
     A = unrounded_gram_matrix(X, products)
     if preconditioning == "schatten":  # D = ‖A‖^(-1/2) I, and ‖A‖^(1/2) is the Schatten-4 norm of X
         total = jnp.linalg.norm(A, axis=(-2, -1), keepdims=True)
     else:  # D_ii = (Σ_j |A_ij|)^(-1/2)
         total = jnp.sum(jnp.abs(A), axis=-1, keepdims=True)
     D = jax.lax.rsqrt(nonzero(total)).astype(A.dtype)
-    return (D * X.astype(A.dtype)).astype(X.dtype), rounded(A * D * D.mT, X.dtype, products)
+    scaled = (D * X.astype(A.dtype)).astype(X.dtype)
+    return Matrix(scaled), rounded(A * D * D.mT, X.dtype, products)
 
 
 def nonzero(x: jax.Array) -> jax.Array:

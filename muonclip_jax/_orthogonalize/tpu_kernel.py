@@ -1,61 +1,50 @@
-"""Symmetric products on TPU: half of the tiles are computed, and each of them is written twice.
+"""Products on TPU that are added and rounded tile by tile; symmetric ones in half of the tiles.
 
     gram_matrix     X Xᵀ − r I
     product         a A + b B + c A B       A and B symmetric, and they commute
+    full_product    c A B + Σ a C           any A, B and C
 
-The result is cut into square tiles. The kernel computes those on and above the diagonal, and writes
-each to its place and, transposed, to the mirrored place. With three tiles on a side:
+The result is cut into square tiles. Of a symmetric one the kernel computes the tiles on and above
+the diagonal, and writes each to its place and, transposed, to the mirrored place. With three tiles
+on a side:
 
     position                0     1     2     3     4     5
     tile (i, j)           (0,0) (0,1) (0,2) (1,1) (1,2) (2,2)
     mirrored tile (j, i)  (0,0) (1,0) (2,0) (1,1) (2,1) (2,2)
 
-A position has K + 1 steps. Steps 0 to K − 1 each add up some terms of the sums, in float32. Step
-K − 1 also adds A, B and I, rounds once, and writes the tile. Step K writes the transposed tile. It
-reads nothing, and its inputs are those of the next position: a step starts to fetch the inputs of
-the next one, so that step K − 1, which is long, hides the fetch, and step K has none. The cores of
-a chip share the positions. Tiles at the right and lower edges may be partial: what they have
-outside of the matrix is garbage, which is dropped. In the last terms of the sums it is masked.
+A position has K + 1 steps. Steps 0 to K − 1 each add up some terms of the sums, in float32, chunk
+by chunk. With the last chunk, step K − 1 also adds A, B and I, rounds once, writes the tile, and
+transposes it: the matrix units hide this work. Step K writes the transposed tile. It reads nothing,
+and its inputs are those of the next position: a step starts to fetch the inputs of the next one, so
+that step K − 1, which is long, hides the fetch, and step K has none. Of a tile on the diagonal,
+three of four blocks are computed. A full product has all tiles, and no step K. Its last column of
+tiles is as narrow as the matrix, in steps of 128.
 
-The kernel has no derivative. On a CPU it is interpreted.
+The cores of a chip share the positions. Tiles at the right and lower edges may be partial: what
+they have outside of the matrix is garbage, which is dropped. In the last terms of the sums it is
+masked. The kernel has no derivative. On a CPU it is interpreted.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from muonclip_jax._orthogonalize.kernel_call import Form, Kernel, call
 from muonclip_jax._orthogonalize.tiles import Tiles
-
-# Numbers in a row of a register: slices of blocks start and end at multiples of it.
-_LANES = 128
-# The kernel must not use all of the fast memory that it is given.
-_SPARE_BYTES = 2**22
-
-_NO_DERIVATIVE = (
-    "newton_schulz: the kernel of products='pallas' has no derivative. Pass products='xla' "
-    "(ns_products='xla' to an optimizer) to differentiate."
+from muonclip_jax._orthogonalize.tpu_kernel_step import (
+    LANES,
+    ROWS,
+    ProductShape,
+    kernel_step,
 )
 
-
-class _Form(NamedTuple):
-    """What one kernel computes.
-
-    Attributes:
-      tiles: How the result is cut.
-      is_gram: Whether it is X Xᵀ − r I.
-      dtype: Dtype of the result.
-    """
-
-    tiles: Tiles
-    is_gram: bool
-    dtype: Any
+# The kernel must not use all of the fast memory that it is given.
+_SPARE_BYTES = 2**22
 
 
 def gram_matrix(X: jax.Array, r: Any, tiles: Tiles, dtype: Any = None) -> jax.Array:
@@ -70,7 +59,7 @@ def gram_matrix(X: jax.Array, r: Any, tiles: Tiles, dtype: Any = None) -> jax.Ar
     Returns:
       `[..., n, n]`, summed in float32 and rounded once.
     """
-    return _apply(_Form(tiles, True, jnp.dtype(dtype or X.dtype)), (r,), (X,))
+    return call(_KERNEL, Form(tiles, "gram_matrix", jnp.dtype(dtype or X.dtype)), (r,), (X, X))[0]
 
 
 def product(a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles) -> jax.Array:
@@ -87,200 +76,133 @@ def product(a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles) ->
     Returns:
       Shape and dtype of A, summed in float32 and rounded once.
     """
-    form = _Form(tiles, False, A.dtype)
-    return _apply(form, (a + b, c), (A,)) if A is B else _apply(form, (a, b, c), (A, B))
+    form = Form(tiles, "product", A.dtype)
+    if A is B:
+        return call(_KERNEL, form, (a + b, c), (A, A, A))[0]
+    return call(_KERNEL, form, (a, b, c), (A, B, A, B))[0]
 
 
-def _apply(form: _Form, numbers: Sequence[Any], arrays: Sequence[jax.Array]) -> jax.Array:
-    """Runs the kernel on stacks of any number of axes."""
-    *stack, n, m = arrays[0].shape
-    count = math.prod(stack)
-    each = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), (*stack, 1, 1)) for x in numbers]
-    numbers_of_each = jnp.concatenate([x.reshape(count, 1) for x in each], axis=1)
-    flat = tuple(x.reshape(count, n, m) for x in arrays)
-    return _without_derivative(form, numbers_of_each, flat).reshape(*stack, n, n)
+def full_product(
+    c: Any, A: jax.Array, B: jax.Array, terms: Sequence[tuple[Any, jax.Array]], tiles: Tiles
+) -> tuple[jax.Array, jax.Array]:
+    """Computes c A B + Σ a C.
 
+    Args:
+      c: A number, or one for each matrix, `[..., 1, 1]`.
+      A: `[..., n, k]`, bfloat16 or float32.
+      B: `[..., k, m]`, in the dtype of A.
+      terms: Each (a, C): a like c, C `[..., n, m]` in the dtype of A.
+      tiles: How the result is cut.
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _without_derivative(
-    form: _Form, numbers: jax.Array, arrays: tuple[jax.Array, ...]
-) -> jax.Array:
-    """Runs the kernel on the matrices of a stack, [count, n, m], also under `jax.vmap`."""
-
-    @jax.custom_batching.custom_vmap
-    def run(numbers, arrays):
-        # Chosen when the program is lowered, which may be for a TPU that is not attached.
-        return jax.lax.platform_dependent(
-            numbers,
-            *arrays,
-            tpu=functools.partial(_compiled, form, False),
-            cpu=functools.partial(_compiled, form, True),
-        )
-
-    @run.def_vmap
-    def _(size, is_batched, numbers, arrays):
-        """Makes one stack of all members."""
-
-        def stacked(x, batched):
-            x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        result = run(*jax.tree.map(stacked, (numbers, arrays), tuple(is_batched)))
-        return result.reshape(size, -1, *result.shape[1:]), True
-
-    return run(numbers, arrays)
-
-
-@_without_derivative.defjvp
-def _(form, primals, tangents):
-    del form, primals, tangents
-    raise ValueError(_NO_DERIVATIVE)
+    Returns:
+      `[..., n, m]` in the dtype of A, summed in float32 and rounded once; and the sum of its
+      squares before it is rounded, `[..., 1, 1]` in float32.
+    """
+    added = [(a, C) for a, C in terms if not (isinstance(a, float) and a == 0)]
+    numbers = (*(a for a, _ in added), c)
+    form = Form(tiles, "full_product", A.dtype)
+    result, squares = call(_KERNEL, form, numbers, (A, B, *(C for _, C in added)))
+    return result, jnp.sum(squares, axis=(-2, -1), keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(form: _Form, interpret: bool, numbers: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """Lays out the kernel: numbers [count, 2 or 3], arrays [count, n, m]."""
-    tiles, (count, n, m) = form.tiles, arrays[0].shape
-    positions, K = tiles.positions(n), -(-m // tiles.depth)
-    rows, columns = (x.astype(np.int32) for x in np.triu_indices(-(-n // tiles.side)))
-
-    def index(p, rows, columns):
-        """The matrix, i and j of a position."""
-        matrix, at = _divided(p, positions, count)
-        return matrix, rows[at], columns[at]
-
-    def block(shape: tuple[int, int], place: Callable[..., tuple[Any, Any]]) -> pl.BlockSpec:
-        """A block of an input: of the next position, once this one has read all its terms."""
-
-        def index_map(p, k, rows, columns, _):
-            following = jnp.where(k == K, jnp.minimum(p + 1, count * positions - 1), p)
-            matrix, i, j = index(following, rows, columns)
-            return (matrix, *place(i, j, jnp.where(k == K, 0, k)))
-
-        return pl.BlockSpec((None, *shape), index_map)
-
-    def result_map(p, k, rows, columns, _):
-        matrix, i, j = index(p, rows, columns)
-        return matrix, jnp.where(k == K, j, i), jnp.where(k == K, i, j)
-
-    side, depth = tiles.side, -(-tiles.depth // _LANES) * _LANES
-    left = block((side, depth), lambda i, j, k: (i, k))
-    if form.is_gram:
-        right, added = block((side, depth), lambda i, j, k: (j, k)), []
-    else:
-        right, added = block((depth, side), lambda i, j, k: (k, j)), [*arrays]
-    operands = [arrays[0], arrays[-1], *added]
-    in_tile = block((side, side), lambda i, j, k: (i, j))
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
-        grid=(count * positions, K + 1),
-        in_specs=[left, right, *[in_tile for _ in added]],
-        out_specs=pl.BlockSpec((None, side, side), result_map),
-        scratch_shapes=[pltpu.VMEM((side, side), t) for t in (jnp.float32, form.dtype)],
-    )
-    return pl.pallas_call(
-        functools.partial(_kernel, form=form, m=m, count=count, positions=positions, K=K),
-        grid_spec=grid,
-        out_shape=jax.ShapeDtypeStruct((count, n, n), form.dtype),
+def _compiled(
+    form: Form, interpret: bool, numbers: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Lays out the kernel: numbers [count, 1 to 3], arrays [count, rows, columns]."""
+    tiles, (count, n, terms) = form.tiles, arrays[0].shape
+    m = n if form.is_symmetric else arrays[1].shape[-1]
+    rows, columns = form.places(n, m)
+    product = ProductShape(count, n, m, terms, len(rows), -(-terms // tiles.depth))
+    out_specs, out_shapes = _results(form, product)
+    totals = (jnp.float32, form.dtype) if form.is_symmetric else (jnp.float32,)
+    itemsize = max(form.dtype.itemsize, arrays[0].dtype.itemsize)
+    run = pl.pallas_call(
+        functools.partial(kernel_step, form=form, product=product),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(count * product.positions, product.K + form.is_symmetric),
+            in_specs=_inputs(form, product, len(arrays) - 2),
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM((tiles.side, tiles.side), dtype) for dtype in totals],
+        ),
+        out_shape=out_shapes,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             # The checks take a third of the cycles that the pipeline of blocks needs in a step.
             disable_bounds_checks=True,
             disable_semaphore_checks=True,
-            vmem_limit_bytes=tiles.vmem(max(form.dtype.itemsize, arrays[0].dtype.itemsize))
-            + _SPARE_BYTES,
+            vmem_limit_bytes=tiles.vmem(itemsize, form.is_symmetric) + _SPARE_BYTES,
         ),
-        cost_estimate=_cost(form, operands, K),
+        cost_estimate=_cost(form, product, arrays),
         interpret=interpret,
-        name="symmetric_gram_matrix" if form.is_gram else "symmetric_product",
-    )(jnp.asarray(rows), jnp.asarray(columns), numbers.reshape(-1), *operands)
+        name=f"symmetric_{form.kind}" if form.is_symmetric else form.kind,
+    )
+    return tuple(run(jnp.asarray(rows), jnp.asarray(columns), numbers.reshape(-1), *arrays))
 
 
-def _cost(form: _Form, operands: Sequence[jax.Array], K: int) -> pl.CostEstimate:
+_KERNEL = Kernel("tpu", _compiled)
+
+
+def _inputs(form: Form, product: ProductShape, added: int) -> list[pl.BlockSpec]:
+    """Returns the blocks of both factors and of the matrices that are added."""
+    K, side = product.K, form.tiles.side
+    depth = -(-form.tiles.depth // LANES) * LANES
+
+    def block(shape: tuple[int, int], place: Callable[..., tuple[Any, Any]]) -> pl.BlockSpec:
+        """A block of an input: of the next position, once this one has read all its terms."""
+
+        def index_map(p, k, rows, columns, _):
+            if form.is_symmetric:
+                last = product.count * product.positions - 1
+                p = jnp.where(k == K, jnp.minimum(p + 1, last), p)
+                k = jnp.where(k == K, 0, k)
+            matrix, at = product.divided(p)
+            return (matrix, *place(rows[at], columns[at], k))
+
+        return pl.BlockSpec((None, *shape), index_map)
+
+    left = block((side, depth), lambda i, j, k: (i, k))
+    if form.is_gram:
+        right = block((side, depth), lambda i, j, k: (j, k))
+    else:
+        right = block((depth, side), lambda i, j, k: (k, j))
+    return [left, right, *[block((side, side), lambda i, j, k: (i, j)) for _ in range(added)]]
+
+
+def _results(form: Form, product: ProductShape) -> tuple[list[pl.BlockSpec], list[Any]]:
+    """Returns the blocks of the results, and their shapes."""
+    side, count = form.tiles.side, product.count
+
+    def place(p, k, rows, columns, _):
+        matrix, at = product.divided(p)
+        i, j = rows[at], columns[at]
+        if not form.is_symmetric:
+            return matrix, i, j
+        return matrix, jnp.where(k == product.K, j, i), jnp.where(k == product.K, i, j)
+
+    specs = [pl.BlockSpec((None, side, side), place)]
+    shapes = [jax.ShapeDtypeStruct((count, product.n, product.m), form.dtype)]
+    if not form.is_symmetric:  # and sums of squares
+        specs.append(pl.BlockSpec((None, ROWS, side), lambda p, *_: (*product.divided(p), 0)))
+        sums = (count, product.positions * ROWS, side)
+        shapes.append(jax.ShapeDtypeStruct(sums, jnp.float32))
+    return specs, shapes
+
+
+def _cost(form: Form, product: ProductShape, arrays: Sequence[jax.Array]) -> pl.CostEstimate:
     """Counts the FLOPs of all tiles, and the bytes that are fetched and written."""
-    count, n, m = operands[0].shape
-    side, positions = form.tiles.side, form.tiles.positions(n)
+    tiles, count, n, m, terms, positions, K = form.tiles, *product
+    if form.is_symmetric:
+        area = tiles.area(n)
+    else:
+        columns = (tiles.on_side(m) - 1) * tiles.side + tiles.edge(m)
+        area = tiles.on_side(n) * tiles.side * columns
     # If all terms are fetched at once, the left block is fetched once for each row of tiles.
-    fetched = 2 * positions if K > 1 else positions + -(-n // side)
-    numbers = fetched * side * m + (len(operands) - 2) * positions * side**2
+    fetched = 2 * positions if K > 1 else positions + tiles.on_side(n)
+    numbers = fetched * tiles.side * terms + len(arrays[2:]) * positions * tiles.side**2
     return pl.CostEstimate(
-        flops=2 * count * positions * side**2 * m,
-        bytes_accessed=count * (numbers * operands[0].dtype.itemsize + n**2 * form.dtype.itemsize),
+        flops=2 * count * area * terms,
+        bytes_accessed=count * (numbers * arrays[0].dtype.itemsize + n * m * form.dtype.itemsize),
         transcendentals=0,
     )
-
-
-def _divided(p: Any, positions: int, count: int) -> tuple[Any, Any]:
-    """Divides a position in a stack: the matrix, and the position in it."""
-    if count == 1:  # without divisions, which take many cycles at each step
-        return 0, p
-    return jax.lax.div(p, positions), jax.lax.rem(p, positions)
-
-
-def _kernel(
-    rows, columns, numbers, *refs, form: _Form, m: int, count: int, positions: int, K: int
-) -> None:
-    """One step of a position."""
-    left, right, *added, out, total, rounded = refs
-    p, k = pl.program_id(0), pl.program_id(1)
-    matrix, at = _divided(p, positions, count)
-    i, j = rows[at], columns[at]
-    depth, chunk = left.shape[1], form.tiles.chunk
-    last_depth = m - (K - 1) * depth
-    remainder = last_depth % chunk  # terms that fill no chunk, in step K - 1 alone
-
-    # Products of rows and rows, X[i, :] X[j, :]ᵀ, or of rows and columns, A[i, :] B[:, j].
-    terms_axis = 1 if form.is_gram else 0
-
-    def multiply(start: Any, size: int) -> jax.Array:
-        """The product of some of the terms that have been fetched."""
-        terms = pl.ds(start, -(-size // _LANES) * _LANES)
-        A, B = left[:, terms], right[:, terms] if form.is_gram else right[terms, :]
-        if size % _LANES:
-            A, B = _masked(A, 1, size), _masked(B, terms_axis, size)
-        # HIGHEST: a TPU would round float32 factors to bfloat16 by default.
-        precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-        dimensions = (((1,), (terms_axis,)), ((), ()))
-        return jax.lax.dot_general(
-            A, B, dimensions, precision=precision, preferred_element_type=jnp.float32
-        )
-
-    @pl.when(k < K)
-    def _sum():
-        def add(c, _):
-            before = jnp.where((k == 0) & (c == 0), 0.0, total[...])
-            total[...] = before + multiply(pl.multiple_of(c * chunk, chunk), chunk)
-
-        chunks = jnp.where(k == K - 1, last_depth // chunk, depth // chunk)
-        jax.lax.fori_loop(0, chunks, add, None)
-
-    @pl.when(k == K - 1)
-    def _write():
-        products = total[...] if m >= chunk else jnp.zeros(total.shape, jnp.float32)
-        if remainder:
-            products += multiply(last_depth - remainder, remainder)
-        first = matrix * (1 if form.is_gram else len(added) + 1)
-        if form.is_gram:
-            result = products - numbers[first] * _identity(products.shape, i, j)
-        else:
-            result = numbers[first + len(added)] * products
-            for index, ref in enumerate(added):
-                result += numbers[first + index] * ref[...].astype(result.dtype)
-        rounded[...] = out[...] = result.astype(out.dtype)
-
-    @pl.when((k == K) & (i != j))
-    def _write_mirrored():
-        out[...] = rounded[...].T
-
-
-def _identity(shape: tuple[int, ...], i: Any, j: Any) -> jax.Array:
-    """Tile (i, j) of the identity."""
-    row = i * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    column = j * shape[1] + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return (row == column).astype(jnp.float32)
-
-
-def _masked(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Replaces what is behind the first `size` numbers of an axis by zeros."""
-    inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < size
-    return jnp.where(inside, x.astype(jnp.float32), 0.0).astype(x.dtype)

@@ -33,6 +33,9 @@ from muonclip_jax._orthogonalize.matrices import Axes, from_matrices, to_matrice
 from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, nonzero
 from muonclip_jax._sharding.plan import Group, Plan
 
+# Rows and columns of a tile in the memory of a TPU.
+_ROWS, _LANES = 8, 128
+
 
 def orthogonalize(
     leaves: Sequence[jax.Array], plan: Plan, orthogonalize: Orthogonalizer, eps: Scalar
@@ -122,6 +125,8 @@ def _unstacked(
     results, start = [], 0
     for member, a, shard in zip(group.members, axes, shards, strict=True):
         part = jax.lax.slice_in_dim(x, start, start + member.count)
+        if member.transposed:  # otherwise XLA transposes all of x
+            part = _materialized(part)
         part = _materialized(from_matrices(part, a, shard.shape, member.transposed))
         results.append(part.astype(shard.dtype))
         start += member.count
@@ -230,6 +235,14 @@ def _assembled(shards: jax.Array, grid: tuple[int, int]) -> jax.Array:
     *batch, _, height, width = shards.shape
     R, C = grid
     # One axis at a time: under jax.vmap, jax 0.10 cannot merge more axes of a sharded array.
+    if C > 1 and height % _ROWS == 0 and width % _LANES == 0:
+        # As tiles, which move as they are. In a tile of (C, width), C would be padded.
+        tiles = height // _ROWS, _ROWS, width // _LANES, _LANES
+        shards = jnp.moveaxis(shards.reshape(*batch, R, C, *tiles), -5, -3)
+        shards = shards.reshape(*batch, R, height, C, *tiles[2:])
+        shards = shards.reshape(*batch, R * height, C, *tiles[2:])
+        shards = shards.reshape(*batch, R * height, C, width)
+        return shards.reshape(*batch, R * height, C * width)
     shards = shards.reshape(*batch, R, C, height, width).swapaxes(-3, -2)
     return shards.reshape(*batch, R * height, C, width).reshape(*batch, R * height, C * width)
 

@@ -6,6 +6,7 @@ device K / N full ones, which it orthogonalizes, and a second all-to-all returns
 fewer than N matrices remain, several devices share each of them, see `ColumnShards`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -168,7 +169,11 @@ def plan_for(
         return None
     orthogonalize = orthogonalize.on(placement.platform, placement.device_kind)
     plan = make_plan(
-        placement.leaves, placement.sizes, orthogonalize.flops, orthogonalize.compute_dtype
+        placement.leaves,
+        placement.sizes,
+        orthogonalize.flops,
+        orthogonalize.compute_dtype,
+        functools.partial(orthogonalize.flops, is_shared=True),
     )
     return plan._replace(placement=placement)
 
@@ -178,6 +183,7 @@ def make_plan(
     mesh: Mapping[str, int],
     flops: Callable[[int, int, Any], float],
     transfer_dtype: Callable[[Any], Any],
+    shared_flops: Callable[[int, int, Any], float] | None = None,
 ) -> Plan:
     """Plans the orthogonalization of leaves.
 
@@ -186,6 +192,7 @@ def make_plan(
       mesh: Size of each mesh axis.
       flops: FLOPs of one matrix, from m, n and the dtype of the leaf.
       transfer_dtype: The dtype in which matrices are exchanged, from the dtype of the leaf.
+      shared_flops: FLOPs of one matrix that devices share, of all of them; None for `flops`.
 
     Returns:
       The plan.
@@ -205,8 +212,10 @@ def make_plan(
         if _shard_bytes(leaf, mesh, transfer_dtype) > strategies.MAX_EXCHANGED_BYTES:
             kind = (kind, i)  # a group of its own: the stack of a group is a copy of its leaves
         kinds.setdefault(kind, []).append(member)
+    shared_flops = shared_flops or flops
     groups = [
-        _group(leaves, tuple(members), mesh, flops, transfer_dtype) for members in kinds.values()
+        _group(leaves, tuple(members), mesh, (flops, shared_flops), transfer_dtype)
+        for members in kinds.values()
     ]
     return Plan(dict(mesh), tuple(leaves), tuple(groups))
 
@@ -240,7 +249,7 @@ def _group(
     leaves: Sequence[PlacedLeaf],
     members: tuple[Member, ...],
     mesh: Mapping[str, int],
-    flops: Callable[[int, int, Any], float],
+    flops: tuple[Callable[[int, int, Any], float], Callable[[int, int, Any], float]],
     transfer_dtype: Callable[[Any], Any],
 ) -> Group:
     """Finds the cheapest strategy for one group."""
@@ -249,7 +258,8 @@ def _group(
     row_axes, column_axes = leaf.mesh_axes(leaf.axes.reduction), leaf.mesh_axes(leaf.axes.output)
     row_axes, column_axes = (column_axes, row_axes) if transposed else (row_axes, column_axes)
     used = (*row_axes, *column_axes, *leaf.mesh_axes(leaf.axes.batch))
-    matrix = strategies.Matrix(m, n, flops(m, n, leaf.dtype), transfer_dtype(leaf.dtype).itemsize)
+    alone, shared = (count(m, n, leaf.dtype) for count in flops)
+    matrix = strategies.Matrix(m, n, alone, transfer_dtype(leaf.dtype).itemsize, shared)
     count = sum(member.count for member in members)
     shards = math.prod(mesh[name] for name in (*row_axes, *column_axes))
     replica_axes = tuple(name for name in mesh if name not in used)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 # Bytes of the matrices that are exchanged at once. Newton-Schulz holds a few times more.
-MAX_EXCHANGED_BYTES = 2**28
+MAX_EXCHANGED_BYTES = 3 * 2**27
 
 # FLOPs that a device computes in the time of sending one byte. Work with fewer FLOPs is repeated on
 # several devices rather than shared. From data sheets: TPU v5p 459e12 / 600e9 = 765, H100 over
@@ -12,12 +12,25 @@ FLOPS_PER_BYTE = 1000
 
 
 class Matrix(NamedTuple):
-    """One matrix of a group: its sides, its FLOPs, and the bytes of a number in transfer."""
+    """One matrix of a group.
+
+    Attributes:
+      m: Short side.
+      n: Long side.
+      flops: FLOPs of a device that orthogonalizes it alone.
+      itemsize: Bytes of a number in transfer.
+      shared_flops: FLOPs of all devices that share it; None for `flops`.
+    """
 
     m: int
     n: int
     flops: float
     itemsize: int
+    shared_flops: float | None = None
+
+    def flops_of_sharing(self, sharers: int) -> float:
+        """FLOPs of each of its sharers."""
+        return (self.flops if self.shared_flops is None else self.shared_flops) / sharers
 
     @property
     def bytes(self) -> int:
@@ -85,11 +98,11 @@ def candidates(
     found = [Strategy(padded, 0, 1, False, padded * matrix.flops, padded * shards * exchanged)]
     for sharers in _divisors(shards):
         if remainder and 1 < sharers <= shards // remainder and width % sharers == 0:
-            flops = (full + 1 / sharers) * matrix.flops
+            flops = full * matrix.flops + matrix.flops_of_sharing(sharers)
             sent = (full * shards + shards // sharers) * exchanged + matrix.bytes_of_sharing()
             found.append(Strategy(full, remainder, sharers, False, flops, sent))
     if not are_rows_sharded:
-        flops, sent = count * matrix.flops / shards, count * matrix.bytes_of_sharing()
+        flops, sent = count * matrix.flops_of_sharing(shards), count * matrix.bytes_of_sharing()
         found.append(Strategy(0, count, shards, True, flops, sent))
     return found
 

@@ -164,7 +164,7 @@ def test_fusion_has_its_cycles_and_its_products():
         'backend_config={"window_config":{"estimated_cycles":"1234"}}',
         computations=computations,
     )
-    assert (cost.flops, cost.cycles) == (2 * 8 * 4 * 6, 1234)
+    assert (cost.flops, cost.cycles, cost.product_cycles) == (2 * 8 * 4 * 6, 1234, 1234)
 
 
 LOOP = """
@@ -259,3 +259,30 @@ def test_a_pallas_kernel_counts_as_its_estimate_says():
     assert cost.flops == 2 * 3940
     assert cost.kernels == {"gram bf16[1,8,16]": 2}
     assert cost.cycles == 0
+
+
+def test_a_kernel_inside_of_a_fusion_is_read():
+    """XLA then prints its settings on several lines."""
+    kernel = (
+        '  %gram.1 = bf16[1,8,8]{2,1,0} custom-call(%X), custom_call_target="tpu_custom_call", '
+        'metadata={op_name="jit(f)/gram/pallas_call"}, backend_config={"custom_call_config": '
+        '{"body": "TUz", "cost_estimate": {\n"bytes_accessed":16,\n"flops":3940\n}, '
+        '"needs_layout_passes": true}}'
+    )
+    fused = (
+        "%fused (X: bf16[1,8,16], Y: bf16[1,8,16]) -> bf16[1,8,8] {\n"
+        "  %X = bf16[1,8,16]{2,1,0} parameter(0)\n"
+        f"{kernel}\n"
+        "  %Y = bf16[1,8,16]{2,1,0} parameter(1)\n"
+        f"{kernel.replace('%gram.1', 'ROOT %gram.2')}\n"
+        "}\n"
+    )
+    entry = (
+        "ENTRY %main (X: bf16[1,8,16]) -> bf16[1,8,8] {\n"
+        "  %X = bf16[1,8,16]{2,1,0} parameter(0)\n"
+        "  ROOT %f = bf16[1,8,8]{2,1,0} fusion(%X, %X), kind=kOutput, calls=%fused\n"
+        "}\n"
+    )
+    cost = program_cost(f"HloModule jit_step\n{fused}\n{entry}")
+    assert cost.flops == 2 * 3940
+    assert cost.kernels == {"gram bf16[1,8,16]": 2}

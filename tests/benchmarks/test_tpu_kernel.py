@@ -36,5 +36,5 @@ def test_quick_run_finds_the_right_numbers(tmp_path):
     tpu_kernel.main(["--quick", "--out", str(tmp_path)])
     (path,) = tmp_path.glob("*.json")
     products = json.loads(path.read_text())["products"]
-    assert [row["kind"] for row in products] == ["gram", "square", "product"]
+    assert [row["kind"] for row in products] == ["gram", "square", "product", "full"]
     assert all(row["error"] <= tpu_kernel.LARGEST_ERROR for row in products)

@@ -94,7 +94,7 @@ def test_step_is_compiled_for_gpus_that_are_not_attached(tmp_path, kind):
 @needs_libtpu
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", ["gqa", "mla", "moe"])
-def test_step_is_compiled_for_chips_that_are_not_attached(tmp_path, model):
+def test_step_is_compiled_for_devices_that_are_not_attached(tmp_path, model):
     done = run(tmp_path, "--aot-topology", "v5p:2x2x1", "--model", model)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -114,7 +114,7 @@ def test_step_is_compiled_for_chips_that_are_not_attached(tmp_path, model):
         (["v9z:2x2"], "--aot-topology v9z:2x2: not supported by libtpu"),
         (
             ["v5p:2x2x1", "--batch-size", "6"],
-            "--batch-size: got 6 with 1 micro-batches on 4 chips, expected a multiple of 4",
+            "--batch-size: got 6 with 1 micro-batches on 4 devices, expected a multiple of 4",
         ),
         (
             ["v5p:4x4x4", "--mesh", "fsdp=8,expert=8"],
@@ -146,7 +146,7 @@ def test_step_that_does_not_fit_shows_the_reason_of_the_compiler():
     reason = "Ran out of memory on HBM, the total memory required exceeds available HBM (95.74G)."
     lowered = Program(f"RESOURCE_EXHAUSTED: {reason}\nmore")
     lines = cost_table.compile_and_format(lowered, mesh.make_mesh(None))
-    assert lines == [f"  does not fit; use more chips, or a larger --accumulate: {reason}"]
+    assert lines == [f"  does not fit; use more devices, or a larger --accumulate: {reason}"]
 
 
 def test_other_errors_of_the_compiler_are_raised():
@@ -155,15 +155,15 @@ def test_other_errors_of_the_compiler_are_raised():
 
 
 @pytest.mark.parametrize(
-    ("model", "chips", "expert"), [("gqa", 8, 1), ("moe", 8, 2), ("moe", 6, 2), ("moe", 4, 1)]
+    ("model", "devices", "expert"), [("gqa", 8, 1), ("moe", 8, 2), ("moe", 6, 2), ("moe", 4, 1)]
 )
-def test_expert_axis_is_smaller_than_the_fsdp_axis(model, chips, expert):
-    made = ahead.default_mesh(loop.make_model(Config(model=model)), jax.devices()[:chips])
-    assert dict(made.shape) == {"data": 1, "fsdp": chips // expert, "tensor": 1, "expert": expert}
+def test_expert_axis_is_smaller_than_the_fsdp_axis(model, devices, expert):
+    made = ahead.default_mesh(loop.make_model(Config(model=model)), jax.devices()[:devices])
+    assert dict(made.shape) == {"data": 1, "fsdp": devices // expert, "tensor": 1, "expert": expert}
 
 
 def test_expert_axis_that_the_torus_lacks_is_not_used(monkeypatch):
-    def make(sizes, chips):
+    def make(sizes, devices):
         if sizes is not None:
             raise BadInput("no such side")
         return "all on fsdp"
@@ -177,17 +177,17 @@ def test_expert_axis_that_the_torus_lacks_is_not_used(monkeypatch):
     [
         (8, 1, 8, []),
         (32, 2, 32, []),
-        (8, 4, 32, ["--batch-size: 32 instead of 8, 1 per chip and micro-batch"]),
+        (8, 4, 32, ["--batch-size: 32 instead of 8, 1 per device and micro-batch"]),
     ],
 )
-def test_only_the_default_batch_grows_with_the_chips(batch, accumulate, taken, notes):
+def test_only_the_default_batch_grows_with_the_devices(batch, accumulate, taken, notes):
     config = Config(batch_size=batch, accumulate=accumulate)
     fitted, printed = ahead.fit_batch(config, mesh.make_mesh(None))
     assert (fitted.batch_size, printed) == (taken, notes)
 
 
 def test_batch_size_that_was_passed_must_be_divisible():
-    with pytest.raises(BadInput, match=r"on 8 chips, expected a multiple of 8"):
+    with pytest.raises(BadInput, match=r"on 8 devices, expected a multiple of 8"):
         ahead.fit_batch(Config(batch_size=12), mesh.make_mesh(None))
 
 
@@ -212,7 +212,7 @@ def test_table_shows_that_a_step_does_not_fit():
     )
 
 
-def test_table_has_no_total_for_an_unknown_chip():
+def test_table_has_no_total_for_an_unknown_device():
     assert not any("total" in line for line in cost_table.cost_table(COST, None))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize.choices import gram_cost, restart_windows, standard_cost
-from muonclip_jax._orthogonalize.symmetric import Products, gram_matrix
+from muonclip_jax._orthogonalize.symmetric import Matrix, Products, gram_matrix
 from tests.support import reference
 from tests.support.iteration_cases import DISTINCT, count_flops, spectra
 
@@ -180,6 +180,6 @@ def test_a_traced_number_of_steps_below_one_runs_one_step(steps):
 
 
 def test_sum_of_two_unrounded_products_raises():
-    A = gram_matrix(jnp.eye(4), Products())
+    A = gram_matrix(Matrix(jnp.eye(4)), Products())
     with pytest.raises(ValueError, match="round one of them first"):
         _ = (A @ A) + (A @ A)

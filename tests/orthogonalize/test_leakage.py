@@ -151,8 +151,8 @@ def test_mirrored_costs_are_those_of_the_program(aspect, name, dtype):
     n = 16
     rows = mc.ns_coefficients(name)
     costs = {
-        "standard": standard_cost(rows, aspect, share=0.75),
-        "gram": gram_cost(restart_windows(rows, dtype), aspect, share=0.75),
+        "standard": standard_cost(rows, aspect, g=0.75),
+        "gram": gram_cost(restart_windows(rows, dtype), aspect, g=0.75),
     }
     costs["auto"] = min(costs.values())
     x = jnp.ones((n, int(aspect * n)))

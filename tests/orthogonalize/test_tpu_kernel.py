@@ -1,4 +1,4 @@
-"""The TPU kernel of symmetric products, interpreted, against float64."""
+"""The TPU kernel of products, interpreted, against float64."""
 
 import functools
 from typing import Any
@@ -13,12 +13,13 @@ import muonclip_jax as mc
 from muonclip_jax._orthogonalize import tpu_kernel
 from muonclip_jax._orthogonalize.tiles import Tiles
 from tests.support.iteration_cases import spectra
-from tests.support.kernel_cases import small_tiles
+from tests.support.kernel_cases import kernel_flops, leakage, small_tiles
 
 nightly = pytest.mark.nightly
 
-# Several tiles, a partial last one, several steps and a remainder of terms.
-PARTIAL = (2, 200, 300), Tiles(128, 128, 128)
+# Several tiles, three of four blocks on the diagonal, a partial last one, several steps and a
+# remainder of terms.
+PARTIAL = (2, 300, 300), Tiles(256, 128, 128)
 SHAPES = [
     ((256, 256), Tiles(128, 256, 128)),  # full tiles, all terms in one step, two chunks
     ((256, 512), Tiles(128, 256, 256)),  # two steps
@@ -27,6 +28,15 @@ SHAPES = [
     ((3, 384, 640), Tiles(256, 512, 128)),  # the last step has fewer chunks
     ((128, 256), Tiles(128, 256, 128)),  # a single tile
     ((200, 300), Tiles(256, 300, 256)),  # a tile that is larger than the matrix
+    ((2, 512, 256), Tiles(256, 256, 128)),  # the last chunk is full
+]
+# Rows and terms of A, and the columns of B.
+FULL_SHAPES = [
+    ((256, 256, 256), Tiles(128, 256, 128)),
+    ((2, 256, 128, 384), Tiles(256, 128, 128)),  # one chunk, two tiles in a row
+    ((3, 1, 140, 512, 129), Tiles(128, 256, 256)),  # two batch axes, partial tiles, two steps
+    ((40, 300, 300), Tiles(128, 300, 128)),  # fewer rows than a tile has
+    ((300, 130, 700), Tiles(512, 130, 128)),  # a narrow last tile, masked rows
 ]
 
 
@@ -72,12 +82,43 @@ def check_product(shape, tiles, dtype, same):
     assert np.abs(got - expected).max() <= 2 * _rounding(dtype) * size
 
 
+def check_full_product(shape, tiles, dtype, terms):
+    *stack, n, k, m = shape
+    rng = np.random.default_rng(3)
+    A = jnp.asarray(rng.normal(size=(*stack, n, k)), dtype)
+    B = jnp.asarray(rng.normal(size=(*stack, k, m)), dtype)
+    c = jnp.asarray(rng.normal(size=(*stack, 1, 1)) + 2, jnp.float32)
+    C = [jnp.asarray(rng.normal(size=(*stack, n, m)), dtype) for _ in range(terms)]
+    factors = [-0.7, c - 1][:terms]
+    expected = _wide(c) * (_wide(A) @ _wide(B))
+    expected += sum(_wide(a) * _wide(x) for a, x in zip(factors, C, strict=True))
+    got, squares = tpu_kernel.full_product(c, A, B, [*zip(factors, C, strict=True)], tiles)
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    assert np.abs(_wide(got) - expected).max() <= _rounding(dtype) * np.abs(expected).max()
+    sums = np.sum(expected**2, axis=(-2, -1), keepdims=True)
+    np.testing.assert_allclose(squares, sums, rtol=1e-4)
+
+
 def test_gram_matrix_equals_float64():
     check_gram_matrix(*PARTIAL, jnp.bfloat16)
 
 
 def test_product_of_symmetric_matrices_equals_float64():
     check_product(*PARTIAL, jnp.bfloat16, same=False)
+
+
+def test_full_product_equals_float64():
+    # The last tiles are half as wide as the others.
+    check_full_product((2, 140, 300, 300), Tiles(256, 256, 128), jnp.bfloat16, terms=1)
+
+
+@nightly
+@pytest.mark.parametrize("terms", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("shape", "tiles"), FULL_SHAPES)
+def test_full_product_of_every_shape_equals_float64(shape, tiles, dtype, terms):
+    check_full_product(shape, tiles, dtype, terms)
 
 
 @nightly
@@ -170,35 +211,12 @@ def test_small_and_complex_matrices_use_xla():
         np.testing.assert_array_equal(mc.newton_schulz(z, products="pallas"), mc.newton_schulz(z))
 
 
-def test_gpu_and_unknown_tpus_raise(monkeypatch):
-    x = jnp.ones((2000, 2000))
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_unknown_devices_raise(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     f = functools.partial(mc.newton_schulz, products="pallas")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(ValueError, match="needs a TPU, or a CPU to test it, got gpu"):
-        jax.eval_shape(f, x)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(ValueError, match="has no tiles for 'cpu', only for TPU v5 lite"):
-        jax.eval_shape(f, x)
-
-
-def _kernel_flops(jaxpr):
-    """FLOPs of all products and of the kernels' estimates."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        params = equation.params
-        if equation.primitive.name == "pallas_call":
-            total += params["cost_estimate"].flops
-        elif equation.primitive.name == "dot_general":
-            (left, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            contracted = np.prod([shape[axis] for axis in left])
-            total += 2 * contracted * np.prod(equation.outvars[0].aval.shape)
-        elif equation.primitive.name == "cond":
-            total += max(_kernel_flops(branch.jaxpr) for branch in params["branches"])
-        else:
-            inner = [x for x in params.values() if hasattr(x, "jaxpr") or hasattr(x, "eqns")]
-            total += sum(_kernel_flops(getattr(x, "jaxpr", x)) for x in inner)
-    return total
+    with pytest.raises(ValueError, match="for 'cpu', only for NVIDIA GPUs, TPU v5 lite"):
+        jax.eval_shape(f, jnp.ones((2000, 2000)))
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
@@ -214,19 +232,30 @@ def test_flops_are_those_of_the_program(method):
     # One window in float32: X Xᵀ and Q X, five squares, four times Y Q, Y R and (Y R) Y.
     gram = 2 * m * n**2 * (1 + s) + 5 * 2 * s * n**3 + 4 * (2 + 4 * s) * n**3
     expected = standard if method == "standard" else gram
-    assert _kernel_flops(jaxpr.jaxpr) == pytest.approx(expected)
+    assert kernel_flops(jaxpr.jaxpr) == pytest.approx(expected)
     with small_tiles():
         params = {"w": jax.ShapeDtypeStruct((384, 768), jnp.float32)}
         planned = mc.sharding_plan(params, ns_method=method, ns_products="pallas")
     assert planned.groups[0].flops == pytest.approx(expected)
 
 
-def _leakage(x, y):
-    """‖C - diag C‖ / ‖C‖ of C = Uᵀ y V, with x = U S Vᵀ."""
-    u, _, vh = np.linalg.svd(_wide(x), full_matrices=False)
-    C = u.mT @ _wide(y) @ vh.mT
-    off = C * (1 - np.eye(C.shape[-1]))
-    return np.linalg.norm(off, axis=(-2, -1)) / np.linalg.norm(C, axis=(-2, -1))
+@nightly
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_products_of_a_shared_matrix_use_the_kernel(method):
+    """One matrix on four devices: X Xᵀ in part, and a quarter of each other product in full."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, P("x", "y"))
+    params = {"w": jax.ShapeDtypeStruct((4096, 8192), jnp.float32, sharding=sharding)}
+    settings = {"ns_products": "pallas", "ns_dtype": jnp.bfloat16, "ns_method": method}
+    settings |= {"shardings": {"w": sharding}}
+    tx = mc.scale_by_muon(**settings)
+    names = set()
+    jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params))
+    flops = kernel_flops(jaxpr.jaxpr, names)
+    assert names == {"symmetric_gram_matrix", "full_product"}
+    plan = mc.sharding_plan(params, **settings)
+    assert "4 devices" in plan.groups[0].strategy()
+    assert plan.groups[0].flops == pytest.approx(flops)
 
 
 @nightly
@@ -240,7 +269,7 @@ def test_bfloat16_leaks_no_more_than_with_xla(shape, method, name):
     with small_tiles():
         got = np.asarray(f(x, products="pallas"))
     expected = np.asarray(f(x))
-    ratio = _leakage(x, got) / _leakage(x, expected)
+    ratio = leakage(x, got) / leakage(x, expected)
     assert ratio.max() <= 1.05
     largest = np.linalg.svd(got, compute_uv=False).max()
     assert largest <= 1.32

@@ -1,20 +1,13 @@
 """The TPU kernel compiles for every generation of TPUs, alone, in stacks and in a sharded step."""
 
-import json
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
 from benchmarks import tpu
+from tests.support.tpu_worker import results_of
 
-ROOT = pathlib.Path(__file__).parents[2]
-LIMIT = 900  # seconds
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not tpu.LIBTPU, reason=tpu.INSTALL)]
 TOPOLOGIES = {"v5e:2x2": 4, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8}
 
-# Its own process: libtpu must be loaded before JAX is first used.
 WORKER = """
 import functools, json, os, sys, tempfile, pathlib
 from benchmarks.kernel_cycles import DUMP_FLAGS, newest_dump, read_regions
@@ -37,44 +30,67 @@ def figures(compiled):
     return {"kernels": cost.kernels, "cycles": cycles_of(cost.kernels, kind)}
 
 newton_schulz = functools.partial(mc.newton_schulz, dtype=jnp.bfloat16, products="pallas", steps=2)
-for name, shape in {"odd": (1100, 1300), "stack": (2, 1024, 2048)}.items():
+for name, shape in {"odd": (2100, 2300), "stack": (2, 2048, 4096)}.items():
     one = jax.sharding.Mesh(mesh.devices[:1], ("x",))
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(one, P()))
     results[name] = figures(jax.jit(newton_schulz).lower(x).compile())
 sharding = NamedSharding(mesh, P(None, "x", None))
-params = {"w": jax.ShapeDtypeStruct((count + 1, 1024, 2048), jnp.float32, sharding=sharding)}
+params = {"w": jax.ShapeDtypeStruct((count + 1, 2048, 4096), jnp.float32, sharding=sharding)}
 settings = {"ns_dtype": jnp.bfloat16, "ns_products": "pallas", "ns_coeffs": "you"}
 tx = mc.scale_by_muon(shardings={"w": sharding}, **settings)
 traced = aot.trace_step(tx, params)
 compiled = traced.lower().compile()
 results["sharded"] = figures(compiled)
-results["regions"] = read_regions(newest_dump(pathlib.Path(folder.name), "symmetric"), 1024)
+for kernel in ("symmetric_product", "full_product"):
+    dump = newest_dump(pathlib.Path(folder.name), kernel)
+    results[kernel] = read_regions(dump, 1024)._asdict()
+print("RESULTS" + json.dumps(results))
+"""
+
+# Without a dump, which would hold every fusion.
+STEPS = """
+import dataclasses, json, sys
+from benchmarks import aot, sharded_step, tpu, tpu_kernel_step
+topology, count = sys.argv[1], int(sys.argv[2])
+case = dataclasses.replace(sharded_step.CASES["v5e"], topology=topology, layers=count)
+params = dataclasses.replace(case, mesh=(count // 2, 2)).parameters()
+kind, results = tpu.topology_devices(topology)[0].device_kind, {}
+for products in ("pallas", "xla"):
+    tx = tpu_kernel_step.optimizers(params)[products]
+    compilation = aot.compile_traced(aot.trace_step(tx, params))
+    results[products] = tpu_kernel_step.summary(compilation, kind)
 print("RESULTS" + json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def results(request):
-    topology = request.param
-    worker = subprocess.run(
-        [sys.executable, "-c", WORKER, topology, str(TOPOLOGIES[topology])],
-        cwd=ROOT,
-        timeout=LIMIT,
-        capture_output=True,
-        text=True,
-    )
-    assert worker.returncode == 0, worker.stderr
-    (line,) = (x for x in worker.stdout.splitlines() if x.startswith("RESULTS"))
-    return json.loads(line.removeprefix("RESULTS"))
+    return results_of(WORKER, request.param, str(TOPOLOGIES[request.param]))
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES)
+def steps(request):
+    return results_of(STEPS, request.param, str(TOPOLOGIES[request.param]))
 
 
 @pytest.mark.parametrize("case", ["odd", "stack", "sharded"])
-def test_both_kernels_are_in_the_program(case, results):
+def test_all_kernels_are_in_the_program(case, results):
     names = {kernel.split()[0] for kernel in results[case]["kernels"]}
-    assert names == {"symmetric_gram_matrix", "symmetric_product"}
+    assert names == {"symmetric_gram_matrix", "symmetric_product", "full_product"}
     assert results[case]["cycles"] > 0
 
 
-def test_the_dump_of_the_compiler_has_the_parts_of_the_kernel(results):
-    _, *parts = results["regions"]
-    assert all(50 < cycles < 20000 for cycles in parts)
+@pytest.mark.parametrize("kernel", ["symmetric_product", "full_product"])
+def test_the_dump_of_the_compiler_has_the_parts_of_the_kernel(kernel, results):
+    regions = results[kernel]
+    for name in ("step", "sum", "write"):
+        assert 50 < regions[name] < 20000
+    assert (regions["transposed"] > 0) == (kernel == "symmetric_product")
+
+
+def test_a_step_of_llama_costs_less_than_with_the_products_of_xla(steps):
+    ours, xla = steps["pallas"], steps["xla"]
+    assert ours["flops"] <= 0.75 * xla["flops"]
+    assert ours["cycles"] <= 0.90 * xla["cycles"]
+    assert ours["sent_bytes"] == xla["sent_bytes"]
+    assert ours["compile_cpu_seconds"] <= 1.3 * xla["compile_cpu_seconds"]

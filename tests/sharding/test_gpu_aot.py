@@ -90,10 +90,23 @@ def test_attention_with_the_bound_is_two_calls_of_cudnn(results):
     assert cudnn["temporary_bytes"] <= 0.10 * xla["temporary_bytes"]
 
 
-def test_kernel_of_symmetric_products_is_one_call(results):
-    kernel = results["kernel"]
-    assert (kernel["pallas_calls"], kernel["flops"]) == (1, 0)  # and no product of XLA beside it
-    assert kernel["temporary_bytes"] <= 1000
+def test_kernel_computes_the_symmetric_products(results):
+    """Two windows: X Xᵀ twice, five squares, and R Y and Y R Y after three of the steps."""
+    kernels, products = results["kernels"], results["products"]
+    assert (kernels["pallas_calls"], products["pallas_calls"]) == (2 + 5 + 2 * 3, 0)
+    n, m = gpu_steps.SIDE, gpu_steps.WIDTH
+    others = 3 * n**3 + 2 * n**2 * m  # Y Q and Q X, which XLA computes
+    symmetric = 2 * n**2 * m + (5 + 2 * 3) * n**3
+    assert kernels["flops"] == 2 * 2 * others
+    assert products["flops"] == 2 * 2 * (others + symmetric)
+    assert kernels["temporary_bytes"] <= products["temporary_bytes"]
+
+
+def test_kernel_is_in_sharded_steps(results):
+    sharded = results["sharded_kernels"]
+    # Of the matrix that is shared, the kernel computes X Xᵀ, once in each window.
+    assert sharded["pallas_calls"] == 13 + 2
+    assert {"all-to-all", "all-reduce", "all-gather"} <= set(sharded["counts"])
 
 
 def test_experts_of_the_training_program_are_sent_as_planned():

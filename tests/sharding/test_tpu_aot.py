@@ -1,16 +1,9 @@
 """Compiled for TPU slices that are not attached, a step sends exactly what is planned."""
 
-import json
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
 from benchmarks import tpu
-
-ROOT = pathlib.Path(__file__).parents[2]
-LIMIT = 900  # seconds; measured 120 s of processor time
+from tests.support.tpu_worker import results_of
 
 pytestmark = [
     pytest.mark.nightly,
@@ -20,7 +13,6 @@ pytestmark = [
     ),
 ]
 
-# Its own process: libtpu must be loaded before JAX is first used.
 WORKER = """
 import dataclasses, json, sys
 from benchmarks import sharded_step
@@ -39,16 +31,7 @@ BF16, F32 = 2, 4  # bytes
 
 @pytest.fixture(scope="module")
 def results():
-    worker = subprocess.run(
-        [sys.executable, "-c", WORKER],
-        cwd=ROOT,
-        timeout=LIMIT,
-        capture_output=True,
-        text=True,
-    )
-    assert worker.returncode == 0, worker.stderr
-    (line,) = (x for x in worker.stdout.splitlines() if x.startswith("RESULTS"))
-    return json.loads(line.removeprefix("RESULTS"))
+    return results_of(WORKER)  # 120 s of processor time
 
 
 def test_full_matrices_move_only_by_all_to_all(results):

@@ -39,8 +39,8 @@ def report(config: Config, model: nn.Module) -> str:
       BadInput: if the topology is not supported, libtpu or JAX's CUDA plugin is missing, or the
         batch is not divisible by the mesh.
     """
-    chips = _chips(str(config.aot_topology))
-    mesh = make_mesh(config.mesh, chips) if config.mesh else default_mesh(model, chips)
+    devices = _devices(str(config.aot_topology))
+    mesh = make_mesh(config.mesh, devices) if config.mesh else default_mesh(model, devices)
     config, notes = fit_batch(config, mesh)
     micro_batch = config.batch_size // config.accumulate
     shardings = make_shardings(model, mesh, micro_batch)
@@ -67,17 +67,17 @@ def report(config: Config, model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def default_mesh(model: nn.Module, chips: Sequence[Any]) -> Mesh:
+def default_mesh(model: nn.Module, devices: Sequence[Any]) -> Mesh:
     """Builds a mesh of fsdp and, with experts, the largest expert axis below the fsdp axis."""
-    experts, count = model.routed.experts if hasattr(model, "routed") else 1, len(chips)
+    experts, count = model.routed.experts if hasattr(model, "routed") else 1, len(devices)
     fits = [e for e in range(2, count) if experts % e == count % e == 0 and e**2 < count]
     for size in reversed(fits):
         with contextlib.suppress(BadInput):  # the torus has no such side
-            return make_mesh({"fsdp": -1, "expert": size}, chips)
-    return make_mesh(None, chips)
+            return make_mesh({"fsdp": -1, "expert": size}, devices)
+    return make_mesh(None, devices)
 
 
-def _chips(topology: str) -> list[Any]:
+def _devices(topology: str) -> list[Any]:
     """Returns the devices of a topology, which need not be attached."""
     try:
         cluster = gpu.cluster(topology)
@@ -106,7 +106,7 @@ def _chips(topology: str) -> list[Any]:
 
 
 def fit_batch(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
-    """Grows the default batch to one sequence per chip and micro-batch.
+    """Grows the default batch to one sequence per device and micro-batch.
 
     Args:
       config: Settings.
@@ -125,9 +125,9 @@ def fit_batch(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
     if config.batch_size != Config.batch_size:
         raise BadInput(
             f"--batch-size: got {config.batch_size} with {config.accumulate} micro-batches on"
-            f" {ways} chips, expected a multiple of {least}"
+            f" {ways} devices, expected a multiple of {least}"
         )
-    note = f"--batch-size: {least} instead of {Config.batch_size}, 1 per chip and micro-batch"
+    note = f"--batch-size: {least} instead of {Config.batch_size}, 1 per device and micro-batch"
     return dataclasses.replace(config, batch_size=least), [note]
 
 

@@ -27,7 +27,7 @@ def compile_and_format(lowered: Any, mesh: Mesh) -> list[str]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
-        return [f"  does not fit; use more chips, or a larger --accumulate: {reason}"]
+        return [f"  does not fit; use more devices, or a larger --accumulate: {reason}"]
     cost, device, kind = compiled_cost(compiled), mesh.devices.flat[0], gpu.kind_of(mesh)
     memory = round(kind.memory_bytes / 2**30) if kind else HBM_GIB.get(device.device_kind)
     lines = cost_table(cost, memory, device_name(mesh))
