@@ -4,9 +4,8 @@
     product         a A + b B + c A B       A and B symmetric, and they commute
 
 The functions of `tpu_kernel.py`, in a Pallas kernel for Triton. A program computes one tile, on or
-above the diagonal, and writes it to its place and, transposed, to the mirrored place. Rows of A are
-multiplied by rows of B, as B is its own transpose. What is outside of the matrix is loaded as zero,
-and not stored.
+above the diagonal, and writes it to its place and, transposed, to the mirrored place. What is
+outside of the matrix is loaded as zero, and not stored.
 
 **Nobody has timed it.** It is compiled for H100 (`tests/sharding/test_gpu_aot.py`), and interpreted
 on a CPU. JAX has deprecated Pallas' Triton backend, and warns when it compiles the kernel.
@@ -99,16 +98,18 @@ def _kernel(places: Any, numbers: Any, *refs: Any, form: Form, n: int, m: int) -
     i, j = places[0, position], places[1, position]
     rows, columns = (at * side + jnp.arange(side) for at in (i, j))
 
-    def load(x: Any, first: jax.Array, second: jax.Array, width: int) -> jax.Array:
-        inside = (first < n)[:, None] & (second < width)[None, :]
+    def load(x: Any, first: jax.Array, second: jax.Array) -> jax.Array:
+        inside = (first < x.shape[1])[:, None] & (second < x.shape[2])[None, :]
         return plgpu.load(x.at[matrix, first[:, None], second[None, :]], mask=inside, other=0.0)
 
     def add(step: jax.Array, total: jax.Array) -> jax.Array:
         terms = step * chunk + jnp.arange(chunk)
-        A, B = load(left, rows, terms, m), load(right, columns, terms, m)
+        # X[i, :] X[j, :]ᵀ or A[i, :] B[:, j], as B is its own transpose only up to rounding.
+        B = load(right, columns, terms) if form.is_gram else load(right, terms, columns)
+        A, terms_axis = load(left, rows, terms), 1 if form.is_gram else 0
         # HIGHEST: a GPU would round float32 factors to TF32 by default.
         precision = jax.lax.Precision.HIGHEST if A.dtype == jnp.float32 else None
-        dimensions = (((1,), (1,)), ((), ()))
+        dimensions = (((1,), (terms_axis,)), ((), ()))
         return total + jax.lax.dot_general(
             A, B, dimensions, precision=precision, preferred_element_type=jnp.float32
         )
@@ -119,7 +120,7 @@ def _kernel(places: Any, numbers: Any, *refs: Any, form: Form, n: int, m: int) -
     else:
         total *= numbers[matrix, len(added)]
         for index, x in enumerate(added):
-            total += numbers[matrix, index] * load(x, rows, columns, n).astype(total.dtype)
+            total += numbers[matrix, index] * load(x, rows, columns).astype(total.dtype)
     tile, inside = total.astype(out.dtype), (rows < n)[:, None] & (columns < n)[None, :]
     plgpu.store(out.at[matrix, rows[:, None], columns[None, :]], tile, mask=inside)
     mirrored = inside.T & (i != j)

@@ -29,10 +29,10 @@ def small_tiles(side=128, chunk=128, smallest=130):
 
 
 @contextlib.contextmanager
-def small_gpu_tiles():
+def small_gpu_tiles(side=32, chunk=16):
     """The same for the kernel for GPUs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_GPU_TILES", dict.fromkeys((2, 4), Tiles(32, 16, 16)))
+        patch.setattr(tiles, "_GPU_TILES", dict.fromkeys((2, 4), Tiles(side, chunk, chunk)))
         patch.setattr(tiles, "_SMALLEST_ON_GPU", 33)
         _clear()
         yield
