@@ -7,7 +7,7 @@ of GPT-2 and rotations are left out where they are no matrix product: they chang
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ class Part:
       forward: Maps (params, x) to an array; `x` is bfloat16, or whole numbers for the embedding.
       inputs: Shape of `x` in one micro-batch.
       passes: Micro-batches of a step, each once forward and backward.
-      heads: Heads whose max logits QK-clip reads; 0 without attention.
       layout: Head layout of QK-clip; None without attention.
+      heads: Heads whose max logits QK-clip reads; 0 without attention.
     """
 
     count: int
@@ -39,8 +39,8 @@ class Part:
     forward: Callable[[Any, jax.Array], jax.Array]
     inputs: tuple[int, ...]
     passes: float
-    heads: int = 0
     layout: Any = None
+    heads: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +73,20 @@ class Dense:
 
     def parts(self) -> dict[str, Part]:
         """Returns the parts by name."""
-        d, h = self.width, self.width // self.heads
-        kernels = {"query": self.heads, "key": self.kv_heads, "value": self.kv_heads}
-        attn = {name: {"kernel": _leaf(d, n, h)} for name, n in kernels.items()}
-        attn["out"] = {"kernel": _leaf(self.heads, h, d)}
-        passes = self.tokens / self.micro
-        x = (self.micro, d)
-        layout = mc.MultiHeadLayout(value="value")
+        d, keys = self.width, self.kv_heads * self.width // self.heads
+        attn = {"query": (d, d), "key": (d, keys), "value": (d, keys), "out": (d, d)}
+        mlp = {"up_proj": (d, self.hidden), "down_proj": (self.hidden, d)}
+        mlp |= {"gate_proj": (d, self.hidden)} if self.gated else {}
+        passes, x = self.tokens / self.micro, (self.micro, d)
+        layout = mc.MultiHeadLayout(
+            value="value", kernel="inputs (heads head_dim)", head_dim=d // self.heads
+        )
+        attention = functools.partial(_attention, self)
         return {
             "attention": Part(
-                self.layers, {"attn": attn}, _attention, x, passes, self.heads, layout
+                self.layers, {"attn": _kernels(attn)}, attention, x, passes, layout, self.heads
             ),
-            "mlp": Part(
-                self.layers, {"mlp": _mlp_shapes(d, self.hidden, self.gated)}, _mlp, x, passes
-            ),
+            "mlp": Part(self.layers, {"mlp": _kernels(mlp)}, _mlp, x, passes),
             "ends": _ends(d, self.vocabulary, self.tied, self.micro, passes),
         }
 
@@ -107,34 +107,37 @@ class KimiK2:
     groups: int = 16
     chosen: int = 8
 
+    width: ClassVar[int] = kimi_k2_step.Model.hidden
+
     def parts(self) -> dict[str, Part]:
         """Returns the parts by name; the experts of one device are a part."""
         k = kimi_k2_step.Model()
-        tree = k.parameters(Mesh(np.array(jax.devices("cpu")[:1]).reshape(1, 1), kimi_k2_step.AXES))
+        one_device = Mesh(np.array(jax.devices("cpu")[:1]).reshape(1, 1), kimi_k2_step.AXES)
+        tree = k.parameters(one_device)
         layer = jax.tree.map(lambda x: _leaf(*x.shape[1:]), tree["layers"])
         dense = jax.tree.map(lambda x: _leaf(*x.shape), tree["dense_layer"])
         many = k.experts // self.groups
-        experts = {"experts": jax.tree.map(lambda x: _leaf(many, *x.shape[1:]), layer["experts"])}
-        passes = self.tokens / self.micro
-        capacity = self.micro * self.chosen // k.experts
+        experts = jax.tree.map(lambda x: _leaf(many, *x.shape[1:]), layer["experts"])
+        tokens = self.micro * self.chosen / k.experts  # of an expert in a micro-batch
+        passes = self.tokens / self.micro * self.groups
         x = (self.micro // self.groups, k.hidden)  # of one device
-        on_all = passes * self.groups
         attention = functools.partial(_latent_attention, k)
-        shared = {"router": layer["router"], "shared": layer["shared"]}
+        kernels = {name: x for name, x in layer["attn"].items() if "norm" not in name}
+        shared = {"router": {"kernel": layer["router"]["kernel"]}, "mlp": layer["shared"]}
         return {
             "attention": Part(
-                k.layers, {"attn": layer["attn"]}, attention, x, on_all, k.heads, k.layout()
+                k.layers, {"attn": kernels}, attention, x, passes, k.layout(), k.heads
             ),
-            "dense mlp": Part(1, {"mlp": dense["mlp"]}, _mlp, x, on_all),
-            "shared expert": Part(k.layers - 1, shared, _shared_expert, x, on_all),
+            "dense mlp": Part(1, {"mlp": dense["mlp"]}, _mlp, x, passes),
+            "shared expert": Part(k.layers - 1, shared, _shared_expert, x, passes),
             "experts": Part(
                 (k.layers - 1) * self.groups,
-                experts,
+                {"experts": experts},
                 _experts,
-                (many, capacity, k.hidden),
-                passes * (self.micro * self.chosen / k.experts) / capacity,
+                (many, int(tokens), k.hidden),
+                self.tokens / self.micro * tokens / int(tokens),
             ),
-            "ends": _ends(k.hidden, k.vocabulary, False, x[0], on_all),
+            "ends": _ends(k.hidden, k.vocabulary, False, x[0], passes),
         }
 
 
@@ -142,9 +145,8 @@ def _leaf(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _mlp_shapes(width: int, hidden: int, gated: bool) -> Shapes:
-    inner = dict.fromkeys(("gate_proj", "up_proj") if gated else ("up_proj",), (width, hidden))
-    return {k: {"kernel": _leaf(*s)} for k, s in (inner | {"down_proj": (hidden, width)}).items()}
+def _kernels(shapes: dict[str, tuple[int, int]]) -> Shapes:
+    return {name: {"kernel": _leaf(*shape)} for name, shape in shapes.items()}
 
 
 def _linear(params: Any, x: jax.Array, equation: str = "...d,df->...f") -> jax.Array:
@@ -161,15 +163,14 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     query, key, value = jax.lax.optimization_barrier((query, key, value))
     copies = query.shape[1] // key.shape[1]
     key, value = (jnp.repeat(x, copies, axis=1) for x in (key, value))
-    return jax.lax.optimization_barrier(
-        query[..., : value.shape[-1]] * key[..., : value.shape[-1]] * value
-    )
+    return jax.lax.optimization_barrier(query * key * value)
 
 
-def _attention(params: Any, x: jax.Array) -> jax.Array:
+def _attention(model: Dense, params: Any, x: jax.Array) -> jax.Array:
     p = params["attn"]
-    q, k, v = (_linear(p[name], x, "td,dnh->tnh") for name in ("query", "key", "value"))
-    return x + _linear(p["out"], _attend(q, k, v), "tnh,nhd->td")
+    split = lambda y: y.reshape(len(x), -1, model.width // model.heads)  # noqa: E731
+    q, k, v = (split(_linear(p[name], x)) for name in ("query", "key", "value"))
+    return x + _linear(p["out"], _attend(q, k, v).reshape(len(x), -1))
 
 
 def _latent_attention(k: kimi_k2_step.Model, params: Any, x: jax.Array) -> jax.Array:
@@ -187,10 +188,10 @@ def _latent_attention(k: kimi_k2_step.Model, params: Any, x: jax.Array) -> jax.A
 
 def _gated(p: Any, x: jax.Array, first: str, second: str) -> jax.Array:
     hidden = _linear(p["up_proj"], x, first)
-    if "gate_proj" in p:
-        hidden = jax.nn.silu(_linear(p["gate_proj"], x, first)) * hidden
-    else:
-        hidden = jax.nn.gelu(hidden)
+    gated = "gate_proj" in p
+    hidden = (
+        jax.nn.silu(_linear(p["gate_proj"], x, first)) * hidden if gated else jax.nn.gelu(hidden)
+    )
     return _linear(p["down_proj"], hidden, second)
 
 
@@ -203,8 +204,8 @@ def _experts(params: Any, x: jax.Array) -> jax.Array:
 
 
 def _shared_expert(params: Any, x: jax.Array) -> jax.Array:
-    gates = jax.nn.sigmoid(_linear(params["router"], x) + params["router"]["bias"].astype(x.dtype))
-    return x * gates.mean(-1, keepdims=True) + _gated(params["shared"], x, "td,df->tf", "tf,fd->td")
+    gates = jax.nn.sigmoid(_linear(params["router"], x))
+    return _mlp(params, x) * gates.mean(-1, keepdims=True)
 
 
 def _ends(width: int, vocabulary: int, tied: bool, micro: int, passes: float) -> Part:
@@ -223,7 +224,9 @@ def _ends(width: int, vocabulary: int, tied: bool, micro: int, passes: float) ->
     return Part(1, params, forward, (micro,), passes)
 
 
-MODELS: dict[str, Dense | KimiK2] = {
+Model = Dense | KimiK2
+
+MODELS: dict[str, Model] = {
     # openai/gpt-2, hparams.json. Batch: karpathy/nanoGPT, config/train_gpt2.py: 40 x 12 x 1024.
     "GPT-2 small": Dense(12, 768, 12, 12, 3072, 50257, False, True, 491520, 12 * 1024),
     # Llama 2, arXiv 2307.09288, section 2.2: 4 M tokens; meta-llama/Llama-2-7b, params.json.

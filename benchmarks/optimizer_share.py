@@ -3,89 +3,202 @@
     pip install "muonclip-jax[tpu]"
     python -m benchmarks.optimizer_share
 
-Writes results/optimizer_share.json: FLOPs and bytes accessed of a training step, from GPT-2 small
-to Kimi K2, and of three optimizers. The programs are compiled for one TPU v5p and not executed.
-Each part of `model_parts.py` is compiled once, forward and backward for one micro-batch, and with
-each optimizer. A part counts as often as the model has it, and its passes as often as a step has
-micro-batches. The products of queries with keys, and of weights with values, are left out, and so
-are collectives, so that shares are upper bounds.
+Writes results/optimizer_share.json: FLOPs and bytes accessed in a training step of four models, by
+the model and by three optimizers. The programs are compiled for one TPU v5p, and not executed.
+
+The rule: each part of `model_parts.py` is compiled forward and backward for one micro-batch, and
+counts for each equal part and micro-batch. An optimizer is compiled for one matrix of each shape,
+and counts for each such matrix; QK-clip for the kernels of one attention module. FLOPs and bytes
+are the compiler's (`cost_analysis`). The products of queries with keys and of weights with values
+are left out, and so are collectives and activations that are computed again: all of them would make
+the shares smaller.
 """
 
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from optax import contrib
 
 import muonclip_jax as mc
-from benchmarks.compiled import compiled_cost, instruction_counts
-from benchmarks.model_parts import Part
+from benchmarks import aot, report, tpu
+from benchmarks.compiled import instruction_counts
+from benchmarks.model_parts import MODELS, Model, Part
 
-TOPOLOGY = "v5p:2x2x1"  # the smallest; programs use one of its chips
-RATE = 2e-4
-OPTIMIZERS = ("adamw", "optax.muon", "muonclip")
-FIGURES = ("flops", "bytes")
-
-
-def transformation(name: str, params: Any) -> optax.GradientTransformation:
-    """Builds an optimizer with its defaults; `muonclip` multiplies in bfloat16, as Kimi K2."""
-    rows = mc.routing_table(params).rows
-    numbers = [row.dimension_numbers for row in rows]
-    if name == "adamw" or not any(numbers):
-        return optax.adamw(RATE, weight_decay=0.1)
-    if name == "optax.muon":
-        numbers = jax.tree.structure(params).unflatten(numbers)
-        return contrib.muon(RATE, muon_weight_dimension_numbers=numbers)
-    return mc.muonclip(RATE, threshold=None, ns_dtype=jnp.bfloat16)
+TOPOLOGY = "v5p:2x2x1"  # the smallest slice; programs are for one of its chips
+RATE, DECAY, NEWTON_SCHULZ_STEPS = 2e-4, 0.1, 5
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "adamw": lambda numbers: optax.adamw(RATE, weight_decay=DECAY),
+    "optax": lambda numbers: contrib.muon(
+        RATE, weight_decay=DECAY, muon_weight_dimension_numbers=numbers
+    ),
+    # Products in bfloat16, as in Kimi K2.
+    "ours": lambda numbers: mc.muonclip(
+        RATE, threshold=None, ns_dtype=jnp.bfloat16, muon_weight_dimension_numbers=numbers
+    ),
+}
 
 
-def optimizer_step(name: str, part: Part, params: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Returns a step of an optimizer, with QK-clip for `muonclip`, and the shapes it gets."""
-    tx = transformation(name, params)
-    clips = name == "muonclip" and part.heads
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """Counts FLOPs and bytes of programs that it compiles for one device.
 
-    def step(params, state, gradients, max_logits):
-        updates, state = tx.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-        if clips:
-            params, info = mc.qk_clip(params, max_logits, part.layout, threshold=100.0)
-            return params, state, mc.qk_clip_metrics(info)
-        return params, state, {}
-
-    max_logits = {"attn": {"max_logits": (jax.ShapeDtypeStruct((1, part.heads), jnp.float32),)}}
-    shapes = (params, jax.eval_shape(tx.init, params), params, max_logits if clips else {})
-    return step, shapes
-
-
-def passes(part: Part) -> tuple[Any, tuple[Any, ...]]:
-    """Returns the forward and backward pass of a part, and the shapes it gets."""
-    dtype = jnp.int32 if len(part.inputs) == 1 else jnp.bfloat16
-    x = jax.ShapeDtypeStruct(part.inputs, dtype)
-
-    def both(params, x, cotangent):
-        if dtype == jnp.int32:
-            _, pull = jax.vjp(lambda params: part.forward(params, x), params)
-        else:
-            _, pull = jax.vjp(part.forward, params, x)
-        return pull(cotangent)
-
-    return both, (part.params, x, jax.eval_shape(part.forward, part.params, x))
-
-
-def count(f: Any, shapes: tuple[Any, ...], sharding: Any, donated: tuple[int, ...]) -> np.ndarray:
-    """Compiles a program, and returns its FLOPs and bytes accessed.
-
-    Raises:
-      RuntimeError: if the program has a loop, whose contents the compiler counts once.
+    Attributes:
+      device: The device, which need not be attached.
     """
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-    )
-    compiled = jax.jit(f, donate_argnums=donated).lower(*placed).compile()
-    if loops := instruction_counts(compiled)["while"]:
-        raise RuntimeError(f"optimizer_share: the program has {loops} loops; expected none")
-    analysis = compiled.cost_analysis()
-    print(compiled_cost(compiled).flops, analysis["flops"], analysis["bytes accessed"])
-    return np.array([analysis["flops"], analysis["bytes accessed"]])
+
+    device: Any
+
+    def count(self, f: Callable[..., Any], *shapes: Any, donated: tuple[int, ...] = ()) -> Any:
+        """Returns FLOPs and bytes accessed, as an array of two numbers.
+
+        Raises:
+          RuntimeError: if the program has a loop, whose contents the compiler counts once.
+        """
+        place = NamedSharding(Mesh(np.array([self.device]), ("x",)), P())
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+        )
+        compiled = jax.jit(f, donate_argnums=donated).lower(*shapes).compile()
+        if loops := instruction_counts(compiled)["while"]:
+            raise RuntimeError(f"optimizer_share: the program has {loops} loops, expected none")
+        analysis = compiled.cost_analysis() or {}
+        return np.array([analysis["flops"], analysis["bytes accessed"]])
+
+    def passes(self, part: Part) -> Any:
+        """Counts the forward and the backward pass of a part, for one micro-batch."""
+        text = len(part.inputs) == 1
+        x = jax.ShapeDtypeStruct(part.inputs, jnp.int32 if text else jnp.bfloat16)
+
+        def both(params: Any, x: Any, cotangent: Any) -> Any:
+            if text:
+                y, pull = jax.vjp(lambda params: part.forward(params, x), params)
+            else:
+                y, pull = jax.vjp(part.forward, params, x)
+            return y, pull(cotangent)
+
+        return self.count(both, part.params, x, jax.eval_shape(part.forward, part.params, x))
+
+    @functools.cache  # noqa: B019 - lives as long as the program
+    def update(self, optimizer: str, shape: tuple[int, ...], numbers: Any) -> Any:
+        """Counts the update of one parameter, whose dimension numbers are None without Muon."""
+        name = optimizer if numbers else "adamw"
+        params = {"layer": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+        tx = OPTIMIZERS[name]({"layer": {"kernel": numbers}})
+
+        def step(params: Any, state: Any, gradients: Any) -> Any:
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        return self.count(step, params, state, params, donated=(0, 1))
+
+    def clip(self, part: Part) -> Any:
+        """Counts QK-clip of a part with attention."""
+        stat = jax.ShapeDtypeStruct((1, part.heads), jnp.float32)
+
+        def clip(params: Any, max_logits: Any) -> Any:
+            params, info = mc.qk_clip(params, max_logits, part.layout, threshold=100.0)
+            return params, mc.qk_clip_metrics(info)
+
+        return self.count(clip, part.params, {"attn": {"max_logits": (stat,)}}, donated=(0,))
+
+
+def parameters(part: Part) -> collections.Counter[tuple[tuple[int, ...], Any]]:
+    """Counts the matrices and the other parameters of a part, by shape and dimension numbers."""
+    found: collections.Counter[tuple[tuple[int, ...], Any]] = collections.Counter()
+    rows = mc.routing_table(part.params).rows
+    for row, leaf in zip(rows, jax.tree.leaves(part.params), strict=True):
+        if row.optimizer == "muon":
+            sides = leaf.shape[-2:]
+            found[sides, contrib.MuonDimensionNumbers(0, 1)] += leaf.size // np.prod(sides)
+        else:
+            found[leaf.shape, None] += 1
+    return found
+
+
+def measure(model: Model, compiler: Compiler) -> dict[str, Any]:
+    """Counts a training step of a model, and the shares of each optimizer."""
+    parts = model.parts().values()
+    own = sum(part.count * part.passes * compiler.passes(part) for part in parts)
+    by_optimizer = {}
+    for name in OPTIMIZERS:
+        cost = np.zeros(2)
+        for part in parts:
+            for (shape, numbers), many in parameters(part).items():
+                cost += part.count * many * compiler.update(name, shape, numbers)
+            if name == "ours" and part.heads:
+                cost += part.count * compiler.clip(part)
+        by_optimizer[name] = figures(cost) | {"share": figures(cost / (own + cost))}
+    held = [part.count * x.size for part in parts for x in jax.tree.leaves(part.params)]
+    return {
+        "parameters": sum(held),
+        "tokens": model.tokens,
+        "micro_batch": model.micro,
+        "model": figures(own),
+        # Keller Jordan, kellerjordan.github.io/posts/muon, runtime analysis: T m / B.
+        "bound": NEWTON_SCHULZ_STEPS * model.width / model.tokens,
+        "optimizers": by_optimizer,
+    }
+
+
+def figures(cost: Any) -> dict[str, float]:
+    """Names FLOPs and bytes."""
+    return dict(zip(("flops", "bytes"), map(float, cost), strict=True))
+
+
+HEAD = ("model", "tokens of a step", "T m / B", *(f"FLOPs, {x}" for x in OPTIMIZERS))
+HEAD += tuple(f"bytes, {x}" for x in OPTIMIZERS)
+
+
+def row(name: str, model: Mapping[str, Any]) -> list[str]:
+    """Formats the row of a model."""
+    shares = [x["share"] for x in model["optimizers"].values()]
+    return [
+        name,
+        f"{model['tokens']:,.0f}",
+        percent(model["bound"]),
+        *(percent(share[figure]) for figure in ("flops", "bytes") for share in shares),
+    ]
+
+
+def percent(share: float) -> str:
+    """Formats a fraction with two digits."""
+    return f"{100 * share:.2g} %" if share >= 1e-6 else "0 %"
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Formats the table of docs/benchmarks.md."""
+    return report.markdown(HEAD, [row(*item) for item in results["models"].items()])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compiles the models one after the other, and writes the results."""
+    parser = report.parser("optimizer_share", "The share of the optimizer in a training step.")
+    parser.add_argument("--model", choices=MODELS, nargs="*", help="only these; others are kept")
+    parser.add_argument("--attached", action="store_true", help="compile for the attached device")
+    options: argparse.Namespace = parser.parse_args(arguments)
+    if not (tpu.LIBTPU or options.attached):
+        parser.error(tpu.INSTALL)
+    device = jax.devices()[0] if options.attached else tpu.topology_devices(TOPOLOGY)[0]
+    path = options.out / "optimizer_share.json"
+    results = aot.head("optimizer_share") | {"device": device.device_kind, "models": {}}
+    if options.model and path.exists():
+        results["models"] = json.loads(path.read_text())["models"]
+    for name in options.model or MODELS:
+        results["models"][name] = report.rounded(measure(MODELS[name], Compiler(device)))
+        report.write_json(path, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -50,12 +50,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="+", choices=choices, metavar="NAME")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--memory", type=pathlib.Path, default=MEMORY)
     parser.epilog = (
         f"names: {', '.join(EXPERIMENTS)}; all; page, which only generates {PAGE.name}. Finished"
-        f" trainings are kept in {MEMORY.name}."
+        f" trainings are kept in --memory, {MEMORY.name}, and checkpoints of long ones beside it."
     )
     options = parser.parse_args(arguments)
-    runner = Runner(MEMORY, options.workers)
+    runner = Runner(options.memory, options.workers)
     for name in EXPERIMENTS if "all" in options.names else options.names:
         if name != "page":
             run(name, runner, options.out)

@@ -54,7 +54,7 @@ class Large(Run):
 
     steps: int = STEPS
 
-    batch_size: ClassVar[int] = 4
+    batch_size: ClassVar[int] = 2
     resumable: ClassVar[bool] = True
 
     def model(self) -> nn.Module:
