@@ -165,7 +165,7 @@ def row(name: str, model: Mapping[str, Any]) -> list[str]:
     shares = [x["share"] for x in model["optimizers"].values()]
     return [
         name,
-        f"{model['tokens']:,.0f}",
+        f"{model['tokens'] / 1e6:.2g} M",
         percent(model["bound"]),
         *(percent(share[figure]) for figure in ("flops", "bytes") for share in shares),
     ]
@@ -173,7 +173,7 @@ def row(name: str, model: Mapping[str, Any]) -> list[str]:
 
 def percent(share: float) -> str:
     """Formats a fraction with two digits."""
-    return f"{100 * share:.2g} %" if share >= 1e-6 else "0 %"
+    return f"{100 * share:.2g} %" if share >= 1e-6 else "below 0.0001 %"
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -103,7 +103,6 @@ def compare(
         "clipped_median_of_clipped_heads": over_seeds(map(median_where_clipped, clipped)),
         "clipped_last_logit": over_seeds(largest_logits(record)[-1] for record in clipped),
         "ever_clipped": over_seeds(record["ever_clipped"] for record in clipped),
-        "first_clip": over_seeds(float(np.argmax(r["clipped"]) + 1) for r in clipped),
         "last_clip": over_seeds(map(last_clip, clipped)),
         "clips_by_tenth": np.mean([clips_by_tenth(record) for record in clipped], axis=0).tolist(),
         "late_clips": over_seeds(map(late_clips, clipped)),
