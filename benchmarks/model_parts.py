@@ -229,7 +229,7 @@ Model = Dense | KimiK2
 MODELS: dict[str, Model] = {
     # openai/gpt-2, hparams.json. Batch: karpathy/nanoGPT, config/train_gpt2.py: 40 x 12 x 1024.
     "GPT-2 small": Dense(12, 768, 12, 12, 3072, 50257, False, True, 491520, 12 * 1024),
-    # Llama 2, arXiv 2307.09288, section 2.2: 4 M tokens; meta-llama/Llama-2-7b, params.json.
+    # Llama 2, arXiv 2307.09288, table 1: 4 M tokens; meta-llama/Llama-2-7b, params.json.
     "Llama 2 7B": Dense(32, 4096, 32, 32, 11008, 32000, True, False, 4e6, 4096),
     # Llama 3, arXiv 2407.21783, table 3 and section 3.4.1: 16 M tokens in sequences of 8192.
     "Llama 3.1 405B": Dense(126, 16384, 128, 8, 53248, 128256, True, False, 16e6, 8192),
