@@ -199,9 +199,9 @@ def finding(name: str, line: Mapping[str, Any]) -> str:
         f" QK-clip the median over clipped heads is {median:.0f}, and the loss at the same seed"
         f" changes by {mean_sd(line['clipped_minus_plain_loss'])}"
         f" ({'lower' if change < 0 else 'higher'} with QK-clip)."
-        f" {line['late_clips']['mean']:.0%} of all clips come after {EARLY:.0%} of training: a step"
-        f" clips {tenths[0]:.1f} heads on average in the first tenth, at most {max(tenths):.1f} in a"
-        f" tenth, and {tenths[-1]:.1f} in the last, of {LAYERS * HEADS}."
+        f" {line['late_clips']['mean']:.0%} of all clips come after {EARLY:.0%} of training. Of"
+        f" {LAYERS * HEADS} heads a step clips {tenths[0]:.1f} on average in the first tenth, at"
+        f" most {max(tenths):.1f} in a tenth, and {tenths[-1]:.1f} in the last."
     )
 
 
