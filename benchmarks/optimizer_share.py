@@ -195,7 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.model and path.exists():
         results["models"] = json.loads(path.read_text())["models"]
     for name in options.model or MODELS:
-        results["models"][name] = report.rounded(measure(MODELS[name], Compiler(device)))
+        models = results["models"]
+        models[name] = report.rounded(measure(MODELS[name], Compiler(device)))
+        results["models"] = {key: models[key] for key in MODELS if key in models}
         report.write_json(path, results)
     print(table(results))
 
