@@ -138,7 +138,7 @@ def measure(model: Model, compiler: Compiler) -> dict[str, Any]:
                 cost += part.count * many * compiler.update(name, shape, numbers)
             if name == "ours" and part.heads:
                 cost += part.count * compiler.clip(part)
-        by_optimizer[name] = figures(cost) | {"share": figures(cost / (own + cost))}
+        by_optimizer[name] = figures(cost)
     held = [part.count * x.size for part in parts for x in jax.tree.leaves(part.params)]
     return {
         "parameters": sum(held),
@@ -162,12 +162,16 @@ HEAD += tuple(f"bytes, {x}" for x in OPTIMIZERS)
 
 def row(name: str, model: Mapping[str, Any]) -> list[str]:
     """Formats the row of a model."""
-    shares = [x["share"] for x in model["optimizers"].values()]
+    costs = model["optimizers"].values()
     return [
         name,
         f"{model['tokens'] / 1e6:.2g} M",
         percent(model["bound"]),
-        *(percent(share[figure]) for figure in ("flops", "bytes") for share in shares),
+        *(
+            percent(cost[figure] / (model["model"][figure] + cost[figure]))
+            for figure in ("flops", "bytes")
+            for cost in costs
+        ),
     ]
 
 
