@@ -127,7 +127,7 @@ def parameters(part: Part) -> collections.Counter[tuple[tuple[int, ...], Any]]:
 
 
 def measure(model: Model, compiler: Compiler) -> dict[str, Any]:
-    """Counts a training step of a model, and the shares of each optimizer."""
+    """Counts a training step of a model without optimizer, and each optimizer."""
     parts = model.parts().values()
     own = sum(part.count * part.passes * compiler.passes(part) for part in parts)
     by_optimizer = {}

@@ -16,6 +16,7 @@ from benchmarks.evidence import (
     orthogonalization_accuracy,
     per_head,
     shared_key_rules,
+    ten_million,
     token_efficiency,
     width_transfer,
     zipf_embedding,
@@ -33,4 +34,5 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "family": family,
     "width-transfer": width_transfer,
     "kimi-k3": kimi_k3,
+    "ten-million": ten_million,
 }

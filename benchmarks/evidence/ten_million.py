@@ -38,9 +38,8 @@ MODELS = {
     "gqa": lambda: gqa.GQA(LAYERS, WIDTH, HEADS, HEADS // 2, HEAD_DIM, HIDDEN),
     "mla": lambda: mla.MLA(LAYERS, WIDTH, Latent(HEADS, 192, 128, 32, 16, 32), HIDDEN),
 }
-# The seeds that are trained so far; `SEEDS` are planned for each model.
 SEEDS = (0, 1)
-TRAINED = {"gqa": SEEDS, "mla": ()}
+TRAINED = {"gqa": (0,), "mla": ()}  # so far, of `SEEDS`; there is no verdict before
 
 RATE, THRESHOLD, STEPS = 0.03, 100.0, 2000
 ADAMW_RATES, TRIAL = (0.001, 0.002, 0.004), 100
@@ -130,12 +129,14 @@ def complete(ours: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def verdict(ours: Mapping[str, Any]) -> str:
-    """Judges the models that have all seeds.
+    """Judges the models that have all seeds; without one, the experiment is unfinished.
 
     Reproduced: ten times τ without QK-clip; with it at most `KEPT` times τ, at most `LATE_CLIPS` of
     the clips after `EARLY` of the training, and no higher loss.
     """
     lines = complete(ours)
+    if not lines:
+        return "unfinished"
     return plotting.judge(
         all(line["plain_max_logit"]["mean"] > 10 * THRESHOLD for line in lines),
         all(line["clipped_median_of_clipped_heads"]["mean"] < KEPT * THRESHOLD for line in lines),
@@ -146,12 +147,12 @@ def verdict(ours: Mapping[str, Any]) -> str:
 
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
-    lines = complete(ours)
+    lines = complete(ours) or ours["models"].values()
     free = max(line["plain_max_logit"]["mean"] for line in lines)
     median = max(line["clipped_median_of_clipped_heads"]["mean"] for line in lines)
     late = max(line["late_clips"]["mean"] for line in lines)
     return (
-        f"{free:,.0f} without QK-clip; with it clipped heads at {median:.0f} in the median, and"
+        f"{free:,.0f} without QK-clip; with it a median of {median:.0f} over clipped heads, and"
         f" {late:.0%} of the clips after {EARLY:.0%} of training"
     )
 
@@ -197,8 +198,8 @@ def finding(name: str, line: Mapping[str, Any]) -> str:
         f" {free / THRESHOLD:.1f} times τ, and {line['plain_heads_above']['mean']:.0%} of the heads"
         f" exceed τ = {THRESHOLD:g}; at the end it is {line['plain_last_logit']['mean']:.0f}. With"
         f" QK-clip the median over clipped heads is {median:.0f}, and the loss at the same seed"
-        f" changes by {mean_sd(line['clipped_minus_plain_loss'])}"
-        f" ({'lower' if change < 0 else 'higher'} with QK-clip)."
+        f" is {shown(line['clipped_minus_plain_loss']).lstrip('-')}"
+        f" {'lower' if change < 0 else 'higher'}."
         f" {line['late_clips']['mean']:.0%} of all clips come after {EARLY:.0%} of training. Of"
         f" {LAYERS * HEADS} heads a step clips {tenths[0]:.1f} on average in the first tenth, at"
         f" most {max(tenths):.1f} in a tenth, and {tenths[-1]:.1f} in the last."
@@ -211,7 +212,15 @@ def missing(models: Mapping[str, Any]) -> str:
     short = [f"{name} has {n} of {len(SEEDS)} seeds" for name, n in done.items() if n < len(SEEDS)]
     if not short:
         return ""
-    return f"Not all planned trainings are done: {'; '.join(short)}, and counts for no verdict."
+    return (
+        f"Some planned trainings are missing: {'; '.join(short)}. A model counts for the verdict"
+        " when it has all seeds."
+    )
+
+
+def shown(value: dict[str, Any], digits: int = 3) -> str:
+    """Formats a mean and its standard deviation, which one seed does not have."""
+    return mean_sd(value, digits) if value["n"] > 1 else f"{value['mean']:.{digits}f}"
 
 
 def row(name: str, line: Mapping[str, Any]) -> list[str]:
@@ -219,15 +228,15 @@ def row(name: str, line: Mapping[str, Any]) -> list[str]:
     return [
         name,
         f"{line['plain_loss']['n']}",
-        mean_sd(line["plain_max_logit"], 0),
-        mean_sd(line["clipped_max_logit"], 0),
-        mean_sd(line["clipped_median_of_clipped_heads"], 0),
-        mean_sd(line["adamw_max_logit"], 0),
+        shown(line["plain_max_logit"], 0),
+        shown(line["clipped_max_logit"], 0),
+        shown(line["clipped_median_of_clipped_heads"], 0),
+        shown(line["adamw_max_logit"], 0),
         f"{line['ever_clipped']['mean']:.0%}",
-        mean_sd(line["last_clip"], 0),
-        mean_sd(line["plain_loss"]),
-        mean_sd(line["clipped_loss"]),
-        mean_sd(line["adamw_loss"]),
+        shown(line["last_clip"], 0),
+        shown(line["plain_loss"]),
+        shown(line["clipped_loss"]),
+        shown(line["adamw_loss"]),
     ]
 
 

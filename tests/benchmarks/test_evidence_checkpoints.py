@@ -123,3 +123,5 @@ def test_ten_million_counts_late_clips_and_judges_complete_models_only():
     ours["models"]["mla"] = one_seed
     assert ten_million.complete(ours) == [line]
     assert "mla has 1 of 2 seeds" in ten_million.section(ours)
+    ours["models"].pop("gqa")
+    assert ten_million.verdict(ours) == "unfinished"
