@@ -34,5 +34,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "family": family,
     "width-transfer": width_transfer,
     "kimi-k3": kimi_k3,
-    "ten-million": ten_million,
 }
+
+# Their trainings are not finished: they can be run, and have no section in docs/evidence.md yet.
+UNFINISHED: dict[str, ModuleType] = {"ten-million": ten_million}
