@@ -70,7 +70,10 @@ class Compiler:
         )
         compiled = jax.jit(f, donate_argnums=donated).lower(*shapes).compile()
         if loops := instruction_counts(compiled)["while"]:
-            raise RuntimeError(f"optimizer_share: the program has {loops} loops, expected none")
+            raise RuntimeError(
+                f"optimizer_share: got a program with {loops} loops, expected none; compile smaller"
+                " parts, and one matrix at a time."
+            )
         analysis = compiled.cost_analysis() or {}
         return np.array([analysis["flops"], analysis["bytes accessed"]])
 
@@ -189,11 +192,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Compiles the models one after the other, and writes the results."""
     parser = report.parser("optimizer_share", "The share of the optimizer in a training step.")
     parser.add_argument("--model", choices=MODELS, nargs="*", help="only these; others are kept")
-    parser.add_argument("--attached", action="store_true", help="compile for the attached device")
     options: argparse.Namespace = parser.parse_args(arguments)
-    if not (tpu.LIBTPU or options.attached):
+    if not tpu.LIBTPU:
         parser.error(tpu.INSTALL)
-    device = jax.devices()[0] if options.attached else tpu.topology_devices(TOPOLOGY)[0]
+    device = tpu.topology_devices(TOPOLOGY)[0]
     path = options.out / "optimizer_share.json"
     results = aot.head("optimizer_share") | {"device": device.device_kind, "models": {}}
     if options.model and path.exists():

@@ -4,6 +4,8 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 from benchmarks import model_parts, optimizer_share, report
@@ -74,12 +76,30 @@ def test_the_bound_on_flops_holds_for_dense_models_and_not_for_experts():
         assert (overhead(name) < bound) == (name != "Kimi K2")
 
 
+def test_loops_are_an_error_because_the_compiler_counts_them_once():
+    def repeated(x):
+        return jax.lax.scan(lambda x, _: (x @ x, None), x, length=7)[0]
+
+    compiler = optimizer_share.Compiler(jax.devices()[0])
+    with pytest.raises(RuntimeError, match="with 1 loops"):
+        compiler.count(repeated, jax.ShapeDtypeStruct((8, 8), jnp.float32))
+
+
 @pytest.mark.nightly
-def test_parts_of_a_small_model_compile_for_the_attached_device(tmp_path, monkeypatch):
-    small = model_parts.Dense(2, 64, 4, 2, 128, 512, True, False, 1024, 128)
-    monkeypatch.setattr(optimizer_share, "MODELS", {"small": small})
-    optimizer_share.main(["--attached", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "optimizer_share.json").read_text())["models"]["small"]
-    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
-    products = 6 * 1024 * (2 * layer + 64 * 512)
-    assert products < result["model"]["flops"] < 1.3 * products
+def test_a_small_layer_compiles_to_its_flops():
+    tokens, d, hidden, keys = 128, 64, 256, 32
+    small = model_parts.Dense(2, d, 4, 2, hidden, 512, True, False, 8 * tokens, tokens)
+    compiler, parts = optimizer_share.Compiler(jax.devices()[0]), small.parts()
+    kernels = {"attention": 2 * d * d + 2 * d * keys, "mlp": 3 * d * hidden}
+    for name, parameters in kernels.items():
+        flops, _ = compiler.passes(parts[name])
+        assert 6 * parameters * tokens < flops < 1.2 * 6 * parameters * tokens
+        assert parts[name].passes == 8
+        assert sum(many for _, many in optimizer_share.parameters(parts[name]).items()) == len(
+            parts[name].params["attn" if name == "attention" else "mlp"]
+        )
+    numbers = optax.contrib.MuonDimensionNumbers(0, 1)
+    standard = STEPS * (4 * hidden / d + 2) * d**3
+    for name, lowest in {"adamw": 0.0, "ours": 0.5, "optax": 1.0}.items():
+        flops, _ = compiler.update(name, (d, hidden), numbers)
+        assert lowest * standard < flops < (lowest + 0.5) * standard, name
