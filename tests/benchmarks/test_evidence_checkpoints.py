@@ -113,6 +113,14 @@ def test_ten_million_is_reproduced_if_all_of_its_conditions_hold(largest, clippe
     assert ten_million.verdict(ours_of(largest, clipped, loss)) == verdict
 
 
+def test_ten_million_takes_the_median_while_a_head_is_clipped():
+    heads = [[90.0, 1.0], [101.0, 1.0], [95.0, 1.0], [103.0, 1.0], [20.0, 1.0]]
+    record = {"logged": [1, 2, 3, 4, 5], "max_logits": [[head] for head in heads]}
+    assert ten_million.median_while_clipped(record) == 101
+    record["max_logits"] = [[[1.0, 1.0]]] * 5
+    assert ten_million.median_while_clipped(record) is None
+
+
 def test_ten_million_counts_late_clips_and_judges_complete_models_only():
     ours = ours_of(1001.0, [0, 6, 0, 1, 0, 0, 0, 0, 0, 1], 1.0)
     line = ours["models"]["gqa"]
