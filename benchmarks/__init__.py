@@ -4,6 +4,7 @@
     python -m benchmarks.sharded_step [--gpu]     # the same on TPU slices or GPUs, compiled only
     python -m benchmarks.kimi_k2_step             # Algorithm 1 for all of Kimi K2, compiled only
     python -m benchmarks.tpu_train_step           # the training program on TPU slices, the same
+    python -m benchmarks.optimizer_share          # the optimizer's share of a step, compiled only
     python -m benchmarks.tpu_kernel_cycles        # the kernel of symmetric products, compiled only
     python -m benchmarks.tpu_kernel_step          # optimizer steps with this kernel, compiled only
     python -m benchmarks.tpu_kernel               # the kernel on an attached TPU, timed
@@ -18,5 +19,5 @@ Each writes `results/NAME.json` with its command, versions and date. Shared part
 the text of compiled programs, `compiled` their cost, `roofline` their roofline on GPUs,
 `kernel_cycles` the bundles of a kernel, `tpu` and `gpu` have the settings of ahead-of-time
 compilation, `aot` compiles a sharded step, `workloads` has the matrices of three language models,
-`report` writes the results.
+`model_parts` full models in parts, `report` writes the results.
 """

@@ -9,18 +9,19 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.evidence import FOLDER
-from benchmarks.evidence.experiments import EXPERIMENTS
+from benchmarks.evidence.experiments import EXPERIMENTS, UNFINISHED
 from benchmarks.evidence.page import page
 from benchmarks.evidence.runner import Runner, versions
 
 RESULTS = FOLDER / "results"
 MEMORY = FOLDER / "done.jsonl"
+KNOWN = EXPERIMENTS | UNFINISHED
 PAGE = FOLDER.parents[1] / "docs" / "evidence.md"
 
 
 def conclude(name: str, runner: Runner) -> dict[str, Any]:
     """Runs an experiment, except for its stored records."""
-    experiment = EXPERIMENTS[name]
+    experiment = KNOWN[name]
     runner.records.clear()
     ours = experiment.study(runner)
     seeds = {
@@ -46,16 +47,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence", description="Small trainings that test claims."
     )
-    choices = [*EXPERIMENTS, "all", "page"]
+    choices = [*KNOWN, "all", "page"]
     parser.add_argument("names", nargs="+", choices=choices, metavar="NAME")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--memory", type=pathlib.Path, default=MEMORY)
     parser.epilog = (
-        f"names: {', '.join(EXPERIMENTS)}; all; page, which only generates {PAGE.name}. Finished"
-        f" trainings are kept in {MEMORY.name}."
+        f"names: {', '.join(KNOWN)}; all; page, which only generates {PAGE.name}. Finished"
+        f" trainings are kept in --memory, {MEMORY.name}, and checkpoints of long ones beside it."
     )
     options = parser.parse_args(arguments)
-    runner = Runner(MEMORY, options.workers)
+    runner = Runner(options.memory, options.workers)
     for name in EXPERIMENTS if "all" in options.names else options.names:
         if name != "page":
             run(name, runner, options.out)
@@ -71,7 +73,7 @@ def run(name: str, runner: Runner, out: pathlib.Path) -> None:
     result = conclude(name, runner)
     report.write_json(out / f"{name}.json", result, per_line="runs", indent=1)
     image = io.BytesIO()
-    EXPERIMENTS[name].draw(result).savefig(image, format="png")
+    KNOWN[name].draw(result).savefig(image, format="png")
     report.write(out / f"{name}.png", image.getvalue())
     print(f"{name}: {result['verdict']}")
 

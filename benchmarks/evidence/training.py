@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import optax
 from optax import contrib
 
 import muonclip_jax as mc
+from benchmarks.evidence import checkpoint
 from examples.language_model import data
 from examples.language_model.config import Config
 from examples.language_model.models import gqa, mla
@@ -28,6 +30,7 @@ from examples.language_model.training.step import (
 BATCH_SIZE, SEQ_LEN = 8, 128
 VALIDATION_BYTES = 2**16
 LOGGED = 50  # points on a curve
+SAVED = 100  # steps between checkpoints
 DIGITS, LOGIT_DIGITS = 5, 4  # of the recorded numbers
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 4, 64, 192, 4, 16
@@ -112,8 +115,11 @@ class Run:
         """Builds the optimizer for parameters of these shapes."""
         return optimizer(self, shapes, learning_rate)
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, saved: pathlib.Path | None = None) -> dict[str, Any]:
         """Trains.
+
+        Args:
+          saved: File of the checkpoint, from which the training continues if it exists.
 
         Returns:
           `validation_loss`, nats per byte after the last step, or None if the training diverged;
@@ -121,19 +127,27 @@ class Run:
           logged step; `max_logits` [layer][head], the maximum since then; `clipped`, the number of
           clipped heads at every step; `ever_clipped`, the fraction of heads.
         """
-        metrics, validation_loss = self.train()
+        metrics, validation_loss = self.train(saved)
         return curves(metrics) | {"validation_loss": validation_loss}
 
-    def train(self) -> tuple[list[dict[str, Any]], float | None]:
+    def train(self, saved: pathlib.Path | None = None) -> tuple[list[dict[str, Any]], float | None]:
         """Trains, and returns the metrics of every step and the validation loss."""
         corpus, init, step, evaluate = _program(self.program)
         schedule = self.schedule()
-        threshold = math.inf if self.threshold is None else self.threshold
-        state, metrics = init(self.seed), []
-        for i in range(self.steps):
+        threshold = np.float32(math.inf if self.threshold is None else self.threshold)
+
+        def inputs(i: int) -> tuple[Any, Any, Any]:
             text = data.batch(corpus.train, self.seed, i + 1, self.batch_size, SEQ_LEN)
-            state, seen = step(state, text[None], jnp.float32(schedule(i)), np.float32(threshold))
+            return text[None], jnp.float32(schedule(i)), threshold
+
+        state, metrics = init(self.seed), []
+        if saved and saved.exists():
+            state, metrics = checkpoint.load(saved, jax.eval_shape(step, state, *inputs(0)))
+        for i in range(len(metrics), self.steps):
+            state, seen = step(state, *inputs(i))
             metrics.append(seen)
+            if saved and ((i + 1) % SAVED == 0 or i + 1 == self.steps):
+                checkpoint.save(saved, state, metrics)
         return jax.device_get(metrics), finite(evaluate(state))
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from benchmarks import aot, kimi_k2_step, sharded_step, tpu, tpu_train_step
+from benchmarks import aot, kimi_k2_step, optimizer_share, sharded_step, tpu, tpu_train_step
 
 
 @pytest.fixture
@@ -51,7 +51,9 @@ def test_head_has_command_versions_and_note():
     assert "leave out the links" in head["note"]
 
 
-@pytest.mark.parametrize("benchmark_", [sharded_step, kimi_k2_step, tpu_train_step])
+@pytest.mark.parametrize(
+    "benchmark_", [sharded_step, kimi_k2_step, tpu_train_step, optimizer_share]
+)
 def test_missing_libtpu_is_reported_with_the_command_that_installs_it(
     benchmark_, monkeypatch, capsys
 ):

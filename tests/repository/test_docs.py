@@ -213,6 +213,29 @@ def test_cycles_of_the_kernel_are_the_committed_ones():
     assert table("numerics.md", "tpu_kernel_cycles") == expected
 
 
+# --- benchmarks.md --------------------------------------------------------------------------------
+
+
+def test_shares_of_the_optimizer_are_the_committed_ones():
+    def percent(share):
+        return f"{100 * share:.2g} %" if share >= 1e-6 else "below 0.0001 %"
+
+    expected = [
+        [
+            name,
+            f"{model['tokens'] / 1e6:.2g} M",
+            percent(model["bound"]),
+            *(
+                percent(cost[figure] / (cost[figure] + model["model"][figure]))
+                for figure in ("flops", "bytes")
+                for cost in model["optimizers"].values()
+            ),
+        ]
+        for name, model in _result("optimizer_share")["models"].items()
+    ]
+    assert table("benchmarks.md", "optimizer_share") == expected
+
+
 # --- choosing.md ----------------------------------------------------------------------------------
 
 
