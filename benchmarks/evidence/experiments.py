@@ -8,9 +8,11 @@ Each module has `TITLE`, `CLAIM`, `SOURCE` and `PUBLISHED`: the claim and its pu
 from types import ModuleType
 
 from benchmarks.evidence import (
+    clip_order,
     exploding_logits,
     family,
     kimi_k3,
+    longer,
     low_threshold,
     optax_comparison,
     orthogonalization_accuracy,
@@ -23,7 +25,9 @@ from benchmarks.evidence import (
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "exploding-logits": exploding_logits,
+    "clip-order": clip_order,
     "low-threshold": low_threshold,
+    "longer": longer,
     "token-efficiency": token_efficiency,
     "per-head": per_head,
     "orthogonalization-accuracy": orthogonalization_accuracy,
