@@ -1,4 +1,4 @@
-"""Why clipped heads stay a little above τ: one update's growth, and three ways to take it off."""
+"""Why clipped heads stay a little above τ: one update's growth, and how to take it off."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from benchmarks.evidence.training import HEAD_DIM, WIDTH, Run, finite
 from benchmarks.report import markdown
 from examples.language_model.training.step import TrainState, accumulate, make_loss
 
-TITLE = "Why clipped heads stay above τ"
+TITLE = "Why clipped heads exceed the threshold"
 CLAIM = (
     "A clipped head exceeds τ by what one update adds, whether the clip comes after or before the"
     " update; a threshold lowered by that growth keeps it at τ."

@@ -9,7 +9,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.evidence.steps_to_target import ADAMW, CLIPPED, MUON, Protocol, Target, geometric
+from benchmarks.evidence.optimizer_search import (
+    ADAMW,
+    CLIPPED,
+    MUON,
+    Protocol,
+    Target,
+    geometric,
+)
 from examples.language_model import data
 from examples.language_model.models import gqa
 
@@ -51,7 +58,7 @@ class Tokens(Target):
         return load(self.tokens, self.vocabulary, self.seq_len)
 
 
-def protocol(path: pathlib.Path, run: type[Tokens] = Tokens) -> Protocol:
+def protocol(path: pathlib.Path | str, run: type[Tokens] = Tokens) -> Protocol:
     """Returns the protocol on the tokens of a file."""
     return Protocol(
         run=run(0.0, 0, tokens=str(path)),

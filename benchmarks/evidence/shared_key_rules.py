@@ -124,6 +124,11 @@ default, `{DEFAULT}`. They clip {min(clips):.1f} to {max(clips):.1f} heads per s
 At the best rate no rule differs from the default by more than its spread (at most {spread:.3f}).
 The bound in place of exact max logits changes nothing in either: {bounds[0]} and {bounds[1]}.
 
+Why "partly": the bound passes, and the rules differ at the large rate only, three times the best.
+There the clip acts at every step. `{DEFAULT}` leaves the shared key as large as it is, so the next
+update of a query moves its logits more, and more heads are clipped again. [Why clipped heads exceed
+the threshold](#why-clipped-heads-exceed-the-threshold) measures this.
+
 {markdown(columns, rows)}"""
 
 
