@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ class Ordered(Run):
             return super().train_step(model, tx)
         return clip_first(model, tx)
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, saved: pathlib.Path | None = None) -> dict[str, Any]:
         """Trains.
 
         Returns:
@@ -77,7 +78,7 @@ class Ordered(Run):
           largest logit divided by τ, for each fifth of the training; `excess_of_all`, the same over
           the training; `clipped`, heads a step; `validation_loss`.
         """
-        metrics, validation_loss = self.train()
+        metrics, validation_loss = self.train(saved)
         rates = np.asarray(self.schedule()(np.arange(self.steps)))
         taus = np.array([self.tau(rate) for rate in rates])
         logits = np.array([np.concatenate(list(m["max_logits"].values())).ravel() for m in metrics])

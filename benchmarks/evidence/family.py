@@ -1,6 +1,7 @@
 """The Muon family: each transform beside plain Muon, at equal seeds and its own best rate."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,13 +75,13 @@ class Variant(Run):
             **VARIANTS[self.variant],
         )
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, saved: pathlib.Path | None = None) -> dict[str, Any]:
         """Trains.
 
         Returns:
           `validation_loss`; `losses`, see `Run.measure`; `max_logit`, the largest.
         """
-        metrics, validation_loss = self.train()
+        metrics, validation_loss = self.train(saved)
         record = curves(metrics)
         return {
             "validation_loss": validation_loss,

@@ -1,6 +1,7 @@
 """Kimi K2, appendix D, over 20,000 steps: whether QK-clip stops acting by itself."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -44,7 +45,7 @@ class Long(Run):
         ]
         return optax.join_schedules(parts, [WARMUP, constant])
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, saved: pathlib.Path | None = None) -> dict[str, Any]:
         """Trains.
 
         Returns:
@@ -52,7 +53,7 @@ class Long(Run):
           `clipped`, the mean fraction of heads clipped at a step; `ever_clipped`, the fraction of
           heads at each logged step; `last_clip`, the last step with a clip, 0 if there is none.
         """
-        metrics, validation_loss = self.train()
+        metrics, validation_loss = self.train(saved)
         record = curves(metrics)
         heads = np.size(record["max_logits"][0])
         fractions = np.array(record["clipped"]) / heads

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -61,9 +62,9 @@ class Target(Run):
             return contrib.muon(learning_rate, muon_weight_dimension_numbers=numbers, **settings)
         return mc.muon(learning_rate, **settings, **VARIANTS[self.variant])
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, saved: pathlib.Path | None = None) -> dict[str, Any]:
         """Trains, and returns the validation loss."""
-        return {"validation_loss": self.train()[1]}
+        return {"validation_loss": self.train(saved)[1]}
 
 
 @dataclasses.dataclass(frozen=True)

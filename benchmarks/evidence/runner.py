@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from benchmarks import report
+from benchmarks.evidence import checkpoint
 
 
 class Task(Protocol):
@@ -25,7 +26,11 @@ class Task(Protocol):
         """Tasks with equal programs run in one process after another, which compiles once."""
 
     def measure(self) -> dict[str, Any]:
-        """Runs the task and returns its record."""
+        """Runs the task and returns its record.
+
+        A task with the attribute `resumable` gets a file for its checkpoint, `measure(saved)`. The
+        runner deletes it once the record is stored.
+        """
         ...
 
 
@@ -51,6 +56,10 @@ def lookup(records: Iterable[dict[str, Any]]) -> Measure:
 class Runner:
     """Returns stored records, and runs the tasks that have none.
 
+    Args:
+      memory: File of the stored records. Checkpoints are in the folder `unfinished` beside it.
+      workers: Number of processes.
+
     Attributes:
       records: Records of all requested tasks in their order, each once: `settings`, the fields of
         the task; `date`, when it ran; and its results.
@@ -59,6 +68,7 @@ class Runner:
     def __init__(self, memory: pathlib.Path, workers: int) -> None:
         self.records: list[dict[str, Any]] = []
         self._memory, self._workers, self._known = memory, workers, {}
+        self._folder = memory.parent / "unfinished"
         for line in memory.read_text().splitlines() if memory.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):  # truncated when a run was killed
                 record = json.loads(line)
@@ -73,6 +83,7 @@ class Runner:
             self._known[_key(record["settings"])] = record
             with self._memory.open("a") as file:
                 file.write("\n" + json.dumps(record | {"versions": versions()}))
+            _checkpoint(self._folder, record["settings"]).unlink(missing_ok=True)
         answer = [self._known[_key(described(task))] for task in tasks]
         for record in answer:
             if record not in self.records:
@@ -85,7 +96,7 @@ class Runner:
             return
         alone = [task for task in tasks if getattr(task, "alone", False)]
         for task in alone:
-            yield _measure([task])[0]
+            yield _measure([task], self._folder)[0]
         programs = sorted((task for task in tasks if task not in alone), key=_program_key)
         parts = [list(part) for _, part in itertools.groupby(programs, key=_program_key)]
         # One core and one thread per worker: so small a training gains little from a second.
@@ -98,7 +109,7 @@ class Runner:
         ) as pool:
             chunks = [chunk for part in parts for chunk in _chunks(part, self._workers)]
             for done in concurrent.futures.as_completed(
-                [pool.submit(_measure, chunk) for chunk in chunks]
+                [pool.submit(_measure, chunk, self._folder) for chunk in chunks]
             ):
                 yield from done.result()
 
@@ -113,6 +124,7 @@ def _program_key(task: Any) -> str:
 
 def _chunks(tasks: list[Any], workers: int) -> list[list[Any]]:
     size = min(4, max(1, -(-len(tasks) // workers)))  # an interruption loses few tasks
+    size = 1 if any(_is_resumable(task) for task in tasks) else size
     return [tasks[i : i + size] for i in range(0, len(tasks), size)]
 
 
@@ -120,6 +132,19 @@ def _pin(cores: Any) -> None:
     os.sched_setaffinity(0, {cores.get()})
 
 
-def _measure(tasks: list[Any]) -> list[dict[str, Any]]:
-    today = datetime.date.today().isoformat()
-    return [{"settings": described(task), "date": today, **task.measure()} for task in tasks]
+def _measure(tasks: list[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
+    return [_record(task, folder) for task in tasks]
+
+
+def _record(task: Any, folder: pathlib.Path) -> dict[str, Any]:
+    settings, today = described(task), datetime.date.today().isoformat()
+    saved = [_checkpoint(folder, settings)] if _is_resumable(task) else []
+    return {"settings": settings, "date": today, **task.measure(*saved)}
+
+
+def _is_resumable(task: Any) -> bool:
+    return getattr(task, "resumable", False)
+
+
+def _checkpoint(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
+    return checkpoint.path_of(folder, settings | {"versions": versions()})

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
@@ -14,6 +15,7 @@ import optax
 from optax import contrib
 
 import muonclip_jax as mc
+from benchmarks.evidence import checkpoint
 from examples.language_model import data
 from examples.language_model.config import Config
 from examples.language_model.models import gqa, mla
@@ -29,7 +31,7 @@ from examples.language_model.training.step import (
 BATCH_SIZE, SEQ_LEN = 8, 128
 VALIDATION_BYTES = 2**16
 LOGGED = 50  # points on a curve
-READ = 500  # steps whose metrics are on the device
+SAVED, READ = 100, 500  # steps between checkpoints, and whose metrics are on the device
 DIGITS, LOGIT_DIGITS = 5, 4  # of the recorded numbers
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 4, 64, 192, 4, 16
@@ -130,8 +132,11 @@ class Run:
         """Returns the text."""
         return corpus()
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, saved: pathlib.Path | None = None) -> dict[str, Any]:
         """Trains.
+
+        Args:
+          saved: File of the checkpoint, from which the training continues if it exists.
 
         Returns:
           `validation_loss`, nats per byte after the last step, or None if the training diverged;
@@ -139,22 +144,30 @@ class Run:
           logged step; `max_logits` [layer][head], the maximum since then; `clipped`, the number of
           clipped heads at every step; `ever_clipped`, the fraction of heads.
         """
-        metrics, validation_loss = self.train()
+        metrics, validation_loss = self.train(saved)
         return curves(metrics) | {"validation_loss": validation_loss}
 
-    def train(self) -> tuple[list[dict[str, Any]], float | None]:
+    def train(self, saved: pathlib.Path | None = None) -> tuple[list[dict[str, Any]], float | None]:
         """Trains, and returns the metrics of every step and the validation loss."""
         init, step, evaluate = _program(self.program)
-        text, schedule = self.corpus().train, self.schedule()
-        state, metrics = init(self.seed), []
-        for i in range(self.steps):
+        train, schedule = self.corpus().train, self.schedule()
+
+        def inputs(i: int) -> tuple[Any, Any, Any]:
             rate = jnp.float32(schedule(i))
-            rows = data.batch(text, self.seed, i + 1, self.batch_size, self.seq_len)
-            micro = rows.reshape(self.micro_batches, -1, self.seq_len + 1)
-            state, seen = step(state, micro, rate, np.float32(self.tau(rate)))
+            text = data.batch(train, self.seed, i + 1, self.batch_size, self.seq_len)
+            micro = text.reshape(self.micro_batches, -1, self.seq_len + 1)
+            return micro, rate, np.float32(self.tau(rate))
+
+        state, metrics = init(self.seed), []
+        if saved and saved.exists():
+            state, metrics = checkpoint.load(saved, jax.eval_shape(step, state, *inputs(0)))
+        for i in range(len(metrics), self.steps):
+            state, seen = step(state, *inputs(i))
             metrics.append(seen)
             if len(metrics) % READ == 0:
                 metrics[-READ:] = jax.device_get(metrics[-READ:])
+            if saved and ((i + 1) % SAVED == 0 or i + 1 == self.steps):
+                checkpoint.save(saved, state, metrics)
         return jax.device_get(metrics), finite(evaluate(state))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -103,9 +104,9 @@ class Wide(Run):
         kernel = updates["lm_head"]["kernel"] * (WIDTHS[0] / self.width)
         return {**updates, "lm_head": {"kernel": kernel}}
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, saved: pathlib.Path | None = None) -> dict[str, Any]:
         """Trains, and returns the validation loss."""
-        return {"validation_loss": self.train()[1]}
+        return {"validation_loss": self.train(saved)[1]}
 
 
 def study(measure: Measure) -> dict[str, Any]:

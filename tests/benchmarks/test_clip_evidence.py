@@ -33,7 +33,7 @@ def steps_of(logits, tau):
 def test_excess_is_of_heads_that_the_step_before_clipped(monkeypatch):
     logits = [[[120.0, 50.0]], [[105.0, 130.0]], [[90.0, 110.0]], [[99.0, 80.0]]]
     run = Ordered(steps=4)
-    monkeypatch.setattr(Ordered, "train", lambda self: (steps_of(logits, 100.0), 1.5))
+    monkeypatch.setattr(Ordered, "train", lambda self, saved: (steps_of(logits, 100.0), 1.5))
     record = run.measure()
     # Clipped: head 0 at step 0 and 1, head 1 at step 1 and 2; their next logits in units of τ.
     expected = np.quantile([1.05, 0.9, 1.1, 0.8], (0.5, 0.9, 1.0))
@@ -108,7 +108,7 @@ def test_long_training_records_the_fraction_of_heads(monkeypatch):
     logits = np.full((100, 1, 4), 10.0)
     logits[3, 0, 1] = logits[4, 0, :2] = 40.0
     run = longer.Long(0.016, 0, threshold=30.0, steps=100)
-    monkeypatch.setattr(longer.Long, "train", lambda self: (steps_of(logits, 30.0), 1.5))
+    monkeypatch.setattr(longer.Long, "train", lambda self, saved: (steps_of(logits, 30.0), 1.5))
     record = run.measure()
     assert record["last_clip"] == 5
     assert record["logged"][:3] == [2, 4, 6]
