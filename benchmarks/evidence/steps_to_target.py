@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks.evidence import plotting
+from benchmarks.evidence import gpt2_tokens, plotting
 from benchmarks.evidence.optimizer_search import (
     ADAMW,
     CLIPPED,
@@ -182,6 +182,9 @@ def section(ours: Mapping[str, Any]) -> str:
     run, line = BYTES.run, ours["lines"][MUON]
     fewest, most, rest = (listed(ours, "muon", found) for found in ("fewer", "more", "equal"))
     tuning = " and ".join(map(str, BYTES.tuning_seeds))
+    full = gpt2_tokens.protocol("PATH")
+    trainings = 3 * len(VARIANTS) * (len(full.tuning_seeds) + len(full.seeds))
+    billions = full.budgets[full.first[MUON][0]] * gpt2_tokens.STEP_TOKENS / 1e9
     return f"""\
 `mc.muon` reaches {ours["target"]:g} nats per byte in {reached(line["times_adamw"], 2)} times the
 steps of AdamW (p = {p_value(line["p_adamw"])}). Fewer steps than `mc.muon` need, at p < {LEVEL:g}:
@@ -210,8 +213,9 @@ rate of the matrices.
 `python -m benchmarks.evidence steps-to-target --tokens PATH` runs the same protocol at the size of
 GPT-2 small, on one GPU or TPU. PATH has tokens as uint16, `.npy` or `.bin`, with the header of
 modded-nanogpt's files or without. Its target, 3.28, and its batch, 524,288 tokens, are
-modded-nanogpt's; the model is ours. It has been tested with a tiny model and file. Nobody has run
-it at full size."""
+modded-nanogpt's; the model is ours. About {trainings} trainings of {billions:.1f} billion tokens or
+more are days of one GPU; an interrupted one continues. It has been tested with a tiny model and
+file. Nobody has run it at full size."""
 
 
 def draw(result: Mapping[str, Any]) -> Figure:

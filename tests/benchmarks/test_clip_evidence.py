@@ -98,7 +98,7 @@ def test_clip_before_the_update_leaves_the_update_as_it_is():
 def test_long_training_has_the_schedule_of_kimi_k2():
     run = longer.Long(0.016, 0)
     rates = np.asarray(run.schedule()(np.arange(run.steps)))
-    assert rates[0] == pytest.approx(0.016 / 500)
+    assert rates[0] == pytest.approx(0.016 / 500, rel=1e-4)
     np.testing.assert_allclose(rates[500:12_903], 0.016, rtol=1e-6)
     assert np.all(np.diff(rates[12_903:]) < 0)
     assert rates[-1] == pytest.approx(0.0016, rel=1e-3)

@@ -111,6 +111,7 @@ def test_a_budget_passes_by_the_rule_of_modded_nanogpt(mean, passes):
     assert steps_to_target.first_passing(budgets, 3.28, 0.0013) == passes
 
 
+@pytest.mark.nightly
 def test_every_optimizer_is_another_one():
     run = BYTES.run
     shapes = shapes_of(run)
