@@ -31,7 +31,9 @@ class Long(Run):
 
     steps: int = STEPS
 
-    batch_size: ClassVar[int] = 4
+    batch_size: ClassVar[int] = 2
+    resumable: ClassVar[bool] = True
+    saved_every: ClassVar[int] = 1000
 
     def schedule(self) -> optax.Schedule:
         """Builds the learning rates: warmup, constant, cosine decay to a tenth."""
@@ -74,12 +76,18 @@ LINES = {
     "three times the rate, no decay, τ = 100": Long(0.05, 0, threshold=100.0, weight_decay=0.0),
 }
 PAPER, HOT = LINES
+SEEDS = {PAPER: (0, 1, 2), HOT: (0,)}
+
+
+def runs(name: str) -> list[Run]:
+    """Returns the trainings of one line."""
+    return seeds_of(LINES[name], SEEDS[name])
 
 
 def study(measure: Measure) -> dict[str, Any]:
     """Trains both lines with each seed."""
-    measure([run for line in LINES.values() for run in seeds_of(line)])
-    return {name: summary(measure(seeds_of(line))) for name, line in LINES.items()}
+    measure([run for name in LINES for run in runs(name)])
+    return {name: summary(measure(runs(name))) for name in LINES}
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -171,8 +179,8 @@ def draw(result: Mapping[str, Any]) -> Figure:
     """Draws the fraction of heads clipped a step, and ever clipped, over the steps."""
     measure = lookup(result["runs"])
     figure, (left, right) = plotting.panels(2)
-    for (name, line), color in zip(LINES.items(), plotting.COLORS, strict=False):
-        for record in measure(seeds_of(line)):
+    for name, color in zip(LINES, plotting.COLORS, strict=False):
+        for record in measure(runs(name)):
             label = name if record["settings"]["seed"] == 0 else None
             left.plot(record["logged"], record["clipped"], color=color, alpha=0.7, label=label)
             right.plot(record["logged"], record["ever_clipped"], color=color, alpha=0.7)

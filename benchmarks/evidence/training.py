@@ -99,6 +99,7 @@ class Run:
     batch_size: ClassVar[int] = BATCH_SIZE
     micro_batches: ClassVar[int] = 1
     seq_len: ClassVar[int] = SEQ_LEN
+    saved_every: ClassVar[int] = SAVED
     validation_bytes: ClassVar[int] = VALIDATION_BYTES
     validation_rows: ClassVar[int] = 32  # evaluated at a time
 
@@ -166,7 +167,7 @@ class Run:
             metrics.append(seen)
             if len(metrics) % READ == 0:
                 metrics[-READ:] = jax.device_get(metrics[-READ:])
-            if saved and ((i + 1) % SAVED == 0 or i + 1 == self.steps):
+            if saved and ((i + 1) % self.saved_every == 0 or i + 1 == self.steps):
                 checkpoint.save(saved, state, metrics)
         return jax.device_get(metrics), finite(evaluate(state))
 
