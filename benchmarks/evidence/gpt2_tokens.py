@@ -39,7 +39,6 @@ class Tokens(Target):
 
     tokens: str = ""
 
-    alone: ClassVar[bool] = True  # in one process, which owns the accelerator
     resumable: ClassVar[bool] = True
     batch_size: ClassVar[int] = STEP_TOKENS // SEQ_LEN
     micro_batches: ClassVar[int] = STEP_TOKENS // SEQ_LEN // ROWS

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import flax.linen as nn
 import optax
 from optax import contrib
 
@@ -13,7 +14,17 @@ import muonclip_jax as mc
 from benchmarks.evidence.runner import Measure
 from benchmarks.evidence.summaries import loss_of, mean_or_infinity, over_seeds, seeds_of
 from benchmarks.evidence.token_efficiency import crossing
-from benchmarks.evidence.training import ADAM_B2, Run, dimension_numbers, finite
+from benchmarks.evidence.training import (
+    ADAM_B2,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    WIDTH,
+    Run,
+    dimension_numbers,
+    finite,
+)
+from examples.language_model.models import gqa
 
 ADAMW, OPTAX, MUON, NORMUON = "AdamW", "optax.contrib.muon", "mc.muon", "mc.muon, NorMuon"
 CLIPPED, THRESHOLD = "mc.muonclip", 30.0
@@ -42,7 +53,14 @@ class Target(Run):
 
     variant: str = MUON
 
+    alone: ClassVar[bool] = True  # in one process, which compiles each optimizer once
+    batch_size: ClassVar[int] = 4
     validation_bytes: ClassVar[int] = 2**15
+    layers: ClassVar[int] = 2
+
+    def model(self) -> nn.Module:
+        """Builds the model."""
+        return gqa.GQA(self.layers, WIDTH, HEADS, HEADS // 2, HEAD_DIM, HIDDEN)
 
     def transformation(self, shapes: Any, learning_rate: Any) -> optax.GradientTransformation:
         """Builds the optimizer: weight decay on every parameter, and else its defaults."""
