@@ -242,8 +242,8 @@ is {medians[UNSHARED]}.
 The figures are the largest logits of a step's batch, divided by τ = {THRESHOLD:g}, of heads that
 the step before clipped. The trainings are those of [Exploding
 logits](#exploding-logits-and-qk-clip), `gqa` at the rate {RATE:g} without decay, for {STEPS} steps
-of {Ordered.batch_size} x {SEQ_LEN} bytes. The figures there are larger: medians of the largest of 16
-steps.
+of {Ordered.batch_size} x {SEQ_LEN} bytes. The figures there are larger: medians of the largest of
+16 steps.
 
 {markdown(columns, rows)}"""
 
