@@ -118,7 +118,6 @@ def test_long_training_records_the_fraction_of_heads(monkeypatch):
     assert [one["mean"] for one in line["by_tenth"]] == [pytest.approx(0.075), *[0.0] * 9]
     assert line["ever_clipped"][-1]["mean"] == 0.5
     assert longer.stops(line)
-    assert longer.verdict({longer.PAPER: line}) == "reproduced"
 
 
 @pytest.mark.parametrize(
@@ -130,12 +129,22 @@ def test_long_training_records_the_fraction_of_heads(monkeypatch):
     ],
 )
 def test_clip_that_goes_on_does_not_stop(last, verdict, text):
-    fractions = [0.4, *[0.2] * 8, last]
-    value = {"n": 3, "sd": 0.0}
-    line = {
-        "by_tenth": [value | {"mean": x} for x in fractions],
-        "ever_clipped": [value | {"mean": 0.5}],
-        "last_clip": value | {"mean": 20_000.0},
-    }
+    line = long_line([0.4, *[0.2] * 8, last])
     assert longer.verdict({longer.PAPER: line}) == verdict
     assert text in longer.answer(line)
+
+
+def test_a_clip_that_never_acts_does_not_count_as_stopping():
+    never, stopping = long_line([0.0] * 10), long_line([0.4, *[0.0] * 9])
+    assert longer.verdict({longer.PAPER: never, longer.LOWER: stopping}) == "partly"
+    assert longer.verdict({longer.PAPER: never, longer.LOWER: never}) == "not reproduced"
+    assert "never acts" in longer.answer(never)
+
+
+def long_line(fractions):
+    value = {"n": 3, "sd": 0.0}
+    return {
+        "by_tenth": [value | {"mean": x} for x in fractions],
+        "ever_clipped": [value | {"mean": max(fractions)}],
+        "last_clip": value | {"mean": 20_000.0},
+    }
