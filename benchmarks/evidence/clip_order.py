@@ -205,7 +205,7 @@ def section(ours: Mapping[str, Any]) -> str:
         "median",
         "90 %",
         "largest",
-        "median, first fifth",
+        "median, second fifth",
         "median, last fifth",
         "heads clipped per step",
         "loss",
@@ -217,7 +217,7 @@ def section(ours: Mapping[str, Any]) -> str:
             mean_sd(line["median"]),
             mean_sd(line["ninetieth"], 2),
             mean_sd(line["largest"], 2),
-            mean_sd(line["median_by_fifth"][0]),
+            mean_sd(line["median_by_fifth"][1]),
             mean_sd(line["median_by_fifth"][-1]),
             mean_sd(line["clipped"], 1),
             mean_sd(line["loss"]),
@@ -226,7 +226,7 @@ def section(ours: Mapping[str, Any]) -> str:
         for name, line in ours.items()
     ]
     medians = {name: mean_sd(line["median"]) for name, line in ours.items()}
-    first, last = (ours[AFTER]["median_by_fifth"][i]["mean"] for i in (0, -1))
+    early, late = (ours[AFTER]["median_by_fifth"][i]["mean"] for i in (1, -1))
     return f"""\
 The median head that was clipped is at {medians[AFTER]} times τ one step later; with the clip before
 the update it is at {medians[BEFORE]}. Neither order sees the update that follows the measurement of
@@ -234,7 +234,7 @@ the logits, so no order removes it. A threshold of τ / (1 + growth) does: {medi
 growth = 2 · 0.2 η D / √(τ √H) bounds what one update adds to a logit of τ, for a width D, heads of
 H and queries and keys of one size: {growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate. The
 schedule `threshold=` of `mc.muonclip` can follow it. The excess shrinks with the rate, from
-{first:.3f} in the first fifth of the steps to {last:.3f} in the last. Shared keys add to it. The
+{early:.3f} in the second fifth of the steps to {late:.3f} in the last. Shared keys add to it. The
 default rule, `query`, shrinks only the queries, the shared key keeps growing, and the next update
 of a query counts for more. The rule `group` shrinks both: {medians[GROUP]}. Without shared keys it
 is {medians[UNSHARED]}.
