@@ -1,4 +1,4 @@
-"""Why clipped heads stay a little above τ: one update's growth, and how to take it off."""
+"""Where a clipped head is one step later: order of clip and update, and lower thresholds."""
 
 import dataclasses
 import functools
@@ -26,17 +26,16 @@ from benchmarks.evidence.training import HEAD_DIM, SEQ_LEN, WIDTH, Run, finite
 from benchmarks.report import markdown
 from examples.language_model.training.step import TrainState, accumulate, make_loss
 
-TITLE = "Why clipped heads exceed the threshold"
+TITLE = "A clipped head, one step later"
 CLAIM = (
-    "A clipped head exceeds τ by what one update adds, whether the clip comes after or before the"
-    " update; a threshold lowered by that growth keeps it at τ."
+    "One step after a clip the median head is at or below τ; the order of clip and update does not"
+    " matter; a threshold lowered by the growth of one update keeps nine heads in ten there."
 )
 SOURCE = "Kimi K2, arXiv 2507.20534, algorithm 1, clips after the update"
 PUBLISHED = "at most τ = 100 with the clip (figure 2); no comparison of orders known to us"
 RATE, THRESHOLD, STEPS = 0.05, 100.0, 300  # the rate and the threshold of exploding-logits
 FIFTHS = 5  # parts of a training; the learning rate falls from one to the next
 MARGIN = 1.1  # the excess that exploding-logits allows
-KEPT = 1.01  # times τ: the threshold keeps the median head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,16 +150,17 @@ def clip_first(model: nn.Module, tx: optax.GradientTransformation) -> Callable[.
     return train_step
 
 
-AFTER, BEFORE, LOWERED = "after the update", "before the update", "τ / (1 + growth)"
+AFTER, BEFORE = "after the update", "before the update"
+MARGINAL, LOWERED = f"τ / {MARGIN:g}", "τ / (1 + growth)"
+GROUP, UNSHARED = "rule `group`", "no shared keys"
 LINES = {
     AFTER: Ordered(),
     BEFORE: Ordered(order="before"),
-    "τ / 1.1": Ordered(margin=MARGIN),
+    MARGINAL: Ordered(margin=MARGIN),
     LOWERED: Ordered(growth=True),
-    "rule `group`": Ordered(shared_key="group"),
-    "no shared keys": Ordered(attention="mha"),
+    GROUP: Ordered(shared_key="group"),
+    UNSHARED: Ordered(attention="mha"),
 }
-GROUP, UNSHARED = "rule `group`", "no shared keys"
 
 
 def study(measure: Measure) -> dict[str, Any]:
@@ -185,17 +185,24 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def verdict(ours: Mapping[str, Any]) -> str:
-    """Reproduced: the order changes the median by noise only, and the growth taken off holds it."""
-    after, before = ours[AFTER]["median"], ours[BEFORE]["median"]
-    spread = 2 * max(after["sd"], before["sd"])
-    no_gain = before["mean"] >= after["mean"] - spread
-    return plotting.judge(no_gain, ours[LOWERED]["median"]["mean"] <= KEPT)
+    """Reproduced: the median is at most τ, under both orders, and the lowered τ keeps 90 %."""
+    return plotting.judge(
+        ours[AFTER]["median"]["mean"] <= 1,
+        same(ours[BEFORE]["median"], ours[AFTER]["median"]),
+        ours[LOWERED]["ninetieth"]["mean"] <= 1,
+    )
+
+
+def same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two figures differ by at most two deviations, of the larger one over seeds."""
+    return abs(first["mean"] - second["mean"]) <= 2 * max(first["sd"], second["sd"])
 
 
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
-    texts = (f"{name} {mean_sd(ours[name]['median'])}" for name in (AFTER, BEFORE, LOWERED))
-    return f"median logit of clipped heads, times τ: {'; '.join(texts)}"
+    names = (AFTER, BEFORE, LOWERED)
+    texts = (f"{n} {mean_sd(ours[n]['median'])} ({mean_sd(ours[n]['ninetieth'])})" for n in names)
+    return f"median (90 %) of heads just clipped, times τ: {'; '.join(texts)}"
 
 
 def section(ours: Mapping[str, Any]) -> str:
@@ -225,25 +232,27 @@ def section(ours: Mapping[str, Any]) -> str:
         ]
         for name, line in ours.items()
     ]
-    medians = {name: mean_sd(line["median"]) for name, line in ours.items()}
-    early, late = (ours[AFTER]["median_by_fifth"][i]["mean"] for i in (1, -1))
+    median, most, largest = (ours[AFTER][q]["mean"] for q in ("median", "ninetieth", "largest"))
+    order = "as high" if same(ours[BEFORE]["median"], ours[AFTER]["median"]) else "elsewhere"
+    counts = {name: line["clipped"]["mean"] for name, line in ours.items()}
+    before, lowered, margin = (ours[n] for n in (BEFORE, LOWERED, MARGINAL))
     return f"""\
-The median head that was clipped is at {medians[AFTER]} times τ one step later; with the clip before
-the update it is at {medians[BEFORE]}. Neither order sees the update that follows the measurement of
-the logits, so no order removes it. A threshold of τ / (1 + growth) does: {medians[LOWERED]}. Here
-growth = 2 · 0.2 η D / √(τ √H) bounds what one update adds to a logit of τ, for a width D, heads of
-H and queries and keys of one size: {growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate. The
-schedule `threshold=` of `mc.muonclip` can follow it. The excess shrinks with the rate, from
-{early:.3f} in the second fifth of the steps to {late:.3f} in the last. Shared keys add to it. The
-default rule, `query`, shrinks only the queries, the shared key keeps growing, and the next update
-of a query counts for more. The rule `group` shrinks both: {medians[GROUP]}. Without shared keys it
-is {medians[UNSHARED]}.
+One step after a clip the median head is at {median:.2f} times τ, nine in ten are below {most:.2f},
+and the highest is at {largest:.2f}. A batch with high logits causes the clip, and the next batch is
+usually lower. With the clip before the update the median is {order}, {mean_sd(before["median"])}:
+neither order sees the update after it. A lower threshold lowers all: with τ / {MARGIN:g} nine in
+ten are below {margin["ninetieth"]["mean"]:.2f}, with τ / (1 + growth) below
+{lowered["ninetieth"]["mean"]:.2f}. There growth = 2 · 0.2 η D / √(τ √H) bounds what one update adds
+to a logit of τ, for a width D, heads of H and queries and keys of one size:
+{growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate. Pass such a schedule, or a lower τ, as
+`threshold=` where no logit may exceed τ. The rule `group` clips {counts[GROUP]:.1f} heads a step,
+`query` {counts[AFTER]:.1f}: see [Rules for shared keys](#rules-for-shared-keys-and-the-bound).
 
 The figures are the largest logits of a step's batch, divided by τ = {THRESHOLD:g}, of heads that
 the step before clipped. The trainings are those of [Exploding
 logits](#exploding-logits-and-qk-clip), `gqa` at the rate {RATE:g} without decay, for {STEPS} steps
-of {Ordered.batch_size} x {SEQ_LEN} bytes. The figures there are larger: medians of the largest of
-16 steps.
+of {Ordered.batch_size} x {SEQ_LEN} bytes. The figures there are higher, as they are medians of the
+largest of 16 steps.
 
 {markdown(columns, rows)}"""
 

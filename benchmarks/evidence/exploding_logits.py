@@ -18,7 +18,7 @@ from benchmarks.evidence.summaries import (
     paired_difference,
     seeds_of,
 )
-from benchmarks.evidence.training import Run
+from benchmarks.evidence.training import LOGGED, Run
 from benchmarks.report import markdown
 
 TITLE = "Exploding logits, and QK-clip"
@@ -134,8 +134,9 @@ With the weight decay of Kimi K2, 0.1, the largest logit is {decayed} and falls 
 decay limits logits too, and QK-clip rarely acts at this scale.
 
 Why "partly": the median exceeds τ by more than {KEPT - 1:.0%} with {above}, and by less with the
-others. Its cause, and a threshold that removes it, are measured in [Why clipped heads exceed the
-threshold](#why-clipped-heads-exceed-the-threshold).
+others. It is a median of the largest of {STEPS // LOGGED} steps, which shows the highest batches.
+[A clipped head, one step later](#a-clipped-head-one-step-later) measures each step, both orders of
+clip and update, and lower thresholds.
 
 {markdown(COLUMNS, rows)}"""
 
