@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -27,6 +27,7 @@ from benchmarks.evidence.training import (
 from examples.language_model.models import gqa
 
 ADAMW, OPTAX, MUON, NORMUON = "AdamW", "optax.contrib.muon", "mc.muon", "mc.muon, NorMuon"
+PASSING = 3.09  # standard errors below the target; modded-nanogpt, rule 3: p < 0.001, one-sided
 CLIPPED, THRESHOLD = "mc.muonclip", 30.0
 # Arguments of `mc.muon`; the two baselines and `mc.muonclip` are built from none.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -92,6 +93,7 @@ class Protocol:
     Attributes:
       run: A training; each optimizer changes its variant, rate and steps.
       target: Validation loss to reach, nats per token.
+      spread: Standard deviation of the loss over seeds, for `passes`.
       budgets: Steps of a training, each a full schedule; ascending.
       first: Index of the first budget, and learning rate, of AdamW, of `mc.muonclip` and of the
         others.
@@ -102,11 +104,18 @@ class Protocol:
 
     run: Target
     target: float
+    spread: float
     budgets: tuple[int, ...]
     first: Mapping[str, tuple[int, float]]
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
     factor: float
+
+    def passes(self, loss: Mapping[str, Any]) -> bool:
+        """Whether the mean loss over seeds is below the target by `PASSING` standard errors."""
+        if loss["mean"] is None:
+            return False
+        return (self.target - loss["mean"]) * loss["n"] ** 0.5 >= PASSING * self.spread
 
     def start(self, name: str) -> tuple[int, float]:
         """Returns where the search of an optimizer starts."""
@@ -174,24 +183,29 @@ def tuned(
 
 
 def climb(measure: Measure, run: Target, at: int, protocol: Protocol) -> dict[int, list[float]]:
-    """Trains with neighboring budgets until the losses of all seeds are on both sides.
+    """Trains with neighboring budgets: up to one that passes, down to one that no seed reaches.
 
     Returns:
       The losses of the seeds by budget, infinity if a training diverged.
     """
     losses: dict[int, list[float]] = {}
 
-    def reached(index: int) -> list[bool]:
+    def train(index: int) -> list[float]:
         steps = protocol.budgets[index]
         records = measure(seeds_of(dataclasses.replace(run, steps=steps), protocol.seeds))
         found = (record["validation_loss"] for record in records)
         losses[steps] = [math.inf if loss is None else loss for loss in found]
-        return [loss <= protocol.target for loss in losses[steps]]
+        return losses[steps]
 
     up = at
-    while not all(reached(up)) and up + 1 < len(protocol.budgets):
+    while not passed(train(up), protocol) and up + 1 < len(protocol.budgets):
         up += 1
     down = at
-    while any(reached(down)) and down > 0:
+    while min(train(down)) <= protocol.target and down > 0:
         down -= 1
     return losses
+
+
+def passed(losses: Sequence[float], protocol: Protocol) -> bool:
+    """Whether all seeds reach the target, and their mean passes."""
+    return max(losses) <= protocol.target and protocol.passes(over_seeds(map(finite, losses)))

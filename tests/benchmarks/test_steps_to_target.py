@@ -105,10 +105,23 @@ def test_p_is_of_a_paired_t_test_of_the_logarithm():
     assert steps_to_target.compared([*first[:3], None], second)[1] is None
 
 
-@pytest.mark.parametrize(("mean", "passes"), [(3.2759, 100), (3.2765, None)])
-def test_a_budget_passes_by_the_rule_of_modded_nanogpt(mean, passes):
-    budgets = {"90": {"mean": None, "n": 1}, "100": {"mean": mean, "n": 1}}
-    assert steps_to_target.first_passing(budgets, 3.28, 0.0013) == passes
+@pytest.mark.parametrize(
+    ("mean", "seeds", "passes"),
+    [
+        (3.2759, 1, True),
+        (3.2761, 1, False),
+        (3.2779, 4, True),
+        (3.2781, 4, False),
+        (None, 4, False),
+    ],
+)
+def test_a_budget_passes_by_the_rule_of_modded_nanogpt(mean, seeds, passes):
+    assert gpt2_tokens.protocol("tokens.npy").passes({"mean": mean, "n": seeds}) is passes
+
+
+def test_the_assumed_deviation_is_the_measured_one():
+    result = json.loads((program.RESULTS / "steps-to-target.json").read_text())
+    assert result["ours"]["spread"] == pytest.approx(BYTES.spread, rel=0.05)
 
 
 @pytest.mark.nightly
