@@ -189,8 +189,8 @@ because of its own loss. The model is `gqa` with {run.layers} layers, the batch 
 optimizer has the best rate for seeds {tuning}, on a grid of factor √2 that is extended until the
 best is inside. It then trains with seeds {BYTES.seeds[0]} to {BYTES.seeds[-1]}. Each number of
 steps is a training with a full schedule, and numbers are added until one passes and one is too
-small for every seed. Between them the loss is linear in the logarithm of the steps. p is of a paired
-t-test of that logarithm at equal seeds, two-sided, not corrected for the number of comparisons.
+small for every seed. Between them the loss is linear in the logarithm of the steps. p is of a
+paired t-test of that logarithm at equal seeds, two-sided, not corrected for several comparisons.
 "Passes with" is modded-nanogpt's rule: the fewest steps tried whose mean loss is {PASSING:g}
 standard errors below the target (p < 0.001, one-sided), with a deviation of {BYTES.spread:g} over
 seeds; pooled over all trainings it is {ours["spread"]:.3f}.
