@@ -235,17 +235,18 @@ def section(ours: Mapping[str, Any]) -> str:
     median, most, largest = (ours[AFTER][q]["mean"] for q in ("median", "ninetieth", "largest"))
     order = "as high" if same(ours[BEFORE]["median"], ours[AFTER]["median"]) else "elsewhere"
     counts = {name: line["clipped"]["mean"] for name, line in ours.items()}
-    before, lowered, margin = (ours[n] for n in (BEFORE, LOWERED, MARGINAL))
+    nine = {name: line["ninetieth"]["mean"] for name, line in ours.items()}
+    kept = ", ".join(name for name, x in nine.items() if x <= 1) or "none of the lines"
     return f"""\
 One step after a clip the median head is at {median:.2f} times τ, nine in ten are below {most:.2f},
 and the highest is at {largest:.2f}. A batch with high logits causes the clip, and the next batch is
-usually lower. With the clip before the update the median is {order}, {mean_sd(before["median"])}:
-neither order sees the update after it. A lower threshold lowers all: with τ / {MARGIN:g} nine in
-ten are below {margin["ninetieth"]["mean"]:.2f}, with τ / (1 + growth) below
-{lowered["ninetieth"]["mean"]:.2f}. There growth = 2 · 0.2 η D / √(τ √H) bounds what one update adds
-to a logit of τ, for a width D, heads of H and queries and keys of one size:
-{growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate. Pass such a schedule, or a lower τ, as
-`threshold=` where no logit may exceed τ. The rule `group` clips {counts[GROUP]:.1f} heads a step,
+usually lower. With the clip before the update the median is {order},
+{mean_sd(ours[BEFORE]["median"])}: neither order sees the update after it. A lower threshold lowers
+all. With τ / {MARGIN:g} nine in ten are below {nine[MARGINAL]:.2f} τ, with τ / (1 + growth) below
+{nine[LOWERED]:.2f} τ. There growth = 2 · 0.2 η D / √(τ √H) bounds what one update adds to a logit
+of τ, for a width D, heads of H, and queries and keys of one size:
+{growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate. It leaves out that batches differ. Nine
+in ten stay at or below τ with: {kept}. The rule `group` clips {counts[GROUP]:.1f} heads a step,
 `query` {counts[AFTER]:.1f}: see [Rules for shared keys](#rules-for-shared-keys-and-the-bound).
 
 The figures are the largest logits of a step's batch, divided by τ = {THRESHOLD:g}, of heads that

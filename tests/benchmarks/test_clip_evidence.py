@@ -114,37 +114,30 @@ def test_long_training_records_the_fraction_of_heads(monkeypatch):
     assert record["logged"][:3] == [2, 4, 6]
     assert record["clipped"][:4] == [0.0, 0.125, 0.25, 0.0]
     assert record["ever_clipped"][:4] == [0.0, 0.25, 0.5, 0.5]
-    line = longer.summary([record, record])
-    assert [one["mean"] for one in line["by_tenth"]] == [pytest.approx(0.075), *[0.0] * 9]
-    assert line["ever_clipped"][-1]["mean"] == 0.5
-    assert longer.stops(line)
 
 
-@pytest.mark.parametrize(
-    ("last", "verdict", "text"),
-    [
-        (0.0, "reproduced", "stops by itself"),
-        (0.001, "partly", "fades"),
-        (0.5, "partly", "not stop"),
-    ],
-)
-def test_clip_that_goes_on_does_not_stop(last, verdict, text):
-    line = long_line([0.4, *[0.2] * 8, last])
-    assert longer.verdict({longer.PAPER: line}) == verdict
-    assert text in longer.answer(line)
-
-
-def test_a_clip_that_never_acts_does_not_count_as_stopping():
-    never, stopping = long_line([0.0] * 10), long_line([0.4, *[0.0] * 9])
-    assert longer.verdict({longer.PAPER: never, longer.LOWER: stopping}) == "partly"
-    assert longer.verdict({longer.PAPER: never, longer.LOWER: never}) == "not reproduced"
-    assert "never acts" in longer.answer(never)
-
-
-def long_line(fractions):
-    value = {"n": 3, "sd": 0.0}
-    return {
-        "by_tenth": [value | {"mean": x} for x in fractions],
-        "ever_clipped": [value | {"mean": max(fractions)}],
-        "last_clip": value | {"mean": 20_000.0},
+def test_long_training_counts_heads_above_lower_thresholds(monkeypatch):
+    """One head of 16 is above 20 in the first tenth, four are above 15 until the rate falls."""
+    logits = np.full((50, 4, 4), 10.0)
+    logits[:5, 0, 0] = 40.0
+    logits[:30, 1] = 17.0
+    record = {
+        "max_logits": logits.tolist(),
+        "logged": list(range(400, 20_001, 400)),
+        "clipped": [0.0625] * 5 + [0.0] * 45,
+        "ever_clipped": [0.0625] * 50,
+        "last_clip": 2000,
+        "validation_loss": 1.5,
     }
+    ours = longer.study(lambda runs: [record for _ in runs])
+    means = {level: [one["mean"] for one in line] for level, line in ours["above"].items()}
+    assert means["20"] == [0.0625, *[0.0] * 9]
+    assert means["15"] == [0.3125, *[0.25] * 5, *[0.0] * 4]
+    assert ours["ever"]["15"]["mean"] == 0.3125
+    assert [one["mean"] for one in ours["largest"]] == [40.0, *[17.0] * 5, *[10.0] * 4]
+    assert ours["clipped"][0]["mean"] == 0.0625
+    assert not longer.fades(ours["above"]["15"])
+    assert longer.verdict(ours) == "reproduced"
+    never = ours | {"ever_clipped": [{"mean": 0.0}]}
+    assert longer.verdict(never) == "partly"
+    assert "never acts" in longer.section(never)
