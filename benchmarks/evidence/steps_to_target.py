@@ -160,7 +160,7 @@ def listed(ours: Mapping[str, Any], than: str, found: str) -> str:
     """Lists the optimizers with fewer, more or equally many steps."""
     reference = {"adamw": ADAMW, "muon": MUON}[than]
     names = [
-        name
+        name.removeprefix(f"{MUON}, ")
         for name, one in ours["lines"].items()
         if name not in (ADAMW, reference) and fewer(one, than) == found
     ]
@@ -197,8 +197,9 @@ seeds; pooled over all trainings it is {ours["spread"]:.3f}.
 
 All have decay {run.weight_decay:g}, and otherwise the defaults of `optax.contrib.muon`: Nesterov
 and the scale √max(1, n_out / n_in). `{CLIPPED}` is Algorithm 1 of Kimi K2 with τ = {THRESHOLD:g}:
-no Nesterov, another scale. The rates of AdamW in it, and of Sinkhorn-balanced momentum, are the
-rate of the matrices.
+no Nesterov, another scale, with which Muon trains more slowly here, as in [Fewer tokens than
+AdamW](#fewer-tokens-than-adamw). The rates of AdamW in it, and of Sinkhorn-balanced momentum, are
+the rate of the matrices.
 
 {table(ours)}
 
