@@ -138,17 +138,16 @@ def line(measure: Measure, protocol: Protocol, name: str) -> dict[str, Any]:
     run = dataclasses.replace(run, learning_rate=rate)
     losses = climb(measure, run, at, protocol)
     steps = sorted(losses)
-    each = [
-        finite(crossing(steps, [losses[n][i] for n in steps], protocol.target))
-        for i in range(len(protocol.seeds))
-    ]
+    of_seed = {s: [losses[n][i] for n in steps] for i, s in enumerate(protocol.seeds)}
+    each = [finite(crossing(steps, of, protocol.target)) for of in of_seed.values()]
     return {
         "learning_rate": rate,
         "tuning": {f"{rate:g}": loss for rate, loss in tuning.items()},
         "budgets": {str(n): over_seeds(map(finite, losses[n])) for n in steps},
         "each": each,
         "steps": over_seeds(each),
-        "unreached": [s for s, one in zip(protocol.seeds, each, strict=True) if one is None],
+        "unreached": [s for s, of in of_seed.items() if min(of) > protocol.target],
+        "at_once": [s for s, of in of_seed.items() if of[0] <= protocol.target],
         "diverged": [
             *(f"rate {rate:g}" for rate, loss in tuning.items() if loss["mean"] is None),
             *(f"{n} steps" for n in steps if math.inf in losses[n]),

@@ -141,8 +141,8 @@ def table(ours: Mapping[str, Any]) -> str:
 
 
 def reached(over: Mapping[str, Any], digits: int) -> str:
-    """Formats a mean over seeds, of which none may have missed the target."""
-    return "not reached" if over["mean"] is None else mean_sd(dict(over), digits)
+    """Formats a mean over seeds, each of which needs a number of steps."""
+    return "see failures" if over["mean"] is None else mean_sd(dict(over), digits)
 
 
 def p_value(p: float | None) -> str:
@@ -151,9 +151,13 @@ def p_value(p: float | None) -> str:
 
 
 def failures(line: Mapping[str, Any]) -> str:
-    """Lists the seeds that never reached the target, and the trainings that diverged."""
-    unreached = [f"seed {seed} not reached" for seed in line["unreached"]]
-    return ", ".join([*unreached, *(f"diverged: {name}" for name in line["diverged"])]) or "none"
+    """Lists seeds without a number of steps, and trainings that diverged."""
+    found = [
+        *(f"seed {seed} never reaches it" for seed in line["unreached"]),
+        *(f"seed {seed} reaches it with the fewest steps tried" for seed in line["at_once"]),
+        *(f"diverged: {name}" for name in line["diverged"]),
+    ]
+    return ", ".join(found) or "none"
 
 
 def listed(ours: Mapping[str, Any], than: str, found: str) -> str:
@@ -215,13 +219,14 @@ def draw(result: Mapping[str, Any]) -> Figure:
     """Draws the loss over the steps of the schedule, and the steps to the target."""
     ours = result["ours"]
     figure, (left, right) = plotting.panels(2, size=(5.2, 3.8))
-    for (name, one), color in zip(ours["lines"].items(), plotting.COLORS, strict=True):
+    for (name, one), color in zip(ours["lines"].items(), plotting.COLORS, strict=False):
         kept = {int(n): loss["mean"] for n, loss in one["budgets"].items() if loss["mean"]}
-        left.plot(*zip(*kept.items(), strict=True), color=color, marker="o", ms=3, label=name)
+        left.plot(list(kept), list(kept.values()), color=color, marker="o", ms=3, label=name)
     left.axhline(ours["target"], color=plotting.LIMIT, linestyle="dashed", linewidth=1)
     left.set(xscale="log", xlabel="steps of the schedule", title="validation loss; dashed: target")
     left.legend(frameon=False, fontsize="small")
     known = {name: one["steps"] for name, one in ours["lines"].items() if one["steps"]["mean"]}
-    plotting.bars(right, known)
+    if known:
+        plotting.bars(right, known)
     right.set(xlabel="steps", title="steps to the target")
     return figure
