@@ -216,17 +216,19 @@ file. Nobody has run it at full size."""
 
 
 def draw(result: Mapping[str, Any]) -> Figure:
-    """Draws the loss over the steps of the schedule, and the steps to the target."""
-    ours = result["ours"]
+    """Draws the loss over the steps of the schedule, and the steps to the target, in one color."""
+    ours, names = result["ours"], list(result["ours"]["lines"])
     figure, (left, right) = plotting.panels(2, size=(5.2, 3.8))
-    for (name, one), color in zip(ours["lines"].items(), plotting.COLORS, strict=False):
+    for row, (one, color) in enumerate(zip(ours["lines"].values(), plotting.COLORS, strict=False)):
         kept = {int(n): loss["mean"] for n, loss in one["budgets"].items() if loss["mean"]}
-        left.plot(list(kept), list(kept.values()), color=color, marker="o", ms=3, label=name)
+        left.plot(list(kept), list(kept.values()), color=color, marker="o", markersize=3)
+        if (steps := one["steps"])["mean"]:
+            right.errorbar(steps["mean"], row, xerr=steps["sd"], color=color, fmt="o", capsize=3)
     left.axhline(ours["target"], color=plotting.LIMIT, linestyle="dashed", linewidth=1)
     left.set(xscale="log", xlabel="steps of the schedule", title="validation loss; dashed: target")
-    left.legend(frameon=False, fontsize="small")
-    known = {name: one["steps"] for name, one in ours["lines"].items() if one["steps"]["mean"]}
-    if known:
-        plotting.bars(right, known)
-    right.set(xlabel="steps", title="steps to the target")
+    budgets = sorted({int(n) for one in ours["lines"].values() for n in one["budgets"]})
+    left.set_xticks(budgets[::2], [str(n) for n in budgets[::2]])
+    left.set_xticks([], minor=True)
+    right.set_yticks(range(len(names)), names)
+    right.set(xlabel="steps", title="steps to the target", ylim=(len(names) - 0.5, -0.5))
     return figure

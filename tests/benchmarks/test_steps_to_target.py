@@ -127,6 +127,12 @@ def test_a_budget_passes_by_the_rule_of_modded_nanogpt(mean, seeds, passes):
     assert gpt2_tokens.protocol("tokens.npy").passes({"mean": mean, "n": seeds}) is passes
 
 
+def test_no_budget_passes_that_a_seed_does_not_reach():
+    losses = [2.2] * 4 + [2.31]
+    assert BYTES.passes({"mean": np.mean(losses), "n": 5})
+    assert not optimizer_search.passed(losses, BYTES)
+
+
 def test_the_assumed_deviation_is_the_measured_one():
     result = json.loads((program.RESULTS / "steps-to-target.json").read_text())
     assert result["ours"]["spread"] == pytest.approx(BYTES.spread, rel=0.05)
