@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from benchmarks import report
-from benchmarks.evidence import FOLDER
+from benchmarks.evidence import FOLDER, gpt2_tokens, steps_to_target
 from benchmarks.evidence.experiments import EXPERIMENTS, UNFINISHED
 from benchmarks.evidence.page import page
 from benchmarks.evidence.runner import Runner, versions
@@ -19,11 +19,11 @@ KNOWN = EXPERIMENTS | UNFINISHED
 PAGE = FOLDER.parents[1] / "docs" / "evidence.md"
 
 
-def conclude(name: str, runner: Runner) -> dict[str, Any]:
-    """Runs an experiment, except for its stored records."""
+def conclude(name: str, runner: Runner, **options: Any) -> dict[str, Any]:
+    """Runs an experiment, except for its stored records; with the options of its `study`."""
     experiment = KNOWN[name]
     runner.records.clear()
-    ours = experiment.study(runner)
+    ours = experiment.study(runner, **options)
     seeds = {
         record["settings"]["seed"] for record in runner.records if "seed" in record["settings"]
     }
@@ -56,8 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
         f"names: {', '.join(KNOWN)}; all; page, which only generates {PAGE.name}. Finished"
         f" trainings are kept in --memory, {MEMORY.name}, and checkpoints of long ones beside it."
     )
+    parser.add_argument(
+        "--tokens", type=pathlib.Path, help="of steps-to-target: GPT-2 small on uint16 tokens"
+    )
     options = parser.parse_args(arguments)
     runner = Runner(options.memory, options.workers)
+    if options.tokens:
+        if options.names != ["steps-to-target"]:
+            parser.error("--tokens is for steps-to-target alone")
+        return on_tokens(options.tokens, runner, options.out)
     for name in EXPERIMENTS if "all" in options.names else options.names:
         if name != "page":
             run(name, runner, options.out)
@@ -71,11 +78,25 @@ def main(arguments: list[str] | None = None) -> None:
 def run(name: str, runner: Runner, out: pathlib.Path) -> None:
     """Runs an experiment, and writes its result and its plot."""
     result = conclude(name, runner)
-    report.write_json(out / f"{name}.json", result, per_line="runs", indent=1)
+    write(name, result, out / name)
+    print(f"{name}: {result['verdict']}")
+
+
+def on_tokens(path: pathlib.Path, runner: Runner, out: pathlib.Path) -> None:
+    """Runs `steps-to-target` on tokens, writes its result and its plot, and prints its table."""
+    name = "steps-to-target"
+    result = conclude(name, runner, protocol=gpt2_tokens.protocol(path.resolve()))
+    result["command"] += f" --tokens {path}"
+    write(name, result, out / f"{name}-tokens")
+    print(steps_to_target.table(result["ours"]))
+
+
+def write(name: str, result: dict[str, Any], path: pathlib.Path) -> None:
+    """Writes a result as path.json and its plot as path.png."""
+    report.write_json(path.with_suffix(".json"), result, per_line="runs", indent=1)
     image = io.BytesIO()
     KNOWN[name].draw(result).savefig(image, format="png")
-    report.write(out / f"{name}.png", image.getvalue())
-    print(f"{name}: {result['verdict']}")
+    report.write(path.with_suffix(".png"), image.getvalue())
 
 
 if __name__ == "__main__":

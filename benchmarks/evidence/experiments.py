@@ -8,14 +8,17 @@ Each module has `TITLE`, `CLAIM`, `SOURCE` and `PUBLISHED`: the claim and its pu
 from types import ModuleType
 
 from benchmarks.evidence import (
+    clip_order,
     exploding_logits,
     family,
     kimi_k3,
+    longer,
     low_threshold,
     optax_comparison,
     orthogonalization_accuracy,
     per_head,
     shared_key_rules,
+    steps_to_target,
     ten_million,
     token_efficiency,
     width_transfer,
@@ -24,8 +27,11 @@ from benchmarks.evidence import (
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "exploding-logits": exploding_logits,
+    "clip-order": clip_order,
     "low-threshold": low_threshold,
+    "longer": longer,
     "token-efficiency": token_efficiency,
+    "steps-to-target": steps_to_target,
     "per-head": per_head,
     "orthogonalization-accuracy": orthogonalization_accuracy,
     "shared-key-rules": shared_key_rules,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import flax.linen as nn
@@ -30,7 +31,7 @@ from examples.language_model.training.step import (
 BATCH_SIZE, SEQ_LEN = 8, 128
 VALIDATION_BYTES = 2**16
 LOGGED = 50  # points on a curve
-SAVED = 100  # steps between checkpoints
+SAVED, READ = 100, 500  # steps between checkpoints, and whose metrics are on the device
 DIGITS, LOGIT_DIGITS = 5, 4  # of the recorded numbers
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 4, 64, 192, 4, 16
@@ -96,7 +97,11 @@ class Run:
     max_logit: str = "exact"
 
     batch_size: ClassVar[int] = BATCH_SIZE
+    micro_batches: ClassVar[int] = 1
+    seq_len: ClassVar[int] = SEQ_LEN
+    saved_every: ClassVar[int] = SAVED
     validation_bytes: ClassVar[int] = VALIDATION_BYTES
+    validation_rows: ClassVar[int] = 32  # evaluated at a time
 
     @property
     def program(self) -> Self:
@@ -115,6 +120,19 @@ class Run:
         """Builds the optimizer for parameters of these shapes."""
         return optimizer(self, shapes, learning_rate)
 
+    def train_step(self, model: nn.Module, tx: optax.GradientTransformation) -> Callable[..., Any]:
+        """Builds the train step, see `make_train_step`."""
+        return make_train_step(model, tx, self.shared_key)
+
+    def tau(self, learning_rate: Any) -> float:
+        """Returns the threshold of a step with this learning rate; infinity never clips."""
+        del learning_rate
+        return math.inf if self.threshold is None else self.threshold
+
+    def corpus(self) -> data.Corpus:
+        """Returns the text."""
+        return corpus()
+
     def measure(self, saved: pathlib.Path | None = None) -> dict[str, Any]:
         """Trains.
 
@@ -132,13 +150,14 @@ class Run:
 
     def train(self, saved: pathlib.Path | None = None) -> tuple[list[dict[str, Any]], float | None]:
         """Trains, and returns the metrics of every step and the validation loss."""
-        corpus, init, step, evaluate = _program(self.program)
-        schedule = self.schedule()
-        threshold = np.float32(math.inf if self.threshold is None else self.threshold)
+        init, step, evaluate = _program(self.program)
+        train, schedule = self.corpus().train, self.schedule()
 
         def inputs(i: int) -> tuple[Any, Any, Any]:
-            text = data.batch(corpus.train, self.seed, i + 1, self.batch_size, SEQ_LEN)
-            return text[None], jnp.float32(schedule(i)), threshold
+            rate = jnp.float32(schedule(i))
+            text = data.batch(train, self.seed, i + 1, self.batch_size, self.seq_len)
+            micro = text.reshape(self.micro_batches, -1, self.seq_len + 1)
+            return micro, rate, np.float32(self.tau(rate))
 
         state, metrics = init(self.seed), []
         if saved and saved.exists():
@@ -146,7 +165,9 @@ class Run:
         for i in range(len(metrics), self.steps):
             state, seen = step(state, *inputs(i))
             metrics.append(seen)
-            if saved and ((i + 1) % SAVED == 0 or i + 1 == self.steps):
+            if len(metrics) % READ == 0:
+                metrics[-READ:] = jax.device_get(metrics[-READ:])
+            if saved and ((i + 1) % self.saved_every == 0 or i + 1 == self.steps):
                 checkpoint.save(saved, state, metrics)
         return jax.device_get(metrics), finite(evaluate(state))
 
@@ -181,7 +202,7 @@ def corpus() -> data.Corpus:
 
 
 @functools.cache
-def _program(run: Run) -> tuple[data.Corpus, Any, Any, Any]:
+def _program(run: Run) -> tuple[Any, Any, Any]:
     """Builds the functions of a training: initial state, step and validation loss."""
     model = run.model()
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
@@ -189,13 +210,15 @@ def _program(run: Run) -> tuple[data.Corpus, Any, Any, Any]:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, text: Any, learning_rate: Any, threshold: Any) -> Any:
-        return make_train_step(model, make(learning_rate), run.shared_key)(state, text, threshold)
+        return run.train_step(model, make(learning_rate))(state, text, threshold)
 
     loss = jax.jit(lambda state, text: make_loss(model)(state.params, text, state.balance)[0])
-    rows = data.evenly_spaced(corpus().validation, run.validation_bytes // SEQ_LEN, SEQ_LEN)
-    parts = np.split(rows, len(rows) // 32)
+    count = run.validation_bytes // run.seq_len
+    rows = data.evenly_spaced(run.corpus().validation, count, run.seq_len)
+    size = min(run.validation_rows, len(rows))
+    parts = np.split(rows[: len(rows) // size * size], len(rows) // size)
     init = jax.jit(lambda seed: initial_state(model, make(run.schedule()(0)), seed))
-    return corpus(), init, step, lambda state: float(np.mean([loss(state, x) for x in parts]))
+    return init, step, lambda state: float(np.mean([loss(state, x) for x in parts]))
 
 
 def optimizer(run: Run, shapes: Any, learning_rate: Any) -> optax.GradientTransformation:
