@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 # On a GPU or TPU: "muonclip-jax[cuda]" or "muonclip-jax[tpu]"
+# Not on PyPI before the first release: until then, run `pip install .` in a clone.
 PACKAGE = "muonclip-jax"
 if importlib.util.find_spec("muonclip_jax") is None:
     install = [sys.executable, "-m", "pip", "install", "-q", PACKAGE, "matplotlib"]
