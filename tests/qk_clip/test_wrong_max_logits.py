@@ -44,7 +44,7 @@ def sown(value, name="max_logits"):
 )
 def test_wrong_max_logits_raise_with_the_fix(arguments, error, texts):
     with pytest.raises(error, match="qk_clip: ") as raised:
-        mc.qk_clip(*arguments, LAYOUT)
+        mc.qk_clip(arguments[0], arguments[1], LAYOUT)
     assert all(text in str(raised.value) for text in texts), str(raised.value)
 
 
@@ -81,6 +81,7 @@ def test_merging_unequal_max_logits_raises_with_the_paths(a, b, fault):
 def test_ignoring_every_module_warns():
     with pytest.warns(UserWarning, match="ignore='m.*' leaves out every attention module"):
         mc.qk_clip(params(), sown(ARRAY), LAYOUT, ignore="m*")
+    mc.qk_clip(params(), sown(ARRAY), LAYOUT, ignore="*")
 
 
 def test_biases_beside_kernels_are_scaled_if_declared():
