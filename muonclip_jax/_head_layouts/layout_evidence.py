@@ -50,6 +50,18 @@ def undeclared_kernels(
     ]
 
 
+def module_of(layout: HeadLayout, name: str) -> str | None:
+    """Returns the module of a layout whose bias a name shows: the query of `bq`; or None.
+
+    Args:
+      layout: The layout.
+      name: Name of a parameter beside the modules.
+    """
+    fields = zip(layout.module_fields, layout.modules, strict=True)
+    found = [module for field, module in fields if _SHOWN.get(field, {""}) <= letters(name)]
+    return found[0] if len(found) == 1 else None
+
+
 def misnamed_modules(layout: HeadLayout, others: Collection[str]) -> Iterator[tuple[str, str]]:
     """Finds modules of a layout whose names fit worse than the name of another child.
 

@@ -17,6 +17,7 @@ _OUT |= {"dense", "linear", "c", "w", "attn", "attention", "vec", "einsum", "pos
 _NORM = r"(?:rms|layer|group|l2)?(?:norms?|ln|normali[sz](?:ation|e|er))|rms"
 _QUERY_KEY = r"qkv?|q|k|query|queries|keys?"
 _NORM_WORD = re.compile(f"({_QUERY_KEY})?(?:{_NORM})({_QUERY_KEY})?")
+_GAINS = {"qn", "kn", "nq", "nk", "gq", "gk"}  # and q_gain, gamma_k
 # Norms of the latent vectors of MLA, between its down- and up-projection.
 _LATENT = {"a", "lora", "latent", "compressed", "compress", "down"}
 # Words of a norm before the projections, after the attention, or of something else.
@@ -69,6 +70,17 @@ def is_latent(name: str) -> bool:
       (True, False)
     """
     return not _LATENT.isdisjoint(words(name))
+
+
+def is_gain(name: str) -> bool:
+    """Returns whether a vector of this name may be the gain of a norm of queries or keys.
+
+    Example:
+      >>> is_gain("q_gain"), is_gain("kn"), is_gain("q_scale")
+      (True, True, False)
+    """
+    found = {*words(name)}
+    return bool(found & _GAINS or (found & {"gain", "gamma"} and letters(name) & {"q", "k"}))
 
 
 def normalizes(name: str) -> str | None:

@@ -19,7 +19,7 @@ from muonclip_jax._program.analysis import Analysis
 from muonclip_jax._program.describe import AttentionSite
 from muonclip_jax._program.head_map import GROUP, OWN, SHARED, HeadMap, overlap
 from muonclip_jax._qk_clip.head_factors import factors_of_group, power
-from muonclip_jax._qk_clip.matching import without_index
+from muonclip_jax._qk_clip.sown import without_index
 
 _STAT = "max_logits"
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like, unsharded
 from muonclip_jax._common.settings import check_settings, flag, shown
 from muonclip_jax._common.types import ArrayTree, Scalar
@@ -32,6 +33,11 @@ from muonclip_jax._qk_clip.info import QKClipInfo, clip_info
 from muonclip_jax._qk_clip.matching import AttentionModule, match
 from muonclip_jax._qk_clip.module_faults import fits
 from muonclip_jax._qk_clip.one_reduction import Sown, maxima_over_batch
+
+_IF_MERGED = (
+    "Merge max logits of the same model and batch size. Start with the max logits of the first "
+    "micro-batch, or with -inf in their shapes."
+)
 
 
 def qk_clip(
@@ -80,7 +86,8 @@ def qk_clip(
     Raises:
       ValueError: if modules and max logits do not fit, with the paths of all of them; or if a
         setting is out of range.
-      TypeError: if a setting has the wrong type.
+      TypeError: if a setting has the wrong type; or if `max_logits` is an array, or holds numbers
+        in place of arrays.
 
     Example:
       >>> import jax.numpy as jnp
@@ -160,13 +167,35 @@ def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
     Returns:
       Max logits of both together, in the same structure, sharded as `a`.
 
+    Raises:
+      ValueError: if paths, shapes or containers differ, with each of them.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import muonclip_jax as mc
       >>> mc.merge_max_logits({"attn": jnp.array([1.0, 2.0])}, {"attn": jnp.array([3.0, 0.0])})
       {'attn': Array([3., 2.], dtype=float32)}
     """
+    shapes_a, shapes_b = map(_shapes, (a, b))
+    pairs = {path: (shapes_a.get(path), shapes_b.get(path)) for path in shapes_a | shapes_b}
+    faults = [
+        f"  {path or '(root)'}: {x or 'absent'} in the first, {y or 'absent'} in the second."
+        for path, (x, y) in sorted(pairs.items())
+        if x != y
+    ]
+    if not faults and jax.tree.structure(a) != jax.tree.structure(b):
+        faults = [f"  {jax.tree.structure(x)}" for x in (a, b)]
+    if faults:
+        raise ValueError(
+            "\n".join(["merge_max_logits: the two differ in paths or shapes.", *faults, _IF_MERGED])
+        )
     return jax.tree.map(lambda x, y: jnp.maximum(x, placed_like(y, x)), a, b)
+
+
+def _shapes(max_logits: ArrayTree) -> dict[str, str]:
+    """Returns the shape of each array of a pytree, as text, by its path."""
+    flat = jax.tree_util.tree_leaves_with_path(max_logits)
+    return {path_string(path): str(jnp.shape(x)) for path, x in flat}
 
 
 def _is_infinite(threshold: Any) -> bool:
@@ -180,6 +209,16 @@ def layout_rule(value: Any) -> Exception | None:
     if isinstance(value, Analysis) or layouts_of(value):
         return None
     return TypeError(f"a head layout or a tuple of head layouts, got {shown(value)}")
+
+
+def _max_logits_rule(value: Any) -> Exception | None:
+    """Requires a pytree, not an array."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return None
+    return TypeError(
+        "the pytree of what the model sowed, such as the second result of "
+        f'`model.apply(..., mutable=["intermediates"])`; got the array {shown(value)}'
+    )
 
 
 def _ignore_rule(value: Any) -> Exception | None:
@@ -199,6 +238,7 @@ def _ever_clipped_rule(value: Any) -> Exception | None:
 
 CLIP_RULES = {"layout": layout_rule, "ignore": _ignore_rule}
 _RULES = CLIP_RULES | {
+    "max_logits": _max_logits_rule,
     "where": functools.partial(flag, array=True),
     "ever_clipped": _ever_clipped_rule,
 }

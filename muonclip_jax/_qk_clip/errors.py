@@ -11,11 +11,14 @@ from muonclip_jax._qk_clip.proposals import hint, proposal
 
 _IF_NOT_CLIPPED = "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
 _IF_MISSING = (
-    'Max logits are missing when "intermediates" is not in `mutable` of `apply`, or not in '
-    "`variable_axes` of `nn.scan` or `nn.vmap`; when attention with `attention_fn` is called "
-    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the "
-    "call.\n" + _IF_NOT_CLIPPED
+    "Max logits are missing when your own attention module does not call "
+    '`mc.linen.sow_max_logits` or `mc.nnx.sow_max_logits`; when "intermediates" is not in '
+    "`mutable` of `apply`, or not in `variable_axes` of `nn.scan` or `nn.vmap`; when "
+    "attention with `attention_fn` is called without `sow_weights=True`; in NNX, when no "
+    "`nnx.capture(..., MaxLogits)` is around the call.\n" + _IF_NOT_CLIPPED
 )
+_IF_RENAMED = "Sow them as {stat!r}, or pass stat={name!r} in the head layout."
+_IF_SWAPPED = "Call qk_clip(params, stats, layout): parameters first, then max logits."
 _IF_ABOVE = (
     "Sow in the attention module itself, the parent of the query and key modules: max logits "
     "belong to the weights at the same path."
@@ -40,7 +43,7 @@ def check_matching(found: Matching, *, strict: bool, report_only: bool = False) 
     unpaired = [*_missing(found), *_unused(found)]
     if not (found.described or found.max_logits or found.left_out):
         unpaired = [_nothing(found)]
-    faults = [] if report_only else [*_several_pairs(found)]
+    faults = [*_swapped(found), *(() if report_only else _several_pairs(found))]
     faults += [f for one in found.matched for f in module_faults(one, report_only=report_only)]
     if faults or (strict and unpaired):
         faults = [*(unpaired if strict else ()), *faults]
@@ -60,6 +63,9 @@ def _missing(found: Matching) -> Iterator[Fault]:
         if above:
             at = "/".join(above[0][:-1]) or "the root"
             yield Fault(path, f"has no {layout.stat}, but {at} above it has.", _IF_ABOVE)
+        elif similar := difflib.get_close_matches(layout.stat, found.unread.get(path, ())):
+            text = f"has no {layout.stat}, but {similar[0]!r}."
+            yield Fault(path, text, _IF_RENAMED.format(stat=layout.stat, name=similar[0]))
         else:
             near = _nearest((*path, layout.stat), free)
             yield Fault(path, f"has no {layout.stat}{near}.", _IF_MISSING)
@@ -86,6 +92,15 @@ def _unused(found: Matching) -> Iterator[Fault]:
             there = ", ".join(repr(name) for name in sorted(children))
             text = f"no module {absent}; there are {there}."
             yield Fault(path, text)
+
+
+def _swapped(found: Matching) -> Iterator[Fault]:
+    """Lists max logits among the parameters, where there are no others."""
+    stats = {layout.stat for layout in found.head_layouts}
+    for path, children in found.modules.items():
+        if not found.max_logits and stats & children.keys():
+            name = "/".join((*path, *stats & children.keys()))
+            yield Fault(path, f"the parameters hold max logits, {name!r}.", _IF_SWAPPED)
 
 
 def _several_pairs(found: Matching) -> Iterator[Fault]:

@@ -4,7 +4,8 @@ Max logits sown at `a/b/attn/max_logits` belong to the kernels under `a/b/attn/`
 """
 
 import fnmatch
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -12,19 +13,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from muonclip_jax._attention.flax_attention import BOUND
-from muonclip_jax._common.paths import all_components, components, without_boxes
+from muonclip_jax._common.paths import all_components, without_boxes
 from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._head_layouts.head_layout import HeadLayout, Leaf, Shape, axes_first
 from muonclip_jax._head_layouts.kernel_pattern import stack_axes
+from muonclip_jax._head_layouts.layout_evidence import module_of
+from muonclip_jax._qk_clip.sown import MaxLogits, Path, below_root, sown_arrays
 
-Path: TypeAlias = tuple[str, ...]
 # One leaf at or below a child of a module: its path, its index and its value.
 Entry: TypeAlias = tuple[Path, int, Any]
 # By path of a module, then by name of a child.
 Modules: TypeAlias = dict[Path, dict[str, list[Entry]]]
-# By path of a module and name of its max logits: one array per call.
-MaxLogits: TypeAlias = dict[tuple[Path, str], list[Array]]
 
 
 class AttentionModule(NamedTuple):
@@ -100,6 +99,7 @@ class Matching(NamedTuple):
       head_layouts: The head layouts of the user.
       modules: Every module of the parameters, with its children.
       max_logits: Everything sown under the name of a head layout's max logits, bounds included.
+      unread: Names of everything else that was sown, by path.
       described: The attention modules, each with the head layout that describes it.
       matched: The attention modules that have max logits.
       left_out: Paths of modules that are hidden or ignored.
@@ -108,6 +108,7 @@ class Matching(NamedTuple):
     head_layouts: tuple[HeadLayout, ...]
     modules: Modules
     max_logits: MaxLogits
+    unread: dict[Path, list[str]]
     described: dict[Path, HeadLayout]
     matched: list[AttentionModule]
     left_out: set[Path]
@@ -140,7 +141,7 @@ def match(
       ValueError: for patterns of `ignore` that match no attention module and no max logits.
     """
     modules, masked, absent = _modules(params)
-    sown, bounds = _sown(max_logits, {layout.stat for layout in head_layouts})
+    sown, bounds, unread = sown_arrays(max_logits, {layout.stat for layout in head_layouts})
     named = {path: named_layouts(children, head_layouts) for path, children in modules.items()}
     described = {path: layouts[0] for path, layouts in named.items() if layouts}
     left_out = {
@@ -148,10 +149,17 @@ def match(
         for path in {*described, *(path for path, _ in sown)}
         if _is_hidden(path, described.get(path), modules, head_layouts, masked, absent)
     }
-    left_out |= _ignored({*described, *(path for path, _ in sown)}, ignore)
+    ignored = _ignored({*described, *(path for path, _ in sown)}, ignore)
+    if ignored and not left_out and ignored >= described.keys() and "*" not in ignore:
+        warnings.warn(
+            f"qk_clip: ignore={', '.join(map(repr, ignore))} leaves out every attention module, so "
+            'that nothing is clipped. If this is the intention, pass ignore="*".',
+            stacklevel=3,
+        )
+    left_out |= ignored
     described = {path: layout for path, layout in described.items() if path not in left_out}
     sown = {key: entries for key, entries in sown.items() if key[0] not in left_out}
-    found = Matching(head_layouts, modules, sown, described, [], left_out)
+    found = Matching(head_layouts, modules, sown, unread, described, [], left_out)
     for path, first in described.items():
         if key_of(path, first) not in sown:
             continue
@@ -197,11 +205,18 @@ def attention_module(
         relative = "/".join((child, *below))
         return Leaf(name, relative, index, jnp.shape(value), jnp.result_type(value))
 
-    leaves, hidden = {}, []
+    leaves: dict[str, list[Leaf]] = {}
+    hidden: list[str] = []
     for name in layout.modules:
         there = [entry for entry in children[name] if not _hides(entry[2])]
         leaves[name] = [leaf(name, *entry) for entry in there]
         hidden += ["/".join(full[depth:]) for full, _, value in children[name] if _hides(value)]
+    for name in layout.scaled_leaves[1:]:  # such as an array "bq" beside "wq"
+        owner, entries = module_of(layout, name), children.get(name, [])
+        if owner and name not in layout.modules and entries and len(entries[0][0]) == depth + 1:
+            hidden += [name] * _hides(entries[0][2])
+            there = [entry for entry in entries if not _hides(entry[2])]
+            leaves[owner] += [leaf(name, *entry)._replace(name=name) for entry in there]
     paths = tuple(
         full[depth:]
         for entries in children.values()
@@ -226,7 +241,7 @@ def _modules(params: ArrayTree) -> tuple[Modules, set[Path], set[Path]]:
         positions.append(position)
         position += value is not None and not _hides(value)
     paths = without_boxes(all_components([path for path, _ in flat]))
-    for index, path in _below("params", paths):
+    for index, path in below_root("params", paths):
         value = flat[index][1]
         if value is None:
             absent.add(path)
@@ -237,41 +252,6 @@ def _modules(params: ArrayTree) -> tuple[Modules, set[Path], set[Path]]:
             leaves = modules.setdefault(path[:depth], {}).setdefault(child, [])
             leaves.append((path, positions[index], value))
     return modules, masked, absent
-
-
-def _sown(max_logits: ArrayTree, names: Collection[str]) -> tuple[MaxLogits, set[tuple[Path, str]]]:
-    """Collects the arrays sown under these names, and the keys of those that are upper bounds."""
-    sown: MaxLogits = {}
-    bounds = set()
-    known = {suffixed: name for name in names for suffixed in (name + BOUND, name)}
-    flat = jax.tree_util.tree_flatten_with_path(max_logits)[0]
-    paths = [without_index(path) for path, _ in flat]
-    paths = [p[:-1] if p[-1:] == ("value",) and p[-2:-1] and p[-2] in known else p for p in paths]
-    for index, path in _below("intermediates", paths):
-        if path and path[-1] in known:
-            key = (path[:-1], known[path[-1]])
-            sown.setdefault(key, []).append(jnp.asarray(flat[index][1]))
-            if path[-1].endswith(BOUND):
-                bounds.add(key)
-    return sown, bounds
-
-
-def without_index(path: Sequence[Any]) -> Path:
-    """Drops the index in the tuple that `sow` makes of several calls."""
-    keys = tuple(path)
-    while keys and isinstance(keys[-1], jax.tree_util.SequenceKey):
-        keys = keys[:-1]
-    return components(keys)
-
-
-def _below(root: str, paths: Sequence[Path]) -> Iterator[tuple[int, Path]]:
-    """Numbers the paths; if there is a root key of this name, only the paths below it."""
-    wrapped = any(path[:1] == (root,) for path in paths)
-    for index, path in enumerate(paths):
-        if not wrapped:
-            yield index, path
-        elif path[:1] == (root,):
-            yield index, path[1:]
 
 
 def named_layouts(children: Collection[str], layouts: Iterable[HeadLayout]) -> list[HeadLayout]:

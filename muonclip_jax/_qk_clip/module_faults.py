@@ -11,7 +11,7 @@ from muonclip_jax._head_layouts.layout_evidence import (
     second_pair,
     undeclared_kernels,
 )
-from muonclip_jax._head_layouts.module_names import letters, words
+from muonclip_jax._head_layouts.module_names import is_gain, letters, words
 from muonclip_jax._qk_clip.matching import AttentionModule, Path
 
 _IF_ADAPTERS = "Pass all parameters: a clip of adapters alone cannot keep the logits down."
@@ -34,8 +34,9 @@ _IF_AMBIGUOUS = (
 )
 
 _IF_BIAS = (
-    "The clip reaches the threshold only if the bias is scaled with the kernel: keep the bias in "
-    "the module of the projection, or list it in `kept_leaves` to leave it as it is."
+    "The clip reaches the threshold only if the bias is scaled with the kernel. Keep the bias in "
+    "the module of the projection; or pass scaled_leaves={scaled} for arrays beside the kernels, "
+    "the name of the kernels first. To leave biases as they are, pass kept_leaves={kept}."
 )
 
 _IF_MISNAMED = "Correct the layout, or confirm it with kept_leaves={names}."
@@ -112,7 +113,19 @@ def _norms(module: AttentionModule) -> tuple[list[str], list[str]]:
     pair = [name for name in scales if letters(name) in ({"q"}, {"k"})]
     if not named and {letter for name in pair for letter in letters(name)} == {"q", "k"}:
         unnamed |= dict.fromkeys(pair)
+    if not named:
+        unnamed |= dict.fromkeys(_gains(module))
     return [*named], [*unnamed]
+
+
+def _gains(module: AttentionModule) -> list[str]:
+    """Returns children that may be gains of a norm of queries or keys: smaller than kernels."""
+    rank = min((len(leaf.shape) for leaf in module.kernels.values()), default=0)
+    return [
+        name
+        for name, shapes in module.children.items()
+        if is_gain(name) and all(0 < len(shape) < rank for shape in shapes)
+    ]
 
 
 def _name_faults(module: AttentionModule, *, report_only: bool) -> Iterator[Fault]:
@@ -132,10 +145,23 @@ def _name_faults(module: AttentionModule, *, report_only: bool) -> Iterator[Faul
 
 def _bias_faults(module: AttentionModule) -> Iterator[Fault]:
     """Lists biases of queries or keys beside the modules of the projections."""
-    for name in module.children:
-        is_bias = {"bias", "b", "bq", "bk"} & {*words(name)} and letters(name) & {"q", "k"}
-        if is_bias and name not in (*module.head_layout.modules, *module.head_layout.kept_leaves):
-            yield Fault(module.path, f"{name!r} looks like a bias of queries or keys.", _IF_BIAS)
+    layout = module.head_layout
+    paths = {leaf.path for leaves in module.leaves.values() for leaf in leaves}
+    declared = {*layout.modules, *layout.kept_leaves, *paths}
+    found = [
+        name
+        for name in module.children
+        if {"bias", "b", "bq", "bk"} & {*words(name)} and letters(name) & {"q", "k"}
+        if name not in declared
+    ]
+    kernel = ("kernel",) if layout.scaled_leaves[0] in found else ()
+    names = {
+        "scaled": tuple(dict.fromkeys((*kernel, *layout.scaled_leaves, *found))),
+        "kept": (*layout.kept_leaves, *found),
+    }
+    for name in found:
+        text = f"{name!r} looks like a bias of queries or keys."
+        yield Fault(module.path, text, _IF_BIAS.format(**names))
 
 
 def _leaf_faults(module: AttentionModule) -> Iterator[Fault]:
@@ -191,7 +217,8 @@ def _rank_faults(module: AttentionModule) -> Iterator[str]:
             yield f"{leaf} has no rank that fits {first} and stack_axis={layout.stack_axis}."
     for entry in module.max_logits:
         if not all(-entry.ndim <= axis < entry.ndim for axis in (*module.stat_axes, module.stack)):
-            yield f"{stat} {entry.shape} has too few axes for {module.stack} stack axes and heads."
+            axes = ", ".join(["layers"] * module.stack + ["batch", "heads"])
+            yield f"{stat} {entry.shape} has too few axes for {first}: expected [{axes}]."
 
 
 def _stack_faults(module: AttentionModule) -> Iterator[str]:

@@ -85,7 +85,8 @@ def hint(found: Matching, paths: Iterable[Path]) -> str:
       paths: The modules to describe.
 
     Returns:
-      One sentence, or an empty string if no module has queries and keys by name.
+      One sentence, or an empty string for modules without names of queries and keys and without
+      max logits.
     """
     for path in paths:
         children = found.modules[path]
@@ -112,6 +113,11 @@ def hint(found: Matching, paths: Iterable[Path]) -> str:
                 "and kernel, and with query_dim where query heads hold a gate too; docs/qk_clip.md "
                 "has a table of kernels."
             )
+    if any(path in paths for path, _ in found.max_logits):
+        return (
+            "These names do not show queries and keys: name them in a MultiHeadLayout, or pass "
+            "layout=mc.analyze(loss_fn, params, batch), which finds them without names."
+        )
     return ""
 
 

@@ -1,5 +1,7 @@
 """Names beside the modules of a layout: values scaled as keys, and second pairs."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,7 +106,7 @@ def test_a_layout_shows_the_axes_of_queries_and_keys_with_any_threshold(threshol
     stats = {} if threshold is None else {"max_logits": {"attn": {"max_logits": np.ones(4)}}}
     mc.muon(1.0, layout=layout).init(params)  # no warning
     optimizer = mc.muonclip(1.0, layout=layout, threshold=threshold, weight_decay=0.0, ns_steps=1)
-    updates, _ = optimizer.update(params, optimizer.init(params), params, **stats)
+    updates: Any = optimizer.update(params, optimizer.init(params), params, **stats)[0]
     # All singular values of the joined 64 x 32 matrix are equal.
     values = np.linalg.svd(updates["attn"]["ask"].reshape(64, 32), compute_uv=False)
     np.testing.assert_allclose(values, values[0], rtol=1e-5)

@@ -10,10 +10,11 @@ import muonclip_jax as mc
 pytestmark = pytest.mark.usefixtures("no_typecheck")
 LAYOUT = "MultiHeadLayout(query='query', key='key')"
 CAUSES = (
-    'Max logits are missing when "intermediates" is not in `mutable` of `apply`, or not in '
-    "`variable_axes` of `nn.scan` or `nn.vmap`; when attention with `attention_fn` is called "
-    "without `sow_weights=True`; in NNX, when no `nnx.capture(..., MaxLogits)` is around the "
-    "call.\n"
+    "Max logits are missing when your own attention module does not call "
+    '`mc.linen.sow_max_logits` or `mc.nnx.sow_max_logits`; when "intermediates" is not in '
+    "`mutable` of `apply`, or not in `variable_axes` of `nn.scan` or `nn.vmap`; when "
+    "attention with `attention_fn` is called without `sow_weights=True`; in NNX, when no "
+    "`nnx.capture(..., MaxLogits)` is around the call.\n"
     "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
 )
 
@@ -202,7 +203,8 @@ SHAPE_FAULTS = [
         (6, 5, 2),
     ),
     (
-        "max_logits (2,) has too few axes for 1 stack axes and heads.",
+        "max_logits (2,) has too few axes for query/kernel (7, 4, 2, 3): expected "
+        "[layers, batch, heads].",
         kernels((7, 4, 2, 3), (7, 4, 2, 3)),
         (2,),
     ),

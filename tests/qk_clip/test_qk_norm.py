@@ -83,6 +83,14 @@ def test_scales_of_queries_and_keys_may_be_norms():
     clip({"q_scale": jnp.ones(H)})  # a temperature
 
 
+@pytest.mark.parametrize("name", ["q_gain", "gamma_k", "qn", "gq"])
+def test_gains_of_queries_and_keys_may_be_norms(name):
+    with pytest.raises(ValueError, match=f"attn: '{name}' may normalize"):
+        clip({name: jnp.ones(H)})
+    clip({name: jnp.ones(H)}, mc.MultiHeadLayout(qk_norm=()))
+    clip({name: {"kernel": jnp.ones((8, N, H))}}, mc.MultiHeadLayout())  # a gate of queries
+
+
 def test_nested_attention_modules_have_their_own_norms():
     kernel = {"kernel": jnp.ones((8, N, H))}
     inner = {**dict.fromkeys(("query", "key", "value"), kernel), **norms("q_norm")}

@@ -1,6 +1,7 @@
 """A printed report, and the plot of heads over steps."""
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,6 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch):
 
 
 def test_metrics_instead_of_reports_raise(no_typecheck):
-    metrics = mc.qk_clip_metrics(report([1.0, 2.0]))
+    metrics: Any = mc.qk_clip_metrics(report([1.0, 2.0]))
     with pytest.raises(TypeError, match="history has a dict, expected the QKClipInfo"):
         mc.plot_max_logits([metrics])
