@@ -118,7 +118,7 @@ def muonclip(
     Args:
       learning_rate: η, number or schedule, of both optimizers. A rate tuned for AdamW fits.
       layout: See `qk_clip`. It also shows which axes of queries and keys are inputs and outputs,
-        with any threshold and without the clip.
+        with any threshold and without the clip. The roles of an `Analysis` are used.
       threshold: τ, see `qk_clip`: number, or schedule of the updates before this one. None builds
         the optimizer without the clip.
       alpha: See `qk_clip`.
@@ -142,7 +142,7 @@ def muonclip(
       adam_eps_root: Added inside the root of AdamW.
       adam_weight_decay: Decay of AdamW's leaves. None: `weight_decay`, as Moonlight does.
       adam_learning_rate: Number or schedule. None: `learning_rate`.
-      muon_weight_dimension_numbers: See `muon`. None: the roles of `layout` if it is an `Analysis`.
+      muon_weight_dimension_numbers: See `muon`.
       ns_method: See `newton_schulz`.
       ns_dtype: See `newton_schulz`.
       ns_products: See `newton_schulz`; on a mesh, pass `shardings` or use Explicit axes.

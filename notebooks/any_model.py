@@ -204,10 +204,7 @@ source = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8).astype(np
 def train(threshold):
     """Trains the model; returns the loss and the largest logit of each step."""
     loss_and_stats = mc.with_max_logits(loss_fn, expect=2)
-    numbers = analysis.dimension_numbers
-    tx = mc.muonclip(
-        0.02, layout=analysis, threshold=threshold, muon_weight_dimension_numbers=numbers
-    )
+    tx = mc.muonclip(0.02, layout=analysis, threshold=threshold)
 
     @jax.jit
     def step(params, state, text):

@@ -140,8 +140,8 @@ def muon(
       neuron_b2: Decay of the second moment of each output neuron (NorMuon), see
         `normalize_neurons`; 0.95 in its paper. None: off.
       layout: The head layout of `qk_clip`, or a tuple of them: its patterns show which axes of
-        queries and keys are inputs and outputs, under any names. It splits no heads. An `Analysis`
-        changes nothing here.
+        queries and keys are inputs and outputs, under any names. It splits no heads. The roles
+        of an `Analysis` are used if `muon_weight_dimension_numbers` is None.
 
     Returns:
       An optax transformation, which ignores extra arguments. `update` needs the parameters. Each
