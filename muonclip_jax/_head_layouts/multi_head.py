@@ -30,7 +30,8 @@ class MultiHeadLayout(HeadLayout):
     hashable.
 
     Attributes:
-      query: Name of the query module inside the attention module.
+      query: Name of the query module inside the attention module; or of an array, as `self.param`
+        creates it.
       key: Name of the key module, or of the module of keys and values.
       value: Name of the value module, which `per_head` then splits too. A clip never scales it. The
         name shows that the key module holds no values.
@@ -48,8 +49,10 @@ class MultiHeadLayout(HeadLayout):
         `variable_axes={"params": stack_axis}`. Axes beyond the axes of the pattern are stack axes.
       stat_stack_axis: The same for the max logits.
       stat: Name of the max logits.
-      scaled_leaves: Leaves that carry the columns of the heads. The first name is the kernel.
-      kept_leaves: Leaves that are known and not scaled.
+      scaled_leaves: Leaves that carry the columns of the heads. The first name is the kernel. An
+        array beside the modules, such as `bq` or `k_bias`, is scaled too if it is listed here.
+      kept_leaves: Leaves that are known and not scaled. Lists also children whose names look like
+        queries, keys or their biases, and are none.
       qk_norm: Children that normalize queries or keys, which cancels a clip. None recognizes them
         by name, and raises for a norm with an ambiguous name. A tuple names all norms of queries
         and keys; `()` declares that there are none.

@@ -43,8 +43,10 @@ def check_matching(found: Matching, *, strict: bool, report_only: bool = False) 
     unpaired = [*_missing(found), *_unused(found)]
     if not (found.described or found.max_logits or found.left_out):
         unpaired = [_nothing(found)]
-    faults = [*_swapped(found), *(() if report_only else _several_pairs(found))]
-    faults += [f for one in found.matched for f in module_faults(one, report_only=report_only)]
+    several = [] if report_only else [*_several_pairs(found)]
+    faults = [*_swapped(found), *several]
+    others = [one for one in found.matched if one.path not in {f.path for f in several}]
+    faults += [f for one in others for f in module_faults(one, report_only=report_only)]
     if faults or (strict and unpaired):
         faults = [*(unpaired if strict else ()), *faults]
         raise ValueError(_message(found, faults, report_only))
