@@ -3,11 +3,15 @@
 from muonclip_jax._muon.roles import names
 from muonclip_jax._muon.roles.decision import Decision
 from muonclip_jax._muon.roles.evidence import Evidence
+from muonclip_jax._muon.roles.kernels import has_transposed
 from muonclip_jax._muon.roles.modules import Leaf, Path
 from muonclip_jax._muon.roles.orientation import has_fitting_bias, is_matrix_of_adaptive_norm
 
 # How many times longer than wide tables of embeddings are, at least.
 _MUCH_LONGER = 8
+# An axis longer than this hardly numbers the layers of vectors.
+_LONGEST_STACK = 16
+_SMALL_EXPERTS = "the experts would be as many as their longest side, or more"
 
 
 def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
@@ -15,6 +19,8 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if leaf.role is None or _is_low_rank(leaf, evidence):
         return None
     role, name = leaf.role
+    if len(name) == 1 and _is_large(leaf, evidence):
+        return _by_letter(leaf, evidence, role.name)
     doubt = ""
     if role.name == "norm":
         if is_matrix_of_adaptive_norm(leaf, evidence, name):
@@ -35,6 +41,22 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         if is_square and (is_top or name != leaf.name):
             doubt = "its inputs and outputs have equal sizes, as in hidden layers"
     return Decision(None, f"{role.name} '{name}'", doubt)
+
+
+def _is_large(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether the last two axes of one layer are as long as those of matrices."""
+    shape = evidence.layer_of(leaf)[1]
+    if len(leaf.shape) == 2 and evidence.shared_axis(leaf):
+        return False
+    return len(shape) > 1 and min(shape[-2:]) > _LONGEST_STACK
+
+
+def _by_letter(leaf: Leaf, evidence: Evidence, role: str) -> Decision | None:
+    """`g` or `D` of two large axes is a matrix if the shapes of the matrices beside it agree."""
+    same = any(x.shape == leaf.shape and x.role is None for x in evidence.beside(leaf))
+    if same or has_transposed(leaf, evidence):
+        return None
+    return Decision(None, f"{role} '{leaf.name}'", "its two axes are as long as those of a matrix")
 
 
 def _is_in_head(leaf: Leaf, evidence: Evidence, name: str) -> bool:
@@ -150,7 +172,9 @@ def router(leaf: Leaf, evidence: Evidence) -> Decision | None:
         sides = stacks.get((shape[:-2], count), [])
         fitting = [pair for pair in sides if inputs in pair]
         if count > 1 and ((is_gate and sides) or len(fitting) > 1):
-            return Decision(None, f"router '{name}' beside {len(sides)} stacks of {count} experts")
+            reason = f"router '{name}' beside {len(sides)} stacks of {count} experts"
+            is_small = not is_gate and count >= max(map(max, fitting))
+            return Decision(None, reason, _SMALL_EXPERTS if is_small else "")
         if count > 1 and _has_series(leaf.module, count, evidence, any_name=is_gate):
             return Decision(None, f"router '{name}' beside {count} numbered modules")
     if is_gate and leaf.module and not evidence.has_child(leaf.module, names.BESIDE_GATE):

@@ -134,8 +134,11 @@ def _residual_axis(
 
 
 def _low_rank(leaf: Leaf, evidence: Evidence) -> set[int]:
-    """Returns the outputs of `q_a` for `q_b`, and of `kv_a` for `k_b`: low ranks."""
+    """Returns the outputs of `q_a` for `q_b`, of `kv_a` for `k_b`, of `lora_a` for `lora_b`."""
     module, name = leaf.module, leaf.name
+    if (own := leaf.core[-1]).lower().endswith("lora_b"):
+        down = evidence.by_core.get((*leaf.core[:-1], own[:-1] + ("a" if own[-1] == "b" else "A")))
+        return {down.shape[-1]} if down and 1 < len(down.shape) < len(leaf.shape) else set()
     if not names.matches(names.FROM_LOW_RANK, name):
         return set()
     inside = leaf.core[len(module) + 1 :]

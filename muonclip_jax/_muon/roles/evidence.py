@@ -10,7 +10,16 @@ from collections.abc import Sequence
 
 from muonclip_jax._common.paths import without_boxes
 from muonclip_jax._muon.roles import names
-from muonclip_jax._muon.roles.modules import Experts, Group, Leaf, Path, Shape, Stack, common
+from muonclip_jax._muon.roles.modules import (
+    Experts,
+    Group,
+    Leaf,
+    Path,
+    Shape,
+    Stack,
+    common,
+    is_tiny,
+)
 
 
 class Evidence:
@@ -128,9 +137,18 @@ class Evidence:
         return len(self.groups[module].leaves) == len(self.leaves)
 
     def beside(self, leaf: Leaf) -> list[Leaf]:
-        """Lists the other parameters of a module: directly in it or in modules of their own."""
+        """Lists the other parameters of a module: directly in it or in modules of their own.
+
+        `mlp/w` may be alone in the module `mlp`, or beside `mlp/v`.
+        """
         group = (self.leaves[i] for i in self.groups[leaf.module].leaves)
-        return [x for x in group if x is not leaf and x.module == leaf.module]
+        near = (leaf.module, leaf.core[:-1])
+        return [
+            x
+            for x in group
+            if x is not leaf
+            if x.module == leaf.module or (x.role is None and x.core[:-1] in near)
+        ]
 
     def has_child(self, module: Path, pattern: str) -> bool:
         """Returns whether a module has a child of a name."""
@@ -194,6 +212,26 @@ class Evidence:
         return not (group.lead and len(group.leaves) > 2 and max(ranks) > 2)
 
     def shared_axis(self, leaf: Leaf) -> tuple[Path, int] | None:
+        """Finds a module in which all parameters have the same first size, the number of layers.
+
+        Returns:
+          The path of the outermost such module and the number of its parameters; None if the size
+          may be the width of the activations.
+        """
+        shared = self.same_first_axis(leaf)
+        return None if shared is None or self._may_be_width(shared[0]) else shared
+
+    def _may_be_width(self, prefix: Path) -> bool:
+        """Returns whether the shared first size is a known width, or no size is larger.
+
+        Layers are fewer than the width of their activations.
+        """
+        group = self.groups[prefix]
+        others = (n for i in group.leaves for n in self.leaves[i].shape[1:])
+        known = group.lead[0] in (self.embedded, self.usual_width)
+        return known or group.lead[0] >= max(others, default=0)
+
+    def same_first_axis(self, leaf: Leaf) -> tuple[Path, int] | None:
         """Finds a module in which all of three or more parameters have the same first size.
 
         Returns:
@@ -224,7 +262,8 @@ class Evidence:
             found: Experts = {}
             for leaf in (self.leaves[i] for i in self.groups[prefix].leaves):
                 shape = self.stack_of(leaf).without(leaf.shape)
-                if len(shape) > 2 and leaf.role is None and not self._is_attention(leaf):
+                is_matrix = len(shape) > 2 and not is_tiny(*shape[-2:])
+                if is_matrix and leaf.role is None and not self._is_attention(leaf):
                     found.setdefault((shape[:-3], shape[-3]), []).append({*shape[-2:]})
             self._experts[prefix] = found
         return self._experts[prefix]

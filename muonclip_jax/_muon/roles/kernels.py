@@ -86,6 +86,13 @@ def fused_axis(name: str, shape: Shape) -> int | None:
     return next((axis for axis, n in enumerate(shape[:-1]) if n == count), None)
 
 
+def has_transposed(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a matrix beside a parameter has its last two axes in the other order."""
+    *lead, n_in, n_out = leaf.shape
+    others = (x for x in evidence.beside(leaf) if x.role is None or len(x.name) == 1)
+    return n_in != n_out and any(x.shape == (*lead, n_out, n_in) for x in others)
+
+
 def is_expert(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether a parameter named `wo` or the like stacks the matrices of experts."""
     if leaf.has(names.EXPERTS):

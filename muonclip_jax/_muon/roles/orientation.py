@@ -117,16 +117,6 @@ def _transposed_convolution(leaf: Leaf, evidence: Evidence) -> Decision | None:
     return Decision(numbers, "transposed convolution, as its bias shows")
 
 
-def gates_of_a_cell(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
-    """(inputs, gates, outputs) of a recurrent cell: a matrix for each of three or four gates."""
-    del settings
-    stack, shape = evidence.layer_of(leaf)
-    is_cell = len(shape) == 3 and shape[1] in (3, 4) and leaf.has(names.CELL)
-    if not is_cell or min(shape[0], shape[2]) <= shape[1]:
-        return None
-    return Decision(numbers_of(leaf, stack, (0,), (2,)), f"{shape[1]} gates of a recurrent cell")
-
-
 def beside_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
     """(inputs, *outputs) with the inputs of a kernel beside it that has the heads as outputs.
 
@@ -200,7 +190,8 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> tupl
     if _is_inputs_first_by_custom(leaf):
         by_name = None
     elif convention is not None and names.matches(names.FROM_OTHERS, leaf.name):
-        by_name = None  # cross-attention: the inputs have another width
+        # In cross-attention the inputs have another width.
+        by_name = by_name if by_name == convention else None
     if by_name is not None:
         return by_name, _reason(by_name, "as its name and the widths show"), ""
     if convention is not None:
@@ -282,7 +273,7 @@ def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
     shape = evidence.layer_of(leaf)[1][-2:]
     widths = evidence.widths(leaf) & {evidence.embedded, evidence.usual_width}
     inside = [n in widths for n in shape]
-    if sum(inside) != 1 or _is_numbered_letter(leaf, evidence):
+    if sum(inside) != 1 or _is_numbered_letter(leaf, evidence) or _is_alone(leaf, evidence):
         return None
     if name == "value" and any(names.matches(names.FEED_FORWARD, n) for n in leaf.module[-1:]):
         return inside[0]  # RWKV: `key` is the projection up, `value` the one down
@@ -299,6 +290,14 @@ def _is_numbered_letter(leaf: Leaf, evidence: Evidence) -> bool:
     others = (f"{name[:1]}{n}" for n in "0123" if n != name[1:])
     is_letter = len(name) == 2 and name[0] in "qkv" and name[1].isdigit()
     return is_letter and any((*leaf.core[:-1], other) in evidence.by_core for other in others)
+
+
+def _is_alone(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether `q`, `k` or `v` has matrices beside it, but none of the other two."""
+    if leaf.name.lower() not in ("q", "k", "v"):
+        return False
+    beside = [x for x in evidence.beside(leaf) if len(x.shape) > 1 and x.role is None]
+    return bool(beside) and not any(names.matches(names.INTO_HEADS, x.name) for x in beside)
 
 
 def find_convention(evidence: Evidence) -> dict[str, bool]:
@@ -320,14 +319,3 @@ def find_convention(evidence: Evidence) -> dict[str, bool]:
             if shown:
                 break
     return convention
-
-
-def gated_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
-    """(inputs, 2, outputs): gate and up in one parameter."""
-    del settings
-    name = leaf.name
-    stack, shape = evidence.layer_of(leaf)
-    is_pair = len(shape) == 3 and shape[1] == 2 and names.matches(names.GATED_PAIR, name)
-    if not is_pair or (not stack.known and shape[0] < 8):
-        return None
-    return Decision(numbers_of(leaf, stack, (0,), (2,)), f"gate and up '{name}'")
