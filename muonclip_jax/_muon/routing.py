@@ -22,7 +22,6 @@ from muonclip_jax._orthogonalize.dimension_numbers import LAST_TWO_AXES, axes_of
 from muonclip_jax._orthogonalize.matrices import sides
 from muonclip_jax._orthogonalize.split import Split
 
-
 # A middle axis no longer than this may number matrices, such as gate and up.
 _OUTER_AXES, _FEW = MuonDimensionNumbers(-3, -1), 4
 

@@ -34,15 +34,16 @@ def few_between(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decis
     (outputs, inputs) beside (inputs, 2, outputs) shows gate and up; without it, this is doubted.
     """
     stack, shape = evidence.layer_of(leaf)
-    if len(shape) != 3 or leaf.is_lora or leaf.has(names.EXPERTS):
+    if len(shape) < 3 or leaf.is_lora or (len(shape) == 3 and leaf.has(names.EXPERTS)):
         return None
-    n_first, few, n_last = shape
+    *experts, n_first, few, n_last = shape
     is_between = 1 < few < n_first and is_tiny(few, n_last) and is_tiny(few, n_first)
-    if not is_between or evidence.shared_axis(leaf):
+    if not is_between or (len(shape) == 3 and evidence.shared_axis(leaf)):
         return None
     layers = (evidence.layer_of(x)[1] for x in evidence.beside(leaf))
-    shown = few == 2 and (n_last, n_first) in layers
+    shown = few == 2 and (*experts, n_last, n_first) in layers
     doubt = "" if shown else f"nothing shows whether these are {few} matrices or {few} heads"
     reason = "gate and up, as the matrix beside it shows" if shown else f"{few} matrices"
-    sides = ((2,), (0,)) if settings.outputs_first else ((0,), (2,))
+    first, last = len(shape) - 3, len(shape) - 1
+    sides = ((last,), (first,)) if settings.outputs_first else ((first,), (last,))
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt)

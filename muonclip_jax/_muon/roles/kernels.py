@@ -30,7 +30,7 @@ def numbers_of(leaf: Leaf, stack: Stack, inputs: Shape, outputs: Shape) -> MuonD
 def heads_name(leaf: Leaf, evidence: Evidence) -> str | None:
     """Returns `in` or `out` if a parameter has the name of a projection into or out of heads."""
     if names.matches(names.INTO_HEADS, leaf.name) or _is_glued(leaf, evidence):
-        return "in"
+        return None if evidence.is_lone_letter(leaf) else "in"
     if names.matches(names.OUT_OF_HEADS, leaf.name):
         return "out"
     if names.matches(names.PERHAPS_OUT, leaf.name) and partners(leaf.module, "in", evidence):

@@ -105,9 +105,10 @@ def _doubt_sizes(
         return f"'{leaf.name}' may scale noise, element by element"
     if leaf.core[-1] == "A" and "B" not in evidence.children[leaf.core[:-1]]:
         return "in a state-space layer, 'A' acts on each channel alone"
-    if leaf.core[-1].lower() == "u" and not has_transposed(leaf, evidence):
+    is_u = leaf.core[-1].lower() == "u" and len(evidence.layer_of(leaf)[1]) == 2
+    if is_u and not has_transposed(leaf, evidence):
         return "in RWKV, 'u' is a vector for each head"
-    if leaf.name.lower() in ("gate", "wg", "gating"):
+    if leaf.name.lower() in ("gate", "wg", "gating") and not has_transposed(leaf, evidence):
         if not evidence.has_child(leaf.module, names.BESIDE_GATE):
             return "nothing beside it shows whether it gates an MLP or routes to experts"
     if doubt := heads.doubt(leaf, evidence, n_in, n_out):
