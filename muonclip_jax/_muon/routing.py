@@ -23,6 +23,9 @@ from muonclip_jax._orthogonalize.matrices import sides
 from muonclip_jax._orthogonalize.split import Split
 from muonclip_jax._program.analysis import Analysis
 
+# A middle axis no longer than this may number matrices, such as gate and up.
+_OUTER_AXES, _FEW = MuonDimensionNumbers(-3, -1), 4
+
 
 class Routing(NamedTuple):
     """The parameters that are matrices, and their axes.
@@ -76,11 +79,8 @@ class Routing(NamedTuple):
             alternative, fix = "AdamW", "None"
         patterns = self._patterns(path, rows)
         also = f" ({len(rows)} parameters)" if len(rows) > 1 else ""
-        fixes = [f"For {alternative}", fix], [f"To keep {what.split()[0]}", kept]
-        if decision.numbers == LAST_TWO_AXES and len(shape) > 2:
-            n_in, n_out = shape[-3], shape[-2] * shape[-1]
-            one = MuonDimensionNumbers(-3, (-2, -1))
-            fixes = *fixes, [f"To join the last two axes, {n_in} x {n_out}", _shown(one)]
+        fixes = [(f"For {alternative}", fix), (f"To keep {what.split()[0]}", kept)]
+        fixes += _other_axes(shape, decision.numbers)
         shown = (
             f"{when}: overrides={{" + ", ".join(f'"{p}": {value}' for p in patterns) + "}."
             for when, value in fixes
@@ -96,6 +96,20 @@ class Routing(NamedTuple):
         if [i for i, name in enumerate(joined) if fnmatch.fnmatchcase(name, pattern)] == [*rows]:
             return [pattern]
         return [joined[i].replace("[", "[[]") for i in rows]
+
+
+def _other_axes(
+    shape: tuple[int, ...], numbers: MuonDimensionNumbers | None
+) -> list[tuple[str, str]]:
+    """Lists the other ways in which three axes or more are matrices, with their overrides."""
+    if len(shape) < 3 or numbers not in (LAST_TWO_AXES, _OUTER_AXES):
+        return []
+    n_in, few, n_out = shape[-3:]
+    joined = MuonDimensionNumbers(-3, (-2, -1))
+    found = [(f"To join the last two axes, {n_in} x {few * n_out}", _shown(joined))]
+    if numbers == LAST_TWO_AXES and few <= _FEW:
+        found.append((f"For {few} matrices of {n_in} x {n_out}", _shown(_OUTER_AXES)))
+    return found
 
 
 def _shown(numbers: MuonDimensionNumbers) -> str:

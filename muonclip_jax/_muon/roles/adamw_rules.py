@@ -1,13 +1,14 @@
 """Rules that assign a parameter to AdamW: names, biases, routers, vectors of stacked layers."""
 
-from muonclip_jax._muon.roles import names
+from muonclip_jax._muon.roles import look_alikes, names
 from muonclip_jax._muon.roles.decision import Decision
 from muonclip_jax._muon.roles.evidence import Evidence
-from muonclip_jax._muon.roles.modules import Leaf, Path
+from muonclip_jax._muon.roles.modules import Leaf, Path, Shape
 from muonclip_jax._muon.roles.orientation import has_fitting_bias, is_matrix_of_adaptive_norm
 
 # How many times longer than wide tables of embeddings are, at least.
 _MUCH_LONGER = 8
+_SMALL_EXPERTS = "the experts would be as many as their longest side, or more"
 
 
 def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
@@ -15,7 +16,9 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if leaf.role is None or _is_low_rank(leaf, evidence):
         return None
     role, name = leaf.role
-    doubt = ""
+    if look_alikes.is_matrix(leaf, evidence):
+        return None
+    doubt = look_alikes.doubt(leaf, evidence)
     if role.name == "norm":
         if is_matrix_of_adaptive_norm(leaf, evidence, name):
             return None
@@ -27,6 +30,8 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
         if _is_dense(leaf, evidence):
             return None
         doubt = _doubt_table(leaf, evidence, name)
+        if not doubt and _is_one_of_several(leaf, evidence):
+            doubt = f"'{leaf.core[-2]}' has several matrices, as dense layers"
     if role.name == "output head":
         is_top = role.where == "top"
         if (is_top and _is_hidden_layer(leaf, evidence, name)) or _is_in_head(leaf, evidence, name):
@@ -51,7 +56,15 @@ def _is_dense(leaf: Leaf, evidence: Evidence) -> bool:
     if not computed:
         return False
     has_bias = len(leaf.shape) < 4 and has_fitting_bias(leaf, evidence)
+    has_bias |= _is_one_of_several(leaf, evidence)
     return has_bias or leaf.name not in computed or names.matches(names.DENSE, leaf.name)
+
+
+def _is_one_of_several(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a module has the matrices `w1` and `w2` itself, as no table has."""
+    found = (evidence.by_core.get((*leaf.core[:-1], c)) for c in evidence.children[leaf.core[:-1]])
+    matrices = [x for x in found if x and len(x.shape) > 1 and x.is_inside]
+    return leaf.is_inside and len(matrices) > 1
 
 
 def _is_low_rank(leaf: Leaf, evidence: Evidence) -> bool:
@@ -94,6 +107,10 @@ def state_space(leaf: Leaf, evidence: Evidence) -> Decision | None:
     beside = evidence.children[module] - {name}
     if is_complex or any(names.matches(names.STATE_SPACE, n) for n in beside):
         return Decision(None, f"state-space parameter '{name}'")
+    if name in "ABC" and {"A", "B", "C"} <= {name, *beside}:
+        same = {x.shape for x in evidence.beside(leaf) if x.name in "ABC"} == {leaf.shape}
+        doubt = "" if "D" in beside else "nothing beside it shows a state-space layer"
+        return Decision(None, f"state-space parameter '{name}'", doubt) if same else None
     return None
 
 
@@ -118,14 +135,16 @@ def per_head(leaf: Leaf, evidence: Evidence) -> Decision | None:
 def short_bias(leaf: Leaf, evidence: Evidence) -> Decision | None:
     """`b` beside `w` or `kernel` is a bias, as in Haiku; LoRA has matrices `a` and `b`."""
     name, beside = leaf.core[-1], evidence.children[leaf.core[:-1]]
-    if name.endswith("_b") and any(name[:-2] + end in beside for end in names.MATRIX_SUFFIXES):
+    if name.endswith("_b") and any(
+        name[:-2] + end in beside for end in ("", *names.MATRIX_SUFFIXES)
+    ):
         return Decision(None, f"bias '{name}'")
     is_low_rank = names.matches(names.FROM_LOW_RANK, name) or f"{name[:-1]}a" in beside
     is_bias = name.endswith("_b") and not is_low_rank and not leaf.is_lora
     if not (names.matches("b", name) and name[0] == "b") and not is_bias:
         return None
-    if any(matrix in beside for matrix in ("w", "kernel", "weight", f"w{name[1:]}")):
-        return Decision(None, f"bias '{name}'")
+    if any(matrix in beside for matrix in ("w", "W", "kernel", "weight", f"w{name[1:]}")):
+        return Decision(None, f"bias '{name}'", look_alikes.doubt_shape(leaf, evidence))
     if len(leaf.shape) < 2 or {"a", "A"} & beside or leaf.is_lora:
         return None
     return Decision(None, f"bias '{name}'", "nothing beside it shows that it is a bias")
@@ -150,9 +169,14 @@ def router(leaf: Leaf, evidence: Evidence) -> Decision | None:
         sides = stacks.get((shape[:-2], count), [])
         fitting = [pair for pair in sides if inputs in pair]
         if count > 1 and ((is_gate and sides) or len(fitting) > 1):
-            return Decision(None, f"router '{name}' beside {len(sides)} stacks of {count} experts")
+            reason = f"router '{name}' beside {len(sides)} stacks of {count} experts"
+            is_small = not is_gate and count >= max(map(max, fitting))
+            return Decision(None, reason, _SMALL_EXPERTS if is_small else "")
         if count > 1 and _has_series(leaf.module, count, evidence, any_name=is_gate):
             return Decision(None, f"router '{name}' beside {count} numbered modules")
+    if leaf.module and len(shape) == 2 and _is_beside_list(leaf, shape, evidence):
+        doubt = f"nothing but their number shows that the {shape[-1]} modules beside it are experts"
+        return Decision(None, f"router '{name}' beside {shape[-1]} numbered modules", doubt)
     if is_gate and leaf.module and not evidence.has_child(leaf.module, names.BESIDE_GATE):
         if names.matches(names.MIXTURES, leaf.module[-1]):
             return Decision(None, f"router '{name}' of '{leaf.module[-1]}'")
@@ -170,6 +194,20 @@ def _has_series(module: Path, count: int, evidence: Evidence, *, any_name: bool)
     return any(len(s) == count and all(map(names.is_numbered, s)) for s in series)
 
 
+def _is_beside_list(leaf: Leaf, shape: Shape, evidence: Evidence) -> bool:
+    """Returns whether beside (inputs, n) there is a list of n modules with these inputs."""
+    inputs, count = shape
+    if count < 2 or names.is_numbered(leaf.name) or leaf.is_lora:
+        return False
+    for child in evidence.children[leaf.module]:
+        modules = evidence.children.get((*leaf.module, child), ())
+        if len(modules) == count and all(map(str.isdigit, modules)):
+            group = evidence.groups[(*leaf.module, child)]
+            sides = [evidence.leaves[i].shape for i in group.leaves]
+            return sum(inputs in side for side in sides if len(side) == 2) >= count
+    return False
+
+
 def few_axes(leaf: Leaf, evidence: Evidence) -> Decision | None:
     """Vectors and scalars, also where a stack of layers adds an axis."""
     if len(leaf.shape) < 2:
@@ -184,4 +222,14 @@ def few_axes(leaf: Leaf, evidence: Evidence) -> Decision | None:
         if names.matches(names.MATRIX_NAMES, leaf.core[-1]):
             doubt = f"it has a matrix's name, and all of them have a first axis of {leaf.shape[0]}"
         return Decision(None, reason, doubt)
+    if not stack.known and len(leaf.shape) == 2 and _is_beside_stacks(leaf, evidence):
+        return Decision(None, f"stacked vector: all stacks beside it have {leaf.shape[0]} layers")
     return None
+
+
+def _is_beside_stacks(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether three or more stacks of matrices beside a parameter have its first size."""
+    shapes = [x.shape for x in evidence.beside(leaf) if len(x.shape) > 2 and x.role is None]
+    if leaf.is_lora or len(shapes) < 3 or {shape[0] for shape in shapes} != {leaf.shape[0]}:
+        return False
+    return len({*shapes}) > 1 and not evidence.is_width(leaf.shape[0], shapes)

@@ -47,6 +47,8 @@ def in_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision 
     """
     del settings
     stack, shape = evidence.layer_of(leaf)
+    if len(shape) == 4 and not stack.known and evidence.shared_axis(leaf):
+        stack, shape = Stack((0,), True), shape[1:]
     if len(shape) < 3 or shape[0] == shape[-1] or leaf.is_lora or is_convolution_shape(shape):
         return None
     ndim = len(leaf.shape)
@@ -54,8 +56,8 @@ def in_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision 
     if not is_unnamed and len(shape) == 3:
         return None  # `with_heads` has more evidence
     beside = [x for x in evidence.beside(leaf) if len(x.shape) == ndim]
-    beside = [x for x in beside if (heads_name(x, evidence) is None) == is_unnamed]
-    others = {s for other, s in map(evidence.layer_of, beside) if other == stack}
+    beside = [x for x in beside if is_unnamed or heads_name(x, evidence) is not None]
+    others = {stack.without(x.shape) for x in beside}
     widths = evidence.widths(leaf) or {shape[0], shape[-1]}
     if shape[0] in widths and (*shape[1:], shape[0]) in others:
         sides = (0,), tuple(range(1, len(shape)))
@@ -134,8 +136,11 @@ def _residual_axis(
 
 
 def _low_rank(leaf: Leaf, evidence: Evidence) -> set[int]:
-    """Returns the outputs of `q_a` for `q_b`, and of `kv_a` for `k_b`: low ranks."""
+    """Returns the outputs of `q_a` for `q_b`, of `kv_a` for `k_b`, of `lora_a` for `lora_b`."""
     module, name = leaf.module, leaf.name
+    if (own := leaf.core[-1]).lower().endswith("lora_b"):
+        down = evidence.by_core.get((*leaf.core[:-1], own[:-1] + ("a" if own[-1] == "b" else "A")))
+        return {down.shape[-1]} if down and 1 < len(down.shape) < len(leaf.shape) else set()
     if not names.matches(names.FROM_LOW_RANK, name):
         return set()
     inside = leaf.core[len(module) + 1 :]

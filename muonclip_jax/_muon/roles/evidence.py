@@ -6,11 +6,21 @@ widths of the activations, which enter a projection on its input side.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from muonclip_jax._common.paths import without_boxes
 from muonclip_jax._muon.roles import names
-from muonclip_jax._muon.roles.modules import Experts, Group, Leaf, Path, Shape, Stack, common
+from muonclip_jax._muon.roles.modules import (
+    Experts,
+    Group,
+    Leaf,
+    Path,
+    Shape,
+    Stack,
+    common,
+    is_tiny,
+)
+from muonclip_jax._muon.roles.vectors import vector_kind, without_window
 
 
 class Evidence:
@@ -48,7 +58,7 @@ class Evidence:
         self.sizes = collections.Counter(n for shape in shapes for n in shape)
         vectors = ("bias", "norm", "scale")
         matrices = (
-            _without_window(leaf)
+            without_window(leaf)
             for leaf in self.leaves
             if len(leaf.shape) > 1 and not (leaf.role and leaf.role[0].name in vectors)
             if not names.matches(names.NOISE, leaf.name)
@@ -64,14 +74,14 @@ class Evidence:
 
     def _find_usual_width(self) -> int:
         """Finds the most frequent size of the gains of norms; 0 if there is none."""
-        gains = (leaf for leaf in self.leaves if _vector_kind(leaf) == "gain")
+        gains = (leaf for leaf in self.leaves if vector_kind(leaf) == "gain")
         sizes = collections.Counter(
             n for leaf in gains for n in self.stack_of(leaf).without(leaf.shape)[-1:]
         )
         return max(sizes, key=sizes.__getitem__, default=0)
 
     def _add(self, index: int, leaf: Leaf) -> None:
-        shape, kind = leaf.shape, _vector_kind(leaf)
+        shape, kind = leaf.shape, vector_kind(leaf)
         for depth in range(len(leaf.core)):
             prefix = leaf.core[:depth]
             group = self.groups.get(prefix)
@@ -128,9 +138,18 @@ class Evidence:
         return len(self.groups[module].leaves) == len(self.leaves)
 
     def beside(self, leaf: Leaf) -> list[Leaf]:
-        """Lists the other parameters of a module: directly in it or in modules of their own."""
+        """Lists the other parameters of a module: directly in it or in modules of their own.
+
+        `mlp/w` may be alone in the module `mlp`, or beside `mlp/v`.
+        """
         group = (self.leaves[i] for i in self.groups[leaf.module].leaves)
-        return [x for x in group if x is not leaf and x.module == leaf.module]
+        near = (leaf.module, leaf.core[:-1])
+        return [
+            x
+            for x in group
+            if x is not leaf
+            if x.module == leaf.module or (x.role is None and x.core[:-1] in near)
+        ]
 
     def has_child(self, module: Path, pattern: str) -> bool:
         """Returns whether a module has a child of a name."""
@@ -194,6 +213,29 @@ class Evidence:
         return not (group.lead and len(group.leaves) > 2 and max(ranks) > 2)
 
     def shared_axis(self, leaf: Leaf) -> tuple[Path, int] | None:
+        """Finds a module in which all parameters have the same first size, the number of layers.
+
+        Returns:
+          The path of the outermost such module and the number of its parameters; None if the size
+          may be the width of the activations.
+        """
+        shared = self.same_first_axis(leaf)
+        return None if shared is None or self._may_be_width(shared[0]) else shared
+
+    def _may_be_width(self, prefix: Path) -> bool:
+        """Returns whether the shared first size is a known width, or no side of a matrix is longer.
+
+        Layers are fewer than the width of their activations.
+        """
+        group = self.groups[prefix]
+        return self.is_width(group.lead[0], (self.leaves[i].shape for i in group.leaves))
+
+    def is_width(self, size: int, shapes: Iterable[Shape]) -> bool:
+        """Returns whether the first size of stacked parameters may be the width, not a number."""
+        others = (n for shape in shapes if len(shape) > 2 for n in shape[1:])
+        return size in (self.embedded, self.usual_width) or size >= max(others, default=0)
+
+    def same_first_axis(self, leaf: Leaf) -> tuple[Path, int] | None:
         """Finds a module in which all of three or more parameters have the same first size.
 
         Returns:
@@ -224,7 +266,9 @@ class Evidence:
             found: Experts = {}
             for leaf in (self.leaves[i] for i in self.groups[prefix].leaves):
                 shape = self.stack_of(leaf).without(leaf.shape)
-                if len(shape) > 2 and leaf.role is None and not self._is_attention(leaf):
+                if len(shape) < 3 or is_tiny(*shape[-2:]):
+                    continue
+                if leaf.role is None and not self._is_attention(leaf):
                     found.setdefault((shape[:-3], shape[-3]), []).append({*shape[-2:]})
             self._experts[prefix] = found
         return self._experts[prefix]
@@ -254,26 +298,35 @@ class Evidence:
     def _is_attention(self, leaf: Leaf) -> bool:
         """Returns whether a parameter has the name of a projection into or out of heads."""
         own = names.near(leaf.core)
+        if self.is_lone_letter(leaf):
+            return False
         if any(names.matches(names.INTO_HEADS, names.stem(name)) for name in own):
             return True
         if not any(names.matches(names.OUT_OF_HEADS, names.stem(name)) for name in own):
             return False
         module = leaf.core[: len(leaf.core) - len(own)]
-        return any(
-            names.matches(names.INTO_HEADS, names.stem(child)) for child in self.children[module]
-        )
+        found = [c for c in self.children[module] if names.matches(names.INTO_HEADS, names.stem(c))]
+        return bool(found) and found not in (["k"], ["v"])
+
+    def is_lone_letter(self, leaf: Leaf) -> bool:
+        """Returns whether `k` or `v` has matrices beside it, but no queries, keys or values."""
+        if leaf.name.lower() not in ("k", "v"):
+            return False
+        beside = [x for x in self.beside(leaf) if len(x.shape) > 1 and x.role is None]
+        return bool(beside) and not any(names.matches(names.INTO_HEADS, x.name) for x in beside)
 
     def bias_of(self, leaf: Leaf) -> Leaf | None:
         """Finds the bias that is added to the outputs of a kernel."""
         *module, name = leaf.core
         candidates = [f"{names.stem(name)}{end}" for end in names.BIAS_SUFFIXES]
-        if name.startswith("w_"):
+        if name[:2].lower() == "w_":
             candidates.append(f"b_{name[2:]}")
         if names.matches(names.OF_CELL, name):
             candidates.insert(0, name.replace("weight", "bias"))
-        if names.matches(f"{names.MATRIX_NAMES}|{names.OF_CELL}", name):
+        is_one_of_several = name[:1] in ("w", "W") and name[1:].isdigit()
+        if names.matches(f"{names.MATRIX_NAMES}|{names.OF_CELL}", name) and not is_one_of_several:
             candidates += ["b", "bias"]
-        if name[:1] == "w" and name[1:].isdigit():
+        if is_one_of_several:
             candidates.insert(0, f"b{name[1:]}")
         for candidate in candidates:
             if (bias := self.by_core.get((*module, candidate))) and bias is not leaf:
@@ -284,31 +337,3 @@ class Evidence:
         """Returns whether another parameter of two axes or more has a last axis of this size."""
         others = (x for x in self.leaves if x is not leaf and len(x.shape) > 1)
         return any(x.shape[-1] == width for x in others)
-
-
-def _vector_kind(leaf: Leaf) -> str:
-    """Returns `gain` for a vector of a norm, `bias` for a bias, an empty string for others."""
-    if not leaf.shape or leaf.role is None:
-        return ""
-    role, name = leaf.role
-    if role.name == "norm" and not any(map(names.is_qk_norm, leaf.core)):
-        inside = leaf.core[leaf.core.index(name) + 1 :]
-        return "gain" if len(inside) <= 1 and not _is_dense(inside) else ""
-    if role.name == "bias" or (role.name == "scale" and names.matches("scale|gain", leaf.core[-1])):
-        may_have_heads = len(leaf.shape) > 1 and names.matches(
-            names.INTO_HEADS, names.stem(names.near(leaf.core)[0])
-        )
-        return "" if may_have_heads or any(map(names.is_qk_norm, leaf.core)) else "bias"
-    return ""
-
-
-def _is_dense(inside: Path) -> bool:
-    return bool(inside) and names.matches("kernel", inside[0])
-
-
-def _without_window(leaf: Leaf) -> Shape:
-    """Returns the shape of a parameter without the window of a convolution."""
-    shape = leaf.shape
-    if len(shape) < 3 or not leaf.has(names.CONVOLUTION):
-        return shape
-    return shape[-2:] if max(shape[:-2]) <= max(shape[2:]) else shape[:2]

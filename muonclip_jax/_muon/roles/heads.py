@@ -7,6 +7,12 @@ from muonclip_jax._muon.roles.modules import Leaf
 
 # A side this long, and this many times longer than the other one, may be a vocabulary.
 _VOCABULARY, _VOCABULARY_RATIO = 16384, 16
+# How many times longer than wide a table is, at least, if a head beside it is its transpose.
+_TABLE_RATIO = 4
+# More matrices of one shape than this are hidden.
+_MOST_HEADS = 3
+# The width of the narrowest model in which single matrices are doubted by their place alone.
+_NARROWEST = 32
 
 
 def output_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> Decision | None:
@@ -41,8 +47,10 @@ _UNNAMED = "no name confirms it"
 
 def doubt(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> str:
     """Doubts that a matrix is hidden, if its place in the pytree suggests an output head."""
-    if len(leaf.shape) != 2 or evidence.has_child(leaf.module, names.INTO_HEADS):
+    if len(leaf.shape) != 2:
         return ""
+    if evidence.has_child(leaf.module, names.INTO_HEADS):
+        return _doubt_ends(leaf, evidence, n_in, n_out)
     last = f"'{leaf.core[len(leaf.module)]}' is the last of its series"
     if _is_unread_in_layer(leaf, evidence, n_in, n_out):
         return f"{last} and nothing has {n_out} inputs, so that it may be an output head"
@@ -53,7 +61,50 @@ def doubt(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> str:
         return f"{last} in '{'/'.join(leaf.module)}', so that it may be an output head"
     if names.matches(names.OUTPUT, leaf.name) and n_in != n_out and _is_outside_blocks(leaf):
         return f"'{leaf.name}' is outside of all blocks, so that it may be an output head"
+    return _doubt_ends(leaf, evidence, n_in, n_out)
+
+
+def _doubt_ends(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> str:
+    """Doubts a matrix beside all blocks that may be a table of embeddings or an output head.
+
+    No other matrix has one of its sides, except for the transposed one, as a table and a head are.
+    """
+    if n_in == n_out or leaf.is_lora or not _is_at_root(leaf, evidence):
+        return ""
+    pair = leaf.shape[::-1] if max(n_in, n_out) >= _TABLE_RATIO * min(n_in, n_out) else None
+    matrices = [x.shape for x in evidence.leaves if len(x.shape) > 1 and x.shape != leaf.shape]
+    others = {n for shape in matrices if shape != pair for n in shape}
+    read = others | ({min(n_in, n_out)} if pair in matrices else set())
+    is_several = sum(x.shape == leaf.shape for x in evidence.leaves) > _MOST_HEADS
+    if is_several or max(leaf.shape) < _NARROWEST:
+        return ""
+    is_dense = evidence.bias_of(leaf) is not None or leaf.core[-1].endswith(names.MATRIX_SUFFIXES)
+    is_dense |= leaf.core[-1] in ("kernel", "kernel_mu", "w", "weights")
+    is_hidden = _is_widening(n_in, n_out) and (is_dense or leaf.is_inside or pair not in matrices)
+    is_hidden |= _is_known(leaf, names.INTO_HEADS, names.COMPUTED)
+    is_hidden |= n_in < n_out and _is_known(leaf, names.FROM_RESIDUAL)
+    if n_out not in read and others and (n_in in others or n_out < n_in) and not is_hidden:
+        return f"nothing else has {n_out} inputs, so that it may be an output head"
+    is_known = _is_known(leaf, *names.PROJECTIONS, names.COMPUTED, names.PATCHES)
+    is_dense |= is_known and n_in < _VOCABULARY_RATIO * n_out
+    if n_in not in read and n_out in others and not is_dense:
+        return f"nothing else has {n_in} outputs, so that it may be a table of embeddings"
     return ""
+
+
+def _is_at_root(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a matrix, or a module that has no other, is beside the blocks of a model."""
+    module = leaf.module
+    if evidence.is_root(module):
+        return True
+    group = (evidence.leaves[i].shape for i in evidence.groups[module].leaves)
+    is_only = sum(len(shape) > 1 for shape in group) == 1
+    return is_only and not names.is_in_block(module) and evidence.is_root(module[:-1])
+
+
+def _is_known(leaf: Leaf, *patterns: str) -> bool:
+    own = (leaf.name, leaf.core[-1])
+    return any(names.matches(pattern, name) for pattern in patterns for name in own)
 
 
 def _has_vocabulary(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:

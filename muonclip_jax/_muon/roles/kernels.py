@@ -30,7 +30,7 @@ def numbers_of(leaf: Leaf, stack: Stack, inputs: Shape, outputs: Shape) -> MuonD
 def heads_name(leaf: Leaf, evidence: Evidence) -> str | None:
     """Returns `in` or `out` if a parameter has the name of a projection into or out of heads."""
     if names.matches(names.INTO_HEADS, leaf.name) or _is_glued(leaf, evidence):
-        return "in"
+        return None if evidence.is_lone_letter(leaf) else "in"
     if names.matches(names.OUT_OF_HEADS, leaf.name):
         return "out"
     if names.matches(names.PERHAPS_OUT, leaf.name) and partners(leaf.module, "in", evidence):
@@ -84,6 +84,13 @@ def fused_axis(name: str, shape: Shape) -> int | None:
     if count is None or len(shape) < 3 or names.matches(r"w?kv_b(_proj)?", name):
         return None
     return next((axis for axis, n in enumerate(shape[:-1]) if n == count), None)
+
+
+def has_transposed(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a matrix beside a parameter has its last two axes in the other order."""
+    *lead, n_in, n_out = leaf.shape
+    others = (x for x in evidence.beside(leaf) if x.role is None or len(x.name) == 1)
+    return n_in != n_out and any(x.shape == (*lead, n_out, n_in) for x in others)
 
 
 def is_expert(leaf: Leaf, evidence: Evidence) -> bool:

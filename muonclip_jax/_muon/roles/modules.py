@@ -10,6 +10,8 @@ Path: TypeAlias = tuple[str, ...]
 Shape: TypeAlias = tuple[int, ...]
 # Sides of stacked matrices by the sizes of their batch axes.
 Experts: TypeAlias = dict[tuple[Shape, int], list[set[int]]]
+# A side this short is doubted if the other one is `_MUCH_LARGER` times as long.
+_SMALL_SIDE, _MUCH_LARGER = 4, 8
 
 
 class Leaf(NamedTuple):
@@ -105,6 +107,12 @@ class Group:
         if len(self.second) >= depth:
             return Stack(tuple(range(1, depth + 1)), True)
         return None
+
+
+def is_tiny(n_in: int, n_out: int) -> bool:
+    """Returns whether a matrix has a side of at most 4 and another one 8 times as long."""
+    small, large = sorted((n_in, n_out))
+    return 0 < small <= _SMALL_SIDE and large >= _MUCH_LARGER * small
 
 
 def common(a: Shape, b: Shape) -> Shape:

@@ -8,6 +8,7 @@ from muonclip_jax._muon.roles.decision import Decision, RoleSettings
 from muonclip_jax._muon.roles.evidence import Evidence
 from muonclip_jax._muon.roles.kernels import (
     fused_axis,
+    has_transposed,
     heads_name,
     is_expert,
     numbers_of,
@@ -19,6 +20,10 @@ from muonclip_jax._muon.roles.modules import Leaf, Shape
 _LONGEST_WINDOW = 32
 # A first axis of three that is no longer than this may number layers without further evidence.
 _SHORT_STACK = 16
+# The fewest channels of a convolution that no name shows.
+_CHANNELS = 32
+# `w1` and `w2` of sides that differ this much are the two factors of a low rank.
+_LOW_RANK = 8
 _LORA = re.compile(r"(\w+_)?lora_[abAB]")
 
 
@@ -117,16 +122,6 @@ def _transposed_convolution(leaf: Leaf, evidence: Evidence) -> Decision | None:
     return Decision(numbers, "transposed convolution, as its bias shows")
 
 
-def gates_of_a_cell(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
-    """(inputs, gates, outputs) of a recurrent cell: a matrix for each of three or four gates."""
-    del settings
-    stack, shape = evidence.layer_of(leaf)
-    is_cell = len(shape) == 3 and shape[1] in (3, 4) and leaf.has(names.CELL)
-    if not is_cell or min(shape[0], shape[2]) <= shape[1]:
-        return None
-    return Decision(numbers_of(leaf, stack, (0,), (2,)), f"{shape[1]} gates of a recurrent cell")
-
-
 def beside_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
     """(inputs, *outputs) with the inputs of a kernel beside it that has the heads as outputs.
 
@@ -151,10 +146,27 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Dec
     outputs_first, reason, doubt = _orientation(leaf, evidence, settings)
     is_unknown = stack.known or _is_beside_heads(leaf, evidence) or _is_lone(leaf, evidence)
     is_unknown &= not _is_named_stack(leaf)
+    is_set = settings.outputs_first is not None
+    if last == 2 and not (doubt or is_set) and _may_be_window(leaf, evidence):
+        doubt = f"its first axis of {shape[0]} may be the window of a convolution"
     if is_unknown and last > 1 and not doubt and not _is_batch(leaf, evidence):
         doubt = f"nothing shows whether the axes {shape} are matrices or heads"
     sides = ((last,), (last - 1,)) if outputs_first else ((last - 1,), (last,))
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
+
+
+def _may_be_window(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether an odd first axis numbers no layers: nothing else in the pytree has it."""
+    length, *channels = evidence.layer_of(leaf)[1]
+    known = (*names.PROJECTIONS, names.EXPERTS, names.STACKS, "stack")
+    is_window = length % 2 == 1 and 3 <= length < _SHORT_STACK and max(channels) >= _CHANNELS
+    if not is_window or leaf.is_lora:
+        return False
+    if leaf.core[-1].isdigit():
+        return not leaf.has(names.EXPERTS)  # a list of layers has no stacks of layers
+    if any(names.matches(pattern, name) for name in leaf.core for pattern in known):
+        return False
+    return all(x.shape[:1] != leaf.shape[:1] for x in evidence.beside(leaf))
 
 
 def _is_named_stack(leaf: Leaf) -> bool:
@@ -200,7 +212,8 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> tupl
     if _is_inputs_first_by_custom(leaf):
         by_name = None
     elif convention is not None and names.matches(names.FROM_OTHERS, leaf.name):
-        by_name = None  # cross-attention: the inputs have another width
+        # In cross-attention the inputs have another width.
+        by_name = by_name if by_name == convention else None
     if by_name is not None:
         return by_name, _reason(by_name, "as its name and the widths show"), ""
     if convention is not None:
@@ -217,7 +230,20 @@ def _doubt_storage(leaf: Leaf, evidence: Evidence) -> str:
         return "nothing shows whether it is stored (inputs, outputs); set outputs_first"
     if leaf.core[-1] == "gating_einsum":
         return "Gemma's code stores it (inputs, outputs) or (outputs, inputs)"
-    return _gate_like_down(leaf, shape, evidence)
+    return _gate_like_down(leaf, shape, evidence) or _narrow_up(leaf, shape, evidence)
+
+
+def _narrow_up(leaf: Leaf, shape: Shape, evidence: Evidence) -> str:
+    """Doubts raw arrays `w1` (few outputs) and `w2` (few inputs): MLPs are wider inside."""
+    own = leaf.core[-1]
+    is_up, is_down = (names.matches(p, own) for p in (names.FROM_RESIDUAL, names.TO_RESIDUAL))
+    *_, n_in, n_out = shape
+    is_low_rank = _LOW_RANK * min(n_in, n_out) <= max(n_in, n_out)
+    if is_up == is_down or len(shape) > 2 or is_low_rank or not has_transposed(leaf, evidence):
+        return ""
+    if is_up == (n_in < n_out):
+        return ""
+    return f"as (inputs, outputs) '{own}' has {n_in} and {n_out}; set outputs_first"
 
 
 def _gate_like_down(leaf: Leaf, shape: Shape, evidence: Evidence) -> str:
@@ -283,7 +309,8 @@ def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
     shape = evidence.layer_of(leaf)[1][-2:]
     widths = evidence.widths(leaf) & {evidence.embedded, evidence.usual_width}
     inside = [n in widths for n in shape]
-    if sum(inside) != 1 or _is_numbered_letter(leaf, evidence):
+    is_other = _is_numbered_letter(leaf, evidence) or evidence.is_lone_letter(leaf)
+    if sum(inside) != 1 or is_other:
         return None
     if name == "value" and any(names.matches(names.FEED_FORWARD, n) for n in leaf.module[-1:]):
         return inside[0]  # RWKV: `key` is the projection up, `value` the one down
@@ -321,14 +348,3 @@ def find_convention(evidence: Evidence) -> dict[str, bool]:
             if shown:
                 break
     return convention
-
-
-def gated_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
-    """(inputs, 2, outputs): gate and up in one parameter."""
-    del settings
-    name = leaf.name
-    stack, shape = evidence.layer_of(leaf)
-    is_pair = len(shape) == 3 and shape[1] == 2 and names.matches(names.GATED_PAIR, name)
-    if not is_pair or (not stack.known and shape[0] < 8):
-        return None
-    return Decision(numbers_of(leaf, stack, (0,), (2,)), f"gate and up '{name}'")

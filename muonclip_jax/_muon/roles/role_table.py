@@ -58,7 +58,7 @@ ADAMW_ROLES = (
         "relative positional table",
         "any",
         r"rel(ative)?_?(pos(ition(al)?)?(_?(bias(es)?|emb\w*|table|bias_table|[hwkv]))?"
-        r"|bias|attention_bias|attn_bias|embedding)",
+        r"|bias|attention_bias|attn_bias|embedding)|rpb(_table)?",
         "T5, T5X, Swin, SAM",
     ),
     Role(
@@ -116,7 +116,7 @@ ADAMW_ROLES = (
     Role(
         "state-space parameter",
         "leaf",
-        r"a_log|(\w+_)?dt_bias|d_skip|log_(step|dt|lambda)|(nu|theta|gamma)_log|lambda_(re|im)"
+        r"a_?logs?|log_?a(_real)?|(\w+_)?dt_bias|d_skip|log_(step|dt|lambda)|(nu|theta|gamma)_log|lambda_(re|im)"
         r"|inv_dt|a_param|delta_bias",
         "Mamba, Gated DeltaNet, KDA, S5, LRU, RG-LRU",
     ),

@@ -6,11 +6,19 @@ if names and shapes leave it open. A doubt becomes a warning.
 
 from collections.abc import Sequence
 
-from muonclip_jax._muon.roles import adamw_rules, attention, convolutions, heads, names, orientation
+from muonclip_jax._muon.roles import (
+    adamw_rules,
+    attention,
+    convolutions,
+    gates,
+    heads,
+    names,
+    orientation,
+)
 from muonclip_jax._muon.roles.decision import DEFAULTS, Decision, RoleSettings
 from muonclip_jax._muon.roles.evidence import Evidence
-from muonclip_jax._muon.roles.kernels import sizes
-from muonclip_jax._muon.roles.modules import Leaf, Path, Shape
+from muonclip_jax._muon.roles.kernels import has_transposed, sizes
+from muonclip_jax._muon.roles.modules import Leaf, Path, Shape, is_tiny
 
 _ADAMW_RULES = (
     adamw_rules.by_name,
@@ -28,13 +36,12 @@ _MUON_RULES = (
     attention.in_pair,
     attention.with_heads,
     convolutions.convolution,
-    orientation.gates_of_a_cell,
-    orientation.gated_pair,
+    gates.gates_of_a_cell,
+    gates.gated_pair,
     orientation.beside_heads,
+    gates.few_between,
     orientation.last_two_axes,
 )
-# A side this short is doubted if the other one is `_MUCH_LARGER` times as long.
-_SMALL_SIDE, _MUCH_LARGER = 4, 8
 
 
 def decide(
@@ -92,15 +99,16 @@ def _doubt_sizes(
 ) -> str:
     """Doubts matrices that are tiny, or that may be gates or vectors."""
     small, large = sorted((n_in, n_out))
-    if 0 < small <= _SMALL_SIDE and large >= _MUCH_LARGER * small and not leaf.is_lora:
+    if is_tiny(n_in, n_out) and not leaf.is_lora:
         return f"its matrices have a side of {small}"
     if leaf.is_inside and names.matches(names.NOISE, leaf.name):
         return f"'{leaf.name}' may scale noise, element by element"
     if leaf.core[-1] == "A" and "B" not in evidence.children[leaf.core[:-1]]:
         return "in a state-space layer, 'A' acts on each channel alone"
-    if leaf.core[-1].lower() == "u":
+    is_u = leaf.core[-1].lower() == "u" and len(evidence.layer_of(leaf)[1]) == 2
+    if is_u and not has_transposed(leaf, evidence):
         return "in RWKV, 'u' is a vector for each head"
-    if leaf.name.lower() in ("gate", "wg", "gating"):
+    if leaf.name.lower() in ("gate", "wg", "gating") and not has_transposed(leaf, evidence):
         if not evidence.has_child(leaf.module, names.BESIDE_GATE):
             return "nothing beside it shows whether it gates an MLP or routes to experts"
     if doubt := heads.doubt(leaf, evidence, n_in, n_out):
@@ -124,7 +132,8 @@ def _may_be_a_vector(leaf: Leaf, evidence: Evidence) -> bool:
     name = names.stem(leaf.core[-1])
     known = (names.MATRIX_NAMES, *names.PROJECTIONS, names.PERHAPS_OUT)
     is_known = any(names.matches(pattern, name) for pattern in known) or leaf.is_lora
-    return not is_known and any(names.matches(names.STACKS, n) for n in leaf.core[:-1])
+    in_stack = any(names.matches(names.STACKS, n) for n in leaf.core[:-1])
+    return not is_known and (in_stack or evidence.same_first_axis(leaf) is not None)
 
 
 def _is_broadcast(leaf: Leaf, evidence: Evidence) -> bool:

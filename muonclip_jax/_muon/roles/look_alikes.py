@@ -1,0 +1,58 @@
+"""Parameters with the name of a vector or a table, but with the shape of a matrix beside them."""
+
+from muonclip_jax._muon.roles import names
+from muonclip_jax._muon.roles.evidence import Evidence
+from muonclip_jax._muon.roles.kernels import has_transposed
+from muonclip_jax._muon.roles.modules import Leaf
+
+# An axis longer than this hardly numbers the layers or heads of vectors.
+_LONGEST_STACK = 16
+_MATRIX_ENDS = r"\w+_(proj(ection)?|kernel|w|weights?|dense|linear|mlp|fc)"
+# Roles that single parameters have by name, and whose vectors may be stacked.
+_VECTORS = ("scale", "time-mixing vector", "gate vector", "learned token")
+
+
+def is_matrix(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether `g`, `D` or `queries` has the shape of a matrix beside it."""
+    if not _is_large(leaf, evidence):
+        return False
+    if leaf.role is not None and len(leaf.role[1]) == 1:
+        return has_transposed(leaf, evidence) or _has_same(leaf, evidence)
+    is_query = names.matches(names.INTO_HEADS, leaf.core[-1])
+    return is_query and _has_same(leaf, evidence)
+
+
+def doubt(leaf: Leaf, evidence: Evidence) -> str:
+    """Doubts a vector or a token that has the shape of a matrix."""
+    if leaf.role is None or leaf.role[0].where != "leaf":
+        return ""
+    if len(leaf.role[1]) == 1 and _is_large(leaf, evidence):
+        return "its two axes are as long as those of a matrix"
+    shape = evidence.layer_of(leaf)[1]
+    if names.matches(_MATRIX_ENDS, leaf.core[-1]) and len(shape) > 1 < min(shape[-2:]):
+        return "its name ends as the name of a matrix"
+    is_vector = leaf.role[0].name in _VECTORS and "sigma" not in leaf.core[-1]
+    return doubt_shape(leaf, evidence) if is_vector else ""
+
+
+def doubt_shape(leaf: Leaf, evidence: Evidence) -> str:
+    """Doubts a parameter that has the shape of a matrix beside it."""
+    if not _is_large(leaf, evidence):
+        return ""
+    if _has_same(leaf, evidence) or has_transposed(leaf, evidence):
+        return "it has the sides of a matrix beside it"
+    return ""
+
+
+def _is_large(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether the last two axes of one layer are as long as those of matrices."""
+    if len(leaf.shape) == 2 and evidence.shared_axis(leaf):
+        return False
+    shape = evidence.layer_of(leaf)[1]
+    if len(shape) == 3 and names.matches(names.INTO_HEADS, leaf.name):
+        return True
+    return len(shape) > 1 and min(shape[-2:]) > _LONGEST_STACK
+
+
+def _has_same(leaf: Leaf, evidence: Evidence) -> bool:
+    return any(x.shape == leaf.shape and x.role is None for x in evidence.beside(leaf))
