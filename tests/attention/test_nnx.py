@@ -263,7 +263,7 @@ def test_a_leaf_named_value_is_no_variable():
 
     module = Attention()
     _, stats = capture(module, X)
-    layout = mc.MultiHeadLayout(query="value", key="key")
+    layout = mc.MultiHeadLayout(query="value", key="key", kept_leaves=("lora_a", "query"))
     for params in (nnx.state(module), nnx.to_pure_dict(nnx.state(module))):
         new, info = mc.qk_clip(params, stats, layout, threshold=0.1)
         assert info.clipped_heads == 2
