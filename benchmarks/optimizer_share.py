@@ -21,6 +21,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,9 @@ class Compiler:
             return optax.apply_updates(params, updates), state
 
         state = jax.eval_shape(tx.init, params)
-        return self.count(step, params, state, params, donated=(0, 1))
+        # Newton–Schulz chooses by the platform, which for a full matrix is that of the host.
+        with mock.patch.object(jax, "default_backend", return_value=self.device.platform):
+            return self.count(step, params, state, params, donated=(0, 1))
 
     def clip(self, part: Part) -> Any:
         """Counts QK-clip of a part with attention."""
