@@ -3,8 +3,8 @@
 #
 # MuonClip trained Kimi K2 (arXiv 2507.20534). It uses Muon for matrices and AdamW for all other
 # parameters. After each step, QK-clip shrinks the query and key weights of attention heads whose
-# logits exceed a threshold. It changes three lines of your program: the attention function, the
-# optimizer, and one call after the update.
+# logits exceed a threshold. Three places of your program change: the attention, the optimizer, and
+# one call after the update. The loss also returns the max logits.
 
 # %%
 import importlib.util
@@ -41,7 +41,7 @@ print(jax.devices())
 # %% [markdown]
 # ## The model
 #
-# A small transformer on bytes, with Flax's attention. **Line one:** `attention_fn` computes the
+# A small transformer on bytes, with Flax's attention. **Attention:** `attention_fn` computes the
 # same output as Flax's function, and sows the max logit of each head. Pass `sow_weights=True`:
 # without it, Flax does not pass the module to the function.
 
@@ -92,8 +92,8 @@ print(mc.routing_table(params, consistent_rms=0.2))
 # %% [markdown]
 # ## The train step
 #
-# **Line two:** `mc.muon`, an optax optimizer. With `consistent_rms=0.2`, its updates have the RMS
-# of AdamW's updates, so one learning rate works for both. **Line three:** `mc.qk_clip` accepts
+# **Optimizer:** `mc.muon`, an optax optimizer. With `consistent_rms=0.2`, its updates have the RMS
+# of AdamW's updates, so one learning rate works for both. **Clip:** `mc.qk_clip` accepts
 # the parameters after the update and the max logits. 100 is the threshold of Kimi K2.
 
 # %%

@@ -247,6 +247,17 @@ def test_calls_in_the_table_build_optimizers():
         assert isinstance(tx, optax.GradientTransformationExtraArgs)
 
 
+def test_defaults_in_the_table_are_those_of_the_optimizers():
+    muon, clip = (inspect.signature(f).parameters for f in (mc.muon, mc.muonclip))
+    for name, *cells in table("choosing.md", "defaults"):
+        name = name.split("`")[1]
+        shown = [cell.split("`")[1] for cell in cells]
+        if name == "threshold":
+            assert name not in muon
+            shown[0] = None
+        assert shown == [repr(p[name].default) if name in p else None for p in (muon, clip)]
+
+
 def test_presets_in_the_table_of_choices_arrive_where_it_says():
     rows = table("choosing.md", "presets")
     assert len(rows) == 4
