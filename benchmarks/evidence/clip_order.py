@@ -260,9 +260,10 @@ width D, head dimension H, and queries and keys of equal norms it is 2 · 0.2 η
 {growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate η. It does not include that batches
 differ. Nine in ten stay at or below τ with: {kept}.
 
-**Shared keys.** The line {GROUP} has its own rule, and `no shared keys` is the model `mha`. All
-others use the rule `query`. With `group` {counts[GROUP]:.1f} heads are clipped per step, with
-`query` {counts[AFTER]:.1f} (first line). See [Rules for shared keys](#rules-for-shared-keys-and-the-bound).
+**Shared keys.** One line has the rule `group`, and `no shared keys` is the model `mha`. All others
+use the rule `query`. With `group` {counts[GROUP]:.1f} heads are clipped per step, with
+`query` {counts[AFTER]:.1f} (first line). See
+[Rules for shared keys](#rules-for-shared-keys-and-the-bound).
 
 The table has the largest logit of a step's batch, divided by τ = {THRESHOLD:g}, of heads that the
 step before clipped. The trainings are like [Exploding logits](#exploding-logits-and-qk-clip),

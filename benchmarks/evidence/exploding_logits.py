@@ -140,8 +140,8 @@ largest logit of {STEPS // LOGGED} steps, so it shows the highest batches. Our r
 falls without QK-clip. Decay limits logits too, and QK-clip rarely acts at this scale.
 
 Why "partly": the median exceeds τ by more than {KEPT - 1:.0%} with {above}, and by less with the
-others. [A clipped head, one step later](#a-clipped-head-one-step-later) measures each step, both orders of
-clip and update, and lower thresholds.
+others. [A clipped head, one step later](#a-clipped-head-one-step-later) measures each step, both
+orders of clip and update, and lower thresholds.
 
 {markdown(COLUMNS, rows)}"""
 

@@ -123,7 +123,8 @@ method ({gram}) and bfloat16 ({narrow}) have no effect beyond rounding and noise
 
 Why "partly": the verdict compares `jordan` with `cubic5` and with everything more accurate than
 `cubic5`. Differences of more than two deviations: {apart}. The grid of rates is not the cause. The
-difference grows with the rate: at {RATES[0]:g}, {RATES[1]:g} and {RATES[2]:g} it is {by_rate("cubic5")} for `cubic5` and
+difference grows with the rate: at {RATES[0]:g}, {RATES[1]:g} and {RATES[2]:g} it is
+{by_rate("cubic5")} for `cubic5` and
 {by_rate(MOST_ACCURATE)} for `{MOST_ACCURATE}`. A comparison at small rates hides it.
 
 {markdown(columns, rows)}"""

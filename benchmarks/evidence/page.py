@@ -35,7 +35,8 @@ model of a billion parameters and a trillion tokens.
 
 - **Models:** `gqa` has grouped queries, {HEADS} query heads on {HEADS // 2} key heads. It is the
   model if none is named. `mha` has {HEADS} key heads. `mla` has latent attention.
-- **Seeds:** {len(SEEDS)} for each training. Exceptions: {{exceptions}}.
+- **Seeds:** {len(SEEDS)} for each training. Exceptions: {{exceptions}}, two of
+  them for the learning rates.
 - **Loss** is in nats per byte, on {VALIDATION_BYTES:,} bytes that no training reads.
 - **±** is one standard deviation over seeds.
 - **Same seed** compares trainings with the same initial weights and the same text at each step.
@@ -51,8 +52,8 @@ python -m benchmarks.evidence all    # hours; an interrupted run continues
 
 The records are in [benchmarks/evidence/results](../benchmarks/evidence/results), and
 `python -m benchmarks.evidence page` generates this page from them.
-`tests/benchmarks/test_evidence.py` recomputes every figure and verdict. Versions: {{versions}}. muonclip-jax 0.1.0
-is a version before the first release.
+`tests/benchmarks/test_evidence.py` recomputes every figure and verdict. Versions: {{versions}}.
+muonclip-jax 0.1.0 is a version before the first release.
 """
 
 SECTION = """
