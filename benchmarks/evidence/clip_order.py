@@ -255,10 +255,9 @@ Why "partly": the order does not matter, and the median is at most τ. But the t
 {mean_sd(ours[BEFORE]["median"])}. In both orders one more update follows the forward pass that
 computes the factor, and the factor does not see this update.
 
-**Lower thresholds.** `growth` is the most that one update adds to a logit of τ, relative to τ. For
+**Lower thresholds.** `growth` is the most that one update adds to a logit of τ, divided by τ. For
 width D, head dimension H, and queries and keys of equal norms it is 2 · 0.2 η D / √(τ √H):
-{growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate η. It does not include that batches
-differ. Nine in ten stay at or below τ with: {kept}.
+{growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate η. It ignores that batches differ. Nine in ten stay at or below τ with: {kept}.
 
 **Shared keys.** One line has the rule `group`, and `no shared keys` is the model `mha`. All others
 use the rule `query`. With `group` {counts[GROUP]:.1f} heads are clipped per step, with

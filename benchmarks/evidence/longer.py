@@ -168,9 +168,9 @@ logit of {STEPS // LOGGED} steps is above a value; as the clip never acts, it is
 without it. The `gqa` model trains on {RUN.batch_size} x {SEQ_LEN} bytes a step at the rate
 {RUN.learning_rate:g}, the best of [A low threshold](#a-low-threshold-does-not-change-the-loss),
 with decay {RUN.weight_decay:g} and one seed. The batch there is
-{BATCH_SIZE // RUN.batch_size} times as large{below}. The loss is {ours["loss"]["mean"]:.3f}. The schedule
-is Kimi K2's: the rate is constant until step {constant:,}, after a warmup of {WARMUP}, and then
-falls to a tenth as a cosine.
+{BATCH_SIZE // RUN.batch_size} times as large{below}. The loss is
+{ours["loss"]["mean"]:.3f}. The schedule is Kimi K2's: the rate is constant
+until step {constant:,}, after a warmup of {WARMUP}, and then falls to a tenth as a cosine.
 
 {markdown(("steps", *parts, "ever"), rows)}"""
 

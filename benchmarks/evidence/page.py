@@ -91,7 +91,7 @@ def page(results: Results) -> str:
 def exceptions(results: Results) -> str:
     """Lists the experiments with another number of seeds than `SEEDS`."""
     numbers = {EXPERIMENTS[name].TITLE: len(result["seeds"]) for name, result in results.items()}
-    listed = [f"{n} in {title}" for title, n in numbers.items() if n != len(SEEDS)]
+    listed = [f'{n} in "{title}"' for title, n in numbers.items() if n != len(SEEDS)]
     return "; ".join(listed)
 
 

@@ -122,8 +122,8 @@ rules that also shrink the shared key lower it by {min(gains):.3f} to {max(gains
 The trainings have {STEPS} steps. "Large rate" is {LARGE_RATE.learning_rate:g} without weight decay
 at τ = {LARGE_RATE.threshold:g}: the default rule clips {default["clips_a_step"]["mean"]:.1f} of
 {LAYERS * HEADS} heads at a step, on average. "Best rate" is
-{BEST_RATE.learning_rate:g} with decay at τ = {BEST_RATE.threshold:g}, which most heads exceed for a while. Each key head serves two query
-heads.
+{BEST_RATE.learning_rate:g} with decay at τ = {BEST_RATE.threshold:g}, which most
+heads exceed for a while. Each key head serves two query heads.
 
 At the large rate the rules `group` and `exact` keep the largest logit at {min(logits):.0f} to
 {max(logits):.0f}, instead of {default["max_logit"]["mean"]:.0f} with the default `{DEFAULT}`. They

@@ -182,10 +182,10 @@ def section(ours: Mapping[str, Any]) -> str:
     billions = full.budgets[full.first[MUON][0]] * gpt2_tokens.STEP_TOKENS / 1e9
     return f"""\
 `mc.muon` reaches {ours["target"]:g} nats per byte in {reached(line["times_adamw"], 2)} times the
-steps of AdamW (p = {p_value(line["p_adamw"])}). Fewer steps than `mc.muon` need, at p < {LEVEL:g}:
-{fewest}. More steps: {most}. No difference that {len(BYTES.seeds)} seeds can show: {rest}. The ratio of
-modded-nanogpt is {3325 / 5625:.2f}: such short trainings on such small batches are no fair test of
-AdamW.
+steps of AdamW (p = {p_value(line["p_adamw"])}). At p < {LEVEL:g}, these need fewer steps than
+`mc.muon`: {fewest}. These need more: {most}. {len(BYTES.seeds)} seeds show no difference for:
+{rest}. The ratio of modded-nanogpt is {3325 / 5625:.2f}. Such short trainings on such small batches
+are no fair test of AdamW.
 
 Why "partly": the verdict needs p < {LEVEL:g} twice. For Muon against AdamW p is
 {p_value(line["p_adamw"])}, and for NorMuon against Muon it is {p_value(normuon["p_muon"])}.
@@ -202,7 +202,8 @@ small for every seed. Between them the loss is linear in the logarithm of the st
 paired t-test of that logarithm at equal seeds, two-sided, not corrected for several comparisons.
 "Passes with" is modded-nanogpt's rule: the fewest steps tried whose mean loss is {PASSING:g}
 standard errors below the target (p < 0.001, one-sided). The standard error assumes a standard
-deviation of {BYTES.spread:g} over seeds. The measured one, pooled over all trainings, is {ours["spread"]:.3f}.
+deviation of {BYTES.spread:g} over seeds. The measured one, pooled over all trainings, is
+{ours["spread"]:.3f}.
 
 All have decay {run.weight_decay:g}, and otherwise the defaults of `optax.contrib.muon`: Nesterov
 and the scale √max(1, n_out / n_in). `{CLIPPED}` is Algorithm 1 of Kimi K2 with τ = {THRESHOLD:g}:

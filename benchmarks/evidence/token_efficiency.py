@@ -166,7 +166,8 @@ With updates matched to the size of AdamW's, the best rate is
 accepts a best rate within a factor of 2 of AdamW's. At the rate of AdamW the loss is
 {carried["muon"]["excess_loss"]:.3f} higher. Without matching, which is Keller Jordan's scale
 √max(1, n_out / n_in), the factor is {unmatched["rate_by_adamw_rate"]:g} and the increase
-{unmatched["excess_loss"]:.3f}. At its own best rate the unmatched scale trains better here. Matching saves the search for a rate, and does not lower the loss.
+{unmatched["excess_loss"]:.3f}. At its own best rate the unmatched scale trains better here.
+Matching saves the search for a rate, and does not lower the loss.
 
 {markdown(columns, rows)}"""
 
