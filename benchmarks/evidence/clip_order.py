@@ -248,8 +248,9 @@ One step after a clip the median head is at {median:.2f} τ, nine in ten are bel
 the highest is at {largest:.2f} τ. A batch with high logits causes the clip, and the next batch is
 usually lower.
 
-Why "partly": the order does not matter, and the median is at most τ. But the threshold
-τ / (1 + growth) keeps nine in ten below {nine[LOWERED]:.2f} τ, not below τ.
+Why "partly": the verdict needs a median of at most τ, equal medians in both orders, and nine in ten
+at or below τ with the threshold τ / (1 + growth). That threshold keeps nine in ten below
+{nine[LOWERED]:.2f} τ.
 
 **Order.** With the clip before the update, the median is {order}:
 {mean_sd(ours[BEFORE]["median"])}. In both orders one more update follows the forward pass that
@@ -257,7 +258,8 @@ computes the factor, and the factor does not see this update.
 
 **Lower thresholds.** `growth` is the most that one update adds to a logit of τ, divided by τ. For
 width D, head dimension H, and queries and keys of equal norms it is 2 · 0.2 η D / √(τ √H):
-{growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate η. It ignores that batches differ. Nine in ten stay at or below τ with: {kept}.
+{growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate η.
+It ignores that batches differ. Nine in ten stay at or below τ with: {kept}.
 
 **Shared keys.** One line has the rule `group`, and `no shared keys` is the model `mha`. All others
 use the rule `query`. With `group` {counts[GROUP]:.1f} heads are clipped per step, with
