@@ -96,7 +96,7 @@ COLUMNS = (
     "largest logit, no clip",
     "heads above τ",
     "with clip",
-    "median of clipped heads",
+    "median from the first clip on",
     "loss, no clip",
     "with clip",
     "difference, same seed",
@@ -109,6 +109,7 @@ def section(ours: Mapping[str, Any]) -> str:
     kept = [ours[name]["clipped_median_of_clipped_heads"]["mean"] for name in UNDECAYED]
     above = ", ".join(n for n, x in zip(UNDECAYED, kept, strict=True) if x >= KEPT * THRESHOLD)
     gains = [-ours[name]["clipped_minus_plain_loss"]["mean"] for name in UNDECAYED]
+    capped = [ours[name]["clipped_max_logit"]["mean"] for name in UNDECAYED]
     peaks = [ours[name]["plain_max_logit"]["mean"] for name in UNDECAYED]
     decayed = mean_sd(ours["gqa, weight decay 0.1"]["plain_max_logit"], 0)
     rows = [
@@ -125,21 +126,22 @@ def section(ours: Mapping[str, Any]) -> str:
         for name, line in ours.items()
     ]
     return f"""\
-Without QK-clip the largest logit reaches {min(peaks):,.0f} to {max(peaks):,.0f}. With QK-clip each
-head stays near τ = {THRESHOLD:g}, and the loss is {min(gains):.2f} to {max(gains):.2f} lower.
+Without QK-clip the largest logit reaches {min(peaks):,.0f} to {max(peaks):,.0f}. With QK-clip and
+τ = {THRESHOLD:g} it reaches {min(capped):.0f} to {max(capped):.0f}, and the median of clipped heads
+is {min(kept):.0f} to {max(kept):.0f}. The loss is {min(gains):.2f} to {max(gains):.2f} lower.
 
 The learning rate is {RATE:g}, three times the best, without weight decay. With plain Muon the
 largest logit still rises while the rate falls to 0: in the second half of {STEPS} steps it is
-{min(rise):.1f} to {max(rise):.1f} times the largest of the first half. With QK-clip the median
-over clipped heads is {min(kept):.0f} to {max(kept):.0f}, because one update at this rate adds that
-much before the next clip. Our rule allows {KEPT - 1:.0%} above τ. With the weight decay of Kimi K2,
-0.1, the largest logit is {decayed} and falls without QK-clip. Decay limits logits too, and QK-clip
-rarely acts at this scale.
+{min(rise):.1f} to {max(rise):.1f} times the largest of the first half.
+
+The median is over the heads that exceed τ, from their first clip on. Each number in it is the
+largest logit of {STEPS // LOGGED} steps, so it shows the highest batches. Our rule allows
+{KEPT - 1:.0%} above τ. With the weight decay of Kimi K2, 0.1, the largest logit is {decayed} and
+falls without QK-clip. Decay limits logits too, and QK-clip rarely acts at this scale.
 
 Why "partly": the median exceeds τ by more than {KEPT - 1:.0%} with {above}, and by less with the
-others. It is a median of the largest of {STEPS // LOGGED} steps, which shows the highest batches.
-[A clipped head, one step later](#a-clipped-head-one-step-later) measures each step, both orders of
-clip and update, and lower thresholds.
+others. [A clipped head, one step later](#a-clipped-head-one-step-later) measures each step, both
+orders of clip and update, and lower thresholds.
 
 {markdown(COLUMNS, rows)}"""
 

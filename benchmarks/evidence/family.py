@@ -172,11 +172,15 @@ def section(ours: Mapping[str, Any]) -> str:
         found: [name for name in VARIANTS if name != PLAIN and effect(ours[name]) == found]
         for found in ("lower", "equal", "higher")
     }
+    names["not lower"] = [n for n in names["equal"] + names["higher"] if n != "Sinkhorn"]
     names["at the end"] = [n for n in ours if ours[n]["learning_rate"] in (RATES[0], RATES[-1])]
     listed = {found: ", ".join(of) or "none" for found, of in names.items()}
     return f"""\
 These lower the loss of plain Muon by more than two standard deviations: {listed["lower"]}. These
 raise it: {listed["higher"]}. No clear difference: {listed["equal"]}.
+
+Why "partly": the verdict needs a lower loss from each transform of Muon, and no higher one from
+Sinkhorn-balanced momentum. Without a clearly lower loss: {listed["not lower"]}.
 
 All variants train for {Variant(0.0, 0).steps} steps with the settings and the decay of plain Muon.
 Each has its best rate of {", ".join(f"{rate:g}" for rate in RATES)}, found with the first seed.

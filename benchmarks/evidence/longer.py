@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.evidence import plotting
 from benchmarks.evidence.runner import Measure, lookup
 from benchmarks.evidence.summaries import loss_of, over_seeds, seeds_of
-from benchmarks.evidence.training import LOGGED, SEQ_LEN, Run, curves, finite
+from benchmarks.evidence.training import BATCH_SIZE, LOGGED, SEQ_LEN, Run, curves, finite
 from benchmarks.report import markdown
 
 TITLE = "Whether the clip stops by itself"
@@ -156,6 +156,7 @@ def section(ours: Mapping[str, Any]) -> str:
     constant, at = round(CONSTANT * STEPS), int(CONSTANT * TENTHS) - 1
     does = "acts" if acts(ours) else "never acts: no logit reaches τ"
     goes_on = "few heads exceed" if fades(ours["above"][JUDGED]) else "heads go on exceeding"
+    below = f"; here logits stay below {RUN.threshold:g}" if not acts(ours) else ""
     return f"""\
 With τ = {RUN.threshold:g}, as in the paper, the clip {does}, and at the full learning rate
 {goes_on} a lower threshold such as {JUDGED}. In the first tenth of the steps
@@ -166,9 +167,10 @@ weight decay they do not keep growing either. The table has the fraction of head
 logit of {STEPS // LOGGED} steps is above a value; as the clip never acts, it is that of a training
 without it. The `gqa` model trains on {RUN.batch_size} x {SEQ_LEN} bytes a step at the rate
 {RUN.learning_rate:g}, the best of [A low threshold](#a-low-threshold-does-not-change-the-loss),
-with decay {RUN.weight_decay:g} and one seed; the loss is {ours["loss"]["mean"]:.3f}. The schedule
-is Kimi K2's: the rate is constant until step {constant:,}, after a warmup of {WARMUP}, and then
-falls to a tenth as a cosine.
+with decay {RUN.weight_decay:g} and one seed. The batch there is
+{BATCH_SIZE // RUN.batch_size} times as large{below}. The loss is
+{ours["loss"]["mean"]:.3f}. The schedule is Kimi K2's: the rate is constant
+until step {constant:,}, after a warmup of {WARMUP}, and then falls to a tenth as a cosine.
 
 {markdown(("steps", *parts, "ever"), rows)}"""
 

@@ -97,10 +97,11 @@ Down to τ = 12 the loss does not change. At τ = {lowest} it is
 
 The learning rate is the best one. Without QK-clip the largest logit is {mean_sd(free, 0)}, so heads
 reach each of these thresholds within {STEPS} steps. At τ = {LOW},
-{ours[LOW]["ever_clipped"]["mean"]:.1%} of the heads are ever clipped, and none after step
-{ours[LOW]["last_clip"]["mean"]:.0f} on average. At τ = 12 most heads are clipped at some time, and
-the loss equals the loss without QK-clip at the same seed, within its spread. τ = {lowest} is too
-low: it clips every head until the end.
+{ours[LOW]["ever_clipped"]["mean"]:.1%} of the heads are ever clipped. Clips stop there after step
+{ours[LOW]["last_clip"]["mean"]:.0f} on average. At τ = 12 they last until the end: the last is at
+step {ours["12"]["last_clip"]["mean"]:.0f} of {STEPS}. Most heads are clipped at some time, and the
+loss equals the loss without QK-clip at the same seed, within its spread. τ = {lowest} is too low:
+every head is clipped at some time, and clips last until the end.
 
 {markdown(columns, rows)}"""
 

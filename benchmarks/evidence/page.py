@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.evidence.experiments import EXPERIMENTS
+from benchmarks.evidence.summaries import SEEDS
 from benchmarks.evidence.training import (
     BATCH_SIZE,
     HEAD_DIM,
@@ -32,6 +33,10 @@ verdict from the recorded trainings.
 per step, for {Run(0.0, 0).steps} steps on two CPU cores. A claim that fails here may hold for a
 model of a billion parameters and a trillion tokens.
 
+- **Models:** `gqa` has grouped queries, {HEADS} query heads on {HEADS // 2} key heads. It is the
+  model if none is named. `mha` has {HEADS} key heads. `mla` has latent attention.
+- **Seeds:** {len(SEEDS)} for each training. Exceptions: {{exceptions}}, two of
+  them for the learning rates.
 - **Loss** is in nats per byte, on {VALIDATION_BYTES:,} bytes that no training reads.
 - **±** is one standard deviation over seeds.
 - **Same seed** compares trainings with the same initial weights and the same text at each step.
@@ -48,6 +53,7 @@ python -m benchmarks.evidence all    # hours; an interrupted run continues
 The records are in [benchmarks/evidence/results](../benchmarks/evidence/results), and
 `python -m benchmarks.evidence page` generates this page from them.
 `tests/benchmarks/test_evidence.py` recomputes every figure and verdict. Versions: {{versions}}.
+muonclip-jax 0.1.0 is a version before the first release.
 """
 
 SECTION = """
@@ -72,7 +78,7 @@ def page(results: Results) -> str:
     """Generates docs/evidence.md."""
     versions = next(iter(results.values()))["versions"]
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts = [HEAD.format(table=table(results), versions=listed)]
+    parts = [HEAD.format(table=table(results), versions=listed, exceptions=exceptions(results))]
     for name, result in results.items():
         experiment = EXPERIMENTS[name]
         text = f"**{FOUND[result['verdict']]}.** {experiment.section(result['ours'])}"
@@ -80,6 +86,13 @@ def page(results: Results) -> str:
         shown = {"title": experiment.TITLE, "name": name, "result": first, "details": details}
         parts.append(SECTION.format(**{**result, **shown}))
     return "".join(parts)
+
+
+def exceptions(results: Results) -> str:
+    """Lists the experiments with another number of seeds than `SEEDS`."""
+    numbers = {EXPERIMENTS[name].TITLE: len(result["seeds"]) for name, result in results.items()}
+    listed = [f'{n} in "{title}"' for title, n in numbers.items() if n != len(SEEDS)]
+    return "; ".join(listed)
 
 
 def wrapped(text: str) -> str:

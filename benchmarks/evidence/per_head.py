@@ -125,8 +125,9 @@ to the logits of full kernels or larger, and only QK-clip limits them.
 
 Why "partly": the loss is lower, the logits are not. The scale 0.2 √max(n_in, n_out) gives both
 updates the same root mean square, so the update of a head is no smaller with one matrix per head.
-It is only the same for each head. In the square query kernels of `gqa` a full kernel has that too:
-if all its outputs are orthonormal, so are those of each head. Kernels with many more outputs than
+One matrix per head only makes the updates of all heads equally large. In the square query kernels
+of `gqa` a full kernel does that too: if all its outputs are orthonormal, so are the outputs of each
+head. Kernels with many more outputs than
 inputs differ: Kimi K2's up-projection of queries has 8 times as many, ours {wide:g}.
 
 {markdown(columns, rows)}"""

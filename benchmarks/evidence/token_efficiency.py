@@ -159,14 +159,15 @@ MuonClip (τ = {THRESHOLD:g}) reaches the loss of AdamW in {first} of the steps.
 
 AdamW trains for {STEPS} steps. If AdamW trains for {LONG} steps, to {mean_sd(longer["loss"])} at
 the rate {longer["learning_rate"]:g}, the fraction is {second}. Each number of steps is a separate
-training with a full schedule. Short trainings on small batches do not rank AdamW.
+training with a full schedule. Short trainings on small batches are no fair test of AdamW.
 
 With updates matched to the size of AdamW's, the best rate is
-{carried["muon"]["rate_by_adamw_rate"]:g} times the rate of AdamW, one grid point away. At the rate
-of AdamW the loss is {carried["muon"]["excess_loss"]:.3f} higher. Without matching, which is Keller
-Jordan's scale √max(1, n_out / n_in), the factor is {unmatched["rate_by_adamw_rate"]:g} and the
-increase {unmatched["excess_loss"]:.3f}. At its own best rate the unmatched scale trains better
-here. Matching saves the search for a rate, and does not lower the loss.
+{carried["muon"]["rate_by_adamw_rate"]:g} times the rate of AdamW, one grid point away. The verdict
+accepts a best rate within a factor of 2 of AdamW's. At the rate of AdamW the loss is
+{carried["muon"]["excess_loss"]:.3f} higher. Without matching, which is Keller Jordan's scale
+√max(1, n_out / n_in), the factor is {unmatched["rate_by_adamw_rate"]:g} and the increase
+{unmatched["excess_loss"]:.3f}. At its own best rate the unmatched scale trains better here.
+Matching saves the search for a rate, and does not lower the loss.
 
 {markdown(columns, rows)}"""
 

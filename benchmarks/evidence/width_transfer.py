@@ -270,6 +270,9 @@ def section(ours: Mapping[str, Any]) -> str:
 The best rate does not move with the width under {names["steady"]}. It moves under
 {names["moving"]}. Unclear: {names["unclear"]}.
 
+Why "partly": the verdict needs a steady rate with the spectral scale √(n_out / n_in), and a moving
+one with both other scales.
+
 A rate is steady if it changes by at most {STEADY:g} octaves when the width doubles. It moves if it
 changes by more than that, and by more than two standard deviations. The table has the rates of the
 matrices. Each of {len(SEEDS)} seeds has its own best rate, interpolated by a parabola through three
@@ -278,8 +281,8 @@ rates a factor of two apart.
 The model has {Wide.layers} layer, heads of {HEAD_DIM}, {KEY_HEADS} key heads and, at width n, n
 hidden units. It trains for {Wide.steps} steps of {Wide.batch_size} x {SEQ_LEN}
 bytes without decay, and the loss is measured on {Wide.validation_bytes:,} bytes. Each head is a
-matrix, as in Kimi K3, so queries, keys and values have {HEAD_DIM} outputs at each width. There the
-two scales without a factor differ. The other matrices are square, and both scales are 1.
+matrix, as in Kimi K3, so queries, keys and values have {HEAD_DIM} outputs at each width. There
+√max(1, n_out / n_in) and √(n_out / n_in) differ. The other matrices are square, and both are 1.
 
 AdamW follows muP: {ADAM_RATE:g} for the embedding and the norms, and {ADAM_RATE:g} times
 {WIDTHS[0]} / width for the output head. Hidden kernels start with a variance of 1 / n_in, and the

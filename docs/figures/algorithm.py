@@ -40,7 +40,7 @@ def draw(colors: Palette) -> str:
     c.text(190, 232, "QK-clip: every attention head h", color=colors.orange, bold=True, size=15)
     steps = (
         ("largest logit", "Sʰ = max qᵢᵀkⱼ / √d", "over batch and positions"),
-        ("factor of a head", "γʰ = min(1, τ / Sʰ)", "γ = 1: no bit changes"),
+        ("factor of a head", "γʰ = τ / Sʰ if Sʰ > τ", "else 1: no bit changes"),
         ("scale query, key", "Wqʰ ← √γʰ Wqʰ", "Wkʰ ← √γʰ Wkʰ"),
     )
     for i, (name, equation, second) in enumerate(steps):

@@ -1,6 +1,6 @@
 """QK-clip: scales down the query and key weights of heads with large attention logits.
 
-    γ_h = min(1, τ / S_h)
+    γ_h = τ / S_h if S_h > τ, otherwise 1
     W_q,h ← γ_hᵃ W_q,h
     W_k,h ← γ_h¹⁻ᵃ W_k,h
 
