@@ -251,7 +251,7 @@ def test_defaults_in_the_table_are_those_of_the_optimizers():
     muon, clip = (inspect.signature(f).parameters for f in (mc.muon, mc.muonclip))
     for name, *cells in table("choosing.md", "defaults"):
         name = name.split("`")[1]
-        shown = [cell.split("`")[1] for cell in cells]
+        shown: list[str | None] = [cell.split("`")[1] for cell in cells]
         if name == "threshold":
             assert name not in muon
             shown[0] = None
