@@ -1,4 +1,4 @@
-"""Which settings to use on the attached NVIDIA GPU: some minutes, one line of advice.
+"""Measures the attached NVIDIA GPU for some minutes, and prints which settings to use.
 
     pip install "muonclip-jax[cuda]"
     python -m benchmarks.gpu_kernel --list
@@ -54,7 +54,7 @@ FLOAT32_BY_BFLOAT16 = 1.05
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is measured.
+    """The measurements.
 
     Attributes:
       side: Side of the square product.

@@ -104,7 +104,7 @@ class Compiler:
             return optax.apply_updates(params, updates), state
 
         state = jax.eval_shape(tx.init, params)
-        # Newton–Schulz chooses by the platform, which for a full matrix is that of the host.
+        # For a full matrix, Newton–Schulz chooses by the platform of the host.
         with mock.patch.object(jax, "default_backend", return_value=self.device.platform):
             return self.count(step, params, state, params, donated=(0, 1))
 

@@ -1,4 +1,4 @@
-"""Where a clipped head is one step later: order of clip and update, and lower thresholds."""
+"""The logits of a clipped head one step later: order of clip and update, lower thresholds."""
 
 import dataclasses
 import functools

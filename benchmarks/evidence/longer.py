@@ -164,8 +164,8 @@ With τ = {RUN.threshold:g}, as in the paper, the clip {does}, and at the full l
 in the last tenth before the rate falls. In the last tenth of all
 {share(ours["above"][JUDGED][-1])} are: here it is the falling rate that ends the high logits. With
 weight decay they do not keep growing either. The table has the fraction of heads whose largest
-logit of {STEPS // LOGGED} steps is above a value; as the clip never acts, it is that of a training
-without it. The `gqa` model trains on {RUN.batch_size} x {SEQ_LEN} bytes a step at the rate
+logit of {STEPS // LOGGED} steps is above a value. The clip never acts, so a training without it has
+the same figures. The `gqa` model trains on {RUN.batch_size} x {SEQ_LEN} bytes a step at the rate
 {RUN.learning_rate:g}, the best of [A low threshold](#a-low-threshold-does-not-change-the-loss),
 with decay {RUN.weight_decay:g} and one seed. The batch there is
 {BATCH_SIZE // RUN.batch_size} times as large{below}. The loss is

@@ -88,7 +88,7 @@ class Target(Run):
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What all optimizers share, and where the search for their rates and steps starts.
+    """The settings of all optimizers, and the start of the search for rates and steps.
 
     Attributes:
       run: A training; each optimizer changes its variant, rate and steps.

@@ -190,7 +190,7 @@ are no fair test of AdamW.
 Why "partly": the verdict needs p < {LEVEL:g} twice. For Muon against AdamW p is
 {p_value(line["p_adamw"])}, and for NorMuon against Muon it is {p_value(normuon["p_muon"])}.
 
-The protocol is that of modded-nanogpt's [optimizer
+The protocol comes from modded-nanogpt's [optimizer
 track](https://github.com/KellerJordan/modded-nanogpt/tree/master/records/track_3_optimization):
 model, data and batch are fixed, a step has one forward and backward pass, and no training stops
 because of its own loss. The model is `gqa` with {run.layers} layers, the batch {run.batch_size} x

@@ -200,7 +200,7 @@ def standard_cost(
     Args:
       coefficients: `(a, b, c)` of each step.
       aspect: m / n, at least 1.
-      g: FLOPs of X Xᴴ, as a fraction of those of a product that computes every number.
+      g: FLOPs of X Xᴴ, as a fraction of a product that computes every number.
       s: The same for A B of symmetric A and B; None for g.
 
     Returns:

@@ -4,8 +4,9 @@
     product         a A + b B + c A B       A and B symmetric, and they commute
 
 The functions of `tpu_kernel.py`, in a Pallas kernel for Triton. A program computes one tile, on or
-above the diagonal, and writes it to its place and, transposed, to the mirrored place. What is
-outside of the matrix is loaded as zero, and not stored.
+above the diagonal, and writes it to its place and, transposed, to the mirrored place.
+Numbers outside of the matrix are loaded as zero, and not stored. `side` and `chunk` of the tiles
+are powers of two from 16 on.
 
 **Nobody has timed it.** It is compiled for H100 (`tests/sharding/test_gpu_aot.py`), and interpreted
 on a CPU. JAX has deprecated Pallas' Triton backend, and warns when it compiles the kernel.
@@ -20,47 +21,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from muonclip_jax._orthogonalize.kernel_call import Form, Kernel, call
-from muonclip_jax._orthogonalize.tiles import Tiles
+from muonclip_jax._orthogonalize.kernel_call import Form, Kernel
 
 # Untimed. 128 x 128 tiles with 64 terms at a time, in 3 stages, use 96 of the 227 KiB of shared
 # memory of an H100, so that two programs may run at the same time.
 _WARPS, _STAGES = 8, 3
-
-
-def gram_matrix(X: jax.Array, r: Any, tiles: Tiles, dtype: Any = None) -> jax.Array:
-    """Computes X Xᵀ − r I; see `tpu_kernel.gram_matrix`.
-
-    Args:
-      X: `[..., n, m]`, bfloat16 or float32.
-      r: A number, or one for each matrix, `[..., 1, 1]`.
-      tiles: How the result is cut; `side` and `chunk` are powers of two from 16 on.
-      dtype: Dtype of the result; None for that of X.
-
-    Returns:
-      `[..., n, n]`, summed in float32 and rounded once.
-    """
-    return call(_KERNEL, Form(tiles, "gram_matrix", jnp.dtype(dtype or X.dtype)), (r,), (X, X))[0]
-
-
-def product(a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles) -> jax.Array:
-    """Computes a A + b B + c A B for symmetric matrices that commute; see `tpu_kernel.product`.
-
-    Args:
-      a: A number, or one for each matrix, `[..., 1, 1]`; so are b and c.
-      A: `[..., n, n]`, bfloat16 or float32.
-      b: See a.
-      B: Like A.
-      c: See a.
-      tiles: See `gram_matrix`.
-
-    Returns:
-      Shape and dtype of A, summed in float32 and rounded once.
-    """
-    form = Form(tiles, "product", A.dtype)
-    if A is B:
-        return call(_KERNEL, form, (a + b, c), (A, A, A))[0]
-    return call(_KERNEL, form, (a, b, c), (A, B, A, B))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -88,6 +53,7 @@ def _compiled(
 
 
 _KERNEL = Kernel("cuda", _compiled)
+gram_matrix, product = _KERNEL.gram_matrix, _KERNEL.product
 
 
 def _kernel(places: Any, numbers: Any, *refs: Any, form: Form, n: int, m: int) -> None:

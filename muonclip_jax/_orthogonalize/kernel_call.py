@@ -21,7 +21,7 @@ _NO_DERIVATIVE = (
 
 
 class Form(NamedTuple):
-    """What one kernel computes.
+    """The product that a kernel computes.
 
     Attributes:
       tiles: How the result is cut.
@@ -49,7 +49,7 @@ class Form(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A kernel of one platform.
+    """A kernel of one platform, and the symmetric products that it computes.
 
     Attributes:
       platform: The platform that it is compiled for, as `jax.lax.platform_dependent` calls it.
@@ -59,6 +59,42 @@ class Kernel(NamedTuple):
 
     platform: str
     run: Callable[..., tuple[jax.Array, ...]]
+
+    def gram_matrix(self, X: jax.Array, r: Any, tiles: Tiles, dtype: Any = None) -> jax.Array:
+        """Computes X Xᵀ − r I.
+
+        Args:
+          X: `[..., n, m]`, bfloat16 or float32.
+          r: A number, or one for each matrix, `[..., 1, 1]`.
+          tiles: How the result is cut.
+          dtype: Dtype of the result; None for the dtype of X.
+
+        Returns:
+          `[..., n, n]`, summed in float32 and rounded once.
+        """
+        form = Form(tiles, "gram_matrix", jnp.dtype(dtype or X.dtype))
+        return call(self, form, (r,), (X, X))[0]
+
+    def product(
+        self, a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles
+    ) -> jax.Array:
+        """Computes a A + b B + c A B for symmetric matrices that commute.
+
+        Args:
+          a: A number, or one for each matrix, `[..., 1, 1]`; so are b and c.
+          A: `[..., n, n]`, bfloat16 or float32.
+          b: See a.
+          B: Like A. If it is A itself, its tiles are fetched once.
+          c: See a.
+          tiles: How the result is cut.
+
+        Returns:
+          Shape and dtype of A, summed in float32 and rounded once.
+        """
+        form = Form(tiles, "product", A.dtype)
+        if A is B:
+            return call(self, form, (a + b, c), (A, A, A))[0]
+        return call(self, form, (a, b, c), (A, B, A, B))[0]
 
 
 def call(

@@ -233,7 +233,7 @@ def cycles(shape: Shape, tiles: Tiles, r: Regions, chip: Chip) -> float:
 
 
 class _Kind(NamedTuple):
-    """Positions that take equal cycles; `own` are those of step K."""
+    """Positions that take equal cycles; `own` are the cycles of step K."""
 
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     area: int

@@ -15,7 +15,7 @@ on a side:
 A position has K + 1 steps. Steps 0 to K − 1 each add up some terms of the sums, in float32, chunk
 by chunk. With the last chunk, step K − 1 also adds A, B and I, rounds once, writes the tile, and
 transposes it: the matrix units hide this work. Step K writes the transposed tile. It reads nothing,
-and its inputs are those of the next position: a step starts to fetch the inputs of the next one, so
+and its inputs belong to the next position: a step starts to fetch the inputs of the next one, so
 that step K − 1, which is long, hides the fetch, and step K has none. Of a tile on the diagonal,
 three of four blocks are computed. A full product has all tiles, and no step K. Its last column of
 tiles is as narrow as the matrix, in steps of 128.
@@ -45,41 +45,6 @@ from muonclip_jax._orthogonalize.tpu_kernel_step import (
 
 # The kernel must not use all of the fast memory that it is given.
 _SPARE_BYTES = 2**22
-
-
-def gram_matrix(X: jax.Array, r: Any, tiles: Tiles, dtype: Any = None) -> jax.Array:
-    """Computes X Xᵀ − r I.
-
-    Args:
-      X: `[..., n, m]`, bfloat16 or float32.
-      r: A number, or one for each matrix, `[..., 1, 1]`.
-      tiles: How the result is cut.
-      dtype: Dtype of the result; None for that of X.
-
-    Returns:
-      `[..., n, n]`, summed in float32 and rounded once.
-    """
-    return call(_KERNEL, Form(tiles, "gram_matrix", jnp.dtype(dtype or X.dtype)), (r,), (X, X))[0]
-
-
-def product(a: Any, A: jax.Array, b: Any, B: jax.Array, c: Any, tiles: Tiles) -> jax.Array:
-    """Computes a A + b B + c A B for symmetric matrices that commute.
-
-    Args:
-      a: A number, or one for each matrix, `[..., 1, 1]`; so are b and c.
-      A: `[..., n, n]`, bfloat16 or float32.
-      b: See a.
-      B: Like A. If it is A itself, its tiles are fetched once.
-      c: See a.
-      tiles: How the result is cut.
-
-    Returns:
-      Shape and dtype of A, summed in float32 and rounded once.
-    """
-    form = Form(tiles, "product", A.dtype)
-    if A is B:
-        return call(_KERNEL, form, (a + b, c), (A, A, A))[0]
-    return call(_KERNEL, form, (a, b, c), (A, B, A, B))[0]
 
 
 def full_product(
@@ -142,6 +107,7 @@ def _compiled(
 
 
 _KERNEL = Kernel("tpu", _compiled)
+gram_matrix, product = _KERNEL.gram_matrix, _KERNEL.product
 
 
 def _inputs(form: Form, product: ProductShape, added: int) -> list[pl.BlockSpec]:

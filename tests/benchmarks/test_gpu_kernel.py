@@ -14,7 +14,7 @@ def products(*ratios, error=0.002):
 
 
 def updates(bfloat16, float32, distance=0.02):
-    """One row for each setting: the two times are those of the standard method and XLA."""
+    """One row for each setting: the two times belong to the standard method and XLA."""
     rows = [{"optimizer": "optax", "rate_by_peak": 0.5}]
     for settings in gpu_kernel.candidates():
         time = bfloat16 if settings["ns_dtype"] == "bfloat16" else float32

@@ -51,7 +51,7 @@ elif "test -e" in line:
 
 
 def _step(words):
-    """What a call of gcloud is for, in a word."""
+    """Names the purpose of a call of gcloud in a word."""
     line = " ".join(words)
     for sign, step in {
         "queued-resources create": "create",

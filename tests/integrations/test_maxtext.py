@@ -1,4 +1,4 @@
-"""What `install` replaces in MaxText, on a stand-in: the step, the optimizer, the attention."""
+"""`install` replaces the step, the optimizer and the attention of MaxText, here a stand-in."""
 
 import sys
 import types

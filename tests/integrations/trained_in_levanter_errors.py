@@ -1,4 +1,4 @@
-"""What cannot be clipped in Levanter raises, and frozen attention is left alone."""
+"""Attention that cannot be clipped in Levanter raises, and frozen attention does not change."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Which matrices `per_head` makes of a parameter, by a head layout or by an analysis."""
+"""`per_head` makes matrices of a parameter, by a head layout or by an analysis."""
 
 import jax
 import jax.numpy as jnp

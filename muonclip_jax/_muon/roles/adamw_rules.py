@@ -8,7 +8,7 @@ from muonclip_jax._muon.roles.orientation import has_fitting_bias, is_matrix_of_
 
 # How many times longer than wide tables of embeddings are, at least.
 _MUCH_LONGER = 8
-_SMALL_EXPERTS = "the experts would be as many as their longest side, or more"
+_SMALL_EXPERTS = "there would be at least one expert for each unit of their longest side"
 
 
 def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:

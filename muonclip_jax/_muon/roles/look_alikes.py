@@ -27,7 +27,7 @@ def doubt(leaf: Leaf, evidence: Evidence) -> str:
     if leaf.role is None or leaf.role[0].where != "leaf":
         return ""
     if len(leaf.role[1]) == 1 and _is_large(leaf, evidence):
-        return "its two axes are as long as those of a matrix"
+        return "its two axes are as long as a matrix's"
     shape = evidence.layer_of(leaf)[1]
     if names.matches(_MATRIX_ENDS, leaf.core[-1]) and len(shape) > 1 < min(shape[-2:]):
         return "its name ends as the name of a matrix"
@@ -45,7 +45,7 @@ def doubt_shape(leaf: Leaf, evidence: Evidence) -> str:
 
 
 def _is_large(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether the last two axes of one layer are as long as those of matrices."""
+    """Returns whether the last two axes of one layer are as long as in a matrix."""
     if len(leaf.shape) == 2 and evidence.shared_axis(leaf):
         return False
     shape = evidence.layer_of(leaf)[1]
