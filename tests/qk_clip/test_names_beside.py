@@ -90,7 +90,10 @@ def test_two_layouts_of_one_module_raise_under_any_names():
 @pytest.mark.parametrize("name", ["q_a_proj", "k_lora", "q_norm_scale", "key_scale", "k_rope"])
 def test_other_children_are_no_second_pair(name):
     shape = (32, 4, 8) if name.endswith(("proj", "lora", "rope")) else (8,)
-    clip({**raw("wq", "wk", "wv"), name: np.ones(shape)}, named("wq", "wk", qk_norm=()))
+    children = {**raw("wq", "wk", "wv"), name: np.ones(shape)}
+    params, _ = clip(children, named("wq", "wk", qk_norm=()))
+    np.testing.assert_array_equal(params["attn"][name], children[name])
+    assert np.all(params["attn"]["wq"] < children["wq"])
 
 
 @pytest.mark.parametrize("threshold", [None, 100.0, float("inf")])
