@@ -95,10 +95,10 @@ COLUMNS = (
     "",
     "largest logit, no clip",
     "heads above τ",
-    "with clip",
+    "largest logit, with clip",
     "median from the first clip on",
     "loss, no clip",
-    "with clip",
+    "loss, with clip",
     "difference, same seed",
 )
 
