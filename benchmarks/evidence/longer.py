@@ -175,7 +175,7 @@ def share(fraction: Mapping[str, Any]) -> str:
 
 def section(ours: Mapping[str, Any]) -> str:
     """Describes the result in a paragraph and a table."""
-    parts = [finding(ours), above_a_level(ours)]
+    parts = [finding(ours), needs(ours), above_a_level(ours)]
     if lower := ours.get("lower"):
         parts.append(clips(lower))
     constant = round(CONSTANT * STEPS)
@@ -209,6 +209,22 @@ def finding(ours: Mapping[str, Any]) -> str:
         return f"{first} At τ = {LOWER.threshold:g} it never acts either."
     fade = "has faded" if fades(lower["clipped"]) else "still acts"
     return f"{first} At τ = {LOWER.threshold:g} it acts, and {fade} when the learning rate falls."
+
+
+def needs(ours: Mapping[str, Any]) -> str:
+    """Describes the conditions of the verdict, and which of them hold."""
+    conditions = {
+        f"the clip acts at τ = {RUN.threshold:g}": acts(ours),
+        f"few heads exceed {JUDGED} before the learning rate falls": fades(ours["above"][JUDGED]),
+    }
+    if lower := ours.get("lower"):
+        text = f"at τ = {LOWER.threshold:g} the clip acts, and has faded before the rate falls"
+        conditions[text] = acts(lower) and fades(lower["clipped"])
+    listed = "; ".join(f"{text} ({'yes' if held else 'no'})" for text, held in conditions.items())
+    return (
+        f"The conditions of the verdict: {listed}. *Few* and *faded* mean less than a tenth of the"
+        " busiest tenth of the training."
+    )
 
 
 def above_a_level(ours: Mapping[str, Any]) -> str:

@@ -167,7 +167,7 @@ def listed(ours: Mapping[str, Any], found: str) -> list[str]:
     """Lists the optimizers with fewer, more or equally many steps than `mc.muon`."""
     labels = {OPTAX: f"`{OPTAX}`", CLIPPED: f"`{CLIPPED}`", PER_HEAD: "one matrix per head"}
     return [
-        labels.get(name, name.removeprefix(f"{MUON}, "))
+        labels.get(name) or name.removeprefix(f"{MUON}, ")
         for name, one in ours["lines"].items()
         if name not in (ADAMW, MUON) and fewer(one, "muon") == found
     ]

@@ -170,7 +170,8 @@ def test_long_training_shows_the_clips_at_a_lower_threshold(clipped, fades, verd
     text = longer.section(ours)
     assert f"The last clip is at step {400 * len(clipped):,}." in text
     assert "1.250, 0.250 lower than with" in text.replace("\n", " ")
-    assert ("has faded" in text) is fades
+    assert ("it acts, and has faded" in text) is fades
+    assert f"has faded before the rate falls ({'yes' if fades else 'no'})" in text
     assert "| clipped at a step, τ = 15 | 50% | 50% | 50% |" in text
     assert "τ = 15: 50% of the heads" in longer.one_line(ours)
     assert len(longer.draw({"runs": records, "ours": ours}).axes) == 3
