@@ -221,9 +221,10 @@ def needs(ours: Mapping[str, Any]) -> str:
         text = f"at τ = {LOWER.threshold:g} the clip acts, and has faded before the rate falls"
         conditions[text] = acts(lower) and fades(lower["clipped"])
     listed = "; ".join(f"{text} ({'yes' if held else 'no'})" for text, held in conditions.items())
+    words = "*Few* and *faded* mean" if lower else "*Few* means"
     return (
-        f"The conditions of the verdict: {listed}. *Few* and *faded* mean less than a tenth of the"
-        " busiest tenth of the training."
+        f"The conditions of the verdict: {listed}. {words}"
+        " less than a tenth of the busiest tenth of the training."
     )
 
 
