@@ -282,7 +282,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
         logits = np.reshape(record["max_logits"], (len(record["logged"]), -1))
         axes.plot(record["logged"], logits, color=plotting.COLORS[0], linewidth=1, alpha=0.6)
         axes.axhline(run.threshold or np.inf, color=plotting.LIMIT, linewidth=1)
-        axes.set(title=f"largest logit of {STEPS // LOGGED} steps, each head; the line is τ")
+        axes.set(title=f"each head's largest logit; red: τ = {run.threshold:g}")
         if run == RUN:
             for level, color in zip(LEVELS, plotting.COLORS, strict=False):
                 above = (logits > level).mean(1)
