@@ -85,8 +85,8 @@ plt.show()
 # ## The polynomial
 #
 # All steps together are one polynomial of each singular value. For small values its slope is the
-# product of all a. `jordan` leaves singular values between 0.68 and 1.2. `polar_express_6` reaches 1
-# with one more step. `cubic5` has c = 0, and needs a third fewer products.
+# product of all a. `jordan` leaves singular values between 0.68 and 1.2. `polar_express_6` reaches
+# 1 with one more step. `cubic5` has c = 0, and needs a third fewer products.
 
 
 # %%
