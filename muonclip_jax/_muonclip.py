@@ -126,8 +126,8 @@ def muonclip(
       ignore: See `qk_clip`. Modules that `optax.partition` or `optax.masked` hide are left out
         without it.
       beta: β, decay of the momentum of the matrices, in [0, 1).
-      nesterov: Whether the direction looks one step ahead: G + β M with M the sum, without the
-        bias correction of `muon`.
+      nesterov: Whether the direction looks one step ahead: G + β M, with G the gradient and
+        M ← β M + G, without the bias correction of `muon`.
       weight_decay: λ, number or schedule; decay of the matrices, multiplied by the learning rate.
       consistent_rms: See `scale_by_shape`.
       ns_coeffs: See `scale_by_muon`.
