@@ -93,7 +93,8 @@ def scale_by_muon(
       mu_dtype: Dtype in which the momentum of real leaves is kept. None: as the parameters. The
         arithmetic is in float32 at least either way.
       nesterov: Whether the direction looks one step ahead, with optax's bias corrections:
-        β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t).
+        β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t). Here G is the gradient,
+        M ← β M + (1 − β) G the momentum, β is `beta`, and t the number of the step, from 1.
       adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
       preconditioning: See `newton_schulz`. Also `"outputs"` or `"inputs"` (MuonEq): each slice
         of a matrix for one output, or for one input, is divided by its norm first; see

@@ -137,7 +137,7 @@ def heads_ever_clipped(
 
     Keep the result beside the parameters, inside or outside of the jitted step, and pass it at the
     next step, here and as `ever_clipped` of `qk_clip`. It is a plain pytree of booleans, for a
-    checkpoint too. On the host it does not wait for the device.
+    checkpoint too. Outside of `jit` it is asynchronous.
 
     A carry of `jax.lax.scan` cannot start with None. Start it with all False: call this function on
     the shapes of an info, from `jax.eval_shape`.

@@ -91,10 +91,10 @@ def scale_by_sinkhorn(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each gradient of a token table by its balanced Nesterov momentum.
 
-    The last two axes of a leaf are a table, and other axes are a stack of tables. The updates of
-    all tokens that have one are of equal size, and the features are balanced as far as that allows.
-    The state is one buffer instead of the two of AdamW. Sharded over tokens, an update sends five
-    sums of n numbers and one sum of one number.
+    The last two axes of a leaf are a table, and other axes are a stack of tables. All tokens with a
+    gradient get updates of equal norm; features are equalized as far as possible. The state is one
+    buffer instead of the two of AdamW. Sharded over tokens, an update sends five sums of n numbers,
+    n the number of features, and one sum of one number.
 
     `overrides={"wte": mc.Sinkhorn()}` of `muon` assigns single parameters to it. The DeepSeek-V4.1
     report multiplies the update by 0.18 η and has no weight decay for it.
