@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from muonclip_jax._qk_clip.matching import Matching, Path, key_of, named_layouts
 from muonclip_jax._qk_clip.module_faults import IF_SECOND_PAIR, Fault, module_faults
-from muonclip_jax._qk_clip.proposals import hint, proposal
+from muonclip_jax._qk_clip.proposals import proposal
 
 _IF_NOT_CLIPPED = "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
 _IF_MISSING = (
@@ -141,10 +141,8 @@ def _message(found: Matching, faults: Sequence[Fault], report_only: bool) -> str
     kept = dict.fromkeys(layout for path, layout in found.described.items() if path not in wrong)
     paths = [path for path in wrong if path in found.modules]
     fixes = [line for fault in faults for line in fault.fix.splitlines()]
-    proposed = proposal(found, paths, kept, report_only=report_only) or hint(
-        found, [path for path in paths if path not in found.described]
-    )
-    fixes += proposed.splitlines()
+    proposed = proposal(found, paths, kept, report_only=report_only)
+    fixes += [line for text in proposed for line in text.splitlines()]
     return "\n".join([head, *_lines(faults), *dict.fromkeys(fixes)])
 
 
