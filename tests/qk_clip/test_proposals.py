@@ -1,6 +1,7 @@
 """Head layouts that errors propose for fused kernels, MLA and mixed layers run as they are."""
 
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,13 +31,13 @@ MLA = mc.MLALayout(nope_dim=4, rope_dim=2, value_dim=4)
 GROUPED = mc.FusedQKVLayout(head_dim=H, num_kv_heads=K)
 
 
-def clip(modules, layout: object = mc.MultiHeadLayout(), stat=(N,)):
+def clip(modules, layout: Any = mc.MultiHeadLayout(), stat=(N,)):
     """Traces the clip, which checks the layout; nothing is compiled."""
     stats = {name: {"max_logits": jnp.zeros(stat)} for name in modules}
     return jax.eval_shape(lambda: mc.qk_clip(modules, stats, layout))
 
 
-def error_of(modules, layout: object = mc.MultiHeadLayout(), stat=(N,)):
+def error_of(modules, layout: Any = mc.MultiHeadLayout(), stat=(N,)):
     with pytest.raises(ValueError, match="qk_clip: ") as error:
         clip(modules, layout, stat)
     return str(error.value)
@@ -172,9 +173,17 @@ def test_error_lists_the_fields_that_no_shape_shows():
     )
 
 
+@pytest.mark.parametrize("odd", [{"kv_a": (D, 11)}, {"out": (N, 3, D)}])
+def test_latent_kernels_that_do_not_fit_each_other_get_no_proposal(odd):
+    text = error_of({"attn": {**LATENT, **tree(**odd)}})
+    assert "Layout(" not in text.partition("\n")[2]
+    assert "pass an MLALayout with these names and its nope_dim, rope_dim, value_dim" in text
+    assert text.endswith(UNKNOWN)
+
+
 def test_norms_are_named_where_they_are_the_reason():
     text = error_of({"attn": {**FUSED, **tree("scale", q_norm=(H,), k_norm=(H,))}})
-    assert "'q_norm', 'k_norm' may be the reason. A norm between projection and logits" in text
+    assert "'q_norm' normalizes queries or keys. A norm between projection and logits" in text
     assert "Layout(" not in text.partition("\n")[2]
 
 

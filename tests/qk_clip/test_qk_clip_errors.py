@@ -96,7 +96,7 @@ def test_nothing_to_clip_raises_with_the_names():
     assert text_of(params, None) == one_fault("(root)", nothing, fix)
     params["attn"]["q_norm"] = {"scale": jnp.ones(3)}
     assert text_of(params, None).startswith(
-        one_fault("(root)", nothing, "'q_norm' may be the reason. A norm")
+        one_fault("(root)", nothing, "'q_norm' normalizes queries or keys. A norm")
     )
 
 
