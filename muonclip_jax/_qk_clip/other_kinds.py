@@ -189,21 +189,22 @@ def _latent(
     query: str, key_value: str, kernels: Kernels, heads: int, stack_axis: int
 ) -> Iterator[dict[str, Any]]:
     """Yields the fields of layouts of MLA, with the widths of the parts of a head."""
-    outs = [kernels[n] for n in kernels if is_out_projection(n) and len(kernels[n]) > 1]
+    outs = [kernels[n] for n in kernels if is_out_projection(n)]
     downs = [kernels[n] for n in kernels if is_latent(n) and letters(n) & {"k", "v"}]
-    rotary = [name for name in kernels if {"rope", "pe"} & {*words(name)}]  # a projection alone
+    rotary = [kernels[n] for n in kernels if {"rope", "pe"} & {*words(n)}]  # a projection alone
     for text in _LATENT_PATTERNS:
         pattern = kernel_pattern(text, (), MLALayout.axis_names)
         layers = [_layer(kernels[n], len(pattern.axes), stack_axis) for n in (query, key_value)]
-        sizes = [pattern.sizes(one, {"heads": heads}) if one else None for one in layers]
-        if not outs or not sizes[0] or not sizes[1]:
+        q, kv = (pattern.sizes(one, {"heads": heads}) if one else None for one in layers)
+        if not q or not kv:
             continue
-        rank, widths = sizes[1]["inputs"], [one["head_dim"] for one in sizes if one]
-        for nope in range(1, min(widths) + 1):
-            rope, value = (width - nope for width in widths)
-            is_out = any(_has(out, (heads * value,)) or _has(out, (heads, value)) for out in outs)
-            is_down = any(_has(down, (rank + rope,)) for down in downs)
-            if is_out and (is_down or any(_has(kernels[name], (rope,)) for name in rotary)):
+        for nope in range(1, min(q["head_dim"], kv["head_dim"]) + 1):
+            rope, value = q["head_dim"] - nope, kv["head_dim"] - nope
+            ranks = kv["inputs"] + rope, *(kv["inputs"] for shape in rotary if rope in shape)
+            # The width of the model is the other axis of the down-projection and of the output.
+            widths = {d for down in downs for r in ranks if _has(down, (r,)) for d in down}
+            sides = [(*one, d) for d in widths for one in ((heads * value,), (heads, value))]
+            if any(_has(out, one) for out in outs for one in sides):
                 yield {"nope_dim": nope, "rope_dim": rope, "value_dim": value, "kernel": text}
 
 

@@ -28,16 +28,17 @@ SEPARATE = tree(query=(D, N, H), key=(D, K, H), value=(D, K, H), out=(N, H, D))
 FUSED = tree(qkv=(D, (N + 2 * K) * H), out=(N * H, D))
 LATENT = tree(q_a=(D, 12), q_b=(12, N, 6), kv_a=(D, 10), kv_b=(8, N, 8), out=(N, 4, D))
 MLA = mc.MLALayout(nope_dim=4, rope_dim=2, value_dim=4)
+DEFAULT = mc.MultiHeadLayout()
 GROUPED = mc.FusedQKVLayout(head_dim=H, num_kv_heads=K)
 
 
-def clip(modules, layout: Any = mc.MultiHeadLayout(), stat=(N,)):
+def clip(modules, layout: Any = DEFAULT, stat=(N,)):
     """Traces the clip, which checks the layout; nothing is compiled."""
     stats = {name: {"max_logits": jnp.zeros(stat)} for name in modules}
     return jax.eval_shape(lambda: mc.qk_clip(modules, stats, layout))
 
 
-def error_of(modules, layout: Any = mc.MultiHeadLayout(), stat=(N,)):
+def error_of(modules, layout: Any = DEFAULT, stat=(N,)):
     with pytest.raises(ValueError, match="qk_clip: ") as error:
         clip(modules, layout, stat)
     return str(error.value)
