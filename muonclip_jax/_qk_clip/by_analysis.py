@@ -101,7 +101,7 @@ def clipped_sites(
     unpaired += [f"{path or '(root)'}: max logits, but no attention." for path in entries]
     if faults or (strict and unpaired):
         texts = [*faults, *(unpaired if strict else ())]
-        pairs = (text.partition(": ")[::2] for text in texts)
+        pairs = ((path, text) for path, _, text in (one.partition(": ") for one in texts))
         raise ValueError(
             "qk_clip: the max logits, the parameters and the analysis do not fit.\n"
             + "\n".join(fold_faults(pairs))
