@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from muonclip_jax._common.folding import fold_faults
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._program.analysis import Analysis
@@ -99,10 +100,11 @@ def clipped_sites(
     faults += _shared(found)
     unpaired += [f"{path or '(root)'}: max logits, but no attention." for path in entries]
     if faults or (strict and unpaired):
-        lines = [*faults, *(unpaired if strict else ())]
+        texts = [*faults, *(unpaired if strict else ())]
+        pairs = ((path, text) for path, _, text in (one.partition(": ") for one in texts))
         raise ValueError(
             "qk_clip: the max logits, the parameters and the analysis do not fit.\n"
-            + "\n".join(f"  {line}" for line in lines)
+            + "\n".join(fold_faults(pairs))
         )
     if unpaired:
         text = "qk_clip: skipped because of strict=False: " + " ".join(unpaired)

@@ -26,7 +26,7 @@ from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.chains import check_match
+from muonclip_jax._muon.chains import check_match, same_model
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._orthogonalize.dimension_numbers import spread
 
@@ -141,11 +141,12 @@ def scale_by_sinkhorn(
         M = jax.tree.map(lambda m, g: _average(m, g, beta), state.mu, G)
         G_hat = jax.tree.map(lambda m, g: _average(m, g, beta), M, G)
         leaves, structure = jax.tree.flatten(G_hat)
-        axes = spread("token_axis", token_axis, G_hat)
+        axes = spread("scale_by_sinkhorn: token_axis", token_axis, G_hat)
         found = [_balanced(x, axis, tau) for x, axis in zip(leaves, axes, strict=True)]
         U = jax.tree.map(lambda u, g: u.astype(g.dtype), structure.unflatten(found), G)
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), M, state.mu)
-        return placed_like_tree(U, params), ScaleBySinkhornState(mu)
+        with same_model("scale_by_sinkhorn", updates, state, params):
+            return placed_like_tree(U, params), ScaleBySinkhornState(mu)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
