@@ -152,7 +152,7 @@ def effect(line: Mapping[str, Any]) -> str:
 
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
-    texts = (f"{name} {mean_sd(ours[name]['minus_plain'])}" for name in ours if name != PLAIN)
+    texts = (f"{name} {mean_sd(ours[name]['minus_plain'], 4)}" for name in ours if name != PLAIN)
     return f"loss minus plain Muon: {'; '.join(texts)}"
 
 
@@ -164,7 +164,7 @@ def section(ours: Mapping[str, Any]) -> str:
             name,
             f"{line['learning_rate']:g}",
             mean_sd(line["loss"]),
-            "" if name == PLAIN else mean_sd(line["minus_plain"]),
+            "" if name == PLAIN else mean_sd(line["minus_plain"], 4),
             mean_sd(line["max_logit"], 0),
         ]
         for name, line in ours.items()

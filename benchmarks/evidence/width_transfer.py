@@ -255,7 +255,7 @@ def section(ours: Mapping[str, Any]) -> str:
     columns = (
         "scale",
         *(f"best rate, width {width}" for width in WIDTHS),
-        "times, per doubling",
+        "times, per doubling (one deviation down, up)",
         f"loss at width {WIDTHS[-1]}",
         f"increase there with the rate of width {WIDTHS[0]}",
     )

@@ -125,7 +125,7 @@ def test_choosing_shows_the_figures_of_the_results():
     effects = result_of("family")["ours"]
     *rows, _ = pages.table("choosing.md", "family")  # the last is the spectral scale
     for name, _, here, _ in rows:
-        assert here == summaries.mean_sd(effects[of.get(name, name)]["minus_plain"]), name
+        assert here == summaries.mean_sd(effects[of.get(name, name)]["minus_plain"], 4), name
 
 
 # The program
