@@ -9,7 +9,11 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+from benchmarks.hlo import array_bytes
 from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Shape, cycles, fastest, fastest_full
+
+# How often the passes of `tpu_shards` move each byte of their argument.
+PASSES = {"sums": 1, "assembled": 2, "taken_apart": 2}
 
 # Set before libtpu is loaded; {} is a folder.
 DUMP_FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
@@ -121,6 +125,9 @@ def cycles_of(kernels: dict[str, int], kind: str) -> float:
 def _cycles_of_one(kernel: str, kind: str) -> float:
     """Estimates the cycles of a kernel, from its name and the shapes of its arrays."""
     name, *arrays = kernel.split()
+    if name in PASSES:
+        (array,) = array_bytes(arrays[0])
+        return PASSES[name] * array / CHIPS[kind].bandwidth
     if name not in ("symmetric_gram_matrix", "symmetric_product", "full_product"):
         raise ValueError(f"cycles_of: {name} is not the kernel of products.")
     shapes = [[int(size) for size in re.findall(r"\d+", x.partition("[")[2])] for x in arrays]

@@ -117,12 +117,12 @@ def call(
     each = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), (*stack, 1, 1)) for x in numbers]
     numbers_of_each = jnp.concatenate([x.reshape(count, 1) for x in each], axis=1)
     flat = tuple(x.reshape(count, *x.shape[-2:]) for x in arrays)
-    results = _without_derivative(kernel, form, numbers_of_each, flat)
+    results = run_on_stack(kernel, form, numbers_of_each, flat)
     return tuple(x.reshape(*stack, *x.shape[1:]) for x in results)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _without_derivative(
+def run_on_stack(
     kernel: Kernel, form: Form, numbers: jax.Array, arrays: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
     """Runs the kernel on the matrices of a stack, also under `jax.vmap`."""
@@ -150,7 +150,7 @@ def _without_derivative(
     return run(numbers, arrays)
 
 
-@_without_derivative.defjvp
+@run_on_stack.defjvp
 def _(kernel, form, primals, tangents):
     del kernel, form, primals, tangents
     raise ValueError(_NO_DERIVATIVE)

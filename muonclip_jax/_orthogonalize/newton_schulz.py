@@ -42,7 +42,7 @@ from muonclip_jax._orthogonalize.symmetric import (
     rounded,
     unrounded_gram_matrix,
 )
-from muonclip_jax._orthogonalize.tiles import DEFAULT_KIND
+from muonclip_jax._orthogonalize.tiles import DEFAULT_KIND, is_nvidia
 
 # 2⁶⁴ is exact in every dtype we normalize in, and takes the reciprocal of the largest and smallest
 # float32 out of the subnormal range, where XLA flushes it to zero.
@@ -161,12 +161,14 @@ class Orthogonalizer:
     traced_steps: Any = None
     traced_coefficients: Any = None
 
-    def __call__(self, X: jax.Array, eps: Scalar, shards: ColumnShards | None = None) -> jax.Array:
+    def __call__(
+        self, X: jax.Array, eps: Scalar | None, shards: ColumnShards | None = None
+    ) -> jax.Array:
         """Orthogonalizes matrices.
 
         Args:
           X: `[..., n, m]` with n ≤ m.
-          eps: Added to the norm.
+          eps: Added to the norm; None if `X` is `tpu_shards.normalized`.
           shards: The devices that share each matrix; `X` is then this device's columns.
 
         Returns:
@@ -201,6 +203,18 @@ class Orthogonalizer:
         method = "standard" if jax.tree.leaves(self) else self.method
         platform, kernel = self._platform, self._kernel()
         return choices.choose(n, m, computed, coefficients, method, platform, is_shared, kernel)
+
+    def passes(self, n: int, m: int, shards: jax.Array) -> Any:
+        """Returns the module that normalizes and assembles shards of n x m matrices.
+
+        None: XLA assembles them.
+        """
+        kernel = self.choose(n, m, shards.dtype).products.kernel
+        if kernel is None or is_nvidia(kernel) or self.preconditioning == "spectral":
+            return None
+        from muonclip_jax._orthogonalize import tpu_shards  # importing Pallas takes long
+
+        return tpu_shards if tpu_shards.fits(*shards.shape[-2:]) else None
 
     def _kernel(self) -> str | None:
         """Returns the kind of device whose kernel computes symmetric products; None without it."""
@@ -239,7 +253,7 @@ def orthogonalizer(
 
 @functools.partial(jax.jit, static_argnames="choice")
 def _in_batches(
-    X: jax.Array, settings: Orthogonalizer, eps: Scalar, *, choice: choices.Choice
+    X: jax.Array, settings: Orthogonalizer, eps: Scalar | None, *, choice: choices.Choice
 ) -> jax.Array:
     """Orthogonalizes `choice.batch_size` matrices at a time."""
     f = functools.partial(_orthogonalize, settings=settings, eps=eps, choice=choice)
@@ -255,17 +269,18 @@ def _in_batches(
 def _orthogonalize(
     X: jax.Array,
     settings: Orthogonalizer,
-    eps: Scalar,
+    eps: Scalar | None,
     choice: choices.Choice,
     shards: ColumnShards | None = None,
 ) -> jax.Array:
     """Normalizes, iterates in the compute dtype, and rounds to the dtype of X."""
-    dtype, eps = X.dtype, jnp.asarray(eps, accumulator(X.real.dtype))
-    products = choice.products._replace(shards=shards)
-    X = _normalize(X, settings.preconditioning, eps, shards).astype(choice.dtype)
-    if is_narrow(choice.dtype):
-        # Otherwise the compiler normalizes X again, in float32, inside every product.
-        X = jax.lax.optimization_barrier(X)
+    dtype, products = X.dtype, choice.products._replace(shards=shards)
+    if eps is not None:
+        eps = jnp.asarray(eps, accumulator(X.real.dtype))
+        X = _normalize(X, settings.preconditioning, eps, shards).astype(choice.dtype)
+        if is_narrow(choice.dtype):
+            # Otherwise the compiler normalizes X again, in float32, inside every product.
+            X = jax.lax.optimization_barrier(X)
     matrix, A = _precondition(X, settings.preconditioning, products)
     if choice.method == "gram":
         return gram(matrix, A, choice.windows).astype(dtype)

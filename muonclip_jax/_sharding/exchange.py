@@ -91,9 +91,14 @@ def _group(
         is_exchanged = group.axes or group.replica_axes
         dtype = shards[0].dtype
         transfer_dtype = orthogonalize.compute_dtype(dtype) if is_exchanged else dtype
-        x = _stacked(shards, axes, group, transfer_dtype)
-        x = _split_over_replicas(x, group, mesh.shape, functools.partial(orthogonalize, eps=eps))
-        return _unstacked(x, shards, axes, group)
+        results: dict[int, jax.Array] = {}
+        for stack in group.stacks(mesh.shape):
+            places = [group.leaves.index(member.leaf) for member in stack.members]
+            of_stack = [shards[i] for i in places], [axes[i] for i in places], stack
+            x = _stacked(*of_stack, transfer_dtype)
+            x = _split_over_replicas(x, stack, mesh.shape, orthogonalize, eps)
+            results |= zip(places, _unstacked(x, *of_stack), strict=True)
+        return tuple(results[i] for i in range(len(shards)))
 
     return jax.shard_map(
         on_one_device,
@@ -142,26 +147,27 @@ def _cast(x: jax.Array, transfer_dtype: Any, group: Group) -> jax.Array:
 
 
 def _split_over_replicas(
-    x: jax.Array, group: Group, sizes: Mapping[str, int], f: Callable[..., jax.Array]
+    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalize: Orthogonalizer, eps: Scalar
 ) -> jax.Array:
     """Orthogonalizes a part of the stack on each replica, and gathers the parts."""
     if not group.replica_axes:
-        return _orthogonalized(x, group, sizes, f)
+        return _orthogonalized(x, group, sizes, orthogonalize, eps)
     replicas = math.prod(sizes[name] for name in group.replica_axes)
     count = -(-len(x) // replicas)
     padded = _padded(x, count * replicas)
     start = count * jax.lax.axis_index(group.replica_axes)
     part = jax.lax.dynamic_slice_in_dim(padded, start, count)
-    part = _orthogonalized(part, group, sizes, f)
+    part = _orthogonalized(part, group, sizes, orthogonalize, eps)
     return jax.lax.all_gather(part, group.replica_axes, tiled=True)[: len(x)]
 
 
 def _orthogonalized(
-    x: jax.Array, group: Group, sizes: Mapping[str, int], f: Callable[..., jax.Array]
+    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalize: Orthogonalizer, eps: Scalar
 ) -> jax.Array:
     """Orthogonalizes a stack of shards by the strategy of the group."""
     R = math.prod(sizes[name] for name in group.row_axes)
     C = math.prod(sizes[name] for name in group.column_axes)
+    f = functools.partial(orthogonalize, eps=eps)
     if R * C == 1:
         return f(x)
     if group.in_place:
@@ -171,7 +177,7 @@ def _orthogonalized(
     end = group.full * R * C
     done = _padded(x, max(len(x), end))
     if group.full:
-        done = _full(done, group, (R, C), f)
+        done = _full(done, group, (R, C), orthogonalize, eps)
     if group.remainder:
         remainder = _shared(done[end:], group, (R, C), f)
         done = jax.lax.dynamic_update_slice_in_dim(done, remainder, end, 0)
@@ -179,17 +185,24 @@ def _orthogonalized(
 
 
 def _full(
-    x: jax.Array, group: Group, grid: tuple[int, int], f: Callable[..., jax.Array]
+    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalize: Orthogonalizer, eps: Scalar
 ) -> jax.Array:
     """Orthogonalizes the first matrices, full ones on each device, some of them at a time."""
     devices = math.prod(grid)
-    count = group.chunk * devices
+    count, is_tall = group.chunk * devices, group.m > group.n
+    passes = orthogonalize.passes(*sorted((group.m, group.n)), x)
 
     def one_chunk(shards):
         there = _all_to_all(shards.reshape(devices, group.chunk, *shards.shape[1:]), group)
-        X = f(_materialized(_assembled(there.swapaxes(0, 1), grid)))
-        back = _all_to_all(_taken_apart(_materialized(X), grid).swapaxes(0, 1), group)
-        return back.reshape(shards.shape)
+        there = there.swapaxes(0, 1)
+        if passes:
+            X = orthogonalize(passes.normalized(there, grid, eps, is_tall), None)
+            done = passes.taken_apart(X, grid, is_tall)
+        else:
+            X = _materialized(_assembled(there, grid))
+            X = _transposed_if(is_tall, orthogonalize(_transposed_if(is_tall, X), eps))
+            done = _taken_apart(_materialized(X), grid)
+        return _all_to_all(done.swapaxes(0, 1), group).reshape(shards.shape)
 
     def in_place(i, x):
         shards = jax.lax.dynamic_slice_in_dim(x, i * count, count)
@@ -228,6 +241,10 @@ def _materialized(X: jax.Array) -> jax.Array:
     XLA would also fuse the computation of the shards into each copy.
     """
     return jax.lax.optimization_barrier(X)
+
+
+def _transposed_if(condition: bool, X: jax.Array) -> jax.Array:
+    return _materialized(X.mT) if condition else X
 
 
 def _assembled(shards: jax.Array, grid: tuple[int, int]) -> jax.Array:

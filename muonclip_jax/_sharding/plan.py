@@ -24,6 +24,9 @@ from muonclip_jax._sharding.placement import (
     find_placement,
 )
 
+# Each stack is a Newton-Schulz iteration of its own in the program, which takes time to compile.
+_MAX_STACKS = 8
+
 
 class Member(NamedTuple):
     """A leaf in a group.
@@ -81,6 +84,42 @@ class Group(NamedTuple):
     def count(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Matrices of which a device has a shard."""
         return sum(member.count for member in self.members)
+
+    @property
+    def leaves(self) -> list[int]:
+        """The indices of the leaves."""
+        return [member.leaf for member in self.members]
+
+    def stacks(self, sizes: Mapping[str, int]) -> list["Group"]:
+        """Splits the group into stacks, each of which is exchanged on its own.
+
+        A leaf of as many matrices as devices, or a multiple of it, is a stack without a copy, and
+        square matrices need no transposition. The other leaves are one stack.
+
+        Args:
+          sizes: Size of each mesh axis.
+        """
+        devices = math.prod(sizes[name] for name in self.axes)
+        is_split = not self.axes or self.replica_axes or self.in_place
+        if is_split or len(self.members) > _MAX_STACKS:
+            return [self]
+        alone = [member for member in self.members if member.count % devices == 0]
+        others = tuple(member for member in self.members if member.count % devices)
+        stacks = [self._of((member,), member.count // devices, 0) for member in alone]
+        if others:
+            full = self.full - sum(stack.full for stack in stacks)
+            stacks.append(self._of(others, full, self.remainder))
+        return stacks
+
+    def _of(self, members: tuple[Member, ...], full: int, remainder: int) -> "Group":
+        """Returns the group of some of the leaves."""
+        chunk = strategies.largest_divisor(full, self.chunk)
+        group = self._replace(members=members, full=full, remainder=remainder, chunk=chunk)
+        if len(members) == 1 and members[0].transposed:
+            axes = {"row_axes": self.column_axes, "column_axes": self.row_axes}
+            members = (members[0]._replace(transposed=False),)
+            group = group._replace(members=members, m=self.n, n=self.m, **axes)
+        return group
 
     def strategy(self) -> str:
         """Describes in words what each device does."""
