@@ -42,11 +42,11 @@ from muonclip_jax._orthogonalize.symmetric import (
     rounded,
     unrounded_gram_matrix,
 )
-from muonclip_jax._orthogonalize.tiles import DEFAULT_KIND, is_nvidia
+from muonclip_jax._orthogonalize.tiles import DEFAULT_KIND
 
 # 2⁶⁴ is exact in every dtype we normalize in, and takes the reciprocal of the largest and smallest
 # float32 out of the subnormal range, where XLA flushes it to zero.
-_SHIFT = 2.0**64
+SHIFT = 2.0**64
 
 
 def newton_schulz(
@@ -204,18 +204,6 @@ class Orthogonalizer:
         platform, kernel = self._platform, self._kernel()
         return choices.choose(n, m, computed, coefficients, method, platform, is_shared, kernel)
 
-    def passes(self, n: int, m: int, shards: jax.Array) -> Any:
-        """Returns the module that normalizes and assembles shards of n x m matrices.
-
-        None: XLA assembles them.
-        """
-        kernel = self.choose(n, m, shards.dtype).products.kernel
-        if kernel is None or is_nvidia(kernel) or self.preconditioning == "spectral":
-            return None
-        from muonclip_jax._orthogonalize import tpu_shards  # importing Pallas takes long
-
-        return tpu_shards if tpu_shards.fits(*shards.shape[-2:]) else None
-
     def _kernel(self) -> str | None:
         """Returns the kind of device whose kernel computes symmetric products; None without it."""
         if self.products != "pallas":
@@ -313,7 +301,7 @@ def _normalize(
     # No gradient: the result does not depend on this factor.
     largest = jax.lax.stop_gradient(jnp.max(magnitude, axis=(-2, -1), keepdims=True))
     largest = shards.max(largest) if shards else largest
-    shift = jnp.where(largest > 1, 1 / _SHIFT, _SHIFT).astype(largest.dtype)
+    shift = jnp.where(largest > 1, 1 / SHIFT, SHIFT).astype(largest.dtype)
     X = (X * shift.astype(X.dtype)) / nonzero(largest * shift).astype(X.dtype)
     if preconditioning == "spectral" and shards:
         A = unrounded_gram_matrix(X, Products(shards=shards))

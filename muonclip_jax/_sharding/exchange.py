@@ -16,6 +16,9 @@ has [13, 4, 8]. By the plan each device orthogonalizes 3 full matrices alone, an
 Both ways back mirror this. The columns of [8, 4] are permuted columns of the matrix, and a
 merged side may be sharded over any of its axes. Neither matters: with permutations P and Q,
 NS(P X Q) = P NS(X) Q, and the way back undoes them.
+
+A leaf of 12 matrices would be exchanged on its own, without a copy; see `Group.stacks`. With the
+kernel of `products="pallas"` on TPU, `tpu_shards.py` assembles the shards.
 """
 
 import functools
@@ -91,9 +94,10 @@ def _group(
         is_exchanged = group.axes or group.replica_axes
         dtype = shards[0].dtype
         transfer_dtype = orthogonalize.compute_dtype(dtype) if is_exchanged else dtype
+        leaves = [member.leaf for member in group.members]
         results: dict[int, jax.Array] = {}
         for stack in group.stacks(mesh.shape):
-            places = [group.leaves.index(member.leaf) for member in stack.members]
+            places = [leaves.index(member.leaf) for member in stack.members]
             of_stack = [shards[i] for i in places], [axes[i] for i in places], stack
             x = _stacked(*of_stack, transfer_dtype)
             x = _split_over_replicas(x, stack, mesh.shape, orthogonalize, eps)
@@ -189,19 +193,11 @@ def _full(
 ) -> jax.Array:
     """Orthogonalizes the first matrices, full ones on each device, some of them at a time."""
     devices = math.prod(grid)
-    count, is_tall = group.chunk * devices, group.m > group.n
-    passes = orthogonalize.passes(*sorted((group.m, group.n)), x)
+    count = group.chunk * devices
 
     def one_chunk(shards):
         there = _all_to_all(shards.reshape(devices, group.chunk, *shards.shape[1:]), group)
-        there = there.swapaxes(0, 1)
-        if passes:
-            X = orthogonalize(passes.normalized(there, grid, eps, is_tall), None)
-            done = passes.taken_apart(X, grid, is_tall)
-        else:
-            X = _materialized(_assembled(there, grid))
-            X = _transposed_if(is_tall, orthogonalize(_transposed_if(is_tall, X), eps))
-            done = _taken_apart(_materialized(X), grid)
+        done = _of_shards(there.swapaxes(0, 1), group, grid, orthogonalize, eps)
         return _all_to_all(done.swapaxes(0, 1), group).reshape(shards.shape)
 
     def in_place(i, x):
@@ -213,6 +209,24 @@ def _full(
     if group.chunk == group.full:
         return in_place(0, x)
     return jax.lax.fori_loop(0, group.full // group.chunk, in_place, x)
+
+
+def _of_shards(
+    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalize: Orthogonalizer, eps: Scalar
+) -> jax.Array:
+    """Orthogonalizes the matrices of shards [chunk, R C, m / R, n / C]; tall ones transposed."""
+    is_tall, (*_, height, width) = group.m > group.n, x.shape
+    short, long = sorted((group.m, group.n))
+    passes = orthogonalize.choose(short, long, x.dtype).products.passes(height, width)
+    if passes and orthogonalize.preconditioning != "spectral":
+        X = orthogonalize(passes.normalized(x, grid, eps, is_tall), None)
+        return passes.taken_apart(X, grid, is_tall)
+    X = _materialized(_assembled(x, grid))
+    if is_tall:
+        X = _materialized(orthogonalize(_materialized(X.mT), eps)).mT
+    else:
+        X = orthogonalize(X, eps)
+    return _taken_apart(_materialized(X), grid)
 
 
 def _shared(
@@ -241,10 +255,6 @@ def _materialized(X: jax.Array) -> jax.Array:
     XLA would also fuse the computation of the shards into each copy.
     """
     return jax.lax.optimization_barrier(X)
-
-
-def _transposed_if(condition: bool, X: jax.Array) -> jax.Array:
-    return _materialized(X.mT) if condition else X
 
 
 def _assembled(shards: jax.Array, grid: tuple[int, int]) -> jax.Array:

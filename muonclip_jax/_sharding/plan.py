@@ -85,41 +85,37 @@ class Group(NamedTuple):
         """Matrices of which a device has a shard."""
         return sum(member.count for member in self.members)
 
-    @property
-    def leaves(self) -> list[int]:
-        """The indices of the leaves."""
-        return [member.leaf for member in self.members]
-
     def stacks(self, sizes: Mapping[str, int]) -> list["Group"]:
         """Splits the group into stacks, each of which is exchanged on its own.
 
-        A leaf of as many matrices as devices, or a multiple of it, is a stack without a copy, and
-        square matrices need no transposition. The other leaves are one stack.
+        A leaf is a stack as it is, without a copy, if its matrices are a multiple of the devices.
+        Square matrices are then never transposed. Tall ones are where they are assembled, so that
+        m of such a stack is the long side. All other leaves are joined to one stack.
 
         Args:
           sizes: Size of each mesh axis.
         """
         devices = math.prod(sizes[name] for name in self.axes)
-        is_split = not self.axes or self.replica_axes or self.in_place
-        if is_split or len(self.members) > _MAX_STACKS:
+        if not self.axes or self.replica_axes or self.in_place or len(self.members) > _MAX_STACKS:
             return [self]
         alone = [member for member in self.members if member.count % devices == 0]
         others = tuple(member for member in self.members if member.count % devices)
-        stacks = [self._of((member,), member.count // devices, 0) for member in alone]
+        stacks = [self._alone(member, member.count // devices) for member in alone]
         if others:
             full = self.full - sum(stack.full for stack in stacks)
-            stacks.append(self._of(others, full, self.remainder))
+            chunk = strategies.largest_divisor(full, self.chunk)
+            stacks.append(self._replace(members=others, full=full, chunk=chunk))
         return stacks
 
-    def _of(self, members: tuple[Member, ...], full: int, remainder: int) -> "Group":
-        """Returns the group of some of the leaves."""
+    def _alone(self, member: Member, full: int) -> "Group":
+        """Returns the stack of one leaf; see `stacks`."""
         chunk = strategies.largest_divisor(full, self.chunk)
-        group = self._replace(members=members, full=full, remainder=remainder, chunk=chunk)
-        if len(members) == 1 and members[0].transposed:
-            axes = {"row_axes": self.column_axes, "column_axes": self.row_axes}
-            members = (members[0]._replace(transposed=False),)
-            group = group._replace(members=members, m=self.n, n=self.m, **axes)
-        return group
+        members = (member._replace(transposed=False),)
+        group = self._replace(members=members, full=full, chunk=chunk, remainder=0)
+        if not member.transposed:
+            return group
+        sides = {"m": self.n, "n": self.m}
+        return group._replace(row_axes=self.column_axes, column_axes=self.row_axes, **sides)
 
     def strategy(self) -> str:
         """Describes in words what each device does."""
