@@ -25,7 +25,7 @@ from muonclip_jax._sharding.placement import (
 )
 
 # Each stack is a Newton-Schulz iteration of its own in the program, which takes time to compile.
-_MAX_STACKS = 8
+_MAX_STACKS = 4
 
 
 class Member(NamedTuple):
