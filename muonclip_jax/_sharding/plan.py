@@ -24,8 +24,9 @@ from muonclip_jax._sharding.placement import (
     find_placement,
 )
 
-# Each stack is a Newton-Schulz iteration of its own in the program, which takes time to compile.
-_MAX_STACKS = 4
+# Each stack adds two all-to-alls and a Newton-Schulz iteration, which takes time to compile. So a
+# group has at most so many, and each has at least so many numbers on a device.
+_MAX_STACKS, _MIN_STACK = 4, 2**20
 
 
 class Member(NamedTuple):
@@ -88,9 +89,9 @@ class Group(NamedTuple):
     def stacks(self, sizes: Mapping[str, int]) -> list["Group"]:
         """Splits the group into stacks, each of which is exchanged on its own.
 
-        A leaf is a stack as it is, without a copy, if its matrices are a multiple of the devices.
-        Square matrices are then never transposed. Tall ones are where they are assembled, so that
-        m of such a stack is the long side. All other leaves are joined to one stack.
+        A large leaf is a stack as it is, without a copy, if its matrices are a multiple of the
+        devices. Square matrices are then never transposed. Tall ones are where they are assembled,
+        so that m of such a stack is the long side. All other leaves are joined to one stack.
 
         Args:
           sizes: Size of each mesh axis.
@@ -98,8 +99,9 @@ class Group(NamedTuple):
         devices = math.prod(sizes[name] for name in self.axes)
         if not self.axes or self.replica_axes or self.in_place or len(self.members) > _MAX_STACKS:
             return [self]
-        alone = [member for member in self.members if member.count % devices == 0]
-        others = tuple(member for member in self.members if member.count % devices)
+        least = max(1, _MIN_STACK * devices // max(1, self.m * self.n))  # matrices
+        alone = [x for x in self.members if x.count >= least and x.count % devices == 0]
+        others = tuple(member for member in self.members if member not in alone)
         stacks = [self._alone(member, member.count // devices) for member in alone]
         if others:
             full = self.full - sum(stack.full for stack in stacks)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize import tpu_shards
 from muonclip_jax._orthogonalize.newton_schulz import orthogonalizer
+from muonclip_jax._sharding import plan
 from tests.support.kernel_cases import small_tiles
 
 nightly = pytest.mark.nightly
@@ -103,8 +104,9 @@ def test_only_shards_of_full_registers_fit():
 
 @nightly
 @pytest.mark.parametrize("preconditioning", ["frobenius", "schatten", "spectral"])
-def test_muon_with_passes_equals_one_device(preconditioning):
+def test_muon_with_passes_equals_one_device(preconditioning, monkeypatch):
     """Wide, tall and square leaves that are exchanged on their own, two chunks, and a stack."""
+    monkeypatch.setattr(plan, "_MIN_STACK", 0)
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rng = np.random.default_rng(0)
     specs = {"wide": P(None, "x", "y"), "tall": P(None, "y", "x")}
