@@ -1,6 +1,7 @@
 """The passes over shards on TPU, interpreted, against float64."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def test_muon_with_passes_equals_one_device(preconditioning, monkeypatch):
         got = jax.jit(tx.update)(params, tx.init(params))[0]
     assert ("sums_of_squares" in names) == (preconditioning != "spectral")
     alone = mc.scale_by_muon(**settings)
-    expected = alone.update(w, alone.init(w))[0]
+    expected: Any = alone.update(w, alone.init(w))[0]
     for name, sharding in shardings.items():
         assert got[name].sharding.is_equivalent_to(sharding, 3)
         np.testing.assert_allclose(got[name], expected[name], atol=2e-5)
