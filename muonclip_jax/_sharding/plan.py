@@ -99,8 +99,8 @@ class Group(NamedTuple):
         devices = math.prod(sizes[name] for name in self.axes)
         if not self.axes or self.replica_axes or self.in_place or len(self.members) > _MAX_STACKS:
             return [self]
-        least = max(1, _MIN_STACK * devices // max(1, self.m * self.n))  # matrices
-        alone = [x for x in self.members if x.count >= least and x.count % devices == 0]
+        matrices = max(1, _MIN_STACK * devices) / max(1, self.m * self.n)  # at least
+        alone = [x for x in self.members if x.count >= matrices and x.count % devices == 0]
         others = tuple(member for member in self.members if member not in alone)
         stacks = [self._alone(member, member.count // devices) for member in alone]
         if others:

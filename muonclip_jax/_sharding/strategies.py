@@ -113,7 +113,7 @@ def _divisors(number: int) -> list[int]:
 
 def chunk_size(full: int, bytes_each: int) -> int:
     """Returns how many matrices to exchange at once: the largest divisor that fits the memory."""
-    return largest_divisor(full, MAX_EXCHANGED_BYTES // bytes_each)
+    return largest_divisor(full, MAX_EXCHANGED_BYTES // max(1, bytes_each))
 
 
 def largest_divisor(number: int, limit: int) -> int:
