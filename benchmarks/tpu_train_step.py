@@ -94,7 +94,15 @@ def parse(output: str) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Formats the results as the table of examples/cloud_tpu/README.md."""
-    head = ("slice", "model", "mesh", "GiB of a chip", "TFLOPs", "of it Muon", "sent, GB")
+    head = (
+        "slice",
+        "model",
+        "mesh",
+        "memory per chip, GiB",
+        "TFLOPs per chip",
+        "Muon's share of them",
+        "GB sent per chip",
+    )
     return report.markdown(
         head, [row(results["cases"][name]) for name in CASES if name in results["cases"]]
     )

@@ -1,7 +1,7 @@
 """MuonClip, Algorithm 1 of Kimi K2 (arXiv 2507.20534), as one optax optimizer.
 
     for each weight matrix W:                                                         lines 3 to 7
-        M ← μ M + G
+        M ← β M + G
         O ← NewtonSchulz(M) · 0.2 √max(n_in, n_out)
         W ← W − η (O + λ W)
     for each attention head h, with max logit S_h in the forward pass:                lines 9 to 17
@@ -9,7 +9,7 @@
             γ ← τ / S_h
             W_q,h ← √γ W_q,h        W_k,h ← √γ W_k,h        (rotary queries of MLA: all of γ)
 
-M is kept as the average (1 − μ) Σ instead of the sum, which has the same direction. AdamW trains
+M is kept as the average (1 − β) Σ instead of the sum, which has the same direction. AdamW trains
 everything that is no matrix.
 """
 
@@ -125,9 +125,9 @@ def muonclip(
       shared_key: See `qk_clip`.
       ignore: See `qk_clip`. Modules that `optax.partition` or `optax.masked` hide are left out
         without it.
-      beta: μ, decay of the momentum of the matrices, in [0, 1).
-      nesterov: Whether the direction looks one step ahead: G + μ M with M the sum, without the
-        bias correction of `muon`.
+      beta: β, decay of the momentum of the matrices, in [0, 1).
+      nesterov: Whether the direction looks one step ahead: G + β M, with G the gradient and
+        M ← β M + G, without the bias correction of `muon`.
       weight_decay: λ, number or schedule; decay of the matrices, multiplied by the learning rate.
       consistent_rms: See `scale_by_shape`.
       ns_coeffs: See `scale_by_muon`.

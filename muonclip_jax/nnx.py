@@ -147,7 +147,8 @@ def attention_fn(
 
     Args:
       query: Queries, after any rotation.
-      key: Keys. Fewer heads than queries are shared: head h uses key head `h * key_heads // heads`.
+      key: Keys. Fewer heads than queries are shared: query head h uses key head
+        `h // (heads // key_heads)`.
       value: Values, one head for each of the keys.
       bias: Added to the logits; broadcasts to `[*batch, heads, t, s]`. Part of the logits.
       mask: True, or not 0, where a pair may attend; broadcasts like `bias`. Masked pairs do not

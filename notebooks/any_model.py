@@ -185,8 +185,9 @@ print(analysis)
 # %% [markdown]
 # ## Train it, without editing it
 #
-# `expect` is the number of attention sites in the table above. The analysis replaces a head layout,
-# because it has the axes of the heads. Max logits are taken before the soft cap.
+# `expect` is the number of attention layers of your model; the table above should show the same.
+# The analysis replaces a head layout, because it has the axes of the heads. Max logits are taken
+# before the soft cap.
 
 # %%
 STEPS, BATCH, THRESHOLD = 100, 16, 20.0

@@ -114,8 +114,8 @@ def train_step(params, opt_state, text):
     (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, text)
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    params, clipped = mc.qk_clip(params, stats, threshold=100.0)
-    return params, opt_state, {"loss": loss, **mc.qk_clip_metrics(clipped)}
+    params, info = mc.qk_clip(params, stats, threshold=100.0)
+    return params, opt_state, {"loss": loss, **mc.qk_clip_metrics(info)}
 
 
 # %% [markdown]

@@ -201,8 +201,12 @@ def same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
     names = (AFTER, BEFORE, LOWERED)
-    texts = (f"{n} {mean_sd(ours[n]['median'])} ({mean_sd(ours[n]['ninetieth'])})" for n in names)
-    return f"median (90 %) of heads just clipped, times τ: {'; '.join(texts)}"
+    figures = ((ours[n]["median"]["mean"], ours[n]["ninetieth"]["mean"]) for n in names)
+    first, *others = (f"median {median:.2f}, 90 % below {most:.2f}" for median, most in figures)
+    return (
+        f"one step after a clip, in units of τ: {first}; clip before the update: {others[0]};"
+        f" threshold τ / (1 + growth): {others[1]}"
+    )
 
 
 def steps_of(fifth: int) -> str:
@@ -239,37 +243,40 @@ def section(ours: Mapping[str, Any]) -> str:
         for name, line in ours.items()
     ]
     median, most, largest = (ours[AFTER][q]["mean"] for q in ("median", "ninetieth", "largest"))
-    order = "as high" if same(ours[BEFORE]["median"], ours[AFTER]["median"]) else "another"
+    equal = same(ours[BEFORE]["median"], ours[AFTER]["median"])
+    order = "equal within the spread of seeds" if equal else "different"
     counts = {name: line["clipped"]["mean"] for name, line in ours.items()}
     nine = {name: line["ninetieth"]["mean"] for name, line in ours.items()}
-    kept = ", ".join(name for name, x in nine.items() if x <= 1) or "none of the lines"
+    kept = " and ".join(f"`{name}`" for name, x in nine.items() if x <= 1)
+    kept = f"With {kept}" if kept else "With no line of the table"
     return f"""\
 One step after a clip the median head is at {median:.2f} τ, nine in ten are below {most:.2f} τ, and
 the highest is at {largest:.2f} τ. A batch with high logits causes the clip, and the next batch is
 usually lower.
 
-Why "partly": the verdict needs a median of at most τ, equal medians in both orders, and nine in ten
-at or below τ with the threshold τ / (1 + growth). That threshold keeps nine in ten below
-{nine[LOWERED]:.2f} τ.
+Why "partly": the verdict has three conditions. The median is at most τ, it is equal in both orders,
+and the threshold τ / (1 + growth) keeps nine in ten at or below τ. That threshold keeps nine in ten
+below {nine[LOWERED]:.2f} τ.
 
-**Order.** With the clip before the update, the median is {order}:
-{mean_sd(ours[BEFORE]["median"])}. In both orders one more update follows the forward pass that
-computes the factor, and the factor does not see this update.
+**Order.** The clip of Kimi K2 comes after the update. With the clip before the update the medians
+are {order}: {mean_sd(ours[AFTER]["median"])} and {mean_sd(ours[BEFORE]["median"])}. In either
+order, the factor is computed before the update and cannot account for it.
 
 **Lower thresholds.** `growth` is the most that one update adds to a logit of τ, divided by τ. For
-width D, head dimension H, and queries and keys of equal norms it is 2 · 0.2 η D / √(τ √H):
-{growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate η.
-It ignores that batches differ. Nine in ten stay at or below τ with: {kept}.
+width D, head dimension H, and queries and keys of equal norms it is 2 · 0.2 η D / √(τ √H). That is
+{growth_of_a_step(RATE, THRESHOLD):.1%} at the largest rate η. It ignores that batches differ.
+{kept} nine in ten heads stay at or below τ.
 
-**Shared keys.** One line has the rule `group`, and `no shared keys` is the model `mha`. All others
-use the rule `query`. With `group` {counts[GROUP]:.1f} heads are clipped per step, with
+**Shared keys.** Row `group` has the rule `group`, and row `no shared keys` is the model `mha`. All
+others have the rule `query`. With `group` {counts[GROUP]:.1f} heads are clipped per step, with
 `query` {counts[AFTER]:.1f} (first line). See
 [Rules for shared keys](#rules-for-shared-keys-and-the-bound).
 
-The table has the largest logit of a step's batch, divided by τ = {THRESHOLD:g}, of heads that the
-step before clipped. The trainings are like [Exploding logits](#exploding-logits-and-qk-clip),
-`gqa` at the rate {RATE:g} without decay, but with {STEPS} steps of {Ordered.batch_size} x {SEQ_LEN}
-bytes. The figures there are higher, because each is the largest of 16 steps.
+Each number in the table is the largest logit of a head in the step after it was clipped, divided by
+{THRESHOLD:g}, also in the rows with a lower threshold. The trainings are like
+[Exploding logits](#exploding-logits-and-qk-clip), `gqa` at the rate {RATE:g} without decay, but
+with {STEPS} steps of {Ordered.batch_size} x {SEQ_LEN} bytes. The figures there are higher, because
+each is the largest of 16 steps.
 
 {markdown(columns, rows)}"""
 

@@ -95,10 +95,10 @@ COLUMNS = (
     "",
     "largest logit, no clip",
     "heads above τ",
-    "with clip",
+    "largest logit, with clip",
     "median from the first clip on",
     "loss, no clip",
-    "with clip",
+    "loss, with clip",
     "difference, same seed",
 )
 
@@ -134,10 +134,12 @@ The learning rate is {RATE:g}, three times the best, without weight decay. With 
 largest logit still rises while the rate falls to 0: in the second half of {STEPS} steps it is
 {min(rise):.1f} to {max(rise):.1f} times the largest of the first half.
 
-The median is over the heads that exceed τ, from their first clip on. Each number in it is the
-largest logit of {STEPS // LOGGED} steps, so it shows the highest batches. Our rule allows
-{KEPT - 1:.0%} above τ. With the weight decay of Kimi K2, 0.1, the largest logit is {decayed} and
-falls without QK-clip. Decay limits logits too, and QK-clip rarely acts at this scale.
+The median is over the heads that exceed τ, from their first clip on. For each head we record the
+largest logit of every {STEPS // LOGGED} steps, so the median describes the highest batches. Our
+rule allows {KEPT - 1:.0%} above τ.
+
+With the weight decay of Kimi K2, 0.1, the largest logit is {decayed}, and it falls without QK-clip.
+Decay limits logits too, and QK-clip rarely acts at this scale.
 
 Why "partly": the median exceeds τ by more than {KEPT - 1:.0%} with {above}, and by less with the
 others. [A clipped head, one step later](#a-clipped-head-one-step-later) measures each step, both

@@ -13,6 +13,7 @@ import muonclip_jax as mc
 from benchmarks.evidence import plotting
 from benchmarks.evidence.runner import Measure
 from benchmarks.evidence.summaries import (
+    joined,
     largest_logits,
     loss_of,
     mean_sd,
@@ -151,7 +152,7 @@ def effect(line: Mapping[str, Any]) -> str:
 
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
-    texts = (f"{name} {mean_sd(ours[name]['minus_plain'])}" for name in ours if name != PLAIN)
+    texts = (f"{name} {mean_sd(ours[name]['minus_plain'], 4)}" for name in ours if name != PLAIN)
     return f"loss minus plain Muon: {'; '.join(texts)}"
 
 
@@ -163,7 +164,7 @@ def section(ours: Mapping[str, Any]) -> str:
             name,
             f"{line['learning_rate']:g}",
             mean_sd(line["loss"]),
-            "" if name == PLAIN else mean_sd(line["minus_plain"]),
+            "" if name == PLAIN else mean_sd(line["minus_plain"], 4),
             mean_sd(line["max_logit"], 0),
         ]
         for name, line in ours.items()
@@ -172,21 +173,34 @@ def section(ours: Mapping[str, Any]) -> str:
         found: [name for name in VARIANTS if name != PLAIN and effect(ours[name]) == found]
         for found in ("lower", "equal", "higher")
     }
-    names["not lower"] = [n for n in names["equal"] + names["higher"] if n != "Sinkhorn"]
-    names["at the end"] = [n for n in ours if ours[n]["learning_rate"] in (RATES[0], RATES[-1])]
-    listed = {found: ", ".join(of) or "none" for found, of in names.items()}
+    below = [n for n in names["equal"] + names["higher"] if n != "Sinkhorn"]
+    ends = [n for n in ours if ours[n]["learning_rate"] in (RATES[0], RATES[-1])]
+    texts = (
+        (
+            "lower",
+            "The loss is lower than with plain Muon, by more than two deviations, with {}.",
+        ),
+        ("higher", "It is higher with {}."),
+        ("equal", "There is no clear difference with {}."),
+    )
+    effects = " ".join(t.format(joined(names[found])) for found, t in texts if names[found])
+    weak = f"The loss is not clearly lower with {joined(below)}." if below else ""
+    edge = "None is at an end of this grid."
+    if ends:
+        edge = f"At an end of this grid is the best rate of {joined(ends)}."
     return f"""\
-These lower the loss of plain Muon by more than two standard deviations: {listed["lower"]}. These
-raise it: {listed["higher"]}. No clear difference: {listed["equal"]}.
+{effects}
 
 Why "partly": the verdict needs a lower loss from each transform of Muon, and no higher one from
-Sinkhorn-balanced momentum. Without a clearly lower loss: {listed["not lower"]}.
+Sinkhorn-balanced momentum. {weak}
 
 All variants train for {Variant(0.0, 0).steps} steps with the settings and the decay of plain Muon.
-Each has its best rate of {", ".join(f"{rate:g}" for rate in RATES)}, found with the first seed.
-Best rates at an end of this grid: {listed["at the end"]}. AdamW and Sinkhorn-balanced momentum have
-the learning rate of the matrices. Sinkhorn-balanced momentum trains the embedding and the output
-head of {VOCABULARY} bytes, which have no rare tokens.
+Each has its best rate of {joined([f"{rate:g}" for rate in RATES])}, found with the first seed.
+{edge} In [Steps to a fixed loss](#steps-to-a-fixed-loss) the scale, the momentum and the model are
+others, so its results can differ.
+
+AdamW and Sinkhorn-balanced momentum have the learning rate of the matrices. Sinkhorn-balanced
+momentum trains the embedding and the output head of {VOCABULARY} bytes, which have no rare tokens.
 
 {markdown(columns, rows)}"""
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence import plotting
 from benchmarks.evidence.runner import Measure, lookup
-from benchmarks.evidence.summaries import loss_of, over_seeds, seeds_of
+from benchmarks.evidence.summaries import loss_of, over_seeds, paired_difference, seeds_of
 from benchmarks.evidence.training import BATCH_SIZE, LOGGED, SEQ_LEN, Run, curves, finite
 from benchmarks.report import markdown
 
@@ -70,32 +70,58 @@ class Long(Run):
 
 
 RUN = Long(0.016, 0, threshold=30.0)  # at the best rate of low-threshold
+LOWER = Long(0.016, 0, threshold=15.0)  # at which the clip acts; no clip acts in `RUN`
 SEEDS = (0,)  # a training takes as long as 50 of the others
 LEVELS = (12.0, 15.0, 20.0, 25.0)  # lower thresholds that heads may exceed
 JUDGED = "20"  # of them
+BEFORE = int(CONSTANT * TENTHS) - 1  # the last tenth at the full learning rate
 
 
 def study(measure: Measure) -> dict[str, Any]:
     """Trains with each seed.
 
     Returns:
-      `clipped`, the fraction of heads that a step clips, by tenth of the training; `ever_clipped`,
-      the fraction of heads, at the end of each tenth; `last_clip`; `above`, for each level, the
-      fraction of heads whose largest logit between two logged steps is above it, by tenth; `ever`,
-      the fraction ever above it; `largest`, the largest logit, by tenth; `loss`.
+      `summary` of the trainings with `RUN`; `above`, for each level, the fraction of heads whose
+      largest logit between two logged steps is above it, by tenth; `ever`, the fraction ever above
+      it; `lower`, the `summary` of the trainings with `LOWER`, and `minus_first`, their loss minus
+      the loss of the others. Without records of `LOWER` there is no `lower`.
     """
     records = measure(seeds_of(RUN, SEEDS))
     logits = [np.reshape(r["max_logits"], (len(r["logged"]), -1)) for r in records]  # [point, head]
-    return {
-        "clipped": by_tenth(np.array(record["clipped"]) for record in records),
-        "ever_clipped": [
-            over_seeds(record["ever_clipped"][at] for record in records)
-            for at in ends(len(records[0]["logged"]))
-        ],
-        "last_clip": over_seeds(record["last_clip"] for record in records),
+    ours = summary(records) | {
         "above": {f"{x:g}": by_tenth((each > x).mean(1) for each in logits) for x in LEVELS},
         "ever": {f"{x:g}": over_seeds((m > x).any(0).mean() for m in logits) for x in LEVELS},
-        "largest": by_tenth((each.max(1) for each in logits), np.max),
+    }
+    if lower := recorded(measure, LOWER):
+        minus = paired_difference(lower, records)
+        ours["lower"] = summary(lower) | {"minus_first": minus}
+    return ours
+
+
+def recorded(measure: Measure, run: Long) -> list[dict[str, Any]]:
+    """Returns the trainings of each seed; none if the records are fixed and lack them."""
+    try:
+        return measure(seeds_of(run, SEEDS))
+    except KeyError:  # of `lookup`
+        return []
+
+
+def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Summarizes trainings that differ in their seed only.
+
+    Returns:
+      `clipped`, the fraction of heads that a step clips, by tenth of the training; `ever_clipped`,
+      the fraction of heads, at the end of each tenth; `last_clip`, the last step with a clip;
+      `largest`, the largest logit, by tenth; `loss`.
+    """
+    points = len(records[0]["logged"])
+    last = [points * (tenth + 1) // TENTHS - 1 for tenth in range(TENTHS)]  # points of the tenths
+    largest = (np.reshape(r["max_logits"], (points, -1)).max(1) for r in records)
+    return {
+        "clipped": by_tenth(np.array(record["clipped"]) for record in records),
+        "ever_clipped": [over_seeds(r["ever_clipped"][at] for r in records) for at in last],
+        "last_clip": over_seeds(record["last_clip"] for record in records),
+        "largest": by_tenth(largest, np.max),
         "loss": loss_of(records),
     }
 
@@ -106,35 +132,39 @@ def by_tenth(points: Iterable[np.ndarray], reduce: Any = np.mean) -> list[dict[s
     return [over_seeds(column) for column in np.transpose(tenths)]
 
 
-def ends(points: int) -> list[int]:
-    """Returns the index of the last point of each tenth."""
-    return [points * (tenth + 1) // TENTHS - 1 for tenth in range(TENTHS)]
-
-
 def acts(ours: Mapping[str, Any]) -> bool:
     """Whether the clip ever acts."""
     return ours["ever_clipped"][-1]["mean"] > 0
 
 
-def fades(above: Sequence[Mapping[str, Any]]) -> bool:
+def fades(fractions: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last tenth at the full rate has less than a tenth of the busiest tenth."""
-    last = above[int(CONSTANT * TENTHS) - 1]["mean"]
-    return last < 0.1 * max(one["mean"] for one in above)
+    return fractions[BEFORE]["mean"] < 0.1 * max(one["mean"] for one in fractions)
 
 
 def verdict(ours: Mapping[str, Any]) -> str:
-    """Reproduced: the clip acts, and few heads exceed a threshold before the rate falls."""
-    return plotting.judge(acts(ours), fades(ours["above"][JUDGED]))
+    """Reproduced: clips, and heads above a lower threshold, fade before the rate falls.
+
+    Three conditions: the clip acts at the threshold of the paper; few heads exceed `JUDGED` in the
+    last tenth at the full rate; and with `LOWER` the clip acts, and has faded in that tenth.
+    """
+    conditions = [acts(ours), fades(ours["above"][JUDGED])]
+    if lower := ours.get("lower"):
+        conditions.append(acts(lower) and fades(lower["clipped"]))
+    return plotting.judge(*conditions)
 
 
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
-    at = int(CONSTANT * TENTHS) - 1
-    first, late = (share(ours["above"][JUDGED][i]) for i in (0, at))
-    return (
-        f"τ = {RUN.threshold:g}: {share(ours['ever_clipped'][-1])} of the heads ever clipped; above"
-        f" {JUDGED}: {first} of the heads in the first tenth, {late} before the rate falls"
-    )
+    text = f"τ = {RUN.threshold:g}: {share(ours['ever_clipped'][-1])} of the heads ever clipped"
+    if lower := ours.get("lower"):
+        first, late = (share(lower["clipped"][at]) for at in (0, BEFORE))
+        return (
+            f"{text}; τ = {LOWER.threshold:g}: {share(lower['ever_clipped'][-1])} of the heads, a"
+            f" step clips {first} in the first tenth, {late} before the rate falls"
+        )
+    first, late = (share(ours["above"][JUDGED][at]) for at in (0, BEFORE))
+    return f"{text}; above {JUDGED}: {first} in the first tenth, {late} before the rate falls"
 
 
 def share(fraction: Mapping[str, Any]) -> str:
@@ -145,50 +175,124 @@ def share(fraction: Mapping[str, Any]) -> str:
 
 def section(ours: Mapping[str, Any]) -> str:
     """Describes the result in a paragraph and a table."""
+    parts = [finding(ours), needs(ours), above_a_level(ours)]
+    if lower := ours.get("lower"):
+        parts.append(clips(lower))
+    constant = round(CONSTANT * STEPS)
+    parts.append(f"""\
+The `gqa` model trains for {STEPS:,} steps of {RUN.batch_size} x {SEQ_LEN} bytes, with one seed. In
+[A low threshold](#a-low-threshold-does-not-change-the-loss) the batch is
+{BATCH_SIZE // RUN.batch_size} times as large. The learning rate is {RUN.learning_rate:g}, the best
+there, and the decay is {RUN.weight_decay:g}. The schedule is Kimi K2's. After a warmup of {WARMUP}
+steps the rate is constant until step {constant:,}, and then falls to a tenth as a cosine. The loss
+is {ours["loss"]["mean"]:.3f}.""")
+    parts.append(f"""\
+The table shows some tenths of the training. "Above" is a mean over the windows of
+{STEPS // LOGGED} steps in a tenth: the fraction of heads whose largest logit in the window is above
+the value. "Ever" is the fraction of heads that exceed it in some window.""")
+    return "\n\n".join([*parts, table(ours)])
+
+
+def finding(ours: Mapping[str, Any]) -> str:
+    """States the result in one paragraph."""
+    if acts(ours):
+        first = f"At τ = {RUN.threshold:g}, as in the paper, the clip acts."
+    else:
+        first = (
+            f"At τ = {RUN.threshold:g}, as in the paper, the clip never acts: no logit reaches"
+            f" {RUN.threshold:g}. So this training equals one without QK-clip."
+        )
+    lower = ours.get("lower")
+    if not lower:
+        return first
+    if not acts(lower):
+        return f"{first} At τ = {LOWER.threshold:g} it never acts either."
+    fade = "has faded" if fades(lower["clipped"]) else "still acts"
+    return f"{first} At τ = {LOWER.threshold:g} it acts, and {fade} when the learning rate falls."
+
+
+def needs(ours: Mapping[str, Any]) -> str:
+    """Describes the conditions of the verdict, and which of them hold."""
+    conditions = {
+        f"the clip acts at τ = {RUN.threshold:g}": acts(ours),
+        f"few heads exceed {JUDGED} before the learning rate falls": fades(ours["above"][JUDGED]),
+    }
+    if lower := ours.get("lower"):
+        text = f"at τ = {LOWER.threshold:g} the clip acts, and has faded before the rate falls"
+        conditions[text] = acts(lower) and fades(lower["clipped"])
+    listed = "; ".join(f"{text} ({'yes' if held else 'no'})" for text, held in conditions.items())
+    words = "*Few* and *faded* mean" if lower else "*Few* means"
+    return (
+        f"The conditions of the verdict: {listed}. {words}"
+        " less than a tenth of the busiest tenth of the training."
+    )
+
+
+def above_a_level(ours: Mapping[str, Any]) -> str:
+    """Describes the heads above a lower threshold, in the training without a clip."""
+    first, late, last = (share(ours["above"][JUDGED][at]) for at in (0, BEFORE, -1))
+    calm = "few heads exceed it before the learning rate falls"
+    if not fades(ours["above"][JUDGED]):
+        calm = "high logits do not end on their own at the full learning rate"
+    return f"""\
+**Heads above {JUDGED}.** In the first tenth of the steps {first} of the heads are above it. In the
+last tenth before the learning rate falls {late} are, and in the last tenth of all {last}. So
+{calm}."""
+
+
+def clips(lower: Mapping[str, Any]) -> str:
+    """Describes the training with the lower threshold."""
+    first, late, last = (share(lower["clipped"][at]) for at in (0, BEFORE, -1))
+    minus = lower["minus_first"]["mean"]
+    return f"""\
+**A lower threshold.** A second training has τ = {LOWER.threshold:g}, which many heads exceed. In
+its first tenth a step clips {first} of the heads on average. In the last tenth before the rate
+falls it clips {late}, and in the last tenth of all {last}. {share(lower["ever_clipped"][-1])} of
+the heads are ever clipped. The last clip is at step {lower["last_clip"]["mean"]:,.0f}. The loss is
+{lower["loss"]["mean"]:.3f}, {abs(minus):.3f} {"lower" if minus < 0 else "higher"} than with
+τ = {RUN.threshold:g}, at the same seed."""
+
+
+def table(ours: Mapping[str, Any]) -> str:
+    """Generates the table, with a column for some tenths of the training."""
     shown, tenth = (0, 1, 2, 4, 5, 7, 9), STEPS // TENTHS
     parts = [f"{at * tenth + 1:,} to {(at + 1) * tenth:,}" for at in shown]
-    rows = [
-        [f"above {level}", *(share(above[at]) for at in shown), share(ours["ever"][level])]
-        for level, above in ours["above"].items()
+    lines = [
+        (f"above {level}", above, ours["ever"][level]) for level, above in ours["above"].items()
     ]
-    largest = [f"{ours['largest'][at]['mean']:.0f}" for at in shown]
-    rows.append(["largest logit", *largest, ""])
-    constant, at = round(CONSTANT * STEPS), int(CONSTANT * TENTHS) - 1
-    does = "acts" if acts(ours) else "never acts: no logit reaches τ"
-    goes_on = "few heads exceed" if fades(ours["above"][JUDGED]) else "heads go on exceeding"
-    below = f"; here logits stay below {RUN.threshold:g}" if not acts(ours) else ""
-    return f"""\
-With τ = {RUN.threshold:g}, as in the paper, the clip {does}, and at the full learning rate
-{goes_on} a lower threshold such as {JUDGED}. In the first tenth of the steps
-{share(ours["above"][JUDGED][0])} of the heads are above it, and {share(ours["above"][JUDGED][at])}
-in the last tenth before the rate falls. In the last tenth of all
-{share(ours["above"][JUDGED][-1])} are: here it is the falling rate that ends the high logits. With
-weight decay they do not keep growing either. The table has the fraction of heads whose largest
-logit of {STEPS // LOGGED} steps is above a value. The clip never acts, so a training without it has
-the same figures. The `gqa` model trains on {RUN.batch_size} x {SEQ_LEN} bytes a step at the rate
-{RUN.learning_rate:g}, the best of [A low threshold](#a-low-threshold-does-not-change-the-loss),
-with decay {RUN.weight_decay:g} and one seed. The batch there is
-{BATCH_SIZE // RUN.batch_size} times as large{below}. The loss is
-{ours["loss"]["mean"]:.3f}. The schedule is Kimi K2's: the rate is constant
-until step {constant:,}, after a warmup of {WARMUP}, and then falls to a tenth as a cosine.
-
-{markdown(("steps", *parts, "ever"), rows)}"""
+    runs = [(f"τ = {RUN.threshold:g}", ours)]
+    if lower := ours.get("lower"):
+        name = f"τ = {LOWER.threshold:g}"
+        lines.append((f"clipped at a step, {name}", lower["clipped"], lower["ever_clipped"][-1]))
+        runs.append((name, lower))
+    rows = [[name, *(share(line[at]) for at in shown), share(ever)] for name, line, ever in lines]
+    for name, run in runs:
+        largest = [f"{run['largest'][at]['mean']:.0f}" for at in shown]
+        rows.append([f"largest logit, {name}", *largest, ""])
+    return markdown(("steps", *parts, "ever"), rows)
 
 
 def draw(result: Mapping[str, Any]) -> Figure:
     """Draws the largest logits of all heads, and the fraction of heads above lower thresholds."""
-    figure, (left, right) = plotting.panels(2)
-    (record,) = lookup(result["runs"])(seeds_of(RUN, SEEDS))
-    logits = np.reshape(record["max_logits"], (len(record["logged"]), -1))
-    left.plot(record["logged"], logits, color=plotting.COLORS[0], linewidth=1, alpha=0.6)
-    left.axhline(RUN.threshold or np.inf, color=plotting.LIMIT, linewidth=1)
-    left.set(title=f"largest logit of {STEPS // LOGGED} steps, each head; the line is τ")
-    for level, color in zip(LEVELS, plotting.COLORS, strict=False):
-        above = (logits > level).mean(1)
-        right.plot(record["logged"], above, color=color, label=f"above {level:g}")
-    right.set(title="fraction of heads")
-    right.legend(frameon=False, fontsize="small")
-    for axes in (left, right):
+    measure = lookup(result["runs"])
+    runs = [RUN, LOWER] if "lower" in result["ours"] else [RUN]
+    figure, panels = plotting.panels(len(runs) + 1)
+    for axes, run in zip(panels, runs, strict=False):
+        (record,) = measure(seeds_of(run, SEEDS))
+        logits = np.reshape(record["max_logits"], (len(record["logged"]), -1))
+        axes.plot(record["logged"], logits, color=plotting.COLORS[0], linewidth=1, alpha=0.6)
+        axes.axhline(run.threshold or np.inf, color=plotting.LIMIT, linewidth=1)
+        axes.set(title=f"each head's largest logit; red: τ = {run.threshold:g}")
+        if run == RUN:
+            for level, color in zip(LEVELS, plotting.COLORS, strict=False):
+                above = (logits > level).mean(1)
+                panels[-1].plot(record["logged"], above, color=color, label=f"above {level:g}")
+        else:
+            label = f"clipped at a step, τ = {run.threshold:g}"
+            panels[-1].plot(record["logged"], record["clipped"], color="black", label=label)
+    panels[-1].set(title="fraction of heads")
+    panels[-1].legend(frameon=False, fontsize="small")
+    for axes in panels:
         axes.axvline(CONSTANT * STEPS, color="black", linestyle="dashed", linewidth=1)
         axes.set(xlabel="step; the rate falls after the dashed line")
     return figure

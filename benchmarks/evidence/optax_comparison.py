@@ -161,25 +161,22 @@ def section(ours: Mapping[str, Any]) -> str:
     first, wide, batch = (ours["share_of_step"][end]["mc.muon"] for end in ENDS)
     adamw = [share["adamw"] for share in ours["share_of_step"].values()]
     times = medians(ours)
-    every = dict(times)
-    slowest = max(every, key=lambda name: every[name])
-    widest = times.pop(ENDS[1])
+    slowest, fastest = max(times, key=times.__getitem__), min(times, key=times.__getitem__)
     early = EARLY * OURS.steps // LOGGED
     return f"""\
-`mc.muon` trains like `optax.contrib.muon`, and its update takes {min(every.values()):.2f} to
-{max(every.values()):.2f} of the time.
+`mc.muon` trains like `optax.contrib.muon`, and its update takes {min(times.values()):.2f} to
+{max(times.values()):.2f} of the time.
 
 With common defaults the training losses differ by {at_most(ours["largest_early_difference"])} in
 the first {early} steps and by {at_most(ours["largest_difference"])} in all {OURS.steps}. The
 validation losses differ by {mean_sd(ours["loss_minus_optax"], 4)}.
 
 Why "partly": the verdict needs equal losses, and a faster update at every size. The slowest is
-{every[slowest]:.2f} of the time, at {slowest}.
+{times[slowest]:.2f} of the time, at {slowest}.
 
-At {ENDS[1].split(",")[0]} our update takes {widest:.2f} of the time, and less on the matrices of
+The ratio is smallest at {fastest}, and smaller still on the matrices of
 [GPT-2 and larger models](benchmarks.md). From a side of {_SMALLEST_MIRRORED["cpu"]} on, symmetric
-products are mirrored. Wide matrices use the Gram method at every width. At smaller widths the ratio
-is {min(times.values()):.2f} to {max(times.values()):.2f}.
+products are mirrored. Wide matrices use the Gram method at every width.
 
 The share of Muon in a step grows with the width, from {first:.0%} to {wide:.0%}: its FLOPs grow
 with the cube of the width, and the FLOPs of the model with the square. The share falls with the

@@ -27,6 +27,7 @@ from benchmarks.evidence.training import (
 from examples.language_model.models import gqa
 
 ADAMW, OPTAX, MUON, NORMUON = "AdamW", "optax.contrib.muon", "mc.muon", "mc.muon, NorMuon"
+PER_HEAD = "mc.muon, per head"
 PASSING = 3.09  # standard errors below the target; modded-nanogpt, rule 3: p < 0.001, one-sided
 CLIPPED, THRESHOLD = "mc.muonclip", 30.0
 # Arguments of `mc.muon`; the two baselines and `mc.muonclip` are built from none.
@@ -34,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ADAMW: {},
     OPTAX: {},
     MUON: {},
-    "mc.muon, per head": {"per_head": mc.MultiHeadLayout(value="value")},
+    PER_HEAD: {"per_head": mc.MultiHeadLayout(value="value")},
     NORMUON: {"neuron_b2": 0.95},
     "mc.muon, cautious decay": {"cautious_weight_decay": True},
     "mc.muon, Sinkhorn": {

@@ -11,13 +11,15 @@ from typing import Any
 from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks.evidence import gpt2_tokens, plotting
+from benchmarks.evidence import plotting
 from benchmarks.evidence.optimizer_search import (
     ADAMW,
     CLIPPED,
     MUON,
     NORMUON,
+    OPTAX,
     PASSING,
+    PER_HEAD,
     THRESHOLD,
     VARIANTS,
     Protocol,
@@ -26,7 +28,7 @@ from benchmarks.evidence.optimizer_search import (
     line,
 )
 from benchmarks.evidence.runner import Measure
-from benchmarks.evidence.summaries import mean_sd, over_seeds
+from benchmarks.evidence.summaries import joined, mean_sd, over_seeds
 from benchmarks.evidence.training import SEQ_LEN, finite
 from benchmarks.report import markdown
 
@@ -105,7 +107,8 @@ def fewer(line: Mapping[str, Any], than: str) -> str:
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
     texts = (f"{name} {mean_sd(one['steps'], 0)}" for name, one in ours["lines"].items())
-    return f"steps to {ours['target']:g}: {'; '.join(texts)}"
+    target = f"steps to {ours['target']:g}, with the defaults of optax"
+    return f"{target}: {'; '.join(texts)} (Algorithm 1 of Kimi K2)"
 
 
 COLUMNS = (
@@ -114,10 +117,10 @@ COLUMNS = (
     "steps to the target",
     "passes with",
     "times AdamW's",
-    "p",
+    "p, against AdamW",
     "times `mc.muon`'s",
-    "p",
-    "failures",
+    "p, against `mc.muon`",
+    "runs that failed",
 )
 
 
@@ -142,7 +145,7 @@ def table(ours: Mapping[str, Any]) -> str:
 
 def reached(over: Mapping[str, Any], digits: int) -> str:
     """Formats a mean over seeds, each of which needs a number of steps."""
-    return "see failures" if over["mean"] is None else mean_sd(dict(over), digits)
+    return "see runs that failed" if over["mean"] is None else mean_sd(dict(over), digits)
 
 
 def p_value(p: float | None) -> str:
@@ -160,65 +163,81 @@ def failures(line: Mapping[str, Any]) -> str:
     return ", ".join(found) or "none"
 
 
-def listed(ours: Mapping[str, Any], than: str, found: str) -> str:
-    """Lists the optimizers with fewer, more or equally many steps."""
-    reference = {"adamw": ADAMW, "muon": MUON}[than]
-    names = [
-        name.removeprefix(f"{MUON}, ")
+def listed(ours: Mapping[str, Any], found: str) -> list[str]:
+    """Lists the optimizers with fewer, more or equally many steps than `mc.muon`."""
+    labels = {OPTAX: f"`{OPTAX}`", CLIPPED: f"`{CLIPPED}`", PER_HEAD: "one matrix per head"}
+    return [
+        labels.get(name) or name.removeprefix(f"{MUON}, ")
         for name, one in ours["lines"].items()
-        if name not in (ADAMW, reference) and fewer(one, than) == found
+        if name not in (ADAMW, MUON) and fewer(one, "muon") == found
     ]
-    return ", ".join(names) or "none"
+
+
+def effects(ours: Mapping[str, Any]) -> str:
+    """Compares every optimizer with plain `mc.muon`, in sentences."""
+    fewest, most, rest = (listed(ours, found) for found in ("fewer", "more", "equal"))
+    texts = []
+    for names, which in ((fewest, "fewer"), (most, "more")):
+        if names:
+            needs = "needs" if len(names) == 1 else "need"
+            steps = f"{which} steps than plain `{MUON}` (p < {LEVEL:g})"
+            texts.append(f"{joined(names)} {needs} {steps}.")
+    if rest:
+        texts.append(f"{len(BYTES.seeds)} seeds show no difference for {joined(rest)}.")
+    return " ".join(text[0].upper() + text[1:] for text in texts)
 
 
 def section(ours: Mapping[str, Any]) -> str:
     """Describes the result in a paragraph and a table."""
-    run, line = BYTES.run, ours["lines"][MUON]
-    fewest, most, rest = (listed(ours, "muon", found) for found in ("fewer", "more", "equal"))
-    normuon = ours["lines"][NORMUON]
-    tuning = " and ".join(map(str, BYTES.tuning_seeds))
-    full = gpt2_tokens.protocol("PATH")
-    trainings = 3 * len(VARIANTS) * (len(full.tuning_seeds) + len(full.seeds))
-    billions = full.budgets[full.first[MUON][0]] * gpt2_tokens.STEP_TOKENS / 1e9
+    run, line, normuon = BYTES.run, ours["lines"][MUON], ours["lines"][NORMUON]
     return f"""\
 `mc.muon` reaches {ours["target"]:g} nats per byte in {reached(line["times_adamw"], 2)} times the
-steps of AdamW (p = {p_value(line["p_adamw"])}). At p < {LEVEL:g}, these need fewer steps than
-`mc.muon`: {fewest}. These need more: {most}. {len(BYTES.seeds)} seeds show no difference for:
-{rest}. The ratio of modded-nanogpt is {3325 / 5625:.2f}. Such short trainings on such small batches
-are no fair test of AdamW.
+steps of AdamW (p = {p_value(line["p_adamw"])}). {effects(ours)}
+
+The ratio of modded-nanogpt is {3325 / 5625:.2f} (3,325 / 5,625). Such short trainings are no fair
+test of AdamW, and here the batches are small too.
 
 Why "partly": the verdict needs p < {LEVEL:g} twice. For Muon against AdamW p is
-{p_value(line["p_adamw"])}, and for NorMuon against Muon it is {p_value(normuon["p_muon"])}.
+{p_value(line["p_adamw"])}, and for NorMuon against Muon it is {p_value(normuon["p_muon"])}. In [The
+Muon family](#the-muon-family) the scale, the momentum and the model are others, so its results can
+differ.
 
 The protocol comes from modded-nanogpt's [optimizer
-track](https://github.com/KellerJordan/modded-nanogpt/tree/master/records/track_3_optimization):
-model, data and batch are fixed, a step has one forward and backward pass, and no training stops
-because of its own loss. The model is `gqa` with {run.layers} layers, the batch {run.batch_size} x
-{SEQ_LEN} bytes. Each
-optimizer has the best rate for seeds {tuning}, on a grid of factor √2 that is extended until the
-best is inside. It then trains with seeds {BYTES.seeds[0]} to {BYTES.seeds[-1]}. Each number of
-steps is a training with a full schedule, and numbers are added until one passes and one is too
-small for every seed. Between them the loss is linear in the logarithm of the steps. p is of a
-paired t-test of that logarithm at equal seeds, two-sided, not corrected for several comparisons.
-"Passes with" is modded-nanogpt's rule: the fewest steps tried whose mean loss is {PASSING:g}
-standard errors below the target (p < 0.001, one-sided). The standard error assumes a standard
-deviation of {BYTES.spread:g} over seeds. The measured one, pooled over all trainings, is
-{ours["spread"]:.3f}.
+track](https://github.com/KellerJordan/modded-nanogpt/tree/master/records/track_3_optimization).
+{protocol(ours["spread"])}
 
 All have decay {run.weight_decay:g}, and otherwise the defaults of `optax.contrib.muon`: Nesterov
-and the scale √max(1, n_out / n_in). `{CLIPPED}` is Algorithm 1 of Kimi K2 with τ = {THRESHOLD:g}:
-no Nesterov, another scale, with which Muon trains more slowly here, as in [Fewer tokens than
-AdamW](#fewer-tokens-than-adamw). The rates of AdamW in it, and of Sinkhorn-balanced momentum, are
-the rate of the matrices.
+and the scale √max(1, n_out / n_in). `{CLIPPED}` is Algorithm 1 of Kimi K2 with τ = {THRESHOLD:g},
+without Nesterov and with another scale. With this scale Muon trains more slowly here, as in [Fewer
+tokens than AdamW](#fewer-tokens-than-adamw). In each row with Muon, AdamW trains the other
+parameters at the rate of the matrices, and so does Sinkhorn-balanced momentum in its row.
 
 {table(ours)}
 
-`python -m benchmarks.evidence steps-to-target --tokens PATH` runs the same protocol at the size of
-GPT-2 small, on one GPU or TPU. PATH has tokens as uint16, `.npy` or `.bin`, with the header of
-modded-nanogpt's files or without. Its target, 3.28, and its batch, 524,288 tokens, are
-modded-nanogpt's; the model is ours. About {trainings} trainings of {billions:.1f} billion tokens or
-more are days of one GPU; an interrupted one continues. It has been tested with a tiny model and
-file. Nobody has run it at full size."""
+The same protocol can run on [tokens of your
+own](benchmarks.md#steps-to-a-fixed-loss-on-your-tokens) at the size of GPT-2 small."""
+
+
+def protocol(spread: float) -> str:
+    """Describes the protocol of the trainings on bytes in a list."""
+    run, seeds = BYTES.run, BYTES.seeds
+    tuning = " and ".join(map(str, BYTES.tuning_seeds))
+    return f"""
+- **Fixed:** model, data and batch. The model is `gqa` with {run.layers} layers, and the batch is
+  {run.batch_size} x {SEQ_LEN} bytes.
+- **A step** has one forward and one backward pass.
+- **Rate:** each optimizer has the best rate for seeds {tuning}. The grid has the factor √2, and is
+  extended until the best rate is inside.
+- **Trainings:** with that rate, seeds {seeds[0]} to {seeds[-1]}. Each number of steps is a training
+  with a full schedule, and none stops because of its own loss.
+- **Numbers of steps** are added until one passes and one is too small for every seed. We
+  interpolate the loss linearly in the logarithm of the steps.
+- **p** is of a paired t-test of that logarithm at equal seeds, two-sided. It is not corrected for
+  several comparisons.
+- **Passes with** is modded-nanogpt's rule: the fewest steps tried whose mean loss is {PASSING:g}
+  standard errors below the target (p < 0.001, one-sided). The standard error assumes a standard
+  deviation of {BYTES.spread:g} over seeds. The measured one, pooled over all trainings, is
+  {spread:.3f}."""
 
 
 def draw(result: Mapping[str, Any]) -> Figure:

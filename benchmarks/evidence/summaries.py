@@ -83,3 +83,13 @@ def mean_sd(value: dict[str, Any], digits: int = 3) -> str:
     if value["mean"] is None:
         return "diverged"
     return f"{value['mean']:.{digits}f} ± {value['sd']:.{digits}f}"
+
+
+def joined(names: Sequence[str]) -> str:
+    """Joins names in a sentence.
+
+    Example:
+      >>> joined(["a", "b", "c"]), joined(["a"])
+      ('a, b and c', 'a')
+    """
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if names[1:] else "".join(names)

@@ -123,7 +123,8 @@ def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
     first = ours["steps_to_adamw_loss"]["muonclip"]["share"]
     second = ours["steps_to_that_loss"]["share"]
-    return f"{percent(first)} of {STEPS} steps; {percent(second)} of {LONG}"
+    shares = f"{percent(first)} of {STEPS} steps; {percent(second)} of {LONG}"
+    return f"with Algorithm 1 of Kimi K2: {shares}"
 
 
 def percent(share: Mapping[str, Any]) -> str:
@@ -160,6 +161,7 @@ MuonClip (τ = {THRESHOLD:g}) reaches the loss of AdamW in {first} of the steps.
 AdamW trains for {STEPS} steps. If AdamW trains for {LONG} steps, to {mean_sd(longer["loss"])} at
 the rate {longer["learning_rate"]:g}, the fraction is {second}. Each number of steps is a separate
 training with a full schedule. Short trainings on small batches are no fair test of AdamW.
+[Steps to a fixed loss](#steps-to-a-fixed-loss) also has the defaults of `optax.contrib.muon`.
 
 With updates matched to the size of AdamW's, the best rate is
 {carried["muon"]["rate_by_adamw_rate"]:g} times the rate of AdamW, one grid point away. The verdict

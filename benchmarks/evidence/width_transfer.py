@@ -15,7 +15,14 @@ from matplotlib.figure import Figure
 import muonclip_jax as mc
 from benchmarks.evidence import plotting
 from benchmarks.evidence.runner import Measure
-from benchmarks.evidence.summaries import SEEDS, loss_of, mean_sd, over_seeds, paired_difference
+from benchmarks.evidence.summaries import (
+    SEEDS,
+    joined,
+    loss_of,
+    mean_sd,
+    over_seeds,
+    paired_difference,
+)
 from benchmarks.evidence.training import (
     ADAM_B2,
     HEAD_DIM,
@@ -248,7 +255,7 @@ def section(ours: Mapping[str, Any]) -> str:
     columns = (
         "scale",
         *(f"best rate, width {width}" for width in WIDTHS),
-        "times, per doubling",
+        "times, per doubling (one deviation down, up)",
         f"loss at width {WIDTHS[-1]}",
         f"increase there with the rate of width {WIDTHS[0]}",
     )
@@ -263,17 +270,22 @@ def section(ours: Mapping[str, Any]) -> str:
         for name, line in ours.items()
     ]
     names = {
-        found: ", ".join(name for name in ours if trend(ours[name]) == found) or "none"
+        found: [name for name in ours if trend(ours[name]) == found]
         for found in ("steady", "moving", "unclear")
     }
+    texts = (
+        ("steady", "The best rate does not move with the width under {}."),
+        ("moving", "It moves under {}."),
+        ("unclear", "It is unclear whether it moves under {}."),
+    )
     return f"""\
-The best rate does not move with the width under {names["steady"]}. It moves under
-{names["moving"]}. Unclear: {names["unclear"]}.
+{" ".join(text.format(joined(names[found])) for found, text in texts if names[found])}
 
 Why "partly": the verdict needs a steady rate with the spectral scale √(n_out / n_in), and a moving
 one with both other scales.
 
-A rate is steady if it changes by at most {STEADY:g} octaves when the width doubles. It moves if it
+A rate is steady if it changes by a factor of at most {2**STEADY:.2f} when the width doubles. It
+moves if it
 changes by more than that, and by more than two standard deviations. The table has the rates of the
 matrices. Each of {len(SEEDS)} seeds has its own best rate, interpolated by a parabola through three
 rates a factor of two apart.

@@ -22,7 +22,7 @@ def draw(colors: Palette) -> str:
 
     c.text(190, 34, "Muon: every matrix W", color=colors.blue, bold=True, size=15)
     steps = (
-        ("momentum", "M ← μ M + G"),
+        ("momentum", "M ← β M + G"),
         ("Newton–Schulz", "O ≈ U Vᵀ of M"),
         ("match AdamW", "O ← 0.2 √max(n, m) O"),
         ("update", "W ← W − η (O + λ W)"),
@@ -39,7 +39,7 @@ def draw(colors: Palette) -> str:
 
     c.text(190, 232, "QK-clip: every attention head h", color=colors.orange, bold=True, size=15)
     steps = (
-        ("largest logit", "Sʰ = max qᵢᵀkⱼ / √d", "over batch and positions"),
+        ("largest logit", "Sʰ = max qᵢᵀkⱼ / √dₕ", "over batch and positions"),
         ("factor of a head", "γʰ = τ / Sʰ if Sʰ > τ", "else 1: no bit changes"),
         ("scale query, key", "Wqʰ ← √γʰ Wqʰ", "Wkʰ ← √γʰ Wkʰ"),
     )

@@ -1,7 +1,7 @@
-"""Folds equal layers of a table into one line: `layers_{0…31}/attn/query/kernel`."""
+"""Folds equal layers into one line: in a table, `layers_{0…31}/attn/query/kernel`; in an error."""
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 _INDEX = re.compile(r"^(.*?)(\d+)$")
 
@@ -29,6 +29,71 @@ def fold(
         groups = _fold_at(depth, groups, cells)
         depth += 1
     return groups
+
+
+def fold_faults(faults: Iterable[tuple[str, str]]) -> list[str]:
+    """Writes a line of an error for each fault; layers that differ only in numbers share a line.
+
+    Args:
+      faults: The path and the text of each fault. Numbers in quotes may differ too.
+
+    Returns:
+      The lines, indented, in the order of first faults.
+
+    Example:
+      >>> fold_faults([("h_0/w", "got 2."), ("h_1/w", "got 2."), ("b", "got 3.")])
+      ['  h_0/w and 1 more layer: got 2.', '  b: got 3.']
+    """
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for path, text in faults:
+        quoted = re.sub(r"'[^']*'", lambda match: re.sub(r"\d+", "#", match[0]), text)
+        groups.setdefault((re.sub(r"\d+", "#", path), quoted), []).append((path, text))
+    lines = []
+    for (path, text), *others in groups.values():
+        more = f" and {len(others)} more layer{'s' * (len(others) > 1)}" if others else ""
+        lines.append(f"  {path or '(root)'}{more}: {text}")
+    return lines
+
+
+def differences(
+    got: Mapping[tuple[str, ...], str],
+    expected: Mapping[tuple[str, ...], str],
+    names: tuple[str, str],
+) -> list[str]:
+    """Lists where two pytrees differ, a line for each subtree that only one of them has.
+
+    Args:
+      got: What one pytree has at each path.
+      expected: What the other has.
+      names: The noun for what a path has, and its plural.
+
+    Returns:
+      The lines of an error, see `fold_faults`.
+
+    Example:
+      >>> differences({("w",): "(2,)", ("b",): "(3,)"}, {("w",): "(2,)"}, ("leaf", "leaves"))
+      ['  b: got (3,), expected no leaf.']
+    """
+    trees = got, expected
+    inside = [{path[:end] for path in tree for end in range(len(path))} for tree in trees]
+    groups: dict[tuple[tuple[str, ...], bool, bool], list[tuple[str, ...]]] = {}
+    for path in sorted({**got, **expected}, key=_by_number):
+        if got.get(path) != expected.get(path):
+            is_got, is_expected = path in got, path in expected
+            other = inside[1] if is_got else inside[0]
+            ends = (path[:end] for end in range(1, len(path) + 1) if path[:end] not in other)
+            start = path if is_got == is_expected else next(ends, path)
+            groups.setdefault((start, is_got, is_expected), []).append(path)
+    faults = []
+    for (start, *_), (path, *others) in groups.items():
+        absent, many = f"no {names[0]}", f"{len(others) + 1} {names[1]}"
+        shown = (many if others and path in tree else tree.get(path, absent) for tree in trees)
+        faults.append(("/".join(start if others else path), "got {}, expected {}.".format(*shown)))
+    return fold_faults(faults)
+
+
+def _by_number(path: Sequence[str]) -> str:
+    return re.sub(r"\d+", lambda match: match[0].zfill(9), "/".join(path))
 
 
 def _fold_at(depth, groups, cells):

@@ -30,8 +30,8 @@ class MLALayout(HeadLayout):
 
     Attributes:
       nope_dim: Columns of a head without rotation.
-      rope_dim: Columns of a query head that meet the key that all heads share, rotated as in
-        DeepSeek-V3 or not as in Kimi K3; 0 for attention without a shared key.
+      rope_dim: Columns of a query head that are multiplied with the key that all heads share,
+        rotated as in DeepSeek-V3 or not as in Kimi K3; 0 for attention without a shared key.
       value_dim: Columns of a value head; 0 if keys have a projection of their own.
       query: Name of the module that computes the queries: the up-projection from the latent query,
         or, without a latent query, the only projection, such as `"q"`.

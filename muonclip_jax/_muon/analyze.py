@@ -11,7 +11,7 @@ from muonclip_jax._program.roles import Role
 
 
 def analyze(fn: Callable[..., Any], params: ArrayTree, *args: Any, **kwargs: Any) -> Analysis:
-    """Finds the role of each parameter, and the attention sites, in the program of a model.
+    """Finds the role of each parameter, and the attention layers, in the program of a model.
 
     The function is traced on shapes, which computes nothing. The use of a parameter in the program
     decides its role. Names are used only if the program does not decide. If both differ, the

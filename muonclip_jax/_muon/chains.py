@@ -1,12 +1,15 @@
 """Shared by the chains of Muon and AdamW: weight decay, float32, the sharding of their moments."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from muonclip_jax._common.dtypes import cast, widened
-from muonclip_jax._common.paths import path_string
+from muonclip_jax._common.folding import differences
+from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.types import ArrayTree
 
@@ -114,19 +117,54 @@ def check_match(caller: str, updates: ArrayTree, mu: ArrayTree) -> None:
       >>> import jax.numpy as jnp
       >>> check_match("scale_by_muon", {"w": jnp.ones(2)}, {"w": jnp.zeros(2)})
     """
+    if lines := _differences(updates, mu):
+        raise ValueError("\n".join([f"{caller}: {_OTHER_STATE}", *lines, _IF_OTHER_STATE]))
+
+
+@contextlib.contextmanager
+def same_model(
+    caller: str, updates: ArrayTree, state: ArrayTree, params: ArrayTree
+) -> Iterator[None]:
+    """Explains an error inside, if gradients, state and parameters are of different models.
+
+    optax and JAX print all keys of both pytrees.
+
+    Args:
+      caller: Name of the public function.
+      updates: Gradients.
+      state: The state of all optimizers; each first moment `mu` is a pytree like its gradients.
+      params: The parameters, or None.
+
+    Raises:
+      ValueError: if they differ, with each path.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if params is not None and (lines := _differences(params, updates)):
+            head = f"{caller}: the parameters do not match the gradients."
+            raise ValueError("\n".join([head, *lines, _IF_OTHER_PARAMS])) from error
+        states = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu"))
+        moments = [x.mu for x in states if hasattr(x, "mu")]
+        if moments and (lines := _differences(updates, *moments)):
+            head = f"{caller}: {_OTHER_STATE}"
+            raise ValueError("\n".join([head, *lines, _IF_OTHER_STATE])) from error
+        raise
+
+
+def _differences(got: ArrayTree, *expected: ArrayTree) -> list[str]:
+    """Lists the paths with other shapes in one pytree than in several others together."""
     shapes = [
-        {path_string(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (updates, mu)
+        {
+            path: str(jnp.shape(leaf))
+            for tree in trees
+            for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True)
+        }
+        for trees in ((got,), expected)
     ]
-    got, expected = shapes
-    faults = [
-        f"  {path}: got {got.get(path, 'no leaf')}, expected {expected.get(path, 'no leaf')}."
-        for path in sorted(got.keys() | expected.keys())
-        if got.get(path) != expected.get(path)
-    ]
-    if faults:
-        raise ValueError(
-            f"{caller}: the gradients do not match the state.\n"
-            + "\n".join(faults)
-            + "\nCall init with the parameters of these gradients."
-        )
+    return differences(shapes[0], shapes[1], ("leaf", "leaves"))
+
+
+_OTHER_STATE = "the gradients do not match the state."
+_IF_OTHER_STATE = "Call init with the parameters of these gradients."
+_IF_OTHER_PARAMS = "Pass the parameters of these gradients: tx.update(grads, state, params)."

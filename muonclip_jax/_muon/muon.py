@@ -9,10 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip_jax._common.folding import fold_faults
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.chains import add_decayed_weights, in_float32, with_sharding_of_mu
+from muonclip_jax._muon.chains import (
+    add_decayed_weights,
+    in_float32,
+    same_model,
+    with_sharding_of_mu,
+)
 from muonclip_jax._muon.family.cautious_decay import add_cautious_weight_decay
 from muonclip_jax._muon.family.normuon import NEURON_EPS, neurons_normalized
 from muonclip_jax._muon.family.sinkhorn import ScaleBySinkhornState
@@ -210,7 +216,8 @@ def with_adamw(settings: OptimizerSettings) -> optax.GradientTransformationExtra
     def update_fn(updates, state, params=None, **extra_args):
         routing, optimizer = routed(updates)
         _check_state(caller, routing, state)
-        return optimizer.update(updates, state, params, **extra_args)
+        with same_model(caller, updates, state, params):
+            return optimizer.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -221,7 +228,9 @@ def _for_matrices(
     """Builds the optimizer of the matrices of a pytree, in float32 and rounded once."""
     scale, mask = settings.scale, settings.scale.weight_decay_mask
     if mask is not None and jax.tree.leaves(tree):
-        mask = jax.tree.structure(tree).unflatten(spread("weight_decay_mask", mask, tree))
+        mask = jax.tree.structure(tree).unflatten(
+            spread(f"{settings.caller}: weight_decay_mask", mask, tree)
+        )
     steps = [scale_by_direction(settings.update, numbers)]
     if scale.neuron_b2 is not None:
         steps.append(neurons_normalized(scale.neuron_b2, NEURON_EPS, numbers))
@@ -258,14 +267,14 @@ def _check_state(caller: str, routing: Routing, state: ArrayTree) -> None:
     in_state = {path: label for label, mu in found for path in leaf_paths(mu)}
     now = dict(zip(routing.paths, routing.labels, strict=True))
     faults = [
-        f"  {'/'.join(path)}: now {_NAMES[label]}, {_NAMES[before]} in the state."
+        ("/".join(path), f"now {_NAMES[label]}, {_NAMES[before]} in the state.")
         for path, label in now.items()
         if label != (before := in_state.get(path, "adam"))
     ]
     if faults and in_state.keys() <= now.keys():
         raise ValueError(
             f"{caller}: the state is from another assignment of parameters to optimizers.\n"
-            + "\n".join(faults)
+            + "\n".join(fold_faults(faults))
             + "\nPass the same overrides, muon_weight_dimension_numbers, outputs_first and masks "
             "as for `init`, or call `init` again."
         )

@@ -82,7 +82,8 @@ def with_heads(
         leaves, structure = jax.tree.flatten(tree)
         shapes = [tuple(np.shape(x)) for x in leaves]
         splits = find_heads(caller, leaf_paths(tree), shapes, per_head).splits
-        whole = enumerate(per_leaf(dimension_numbers, tree))
+        name = f"{caller}: weight_dimension_numbers"
+        whole = enumerate(per_leaf(name, dimension_numbers, tree))
         return structure.unflatten(splits.get(index, entry) for index, entry in whole)
 
     return numbers

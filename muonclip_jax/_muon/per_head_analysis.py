@@ -32,7 +32,7 @@ def analysis_splits(
     shapes: Sequence[Shape],
     decided: Collection[int],
 ) -> dict[int, Split]:
-    """Splits the queries and keys of all attention sites. Values are not in an analysis.
+    """Splits the queries and keys of all attention layers. Values are not in an analysis.
 
     Args:
       caller: Name of the public function that was called.

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax._common.folding import fold
+from muonclip_jax._common.folding import fold, fold_faults
 from muonclip_jax._common.paths import leaf_paths, path_string
 from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._muon.family.sinkhorn import Sinkhorn
@@ -168,7 +168,8 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
     if isinstance(settings.numbers, Analysis):
         decisions = _decisions_of(caller, settings.numbers, paths, shapes)
     elif settings.numbers is not None:
-        decisions = [Decision(n, "given") for n in per_leaf(settings.numbers, params)]
+        name = f"{caller}: muon_weight_dimension_numbers"
+        decisions = [Decision(n, "given") for n in per_leaf(name, settings.numbers, params)]
     else:
         _check_dtypes(caller, paths, leaves)
         decisions = decide(paths, shapes, settings)
@@ -207,15 +208,16 @@ def _decisions_of(
         found = known.get(name.removeprefix("params/"))
         if found is None or analysis.shapes[found] != shape:
             expected = "no such parameter" if found is None else analysis.shapes[found]
-            faults.append(f"  {name}: got {shape}, expected {expected}.")
+            faults.append((name, f"got {shape}, expected {expected}."))
             continue
         role = analysis.decision(found)
         numbers = role.dimension_numbers if role.optimizer == "muon" else None
         decisions.append(Decision(numbers, role.reason))
     if faults:
         raise ValueError(
-            f"{caller}: the analysis is of another model.\n" + "\n".join(faults) + "\nCall "
-            "mc.analyze with these parameters, or pass layout= a head layout instead of it."
+            f"{caller}: the analysis is of another model.\n"
+            + "\n".join(fold_faults(faults))
+            + "\nCall mc.analyze with these parameters, or pass a head layout as layout=."
         )
     return decisions
 
@@ -263,11 +265,11 @@ def _check_dtypes(caller: str, paths: Sequence[tuple[str, ...]], leaves: Sequenc
         dtype = dtype_of(x)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             shown = type(x).__name__ if dtype is None else f"{dtype}{list(np.shape(x))}"
-            wrong.append(f"  {'/'.join(path)}: {shown}.")
+            wrong.append(("/".join(path), f"{shown}."))
     if wrong:
         raise ValueError(
             f"{caller}: {len(wrong)} of {len(leaves)} leaves are neither floating nor complex.\n"
-            + "\n".join(wrong)
+            + "\n".join(fold_faults(wrong))
             + "\nPass the parameters alone: of an NNX model `nnx.state(model, nnx.Param)`, of an "
             "Equinox model `eqx.filter(model, eqx.is_inexact_array)`. Keep other leaves out of the "
             "optimizer with `optax.masked` or `optax.partition`."

@@ -23,7 +23,7 @@ from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.chains import check_match
+from muonclip_jax._muon.chains import check_match, same_model
 from muonclip_jax._muon.family.normalize import normalized
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
@@ -93,7 +93,8 @@ def scale_by_muon(
       mu_dtype: Dtype in which the momentum of real leaves is kept. None: as the parameters. The
         arithmetic is in float32 at least either way.
       nesterov: Whether the direction looks one step ahead, with optax's bias corrections:
-        β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t).
+        β M / (1 − β^(t+1)) + (1 − β) G / (1 − β^t). False: M / (1 − β^t). Here G is the gradient,
+        M ← β M + (1 − β) G the momentum, β is `beta`, and t the number of the step, from 1.
       adaptive: Whether to multiply each orthogonalized matrix O by ⟨d, O⟩, d the direction.
       preconditioning: See `newton_schulz`. Also `"outputs"` or `"inputs"` (MuonEq): each slice
         of a matrix for one output, or for one input, is divided by its norm first; see
@@ -162,7 +163,8 @@ def scale_by_direction(
         O = _orthogonalized(D, splits, settings)  # noqa: E741
         O = jax.tree.map(lambda o, g: o.astype(g.dtype), O, G)  # noqa: E741
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), M, state.mu)
-        return placed_like_tree(O, params), ScaleByMuonState(count=t, mu=mu)
+        with same_model(caller, updates, state, params):
+            return placed_like_tree(O, params), ScaleByMuonState(count=t, mu=mu)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,6 +1,6 @@
 """Reads dimension numbers: which axes of each leaf are the inputs and outputs of its matrices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from muonclip_jax._common.folding import differences, fold_faults
 from muonclip_jax._common.paths import leaf_paths, path_string
 from muonclip_jax._common.types import ArrayTree
 from muonclip_jax._orthogonalize.matrices import Axes
@@ -18,6 +19,19 @@ DimensionNumbersOrFn: TypeAlias = ArrayTree | Callable[[ArrayTree], ArrayTree]
 
 # The matrices of a leaf without dimension numbers.
 LAST_TWO_AXES = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+
+_BUILD = "Build it from these parameters: {{argument}}=jax.tree.map(lambda p: {}, params)."
+# How to build an argument that is of another model.
+_FIXES = {
+    "muon_weight_dimension_numbers": (
+        "Build it from these parameters; or leave it out, so that roles are found by names and "
+        "shapes, and change single parameters with overrides=. mc.routing_table(params) shows them."
+    ),
+    "weight_dimension_numbers": _BUILD.format("mc.MuonDimensionNumbers(-2, -1)"),
+    "token_axis": _BUILD.format("-2"),
+    "mask": _BUILD.format("p.ndim > 1"),
+}
 
 
 def axes_of(dimension_numbers: MuonDimensionNumbers, ndim: int) -> Axes:
@@ -80,7 +94,7 @@ def spread(
     `nnx.Optimizer` passes do, leaves are matched by path.
 
     Args:
-      name: Name of `given`, for errors.
+      name: Public function and argument, such as `muon: weight_decay_mask`, for errors.
       given: The pytree, prefix or function.
       tree: Parameters or gradients, or their shapes.
       is_leaf: As for `jax.tree.leaves`, for `given`.
@@ -89,10 +103,10 @@ def spread(
       One value for each leaf of `tree`, in the order of `jax.tree.leaves`.
 
     Raises:
-      ValueError: if neither the structures nor the paths match.
+      ValueError: if neither the structures nor the paths match, with the paths that differ.
 
     Example:
-      >>> spread("mask", {"a": True, "b": False}, {"a": [1.0, 2.0], "b": 3.0})
+      >>> spread("muon: weight_decay_mask", {"a": True, "b": False}, {"a": [1.0, 2.0], "b": 3.0})
       [True, True, False]
     """
     if is_function(given):
@@ -101,37 +115,54 @@ def spread(
     try:
         subtrees = structure.flatten_up_to(tree)
     except ValueError as error:
-        if (matched := _by_path(given, values, tree, is_leaf)) is not None:
-            return matched
-        raise ValueError(
-            f"The {name} are not a prefix of the parameter pytree: {error} Pass the pytree's own "
-            "structure, or a prefix of it."
-        ) from error
+        return _by_path(name, given, values, tree, is_leaf, error)
     return [v for v, t in zip(values, subtrees, strict=True) for _ in jax.tree.leaves(t)]
 
 
 def _by_path(
-    given: Any, values: list[Any], tree: ArrayTree, is_leaf: Callable[[Any], bool] | None
-) -> list[Any] | None:
-    """Finds for each leaf the value at the longest prefix of its path; None if one has none."""
+    name: str,
+    given: Any,
+    values: list[Any],
+    tree: ArrayTree,
+    is_leaf: Callable[[Any], bool] | None,
+    error: ValueError,
+) -> list[Any]:
+    """Finds for each leaf the value at the longest prefix of its path; raises if one has none."""
     at = dict(zip(leaf_paths(given, is_leaf), values, strict=True))
-    found, used = [], set()
-    for path in leaf_paths(tree):
+    paths, used = leaf_paths(tree), dict[tuple[str, ...], tuple[str, ...]]()
+    for path in paths:
         ends = (path[:end] for end in range(len(path), -1, -1))
-        end = next((end for end in ends if end in at), None)
-        if end is None:
-            return None
-        used.add(end)
-        found.append(at[end])
+        if (end := next((end for end in ends if end in at), None)) is not None:
+            used[path] = end
     hidden = leaf_paths(tree, lambda x: x is None or isinstance(x, optax.MaskedNode))
-    used.update(path[:end] for path in hidden for end in range(len(path) + 1))
-    return found if used >= at.keys() else None
+    hidden_ends = {path[:end] for path in hidden for end in range(len(path) + 1)}
+    unused = [end for end in at if end not in {*used.values(), *hidden_ends}]
+    if unused or len(used) < len(paths):
+        got = dict.fromkeys((*used, *unused), "an entry")
+        lines = differences(got, dict.fromkeys(paths, "an entry"), ("entry", "entries"))
+        head = f"{name} does not match the parameters."
+        raise ValueError("\n".join([head, *lines, _fix(name, at, paths)])) from error
+    return [at[used[path]] for path in paths]
 
 
-def per_leaf(dimension_numbers: DimensionNumbersOrFn | None, tree: ArrayTree) -> list[Any]:
+def _fix(name: str, given: Collection[tuple[str, ...]], paths: Collection[tuple[str, ...]]) -> str:
+    """Returns how to build an argument for the parameters."""
+    argument, root = name.rpartition(" ")[2], {("params",)}
+    roots = [{path[:1] for path in one} for one in (given, paths)]
+    if root in roots and roots[0] != roots[1]:
+        below = "it has" if roots[0] == root else "the parameters have"
+        fixed = f"{argument}['params']" if roots[0] == root else f"{{'params': {argument}}}"
+        return f"Only {below} a root key 'params': pass {argument}={fixed}."
+    return _FIXES.get(argument, _FIXES["mask"]).format(argument=argument)
+
+
+def per_leaf(
+    name: str, dimension_numbers: DimensionNumbersOrFn | None, tree: ArrayTree
+) -> list[Any]:
     """Finds the dimension numbers of each leaf.
 
     Args:
+      name: See `spread`.
       dimension_numbers: Pytree or prefix of one of `MuonDimensionNumbers` and None, or a function
         that makes one from `tree`; `split.Split`s are leaves too. None as a whole stands for
         `LAST_TWO_AXES` everywhere.
@@ -144,13 +175,14 @@ def per_leaf(dimension_numbers: DimensionNumbersOrFn | None, tree: ArrayTree) ->
       ValueError: if `dimension_numbers` is not a prefix of `tree`.
 
     Example:
-      >>> per_leaf({"a": None, "b": LAST_TWO_AXES}, {"a": jnp.ones(3), "b": jnp.ones((2, 3))})
+      >>> numbers = {"a": None, "b": LAST_TWO_AXES}
+      >>> per_leaf("muon: numbers", numbers, {"a": jnp.ones(3), "b": jnp.ones((2, 3))})
       [None, MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)]
     """
     if dimension_numbers is None:
         return [LAST_TWO_AXES] * len(jax.tree.leaves(tree))
     return spread(
-        "dimension numbers",
+        name,
         dimension_numbers,
         tree,
         lambda x: x is None or isinstance(x, MuonDimensionNumbers),
@@ -180,19 +212,18 @@ def matrix_axes(
     """
     found, faults = [], []
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), numbers in zip(
-        paths_and_leaves, per_leaf(dimension_numbers, tree), strict=True
-    ):
+    entries = per_leaf(f"{caller}: weight_dimension_numbers", dimension_numbers, tree)
+    for (path, leaf), numbers in zip(paths_and_leaves, entries, strict=True):
         try:
             if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
                 raise ValueError("a matrix needs two axes or more and a floating or complex dtype")
             found.append(axes_of(numbers or LAST_TWO_AXES, leaf.ndim))
         except ValueError as error:
-            faults.append(f"  {path_string(path)}: {leaf.dtype}{list(leaf.shape)}: {error}.")
+            faults.append((path_string(path), f"{leaf.dtype}{list(leaf.shape)}: {error}."))
     if faults:
         raise ValueError(
             f"{caller}: {len(faults)} of {len(paths_and_leaves)} leaves cannot be orthogonalized.\n"
-            + "\n".join(faults)
+            + "\n".join(fold_faults(faults))
             + "\nAssign them to another optimizer: use `muon`, pass None for them in "
             "muon_weight_dimension_numbers, or wrap this transform in `optax.masked`."
         )

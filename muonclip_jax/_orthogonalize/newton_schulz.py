@@ -87,13 +87,14 @@ def newton_schulz(
         vectors a little.
       eps: Added to the norm of the matrix after its largest magnitude has been made one, so it is
         relative.
-      products: Computes the matrix products. `"xla"`: XLA. `"pallas"`: a kernel that computes
-        little more than half of each symmetric product, two of three, see `docs/numerics.md`. It
-        runs for real bfloat16 and float32 products and a short side of at least 1024 (v5e, v5p,
-        NVIDIA GPUs) or 2048 (v6e, TPU7x); all others are XLA's, and on a GPU also those whose rows
-        do not start at multiples of 16 bytes. It has no derivative. On a CPU the TPU kernel is
-        interpreted, for tests. `"auto"` is `"xla"`, as nobody has timed the kernels yet: `python -m
-        benchmarks.tpu_kernel` and `benchmarks.gpu_kernel` time them on your TPU or GPU.
+      products: Computes the matrix products. `"xla"`: XLA. `"pallas"`: a kernel that computes, for
+        the two of three products of a step that are symmetric, little more than half of the
+        entries, see `docs/numerics.md`. It runs for real bfloat16 and float32 products and a short
+        side of at least 1024 (v5e, v5p, NVIDIA GPUs) or 2048 (v6e, TPU7x); all others are XLA's,
+        and on a GPU also those whose rows do not start at multiples of 16 bytes. It has no
+        derivative. On a CPU the TPU kernel is interpreted, for tests. `"auto"` is `"xla"`, as
+        nobody has timed the kernels yet: `python -m benchmarks.tpu_kernel` and
+        `benchmarks.gpu_kernel` time them on your TPU or GPU.
 
     Returns:
       Shape and dtype of `x`. For "jordan", singular values of at least 3e-3 of the norm end in

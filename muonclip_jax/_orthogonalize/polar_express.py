@@ -32,7 +32,8 @@ def polar_express_coefficients(
       steps: Number of steps.
       safety: Largest singular value allowed, at least 1: every p(s) is replaced by p(s / safety).
         The paper uses 1.01.
-      cushion: Smallest l / u for which a step is optimized, in [0, 1).
+      cushion: Smallest ratio of the lower to the upper end of the interval that a step is optimized
+        for, in [0, 1).
 
     Returns:
       `(a, b, c)` of each step, Python floats, for `newton_schulz` and `muon`.

@@ -98,7 +98,8 @@ def splits_of(
       >>> splits_of("muon", {"w": jnp.ones((2, 3))}, None)[0].parts[0].axes
       Axes(batch=(), reduction=(0,), output=(1,))
     """
-    entries: list[MuonDimensionNumbers | Split | None] = [*per_leaf(dimension_numbers, tree)]
+    name = f"{caller}: weight_dimension_numbers"
+    entries: list[MuonDimensionNumbers | Split | None] = [*per_leaf(name, dimension_numbers, tree)]
     leaves, structure = jax.tree.flatten(tree)
     unsplit = structure.unflatten(None if isinstance(e, Split) else e for e in entries)
     axes = matrix_axes(caller, tree, unsplit)

@@ -1,4 +1,4 @@
-"""The result of `analyze`: the roles of parameters and the attention sites of a program."""
+"""The result of `analyze`: the roles of parameters and the attention layers of a program."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ _KEPT = ("embedding", "router", "output head", "head ")
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """The role of each parameter of a model, and its attention sites.
+    """The role of each parameter of a model, and its attention layers.
 
     Print it for a table. Pass it wherever a head layout is accepted: `qk_clip(params, stats,
     analysis)`, `muonclip(lr, layout=analysis)`.
@@ -37,7 +37,7 @@ class Analysis:
       roles: The role that the program shows, by path of the parameter.
       shapes: Shape of each parameter.
       names: The role that its name and shape suggest.
-      attention: The attention sites.
+      attention: The attention layers.
       warnings: Warnings to check.
       tree: The structure of the parameters, with paths as leaves; None if it is unknown.
     """
@@ -91,7 +91,7 @@ class Analysis:
         return role.dimension_numbers if role and role.optimizer == "muon" else None
 
     def __str__(self) -> str:
-        """Formats the roles, then the attention sites, the names that differ, and warnings."""
+        """Formats the roles, then the attention layers, the names that differ, and warnings."""
         lines = [*self._role_lines(), *self._attention_lines()]
         for one, many, found in (
             (

@@ -1,4 +1,4 @@
-"""An attention site in words and numbers that can be stored: no jaxpr in it."""
+"""An attention layer in words and numbers that can be stored: no jaxpr in it."""
 
 import dataclasses
 import math
@@ -154,10 +154,10 @@ def _names_of_indices(
 
 
 def distinct(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
-    """Gives sites that share a path, but no query parameters, the paths of their queries.
+    """Gives layers that share a path, but no query parameters, the paths of their queries.
 
     Args:
-      sites: Attention sites in the order of the program.
+      sites: Attention layers in the order of the program.
 
     Returns:
       The same sites.

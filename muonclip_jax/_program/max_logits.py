@@ -37,7 +37,7 @@ def with_max_logits(
 
     Args:
       fn: A forward pass, a loss or a train step; its first argument are the parameters.
-      expect: Number of attention sites of the model; a scan over layers counts each layer. A
+      expect: Number of attention layers of the model; a scan over layers counts each layer. A
         wrong number raises an error with the right one, and a table to check.
       has_aux: Whether `fn` returns a pair `(output, aux)`, as for `jax.value_and_grad`.
       kernels: For each kernel that cannot be read, by its name: a function that computes its max
@@ -99,7 +99,7 @@ def with_max_logits(
 
 
 def _counted(program: Program) -> list[AttentionSite]:
-    """Returns the sites that have max logits."""
+    """Returns the layers that have max logits."""
     readable = program.sites[: len(program.traced)]
     return [*readable, *program.sites[len(program.sites) - len(program.hooked) :]]
 

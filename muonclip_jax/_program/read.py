@@ -43,9 +43,9 @@ class Program(NamedTuple):
     Attributes:
       graph: Its values.
       traced: What is known of each attention that can be read.
-      sites: The same in words and numbers; then one site for each kernel that cannot be read.
-      hooked: The kernels that were named; their sites are the last ones.
-      suspects: The locations of softmaxes that no site explains.
+      sites: The same in words and numbers; then one layer for each kernel that cannot be read.
+      hooked: The kernels that were named; their layers are the last ones.
+      suspects: The locations of softmaxes that no layer explains.
       without_rule: How often each primitive without a rule was met.
     """
 

@@ -1,4 +1,4 @@
-"""Attention sites: the parameters of queries and keys, their heads, and what is on the way."""
+"""Attention layers: the parameters of queries and keys, their heads, and what is on the way."""
 
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """One attention site.
+    """One attention layer.
 
     Attributes:
       softmax: The softmax.

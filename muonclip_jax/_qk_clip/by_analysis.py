@@ -1,4 +1,4 @@
-"""Attention sites of an analysis instead of attention modules: no names, no head layout."""
+"""Attention layers of an analysis instead of attention modules: no names, no head layout."""
 
 import fnmatch
 import math
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from muonclip_jax._common.folding import fold_faults
 from muonclip_jax._common.paths import leaf_paths
 from muonclip_jax._common.types import ArrayTree, Scalar
 from muonclip_jax._program.analysis import Analysis
@@ -25,11 +26,11 @@ _STAT = "max_logits"
 
 
 class ClippedSite(NamedTuple):
-    """An attention site with its max logits.
+    """An attention layer with its max logits.
 
     Attributes:
-      name: Its path; numbered where several sites share one.
-      site: The site.
+      name: Its path; numbered where several layers share one.
+      site: The layer.
       maps: The head of each element of its parameters.
       places: The place of each parameter, by path.
       max_logits: One entry per call, `[*layers, ..., heads]`.
@@ -55,19 +56,19 @@ def clipped_sites(
     strict: bool,
     report_only: bool,
 ) -> tuple[list[ClippedSite], int]:
-    """Joins the attention sites of an analysis to their max logits.
+    """Joins the attention layers of an analysis to their max logits.
 
     Args:
       params: The parameters.
-      max_logits: The max logits, at the paths of the sites.
+      max_logits: The max logits, at the paths of the layers.
       analysis: The analysis.
-      ignore: Patterns (`fnmatch`) of paths of sites to leave out.
-      strict: Whether a site without max logits, or max logits without a site, is an error or
+      ignore: Patterns (`fnmatch`) of paths of layers to leave out.
+      strict: Whether a layer without max logits, or max logits without a layer, is an error or
         skipped.
       report_only: Whether nothing is clipped, so that norms of queries and keys are accepted.
 
     Returns:
-      The sites, and how many are skipped.
+      The layers, and how many are skipped.
 
     Raises:
       ValueError: with everything that does not fit.
@@ -99,10 +100,11 @@ def clipped_sites(
     faults += _shared(found)
     unpaired += [f"{path or '(root)'}: max logits, but no attention." for path in entries]
     if faults or (strict and unpaired):
-        lines = [*faults, *(unpaired if strict else ())]
+        texts = [*faults, *(unpaired if strict else ())]
+        pairs = ((path, text) for path, _, text in (one.partition(": ") for one in texts))
         raise ValueError(
             "qk_clip: the max logits, the parameters and the analysis do not fit.\n"
-            + "\n".join(f"  {line}" for line in lines)
+            + "\n".join(fold_faults(pairs))
         )
     if unpaired:
         text = "qk_clip: skipped because of strict=False: " + " ".join(unpaired)
@@ -122,10 +124,10 @@ def _check_ignored(ignore: Sequence[str], paths: Collection[str]) -> None:
 def site_factors(
     clipped: ClippedSite, gamma: Float[Array, "*layers heads"], alpha: Scalar, shared_key: str
 ) -> Iterator[tuple[int, Float[Array, "..."]]]:
-    """Yields the position and the factor of each parameter of a site.
+    """Yields the position and the factor of each parameter of a layer.
 
     Args:
-      clipped: The site.
+      clipped: The layer.
       gamma: Factor on the logits of each head.
       alpha: Share of the query.
       shared_key: Rule for heads that share a key.
@@ -179,7 +181,7 @@ def _groups(maps: Sequence[HeadMap], heads: int) -> np.ndarray | None:
 def _paired(
     path: str, sites: Sequence[AttentionSite], entries: Sequence[Array], faults: list[str]
 ) -> Iterator[tuple[str, AttentionSite, list[Array]]]:
-    """Yields sites with their entries; calls of one module are one site."""
+    """Yields layers with their entries; calls of one module are one layer."""
     same = all(site.sources == sites[0].sources for site in sites)
     if same:
         yield path, sites[0], list(entries)
@@ -273,7 +275,7 @@ def _is_hidden(path: str, places: Mapping[str, _Place]) -> bool:
 
 
 def _entries(max_logits: ArrayTree) -> dict[str, list[Array]]:
-    """Collects max logits by the path of their site."""
+    """Collects max logits by the path of their layer."""
     entries: dict[str, list[Array]] = defaultdict(list)
     for path, value in jax.tree_util.tree_leaves_with_path(max_logits):
         names = without_index(path)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from muonclip_jax._common.folding import fold_faults
 from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like, unsharded
 from muonclip_jax._common.settings import check_settings, flag, shown
@@ -179,17 +180,30 @@ def merge_max_logits(a: ArrayTree, b: ArrayTree) -> ArrayTree:
     shapes_a, shapes_b = map(_shapes, (a, b))
     pairs = {path: (shapes_a.get(path), shapes_b.get(path)) for path in shapes_a | shapes_b}
     faults = [
-        f"  {path or '(root)'}: {x or 'absent'} in the first, {y or 'absent'} in the second."
+        (path, f"{x or 'absent'} in the first, {y or 'absent'} in the second.")
         for path, (x, y) in sorted(pairs.items())
         if x != y
     ]
     if not faults and jax.tree.structure(a) != jax.tree.structure(b):
-        faults = [f"  {jax.tree.structure(x)}" for x in (a, b)]
+        first, second = map(_containers, (a, b))
+        faults = [("", f"containers {first} in the first, {second} in the second.")]
     if faults:
-        raise ValueError(
-            "\n".join(["merge_max_logits: the two differ in paths or shapes.", *faults, _IF_MERGED])
-        )
+        head = "merge_max_logits: the two differ in paths or shapes."
+        raise ValueError("\n".join([head, *fold_faults(faults), _IF_MERGED]))
     return jax.tree.map(lambda x, y: jnp.maximum(x, placed_like(y, x)), a, b)
+
+
+def _containers(tree: ArrayTree) -> str:
+    """Returns the types of the containers of a pytree, each once."""
+    nodes: dict[str, None] = {}
+
+    def note(node: Any) -> bool:
+        nodes[type(node).__name__] = None
+        return False
+
+    jax.tree.leaves(tree, is_leaf=note)
+    arrays = {type(x).__name__ for x in jax.tree.leaves(tree)}
+    return ", ".join(name for name in nodes if name not in arrays)
 
 
 def _shapes(max_logits: ArrayTree) -> dict[str, str]:

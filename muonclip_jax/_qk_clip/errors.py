@@ -1,13 +1,13 @@
 """One error that lists all mismatches between parameters, max logits and head layouts."""
 
 import difflib
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
+from muonclip_jax._common.folding import fold_faults
 from muonclip_jax._qk_clip.matching import Matching, Path, key_of, named_layouts
 from muonclip_jax._qk_clip.module_faults import IF_SECOND_PAIR, Fault, module_faults
-from muonclip_jax._qk_clip.proposals import hint, proposal
+from muonclip_jax._qk_clip.proposals import proposal
 
 _IF_NOT_CLIPPED = "Leave out modules that are not clipped, such as frozen ones, with `ignore=`."
 _IF_MISSING = (
@@ -141,10 +141,8 @@ def _message(found: Matching, faults: Sequence[Fault], report_only: bool) -> str
     kept = dict.fromkeys(layout for path, layout in found.described.items() if path not in wrong)
     paths = [path for path in wrong if path in found.modules]
     fixes = [line for fault in faults for line in fault.fix.splitlines()]
-    proposed = proposal(found, paths, kept, report_only=report_only) or hint(
-        found, [path for path in paths if path not in found.described]
-    )
-    fixes += proposed.splitlines()
+    proposed = proposal(found, paths, kept, report_only=report_only)
+    fixes += [line for text in proposed for line in text.splitlines()]
     return "\n".join([head, *_lines(faults), *dict.fromkeys(fixes)])
 
 
@@ -155,14 +153,6 @@ def _warn_skipped(unpaired: Sequence[Fault]) -> None:
     warnings.warn("\n".join(lines), stacklevel=4)
 
 
-def _lines(faults: Sequence[Fault]) -> Iterator[str]:
+def _lines(faults: Sequence[Fault]) -> list[str]:
     """Writes one line per fault; layers whose faults differ only in their number share a line."""
-    groups: dict[tuple[str, str], list[Fault]] = {}
-    for fault in faults:
-        path = re.sub(r"\d+", "#", "/".join(fault.path))
-        quoted = re.sub(r"'[^']*'", lambda m: re.sub(r"\d+", "#", m[0]), fault.text)
-        groups.setdefault((path, quoted), []).append(fault)
-    for first, *others in groups.values():
-        path = "/".join(first.path) or "(root)"
-        more = f" and {len(others)} more layer{'s' * (len(others) > 1)}" if others else ""
-        yield f"  {path}{more}: {first.text}"
+    return fold_faults(("/".join(fault.path), fault.text) for fault in faults)

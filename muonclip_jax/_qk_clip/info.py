@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from muonclip_jax._common.folding import fold_faults
 from muonclip_jax._qk_clip.head_factors import is_nonfinite
 from muonclip_jax._qk_clip.report import describe, is_concrete
 
@@ -137,7 +138,7 @@ def heads_ever_clipped(
 
     Keep the result beside the parameters, inside or outside of the jitted step, and pass it at the
     next step, here and as `ever_clipped` of `qk_clip`. It is a plain pytree of booleans, for a
-    checkpoint too. On the host it does not wait for the device.
+    checkpoint too. Outside of `jit` it is asynchronous.
 
     A carry of `jax.lax.scan` cannot start with None. Start it with all False: call this function on
     the shapes of an info, from `jax.eval_shape`.
@@ -193,13 +194,12 @@ def _check_same_heads(caller: str, now: Mapping[str, Array], before: Mapping[str
     new, old = ({path: jnp.shape(x) for path, x in tree.items()} for tree in (now, before))
     differing = sorted(path for path in new | old if new.get(path) != old.get(path))
     if differing:
-        lines = (
-            f"  {path or '(root)'}: got {old.get(path, 'absent')}, expected "
-            f"{new.get(path, 'absent')}"
+        faults = (
+            (path, f"got {old.get(path, 'absent')}, expected {new.get(path, 'absent')}.")
             for path in differing
         )
         head = (
             f"{caller}: the heads are not the heads of this model. Start again with None; in a "
             "scan, with heads_ever_clipped of the shapes of an info."
         )
-        raise ValueError("\n".join([head, *lines]))
+        raise ValueError("\n".join([head, *fold_faults(faults)]))

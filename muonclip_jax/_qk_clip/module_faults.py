@@ -23,7 +23,7 @@ _IF_HIDDEN = (
     "Mask all of a module's queries and keys or none; or train without the clip (threshold=None), "
     "and call mc.qk_clip on all parameters after optax.apply_updates."
 )
-_IF_NORM = (
+IF_NORM = (
     "A norm between projection and logits cancels the clip: the logits keep their size and the "
     "weights shrink to zero. Leave these modules out with ignore=, or watch them with "
     "threshold=float('inf'), not traced; if the children are no such norms, pass qk_norm=()."
@@ -87,7 +87,7 @@ def _norm_faults(module: AttentionModule) -> Iterator[Fault]:
             if name not in module.children:
                 yield Fault(module.path, f"no child {name!r}, which qk_norm names.")
     for name in named:
-        yield Fault(module.path, f"{name!r} normalizes queries or keys.", _IF_NORM)
+        yield Fault(module.path, f"{name!r} normalizes queries or keys.", IF_NORM)
     for name in unnamed:
         fix = _IF_AMBIGUOUS.format(names=(name.partition("/")[0],))
         yield Fault(module.path, f"{name!r} may normalize queries or keys.", fix)

@@ -3,16 +3,18 @@
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from muonclip_jax._head_layouts.fused_qkv import FusedQKVLayout
 from muonclip_jax._head_layouts.head_layout import HeadLayout
 from muonclip_jax._head_layouts.module_names import letters, names_keys_and_values, normalizes
 from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
 from muonclip_jax._qk_clip.matching import AttentionModule, Matching, Path, attention_module
-from muonclip_jax._qk_clip.module_faults import fits
+from muonclip_jax._qk_clip.module_faults import IF_NORM, fits
+from muonclip_jax._qk_clip.other_kinds import IF_UNKNOWN, fused_names, other_kinds, unshown
 
 _PATTERNS = (
     "inputs heads head_dim",
@@ -47,7 +49,7 @@ _MOST = 3  # Head layouts in one message. If more fit, the shapes decide nothing
 
 def proposal(
     found: Matching, paths: Iterable[Path], kept: Iterable[HeadLayout], *, report_only: bool = False
-) -> str:
+) -> list[str]:
     """Proposes head layouts that describe modules without a fault.
 
     Args:
@@ -57,63 +59,99 @@ def proposal(
       report_only: See `module_faults`.
 
     Returns:
-      Sentences for the error message, or an empty string. If two or three head layouts fit a
-      module, all are named; if more fit, none.
+      Sentences for the error message. If two or three head layouts fit a module, all are named; if
+      none or more fit, a sentence names the fields to fill in.
     """
     fitting = {path: _fitting(found, path, report_only) for path in paths}
     alone = dict.fromkeys(choices[0] for choices in fitting.values() if len(choices) == 1)
+    fixed = (*kept, *alone)
+    several = {path: c for path, c in fitting.items() if 1 < len(c) <= _MOST}
+    lines = [f"Pass {_shown(fixed)}."] if alone else []
+    if tuples := _by_kernel(several):
+        lines = [f"By the shapes, pass {' or '.join(_shown((*fixed, *one)) for one in tuples)}."]
+    else:
+        lines += _lines_of(several)
+    new = [layout for choices in (*several.values(), alone) for layout in choices]
+    given = {type(layout) for layout in found.head_layouts} - {FusedQKVLayout}
+    new = [layout for layout in new if type(layout) not in given]
+    sown = {path for path, _ in found.max_logits}
+    rest = [path for path, c in fitting.items() if path not in several and len(c) != 1]
+    # Other modules, such as a state space layer with an `in_proj`, may hold no attention.
+    rest = [path for path in rest if path not in found.described and (path in sown or not lines)]
+    hints = dict.fromkeys(hint(found, path) for path in rest)
+    return [*lines[:_MOST], *unshown(new), *[*filter(None, hints)][:_MOST]]
+
+
+def _shown(layouts: Iterable[HeadLayout]) -> str:
+    """Shows head layouts as the argument that the user passes."""
+    one, *others = (f"mc.{layout}" for layout in dict.fromkeys(layouts))
+    return f"layout=({', '.join((one, *others))})" if others else f"layout={one}"
+
+
+def _by_kernel(several: Mapping[Path, list[HeadLayout]]) -> list[tuple[HeadLayout, ...]]:
+    """Groups the choices for all modules by the pattern of the kernels, which they share.
+
+    Returns:
+      For each pattern that fits all modules, the layouts; none if a module is left with a choice.
+    """
+    kernels = [[layout.kernel for layout in choices] for choices in several.values()]
+    if not kernels or any(len({*own}) < len(own) for own in kernels):
+        return []
+    shared = [kernel for kernel in kernels[0] if all(kernel in own for own in kernels)]
+    return [
+        tuple(one for choices in several.values() for one in choices if one.kernel == kernel)
+        for kernel in shared
+    ]
+
+
+def _lines_of(several: Mapping[Path, list[HeadLayout]]) -> list[str]:
+    """Lists the choices for each module, in one line for all modules with equal choices."""
+    paths: dict[tuple[HeadLayout, ...], list[Path]] = {}
+    for path, choices in several.items():
+        paths.setdefault(tuple(choices), []).append(path)
     lines = []
-    if alone:
-        layouts = tuple(dict.fromkeys((*kept, *alone)))
-        lines.append(f"Pass layout={layouts[0] if len(layouts) == 1 else layouts}.")
-    several: dict[tuple[HeadLayout, ...], list[Path]] = {}
-    for path, choices in fitting.items():
-        if 1 < len(choices) <= _MOST:
-            several.setdefault(tuple(choices), []).append(path)
-    for choices, (first, *others) in several.items():
+    for choices, (first, *others) in paths.items():
         more = f" and {len(others)} more fit" if others else " fits"
-        shown = " or ".join(map(str, choices))
+        shown = " or ".join(f"mc.{layout}" for layout in choices)
         lines.append(f"By its shapes, {'/'.join(first) or 'the root'}{more} {shown}.")
-    return "\n".join(dict.fromkeys(lines[:_MOST]))
+    return lines
 
 
-def hint(found: Matching, paths: Iterable[Path]) -> str:
-    """Names the kind of layout that a module without a proposal needs.
+def hint(found: Matching, path: Path) -> str:
+    """Names the kind of layout that a module without a proposal needs, and the fields to fill in.
 
     Args:
       found: All modules and max logits.
-      paths: The modules to describe.
+      path: The module to describe.
 
     Returns:
-      One sentence, or an empty string for modules without names of queries and keys and without
+      One sentence, or an empty string for a module without names of queries and keys and without
       max logits.
     """
-    for path in paths:
-        children = found.modules[path]
-        shown = {name: letters(name) for name in children if normalizes(name) is None}
-        fused = [n for n, found_letters in shown.items() if found_letters >= {"q", "k", "v"}]
-        fused += [name for name in ("c_attn", "in_proj") if name in children]
-        latent = {"q_b", "kv_b", "wq_b", "wkv_b", "q_b_proj", "kv_b_proj"} & {*children}
-        if fused:
-            return (
-                f"{fused[0]!r} holds queries, keys and values: pass a FusedQKVLayout with "
-                f"qkv={fused[0]!r} and its head_dim."
-            )
-        if len(latent) > 1:
-            return (
-                f"{' and '.join(map(repr, sorted(latent)))} are up-projections of latent "
-                "attention: pass an MLALayout with these names and its nope_dim, rope_dim, "
-                "value_dim and kernel."
-            )
-        if {"q"} in shown.values() and any(
-            "k" in found_letters for found_letters in shown.values()
-        ):
-            return (
-                "No layout fits by names and shapes alone: pass a MultiHeadLayout with query, key "
-                "and kernel, and with query_dim where query heads hold a gate too; docs/qk_clip.md "
-                "has a table of kernels."
-            )
-    if any(path in paths for path, _ in found.max_logits):
+    children = found.modules[path]
+    shown = {name: letters(name) for name in children if normalizes(name) is None}
+    latent = {"q_b", "kv_b", "wq_b", "wkv_b", "q_b_proj", "kv_b_proj"} & {*children}
+    if (norms := [n for n in children if normalizes(n)]) and len(latent) < 2 and len(shown) > 1:
+        return " ".join([*(f"{name!r} normalizes queries or keys." for name in norms), IF_NORM])
+    if fused := fused_names(children):
+        return (
+            f"{fused[0]!r} holds queries, keys and values: pass a FusedQKVLayout with "
+            f"qkv={fused[0]!r} and its kernel, head_dim, num_kv_heads and order, which the shapes "
+            f"do not show.\n{IF_UNKNOWN}"
+        )
+    if len(latent) > 1:
+        return (
+            f"{' and '.join(map(repr, sorted(latent)))} are up-projections of latent attention: "
+            "pass an MLALayout with these names and its nope_dim, rope_dim, value_dim and kernel.\n"
+            + IF_UNKNOWN
+        )
+    if {"q"} in shown.values() and any("k" in found_letters for found_letters in shown.values()):
+        return (
+            "No layout fits by names and shapes alone: pass a MultiHeadLayout with query, key "
+            "and kernel, and with query_dim where query heads hold a gate too; docs/qk_clip.md "
+            "has a table of kernels."
+        )
+    if any(path == sown for sown, _ in found.max_logits):
         return (
             "These names do not show queries and keys: name them in a MultiHeadLayout, or pass "
             "layout=mc.analyze(loss_fn, params, batch), which finds them without names."
@@ -133,8 +171,34 @@ def _fitting(found: Matching, path: Path, report_only: bool) -> list[HeadLayout]
                 # The user's own settings first, then heads that are not wider than the inputs.
                 is_own = candidate.kernel in own and candidate.stack_axis == layout.stack_axis
                 ranks[candidate] = is_own, _is_narrow(module)
+    if not ranks:
+        own_axis = found.head_layouts[0].stack_axis
+        for candidate in _others(found, path):
+            module = _fitting_module(candidate, found, path, report_only)
+            if module is not None and (module.stack or candidate.stack_axis == own_axis):
+                ranks[candidate] = False, _is_narrow(module)
     best = max(ranks.values(), default=None)
     return [candidate for candidate, rank in ranks.items() if rank == best]
+
+
+def _others(found: Matching, path: Path) -> Iterator[HeadLayout]:
+    """Yields head layouts of other kinds, with the names of the leaves in the modules."""
+    own, children = found.head_layouts, found.modules[path]
+    entries = found.max_logits.get((path, own[0].stat), [])
+    heads = entries[0].shape[-1] if entries and entries[0].ndim else None
+    shapes = {n: [np.shape(value) for *_, value in leaves] for n, leaves in children.items()}
+    for layout in other_kinds(own, shapes, heads):
+        if isinstance(layout, MultiHeadLayout):
+            yield from _candidates(layout, found, path)
+        else:
+            for scaled in _scaled_leaves(layout, _leaves(found, path, layout.modules)):
+                yield dataclasses.replace(layout, **scaled)
+
+
+def _leaves(found: Matching, path: Path, names: Iterable[str]) -> set[str]:
+    """Returns the names of the leaves below some children of a module."""
+    depth, children = len(path) + 1, found.modules[path]
+    return {full[-1] for name in names for full, *_ in children[name] if len(full) > depth}
 
 
 def _candidates(layout: HeadLayout, found: Matching, path: Path) -> Iterator[HeadLayout]:
@@ -145,9 +209,7 @@ def _candidates(layout: HeadLayout, found: Matching, path: Path) -> Iterator[Hea
     ):
         if len(set(names)) != len(names):
             continue
-        leaves = {
-            full[-1] for name in names for full, _, _ in children[name] if len(full) > len(path) + 1
-        }
+        leaves = _leaves(found, path, names)
         fields: dict[str, Any] = dict(zip(layout.module_fields, names, strict=True))
         for scaled in _scaled_leaves(layout, leaves):
             yield from _patterns(layout, fields | scaled, found, path)

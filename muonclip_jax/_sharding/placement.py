@@ -10,6 +10,7 @@ from jax._src import core
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from muonclip_jax._common.folding import fold_faults
 from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.settings import shown
 from muonclip_jax._common.types import ArrayTree
@@ -138,7 +139,7 @@ def find_placement(
             found.append(_sharding_of(path, x, typed, shardings))
         except ValueError as error:
             fault, fix = (*error.args, PASS_SHARDINGS)[:2]
-            faults.append((f"  {path}: {x.dtype}{list(x.shape)}: {fault}", fix))
+            faults.append((path, f"{x.dtype}{list(x.shape)}: {fault}", fix))
     _raise_faults(caller, len(flat), faults or list(_on_another_mesh(flat, found)))
     # JAX rejects products of types that name a mesh axis, even one of a single device.
     if not found or (math.prod(found[0].mesh.shape.values()) == 1 and _EXPLICIT not in kinds):
@@ -223,19 +224,20 @@ def _mesh_axes(sharding: NamedSharding, ndim: int) -> tuple[MeshAxes, ...]:
 
 def _on_another_mesh(
     flat: Sequence[tuple[str, jax.Array]], found: Sequence[NamedSharding]
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, str, str]]:
     """Yields the leaves that are on another mesh than the first one, with the fix."""
     for (path, _), sharding in zip(flat, found, strict=True):
         if sharding.mesh.abstract_mesh != found[0].mesh.abstract_mesh:
-            yield f"  {path}: is on {sharding.mesh}, {flat[0][0]} is on {found[0].mesh}.", _PUT
+            yield path, f"is on {sharding.mesh}, {flat[0][0]} is on {found[0].mesh}.", _PUT
 
 
-def _raise_faults(caller: str, count: int, faults: Sequence[tuple[str, str]]) -> None:
+def _raise_faults(caller: str, count: int, faults: Sequence[tuple[str, str, str]]) -> None:
     """Raises one error for all faults, each of them with its fix."""
     if faults:
-        texts, fixes = zip(*faults, strict=True)
+        lines = fold_faults((path, text) for path, text, _ in faults)
+        fixes = dict.fromkeys(fix for *_, fix in faults)
         head = f"{caller}: {len(faults)} of {count} leaves cannot be planned."
-        raise ValueError("\n".join([head, *texts, *dict.fromkeys(fixes)]))
+        raise ValueError("\n".join([head, *lines, *fixes]))
 
 
 def _mesh(flat: Sequence[tuple[str, jax.Array]], found: Sequence[NamedSharding]) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks.evidence import clip_order, longer
+from benchmarks.evidence import clip_order, longer, runner
 from benchmarks.evidence.clip_order import Ordered
 from examples.language_model.models import gqa
 from examples.language_model.training.step import initial_state, make_train_step
@@ -116,20 +116,33 @@ def test_long_training_records_the_fraction_of_heads(monkeypatch):
     assert record["ever_clipped"][:4] == [0.0, 0.25, 0.5, 0.5]
 
 
-def test_long_training_counts_heads_above_lower_thresholds(monkeypatch):
-    """One head of 16 is above 20 in the first tenth, four are above 15 until the rate falls."""
+def long_record(clipped, above_20=5, loss=1.5):
+    """A record of 20,000 steps: one head of 16 is above 20 at first, four are above 15 longer."""
     logits = np.full((50, 4, 4), 10.0)
-    logits[:5, 0, 0] = 40.0
+    logits[:above_20, 0, 0] = 40.0
     logits[:30, 1] = 17.0
-    record = {
+    fractions = np.zeros(50)
+    fractions[: len(clipped)] = clipped
+    steps = list(range(400, 20_001, 400))
+    return {
         "max_logits": logits.tolist(),
-        "logged": list(range(400, 20_001, 400)),
-        "clipped": [0.0625] * 5 + [0.0] * 45,
-        "ever_clipped": [0.0625] * 50,
-        "last_clip": 2000,
-        "validation_loss": 1.5,
+        "logged": steps,
+        "clipped": fractions.tolist(),
+        "ever_clipped": np.maximum.accumulate(fractions).tolist(),
+        "last_clip": steps[len(clipped) - 1] if len(clipped) else 0,
+        "validation_loss": loss,
     }
-    ours = longer.study(lambda runs: [record for _ in runs])
+
+
+def long_study(first, lower=None):
+    """The study of records, of which the one at the lower threshold may be missing."""
+    tasks = [(longer.RUN, first), (longer.LOWER, lower)]
+    records = [r | {"settings": runner.described(run)} for run, r in tasks if r]
+    return longer.study(runner.lookup(records)), records
+
+
+def test_long_training_counts_heads_above_lower_thresholds():
+    ours, _ = long_study(long_record([0.0625] * 5))
     means = {level: [one["mean"] for one in line] for level, line in ours["above"].items()}
     assert means["20"] == [0.0625, *[0.0] * 9]
     assert means["15"] == [0.3125, *[0.25] * 5, *[0.0] * 4]
@@ -138,6 +151,27 @@ def test_long_training_counts_heads_above_lower_thresholds(monkeypatch):
     assert ours["clipped"][0]["mean"] == 0.0625
     assert not longer.fades(ours["above"]["15"])
     assert longer.verdict(ours) == "reproduced"
-    never = ours | {"ever_clipped": [{"mean": 0.0}]}
+    never, _ = long_study(long_record([]))
     assert longer.verdict(never) == "partly"
     assert "never acts" in longer.section(never)
+
+
+@pytest.mark.parametrize(
+    ("clipped", "fades", "verdict"),
+    [([0.5] * 20, True, "partly"), ([0.5] * 40, False, "not reproduced")],
+)
+def test_long_training_shows_the_clips_at_a_lower_threshold(clipped, fades, verdict):
+    first, lower = long_record([], above_20=50), long_record(clipped, loss=1.25)
+    ours, records = long_study(first, lower)
+    assert [one["mean"] for one in ours["lower"]["clipped"]][:4] == [0.5] * 4
+    assert longer.fades(ours["lower"]["clipped"]) is fades
+    assert longer.verdict(ours) == verdict
+    assert ours["lower"]["minus_first"]["mean"] == -0.25
+    text = longer.section(ours)
+    assert f"The last clip is at step {400 * len(clipped):,}." in text
+    assert "1.250, 0.250 lower than with" in text.replace("\n", " ")
+    assert ("it acts, and has faded" in text) is fades
+    assert f"has faded before the rate falls ({'yes' if fades else 'no'})" in text
+    assert "| clipped at a step, τ = 15 | 50% | 50% | 50% |" in text
+    assert "τ = 15: 50% of the heads" in longer.one_line(ours)
+    assert len(longer.draw({"runs": records, "ours": ours}).axes) == 3

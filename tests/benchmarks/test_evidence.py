@@ -1,9 +1,7 @@
 """The committed evidence follows from its records, and the pages show its figures."""
 
-import dataclasses
 import json
 import math
-import pathlib
 
 import chex
 import flax.linen as nn
@@ -127,72 +125,10 @@ def test_choosing_shows_the_figures_of_the_results():
     effects = result_of("family")["ours"]
     *rows, _ = pages.table("choosing.md", "family")  # the last is the spectral scale
     for name, _, here, _ in rows:
-        assert here == summaries.mean_sd(effects[of.get(name, name)]["minus_plain"]), name
+        assert here == summaries.mean_sd(effects[of.get(name, name)]["minus_plain"], 4), name
 
 
-# The runner
-
-
-@dataclasses.dataclass(frozen=True)
-class Square:
-    """A task that takes no time, and appends its number to a file."""
-
-    x: int
-    log: str
-    alone: bool = True  # in this process
-
-    @property
-    def program(self):
-        return self.x % 2
-
-    def measure(self):
-        with pathlib.Path(self.log).open("a") as file:
-            file.write(f"{self.x}\n")
-        return {"square": self.x**2}
-
-
-@pytest.fixture
-def squares(tmp_path):
-    log = tmp_path / "log"
-    log.touch()
-    return lambda *xs: [Square(x, str(log)) for x in xs], log, tmp_path / "done"
-
-
-def test_runner_runs_each_task_once_and_keeps_their_order(squares):
-    tasks_of, log, memory = squares
-    measure = runner.Runner(memory, workers=1)
-    assert [r["square"] for r in measure(tasks_of(3, 1, 2, 1))] == [9, 1, 4, 1]
-    assert [r["square"] for r in measure(tasks_of(1, 4))] == [1, 16]
-    assert sorted(log.read_text().split()) == ["1", "2", "3", "4"]
-    assert [r["square"] for r in measure.records] == [9, 1, 4, 16]
-
-
-@pytest.mark.nightly
-def test_runner_runs_tasks_in_other_processes(squares):
-    tasks_of, log, memory = squares
-    tasks = [dataclasses.replace(task, alone=False) for task in tasks_of(3, 1, 2, 5)]
-    measure = runner.Runner(memory, workers=2)
-    assert [r["square"] for r in measure(tasks)] == [9, 1, 4, 25]
-    assert sorted(log.read_text().split()) == ["1", "2", "3", "5"]
-
-
-def test_runner_continues_after_an_interruption(squares):
-    tasks_of, log, memory = squares
-    runner.Runner(memory, workers=1)(tasks_of(1, 2))
-    memory.write_text(memory.read_text() + '\n{"settings": {"ta')  # killed while writing
-    again = runner.Runner(memory, workers=1)
-    assert [r["square"] for r in again(tasks_of(1, 2, 3))] == [1, 4, 9]
-    assert sorted(log.read_text().split()) == ["1", "2", "3"]
-    assert [r["square"] for r in runner.Runner(memory, workers=1)(tasks_of(3))] == [9]
-    assert sorted(log.read_text().split()) == ["1", "2", "3"]
-
-
-def test_runner_repeats_tasks_of_other_versions(squares, monkeypatch):
-    tasks_of, log, memory = squares
-    runner.Runner(memory, workers=1)(tasks_of(1))
-    monkeypatch.setattr(runner, "versions", lambda: {"jax": "another"})
-    runner.Runner(memory, workers=1)(tasks_of(1))
-    assert log.read_text().split() == ["1", "1"]
+# The program
 
 
 def test_program_writes_the_committed_result_from_its_records(tmp_path, monkeypatch, capsys):

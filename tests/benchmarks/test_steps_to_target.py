@@ -70,7 +70,7 @@ def test_study_lists_the_seeds_that_never_reach_the_target(ours):
     assert line["unreached"] == list(BYTES.seeds)
     assert (line["steps"]["mean"], line["passes"], line["p_adamw"]) == (None, None, None)
     row = next(x for x in steps_to_target.table(ours).splitlines() if f"| {CLIPPED} |" in x)
-    assert "| see failures |" in row
+    assert "| see runs that failed |" in row
     assert "seed 4 never reaches it" in row
 
 

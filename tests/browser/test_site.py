@@ -159,6 +159,32 @@ def test_pictures_and_background_follow_the_theme(visit, scheme):
     assert (sum(browser.execute_script(color)[:3]) < 300) == (scheme == "dark")
 
 
+def luminance(rgb):
+    """Relative luminance of a color, by WCAG 2.2."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_changed_lines_have_contrast(visit, scheme):
+    browser = visit("index.html", scheme=scheme)
+    style = "return getComputedStyle(arguments[0])[arguments[1]].match(/[\\d.]+/g).map(Number)"
+
+    def color(element, name):
+        *rgb, alpha = [*browser.execute_script(style, element, name), 1][:4]
+        return [c / 255 for c in rgb], alpha
+
+    block = browser.find_element(By.CSS_SELECTOR, ".highlight-diff .highlight")
+    below, _ = color(block, "backgroundColor")
+    lines = block.find_elements(By.CSS_SELECTOR, ".gi, .gd")
+    assert lines
+    for line in lines:
+        tint, alpha = color(line, "backgroundColor")
+        back = [alpha * t + (1 - alpha) * b for t, b in zip(tint, below, strict=True)]
+        light, dark = sorted((luminance(color(line, "color")[0]), luminance(back)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # level AA of WCAG 2.2
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_fits_the_screen_and_loads_only_from_the_site(visit, address, page, size):

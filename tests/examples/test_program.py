@@ -60,6 +60,7 @@ def test_taken_default_folder_is_followed_by_the_next(program, tmp_path):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
 
 
+@pytest.mark.nightly
 def test_resume_without_a_run_starts_one(program, tmp_path, capsys):
     assert program("--resume") == 0
     assert "no checkpoint yet: starting at step 0" in capsys.readouterr().out
@@ -91,6 +92,7 @@ def test_existing_folder_without_a_run_is_used(program, tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "kept"
 
 
+@pytest.mark.nightly
 def test_diverged_program_exits_1_with_one_line(program, capsys):
     assert program("--learning-rate", "1e30") == 1
     error = capsys.readouterr().err

@@ -9,7 +9,6 @@ import pytest
 from examples.language_model.config import BadInput
 from examples.language_model.run_folder import files, journal, opening, plots, progress
 from examples.language_model.run_folder.plots import PLOTS
-from tests.support.by_day import by_day
 from tests.support.tiny_run import CONFIG, CORPUS, TINY, scalars, trainer
 
 LOW_THRESHOLD = 2.0  # of the largest attention logit
@@ -201,7 +200,8 @@ def test_events_before_a_checkpoint_survive_a_kill(tmp_path):
     log.__exit__()
 
 
-@pytest.mark.parametrize("steps", by_day([2, 100], 2), ids=["short", "longer_than_the_run"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("steps", [2, 100], ids=["short", "longer_than_the_run"])
 def test_profile_is_written_into_the_run(tmp_path, steps):
     trainer(tmp_path, profile=steps, steps=20).train()
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")

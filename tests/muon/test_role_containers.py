@@ -190,7 +190,7 @@ def test_masks_and_numbers_may_be_an_nnx_state():
 def test_a_mask_of_other_parameters_raises():
     for mask in ({"other": True}, {"w": True, "other": True}, [True]):
         tx = mc.muon(0.1, weight_decay=0.1, weight_decay_mask=mask)
-        with pytest.raises(ValueError, match="weight_decay_mask are not a prefix"):
+        with pytest.raises(ValueError, match="weight_decay_mask does not match the parameters"):
             tx.init({"w": W})
 
 

@@ -9,7 +9,7 @@ from tests.support.program_models import FAMILIES
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_roles_and_attention_sites(name):
+def test_roles_and_attention_layers(name):
     family = FAMILIES[name]
     analysis = mc.analyze(family.fn, family.params(), *family.args)
     wrong = wrong_roles(family, analysis) + wrong_sites(family, analysis)

@@ -30,7 +30,7 @@ def layouts_in(text):
     """Every layout that the last lines of an error propose."""
     fixes = "\n".join(line for line in text.splitlines()[1:] if not line.startswith("  "))
     calls = re.findall(r"\w+Layout\((?:[^()']|'[^']*'|\((?:[^()']|'[^']*')*\))*\)", fixes)
-    return [eval(call, dict(vars(mc))) for call in calls]
+    return [eval(f"mc.{call}", {"mc": mc}) for call in calls]
 
 
 DEFAULT = mc.MultiHeadLayout()
@@ -133,7 +133,7 @@ def test_proposals_for_two_kinds_of_modules_fit_together():
     with pytest.raises(ValueError, match="Pass layout=") as error:
         mc.qk_clip(params, stats, layouts)
     text = str(error.value).partition("Pass layout=")[2].removesuffix(".")
-    _, info = mc.qk_clip(params, stats, eval(text, dict(vars(mc))))
+    _, info = mc.qk_clip(params, stats, eval(text, {"mc": mc}))
     assert info.clipped_heads == 3 * N
 
 
@@ -306,7 +306,7 @@ def test_gates_in_flat_query_heads_raise():
 @pytest.mark.parametrize(
     ("shapes", "kind"),
     [
-        ({"c_attn": (8, 24), "c_proj": (8, 8)}, "FusedQKVLayout"),
+        ({"c_attn": (8, 25), "c_proj": (8, 8)}, "FusedQKVLayout"),
         ({"q_b_proj": (4, 12), "kv_b_proj": (4, 16), "o_proj": (8, 8)}, "MLALayout"),
         (GATED, "MultiHeadLayout"),
     ],

@@ -253,7 +253,7 @@ def test_a_direct_query_raises_with_a_proposal():
     form = FORMS["direct query"]
     text = text_of({"attn": form.params()}, {"attn": {"max_logits": jnp.ones(N)}})
     assert "attn: no module 'q_b'; there are" in text
-    assert "Pass layout=MLALayout(query='q', key_value='kv_b', nope_dim=3," in text
+    assert "Pass layout=mc.MLALayout(query='q', key_value='kv_b', nope_dim=3," in text
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_names_of_other_libraries_are_proposed(names, query, key_value):
     params = {name: {"kernel": np.ones((2, 2))} for name in names.split()}
     params |= kernels_named(query, key_value)
     text = text_of({"attn": params}, {"attn": {"max_logits": jnp.ones(N)}})
-    assert f"Pass layout=MLALayout(query={query!r}, key_value={key_value!r}," in text
+    assert f"Pass layout=mc.MLALayout(query={query!r}, key_value={key_value!r}," in text
 
 
 def test_norms_of_latent_vectors_do_not_raise():

@@ -145,7 +145,7 @@ def test_maxtext_direct_query_of_mla_was_not_recognized():
     # MaxText, src/maxtext/utils/qk_clip_utils.py: of wq_b and wkv_b; q_lora_rank 0 has no wq_b.
     layout = functools.partial(mc.MLALayout, nope_dim=2, rope_dim=1, value_dim=2)
     params = {"q": {"kernel": jnp.ones((3, 1, 3))}, "kv_b": {"kernel": jnp.ones((3, 1, 4))}}
-    with pytest.raises(ValueError, match=r"Pass layout=MLALayout\(query='q', "):
+    with pytest.raises(ValueError, match=r"Pass layout=mc.MLALayout\(query='q', "):
         mc.qk_clip(params, max_logits_of(400.0), layout())
     new, _ = mc.qk_clip(params, max_logits_of(400.0), layout(query="q"))
     # On the key alone the nope part lands at 200, and the rotary part stays at its 400.

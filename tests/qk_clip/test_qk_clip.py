@@ -276,7 +276,7 @@ def test_heads_of_another_model_raise():
     with pytest.raises(ValueError, match="the heads are not the heads of this model") as error:
         mc.heads_ever_clipped(info_of(a=[1.0], b=[1.0]), before)
     assert str(error.value).splitlines()[1:] == [
-        "  a: got (2,), expected (1,)",
-        "  b: got absent, expected (1,)",
-        "  c: got (1,), expected absent",
+        "  a: got (2,), expected (1,).",
+        "  b: got absent, expected (1,).",
+        "  c: got (1,), expected absent.",
     ]

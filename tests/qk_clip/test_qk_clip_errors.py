@@ -73,7 +73,7 @@ def test_all_faults_come_in_one_error_with_paths_and_fixes():
         "'value'.\n"
         "  blocks_3/attn: query/kernel (4, 2, 3) has 2 heads, but its max_logits has 16.\n"
         f"{CAUSES}\n"
-        f"Pass layout=({LAYOUT}, MultiHeadLayout(query='q_proj', key='k_proj'))."
+        f"Pass layout=(mc.{LAYOUT}, mc.MultiHeadLayout(query='q_proj', key='k_proj'))."
     )
 
 
@@ -91,11 +91,13 @@ def test_nothing_to_clip_raises_with_the_names():
         "'max_logits'."
     )
     assert text_of({"mlp": {"kernel": jnp.ones((3, 3))}}, {}) == one_fault("(root)", nothing)
-    fix = "Pass layout=MultiHeadLayout(query='q_proj', key='k_proj')."
+    fix = "Pass layout=mc.MultiHeadLayout(query='q_proj', key='k_proj')."
     params = {"attn": attention("q_proj", "k_proj")}
     assert text_of(params, None) == one_fault("(root)", nothing, fix)
     params["attn"]["q_norm"] = {"scale": jnp.ones(3)}
-    assert text_of(params, None).startswith(one_fault("(root)", nothing, "No layout fits"))
+    assert text_of(params, None).startswith(
+        one_fault("(root)", nothing, "'q_norm' normalizes queries or keys. A norm")
+    )
 
 
 def test_a_proposed_layout_keeps_other_settings():
@@ -103,7 +105,7 @@ def test_a_proposed_layout_keeps_other_settings():
     params = attention("q_proj", "k_proj", k_proj={"kernel": np.ones((4, 2, 2))})
     text = text_of({"attn": params}, {"attn": sown()}, layout)
     proposed = "query='q_proj', key='k_proj', kept_leaves=('step',), query_dim=2"
-    assert f"Pass layout=MultiHeadLayout({proposed})." in text
+    assert f"Pass layout=mc.MultiHeadLayout({proposed})." in text
 
 
 def test_layer_names_with_a_common_prefix_differ():

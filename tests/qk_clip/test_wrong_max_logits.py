@@ -69,7 +69,11 @@ def test_modules_without_telling_names_get_the_advice_to_analyze():
             "intermediates/mix/max_logits: absent in the first, (2, 4) in the second.",
         ),
         (sown(ARRAY), sown(ARRAY[:1]), "(2, 4) in the first, (1, 4) in the second."),
-        (sown((ARRAY,)), sown([ARRAY]), "PyTreeDef"),
+        (
+            sown((ARRAY,)),
+            sown([ARRAY]),
+            "(root): containers dict, tuple in the first, dict, list in the second.",
+        ),
     ],
 )
 def test_merging_unequal_max_logits_raises_with_the_paths(a, b, fault):

@@ -47,6 +47,14 @@ def test_train_state_of_flax_clips_with_muonclip():
     assert jnp.allclose(ratio[0, ::8], jnp.array([0.5, 1, 1, 1]))  # γ = 1/4, its root for queries
 
 
+@pytest.mark.nightly
+def test_step_on_an_explicit_mesh_has_the_plan_and_loss_of_the_auto_mesh():
+    page = run_page("guides/sharding.md")
+    assert str(page["explicit_plan"]) == str(page["plan"])
+    losses = (page[name]["loss"] for name in ("metrics", "explicit_metrics"))
+    assert jnp.allclose(*map(float, losses), rtol=0, atol=1e-3)
+
+
 def test_micro_steps_clip_by_the_largest_logits_of_all_micro_batches():
     page = run_page("guides/scan_remat_microbatches.md")
     batch = page["micro_batches"].reshape(-1, 16, 32)

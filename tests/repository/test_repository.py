@@ -28,7 +28,7 @@ def test_pinned_train_step_is_in_the_readme():
     for line in (
         "tx = mc.muon(2e-4, weight_decay=0.1, consistent_rms=0.2)",
         "updates, opt_state = tx.update(grads, opt_state, params)",
-        "params, clipped = mc.qk_clip(params, stats, threshold=100.0)",
+        "params, info = mc.qk_clip(params, stats, threshold=100.0)",
     ):
         assert line in BLOCKS[0]
 

@@ -14,8 +14,9 @@ import pytest
 from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Packages that no test depends on: a block that imports one that is missing is skipped.
-OPTIONAL = ("equinox", "haiku")
+# Packages that no test depends on, with their names in code: a block that uses one that is missing
+# is skipped.
+OPTIONAL = {"equinox": "eqx", "haiku": "hk"}
 # A block of Python, and the plain block right after it: what it prints.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 
@@ -28,9 +29,9 @@ def run_page(name: str) -> dict[str, Any]:
     blocks = BLOCK.findall(text)
     if not HAS_CAPTURE and any("nnx.capture" in source for source, _ in blocks):
         pytest.skip(NEEDS_CAPTURE)
-    missing = [package for package in OPTIONAL if importlib.util.find_spec(package) is None]
+    missing = [alias for name, alias in OPTIONAL.items() if importlib.util.find_spec(name) is None]
     for source, shown in blocks:
-        if any(f"import {package}" in source for package in missing):
+        if any(re.search(rf"\b{alias}\.", source) for alias in missing):
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

@@ -35,7 +35,7 @@ def wrong_roles(family, analysis):
 
 
 def wrong_sites(family, analysis):
-    """Lists the attention sites that do not belong to the family."""
+    """Lists the attention layers that do not belong to the family."""
     found = {site.path: site for site in analysis.attention}
     wrong = [f"{path or '(root)'}: in one of both" for path in found.keys() ^ family.sites.keys()]
     for path in found.keys() & family.sites.keys():

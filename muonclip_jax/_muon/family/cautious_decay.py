@@ -17,8 +17,9 @@ import optax
 from muonclip_jax._common.dtypes import cast
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._muon.chains import add_decayed_weights, in_float32
+from muonclip_jax._muon.chains import add_decayed_weights, in_float32, same_model
 from muonclip_jax._muon.injection import injectable
+from muonclip_jax._orthogonalize.dimension_numbers import spread
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
@@ -62,7 +63,13 @@ def add_cautious_weight_decay(
       Chen et al. 2025, arXiv 2510.12402; nanochat, `optim.py`.
     """
     _check(locals())
-    decay = add_decayed_weights(weight_decay, mask)
+    caller = "add_cautious_weight_decay"
+
+    def decays(params):
+        spread_mask = spread(f"{caller}: mask", mask, params)
+        return jax.tree.structure(params).unflatten(spread_mask)
+
+    decay = add_decayed_weights(weight_decay, None if mask is None else decays)
 
     def update_fn(updates, state, params=None):
         if params is None:
@@ -71,8 +78,9 @@ def add_cautious_weight_decay(
                 "tx.update(grads, state, params)."
             )
         # λ W of the leaves that decay, from the state and the mask of optax.
-        decays, state = decay.update(jax.tree.map(jnp.zeros_like, updates), state, params)
-        return jax.tree.map(_add_where_they_agree, updates, params, decays), state
+        with same_model(caller, updates, (), params):
+            decays, state = decay.update(jax.tree.map(jnp.zeros_like, updates), state, params)
+            return jax.tree.map(_add_where_they_agree, updates, params, decays), state
 
     return optax.with_extra_args_support(
         in_float32(optax.GradientTransformation(decay.init, update_fn))

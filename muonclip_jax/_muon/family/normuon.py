@@ -20,6 +20,7 @@ from muonclip_jax._common.dtypes import accumulator, widened
 from muonclip_jax._common.resharding import placed_like
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
+from muonclip_jax._muon.chains import check_match
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
 from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn
@@ -112,10 +113,13 @@ def neurons_normalized(
         splits = splits_of("normalize_neurons", updates, numbers)
         leaves, structure = jax.tree.flatten(updates)
         wide = [widened(o) for o in leaves]
-        nu = [
-            _second_moment(v, o, split, b2)
-            for v, o, split in zip(structure.flatten_up_to(state.nu), wide, splits, strict=True)
-        ]
+        try:
+            before = structure.flatten_up_to(state.nu)
+        except ValueError:
+            paths = (jax.tree.map(lambda _: 0.0, tree) for tree in (updates, state.nu))
+            check_match("normalize_neurons", *paths)
+            raise
+        nu = [_second_moment(*leaf, b2) for leaf in zip(before, wide, splits, strict=True)]
         scaled = [_scaled(o, v, eps) for o, v in zip(wide, nu, strict=True)]
         found = _with_norms_of(structure.unflatten(wide), structure.unflatten(scaled), splits)
         found = jax.tree.map(lambda o, u: o.astype(u.dtype), found, updates)

@@ -26,7 +26,7 @@ from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.chains import check_match
+from muonclip_jax._muon.chains import check_match, same_model
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._orthogonalize.dimension_numbers import spread
 
@@ -91,10 +91,10 @@ def scale_by_sinkhorn(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each gradient of a token table by its balanced Nesterov momentum.
 
-    The last two axes of a leaf are a table, and other axes are a stack of tables. The updates of
-    all tokens that have one are of equal size, and the features are balanced as far as that allows.
-    The state is one buffer instead of the two of AdamW. Sharded over tokens, an update sends five
-    sums of n numbers and one sum of one number.
+    The last two axes of a leaf are a table, and other axes are a stack of tables. All tokens with a
+    gradient get updates of equal norm; features are equalized as far as possible. The state is one
+    buffer instead of the two of AdamW. Sharded over tokens, an update sends five sums of n numbers,
+    n the number of features, and one sum of one number.
 
     `overrides={"wte": mc.Sinkhorn()}` of `muon` assigns single parameters to it. The DeepSeek-V4.1
     report multiplies the update by 0.18 η and has no weight decay for it.
@@ -141,11 +141,12 @@ def scale_by_sinkhorn(
         M = jax.tree.map(lambda m, g: _average(m, g, beta), state.mu, G)
         G_hat = jax.tree.map(lambda m, g: _average(m, g, beta), M, G)
         leaves, structure = jax.tree.flatten(G_hat)
-        axes = spread("token_axis", token_axis, G_hat)
+        axes = spread("scale_by_sinkhorn: token_axis", token_axis, G_hat)
         found = [_balanced(x, axis, tau) for x, axis in zip(leaves, axes, strict=True)]
         U = jax.tree.map(lambda u, g: u.astype(g.dtype), structure.unflatten(found), G)
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), M, state.mu)
-        return placed_like_tree(U, params), ScaleBySinkhornState(mu)
+        with same_model("scale_by_sinkhorn", updates, state, params):
+            return placed_like_tree(U, params), ScaleBySinkhornState(mu)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
