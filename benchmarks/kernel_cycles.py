@@ -5,11 +5,25 @@ a kernel, with their loops and branches. A branch skips each part of the kernel 
 every step: the loop over chunks, the last chunk with the epilogue, and the transposed tile.
 """
 
+import math
 import pathlib
 import re
 from typing import Any, NamedTuple
 
-from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Shape, cycles, fastest, fastest_full
+from benchmarks.hlo import array_bytes, dimensions
+from muonclip_jax._orthogonalize.tiles import (
+    CHIPS,
+    Chip,
+    Regions,
+    Shape,
+    cycles,
+    fastest,
+    fastest_full,
+)
+
+# The passes of `tpu_shards`: how often they move each number of their argument, and the bundles for
+# 1024 numbers, the most of four generations and of the shards of the 7B step (dumps of a block).
+PASSES = {"sums_of_squares": (1, 4.2), "assembled": (2, 4.5), "taken_apart": (2, 3.2)}
 
 # Set before libtpu is loaded; {} is a folder.
 DUMP_FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
@@ -118,9 +132,18 @@ def cycles_of(kernels: dict[str, int], kind: str) -> float:
     return sum(times * _cycles_of_one(kernel, kind) for kernel, times in kernels.items())
 
 
+def _cycles_of_pass(name: str, array: str, chip: Chip) -> float:
+    """Estimates the cycles of a pass: all bytes, or the bundles if they are more."""
+    moves, bundles = PASSES[name]
+    in_memory = moves * sum(array_bytes(array)) / chip.bandwidth
+    return max(in_memory, bundles * math.prod(dimensions(array)) / 1024) / chip.cores
+
+
 def _cycles_of_one(kernel: str, kind: str) -> float:
     """Estimates the cycles of a kernel, from its name and the shapes of its arrays."""
     name, *arrays = kernel.split()
+    if name in PASSES:
+        return _cycles_of_pass(name, arrays[0], CHIPS[kind])
     if name not in ("symmetric_gram_matrix", "symmetric_product", "full_product"):
         raise ValueError(f"cycles_of: {name} is not the kernel of products.")
     shapes = [[int(size) for size in re.findall(r"\d+", x.partition("[")[2])] for x in arrays]

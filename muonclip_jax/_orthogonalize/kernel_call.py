@@ -5,7 +5,7 @@ A kernel has no derivative. On a CPU it is interpreted.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,12 +49,12 @@ class Form(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A kernel of one platform, and the symmetric products that it computes.
+    """A kernel of one platform, and the symmetric products that it computes, if it does.
 
     Attributes:
       platform: The platform that it is compiled for, as `jax.lax.platform_dependent` calls it.
       run: `run(form, interpret, numbers, *arrays)` with numbers `[count, 1 to 3]` and arrays
-        `[count, rows, columns]`. It returns a tuple of arrays.
+        `[count, ...]`. It returns a tuple of arrays.
     """
 
     platform: str
@@ -117,15 +117,15 @@ def call(
     each = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), (*stack, 1, 1)) for x in numbers]
     numbers_of_each = jnp.concatenate([x.reshape(count, 1) for x in each], axis=1)
     flat = tuple(x.reshape(count, *x.shape[-2:]) for x in arrays)
-    results = _without_derivative(kernel, form, numbers_of_each, flat)
+    results = run_on_stack(kernel, form, numbers_of_each, flat)
     return tuple(x.reshape(*stack, *x.shape[1:]) for x in results)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _without_derivative(
-    kernel: Kernel, form: Form, numbers: jax.Array, arrays: tuple[jax.Array, ...]
+def run_on_stack(
+    kernel: Kernel, form: Hashable, numbers: jax.Array, arrays: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
-    """Runs the kernel on the matrices of a stack, also under `jax.vmap`."""
+    """Runs a kernel on a stack, the first axis of all arrays, also under `jax.vmap`."""
 
     @jax.custom_batching.custom_vmap
     def run(numbers, arrays):
@@ -150,7 +150,7 @@ def _without_derivative(
     return run(numbers, arrays)
 
 
-@_without_derivative.defjvp
+@run_on_stack.defjvp
 def _(kernel, form, primals, tangents):
     del kernel, form, primals, tangents
     raise ValueError(_NO_DERIVATIVE)

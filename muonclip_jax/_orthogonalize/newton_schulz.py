@@ -46,7 +46,7 @@ from muonclip_jax._orthogonalize.tiles import DEFAULT_KIND
 
 # 2⁶⁴ is exact in every dtype we normalize in, and takes the reciprocal of the largest and smallest
 # float32 out of the subnormal range, where XLA flushes it to zero.
-_SHIFT = 2.0**64
+SHIFT = 2.0**64
 
 
 def newton_schulz(
@@ -162,12 +162,14 @@ class Orthogonalizer:
     traced_steps: Any = None
     traced_coefficients: Any = None
 
-    def __call__(self, X: jax.Array, eps: Scalar, shards: ColumnShards | None = None) -> jax.Array:
+    def __call__(
+        self, X: jax.Array, eps: Scalar | None, shards: ColumnShards | None = None
+    ) -> jax.Array:
         """Orthogonalizes matrices.
 
         Args:
           X: `[..., n, m]` with n ≤ m.
-          eps: Added to the norm.
+          eps: Added to the norm; None if `X` is `tpu_shards.normalized`.
           shards: The devices that share each matrix; `X` is then this device's columns.
 
         Returns:
@@ -240,7 +242,7 @@ def orthogonalizer(
 
 @functools.partial(jax.jit, static_argnames="choice")
 def _in_batches(
-    X: jax.Array, settings: Orthogonalizer, eps: Scalar, *, choice: choices.Choice
+    X: jax.Array, settings: Orthogonalizer, eps: Scalar | None, *, choice: choices.Choice
 ) -> jax.Array:
     """Orthogonalizes `choice.batch_size` matrices at a time."""
     f = functools.partial(_orthogonalize, settings=settings, eps=eps, choice=choice)
@@ -256,17 +258,18 @@ def _in_batches(
 def _orthogonalize(
     X: jax.Array,
     settings: Orthogonalizer,
-    eps: Scalar,
+    eps: Scalar | None,
     choice: choices.Choice,
     shards: ColumnShards | None = None,
 ) -> jax.Array:
     """Normalizes, iterates in the compute dtype, and rounds to the dtype of X."""
-    dtype, eps = X.dtype, jnp.asarray(eps, accumulator(X.real.dtype))
-    products = choice.products._replace(shards=shards)
-    X = _normalize(X, settings.preconditioning, eps, shards).astype(choice.dtype)
-    if is_narrow(choice.dtype):
-        # Otherwise the compiler normalizes X again, in float32, inside every product.
-        X = jax.lax.optimization_barrier(X)
+    dtype, products = X.dtype, choice.products._replace(shards=shards)
+    if eps is not None:
+        eps = jnp.asarray(eps, accumulator(X.real.dtype))
+        X = _normalize(X, settings.preconditioning, eps, shards).astype(choice.dtype)
+        if is_narrow(choice.dtype):
+            # Otherwise the compiler normalizes X again, in float32, inside every product.
+            X = jax.lax.optimization_barrier(X)
     matrix, A = _precondition(X, settings.preconditioning, products)
     if choice.method == "gram":
         return gram(matrix, A, choice.windows).astype(dtype)
@@ -299,7 +302,7 @@ def _normalize(
     # No gradient: the result does not depend on this factor.
     largest = jax.lax.stop_gradient(jnp.max(magnitude, axis=(-2, -1), keepdims=True))
     largest = shards.max(largest) if shards else largest
-    shift = jnp.where(largest > 1, 1 / _SHIFT, _SHIFT).astype(largest.dtype)
+    shift = jnp.where(largest > 1, 1 / SHIFT, SHIFT).astype(largest.dtype)
     X = (X * shift.astype(X.dtype)) / nonzero(largest * shift).astype(X.dtype)
     if preconditioning == "spectral" and shards:
         A = unrounded_gram_matrix(X, Products(shards=shards))

@@ -86,6 +86,14 @@ class Products(NamedTuple):
             ) from error
         return gpu_kernel
 
+    def passes(self, height: int, width: int) -> Any:
+        """Imports the module that assembles shards of height x width; None: XLA assembles them."""
+        if self.kernel is None or is_nvidia(self.kernel):
+            return None
+        from muonclip_jax._orthogonalize import tpu_shards
+
+        return tpu_shards if tpu_shards.fits(height, width) else None
+
 
 class Matrix(NamedTuple):
     """An n x m matrix X that Newton-Schulz iterates on.

@@ -16,6 +16,9 @@ has [13, 4, 8]. By the plan each device orthogonalizes 3 full matrices alone, an
 Both ways back mirror this. The columns of [8, 4] are permuted columns of the matrix, and a
 merged side may be sharded over any of its axes. Neither matters: with permutations P and Q,
 NS(P X Q) = P NS(X) Q, and the way back undoes them.
+
+A leaf of 12 matrices would be exchanged on its own, without a copy; see `Group.stacks`. With the
+kernel of `products="pallas"` on TPU, `tpu_shards.py` assembles the shards.
 """
 
 import functools
@@ -91,9 +94,15 @@ def _group(
         is_exchanged = group.axes or group.replica_axes
         dtype = shards[0].dtype
         transfer_dtype = orthogonalize.compute_dtype(dtype) if is_exchanged else dtype
-        x = _stacked(shards, axes, group, transfer_dtype)
-        x = _split_over_replicas(x, group, mesh.shape, functools.partial(orthogonalize, eps=eps))
-        return _unstacked(x, shards, axes, group)
+        leaves = [member.leaf for member in group.members]
+        results: dict[int, jax.Array] = {}
+        for stack in group.stacks(mesh.shape):
+            places = [leaves.index(member.leaf) for member in stack.members]
+            of_stack = [shards[i] for i in places], [axes[i] for i in places], stack
+            x = _stacked(*of_stack, transfer_dtype)
+            x = _split_over_replicas(x, stack, mesh.shape, orthogonalize, eps)
+            results |= zip(places, _unstacked(x, *of_stack), strict=True)
+        return tuple(results[i] for i in range(len(shards)))
 
     return jax.shard_map(
         on_one_device,
@@ -142,26 +151,27 @@ def _cast(x: jax.Array, transfer_dtype: Any, group: Group) -> jax.Array:
 
 
 def _split_over_replicas(
-    x: jax.Array, group: Group, sizes: Mapping[str, int], f: Callable[..., jax.Array]
+    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalize: Orthogonalizer, eps: Scalar
 ) -> jax.Array:
     """Orthogonalizes a part of the stack on each replica, and gathers the parts."""
     if not group.replica_axes:
-        return _orthogonalized(x, group, sizes, f)
+        return _orthogonalized(x, group, sizes, orthogonalize, eps)
     replicas = math.prod(sizes[name] for name in group.replica_axes)
     count = -(-len(x) // replicas)
     padded = _padded(x, count * replicas)
     start = count * jax.lax.axis_index(group.replica_axes)
     part = jax.lax.dynamic_slice_in_dim(padded, start, count)
-    part = _orthogonalized(part, group, sizes, f)
+    part = _orthogonalized(part, group, sizes, orthogonalize, eps)
     return jax.lax.all_gather(part, group.replica_axes, tiled=True)[: len(x)]
 
 
 def _orthogonalized(
-    x: jax.Array, group: Group, sizes: Mapping[str, int], f: Callable[..., jax.Array]
+    x: jax.Array, group: Group, sizes: Mapping[str, int], orthogonalize: Orthogonalizer, eps: Scalar
 ) -> jax.Array:
     """Orthogonalizes a stack of shards by the strategy of the group."""
     R = math.prod(sizes[name] for name in group.row_axes)
     C = math.prod(sizes[name] for name in group.column_axes)
+    f = functools.partial(orthogonalize, eps=eps)
     if R * C == 1:
         return f(x)
     if group.in_place:
@@ -171,7 +181,7 @@ def _orthogonalized(
     end = group.full * R * C
     done = _padded(x, max(len(x), end))
     if group.full:
-        done = _full(done, group, (R, C), f)
+        done = _full(done, group, (R, C), orthogonalize, eps)
     if group.remainder:
         remainder = _shared(done[end:], group, (R, C), f)
         done = jax.lax.dynamic_update_slice_in_dim(done, remainder, end, 0)
@@ -179,7 +189,7 @@ def _orthogonalized(
 
 
 def _full(
-    x: jax.Array, group: Group, grid: tuple[int, int], f: Callable[..., jax.Array]
+    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalize: Orthogonalizer, eps: Scalar
 ) -> jax.Array:
     """Orthogonalizes the first matrices, full ones on each device, some of them at a time."""
     devices = math.prod(grid)
@@ -187,9 +197,8 @@ def _full(
 
     def one_chunk(shards):
         there = _all_to_all(shards.reshape(devices, group.chunk, *shards.shape[1:]), group)
-        X = f(_materialized(_assembled(there.swapaxes(0, 1), grid)))
-        back = _all_to_all(_taken_apart(_materialized(X), grid).swapaxes(0, 1), group)
-        return back.reshape(shards.shape)
+        done = _of_shards(there.swapaxes(0, 1), group, grid, orthogonalize, eps)
+        return _all_to_all(done.swapaxes(0, 1), group).reshape(shards.shape)
 
     def in_place(i, x):
         shards = jax.lax.dynamic_slice_in_dim(x, i * count, count)
@@ -200,6 +209,24 @@ def _full(
     if group.chunk == group.full:
         return in_place(0, x)
     return jax.lax.fori_loop(0, group.full // group.chunk, in_place, x)
+
+
+def _of_shards(
+    x: jax.Array, group: Group, grid: tuple[int, int], orthogonalize: Orthogonalizer, eps: Scalar
+) -> jax.Array:
+    """Orthogonalizes the matrices of shards [chunk, R C, m / R, n / C]; tall ones transposed."""
+    is_tall, (*_, height, width) = group.m > group.n, x.shape
+    short, long = sorted((group.m, group.n))
+    passes = orthogonalize.choose(short, long, x.dtype).products.passes(height, width)
+    if passes and orthogonalize.preconditioning != "spectral":
+        X = orthogonalize(passes.normalized(x, grid, eps, is_tall), None)
+        return passes.taken_apart(X, grid, is_tall)
+    X = _materialized(_assembled(x, grid))
+    if is_tall:
+        X = _materialized(orthogonalize(_materialized(X.mT), eps)).mT
+    else:
+        X = orthogonalize(X, eps)
+    return _taken_apart(_materialized(X), grid)
 
 
 def _shared(

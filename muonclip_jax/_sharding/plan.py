@@ -24,6 +24,10 @@ from muonclip_jax._sharding.placement import (
     find_placement,
 )
 
+# Each stack adds two all-to-alls and a Newton-Schulz iteration, which takes time to compile. So a
+# group has at most so many, and each has at least so many numbers on a device.
+_MAX_STACKS, _MIN_STACK = 4, 2**20
+
 
 class Member(NamedTuple):
     """A leaf in a group.
@@ -81,6 +85,39 @@ class Group(NamedTuple):
     def count(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Matrices of which a device has a shard."""
         return sum(member.count for member in self.members)
+
+    def stacks(self, sizes: Mapping[str, int]) -> list["Group"]:
+        """Splits the group into stacks, each of which is exchanged on its own.
+
+        A large leaf is a stack as it is, without a copy, if its matrices are a multiple of the
+        devices. Square matrices are then never transposed. Tall ones are where they are assembled,
+        so that m of such a stack is the long side. All other leaves are joined to one stack.
+
+        Args:
+          sizes: Size of each mesh axis.
+        """
+        devices = math.prod(sizes[name] for name in self.axes)
+        if not self.axes or self.replica_axes or self.in_place or len(self.members) > _MAX_STACKS:
+            return [self]
+        matrices = max(1, _MIN_STACK * devices) / max(1, self.m * self.n)  # at least
+        alone = [x for x in self.members if x.count >= matrices and x.count % devices == 0]
+        others = tuple(member for member in self.members if member not in alone)
+        stacks = [self._alone(member, member.count // devices) for member in alone]
+        if others:
+            full = self.full - sum(stack.full for stack in stacks)
+            chunk = strategies.largest_divisor(full, self.chunk)
+            stacks.append(self._replace(members=others, full=full, chunk=chunk))
+        return stacks
+
+    def _alone(self, member: Member, full: int) -> "Group":
+        """Returns the stack of one leaf; see `stacks`."""
+        chunk = strategies.largest_divisor(full, self.chunk)
+        members = (member._replace(transposed=False),)
+        group = self._replace(members=members, full=full, chunk=chunk, remainder=0)
+        if not member.transposed:
+            return group
+        sides = {"m": self.n, "n": self.m}
+        return group._replace(row_axes=self.column_axes, column_axes=self.row_axes, **sides)
 
     def strategy(self) -> str:
         """Describes in words what each device does."""

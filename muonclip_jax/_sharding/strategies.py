@@ -113,5 +113,9 @@ def _divisors(number: int) -> list[int]:
 
 def chunk_size(full: int, bytes_each: int) -> int:
     """Returns how many matrices to exchange at once: the largest divisor that fits the memory."""
-    fitting = [d for d in _divisors(full) if d * bytes_each <= MAX_EXCHANGED_BYTES]
-    return max(fitting, default=1) if full else 0
+    return largest_divisor(full, MAX_EXCHANGED_BYTES // max(1, bytes_each))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Returns the largest divisor of a number up to a limit, at least 1; 0 of 0."""
+    return max((d for d in _divisors(number) if d <= limit), default=1) if number else 0

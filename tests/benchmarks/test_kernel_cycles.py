@@ -96,6 +96,19 @@ def test_cycles_of_a_full_product_are_those_of_its_sides():
     assert cycles_of({name: 2}, "TPU v5") == pytest.approx(6 * one)
 
 
+@pytest.mark.parametrize(
+    ("kind", "reads"),
+    [("TPU v5 lite", 4.2 * 2**10), ("TPU v5", 4.2 * 2**9), ("TPU7x", 4.2 * 2**10)],
+)
+def test_a_pass_takes_its_bytes_or_its_bundles(kind, reads):
+    """Of 2²⁰ numbers; the cores of a chip share them."""
+    chip, shards = CHIPS[kind], "bf16[1,16,256,256]"
+    assert cycles_of({f"sums_of_squares {shards}": 3}, kind) == pytest.approx(3 * reads)
+    moves = max(4 * 2**20 / chip.bandwidth, 4.5 * 2**10) / chip.cores
+    assert cycles_of({f"assembled {shards}": 1}, kind) == pytest.approx(moves)
+    assert (moves * chip.cores > 4.5 * 2**10) == (kind != "TPU7x")
+
+
 def test_an_unknown_kernel_raises():
     with pytest.raises(ValueError, match="flash is not the kernel of products"):
         cycles_of({"flash bf16[1,8,8]": 1}, "TPU v5")

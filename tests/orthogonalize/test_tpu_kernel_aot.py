@@ -76,7 +76,8 @@ def steps(request):
 @pytest.mark.parametrize("case", ["odd", "stack", "sharded"])
 def test_all_kernels_are_in_the_program(case, results):
     names = {kernel.split()[0] for kernel in results[case]["kernels"]}
-    assert names == {"symmetric_gram_matrix", "symmetric_product", "full_product"}
+    passes = {"sums_of_squares", "assembled", "taken_apart"} if case == "sharded" else set()
+    assert names == {"symmetric_gram_matrix", "symmetric_product", "full_product"} | passes
     assert results[case]["cycles"] > 0
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import muonclip_jax as mc
 from benchmarks.compiled import collectives
-from muonclip_jax._sharding import strategies
+from muonclip_jax._sharding import plan, strategies
 from tests.support import reference
 from tests.support.by_day import at_night
 from tests.support.sharding_cases import (
@@ -101,6 +101,13 @@ def test_sharded_equals_unsharded(kind, sizes, dear_work):
         got = step(params, shardings=shardings if kind == "auto" else None, **settings)
     assert_lie_alike(got, params)
     assert_close(got, without_a_mesh(), 1e-5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_leaves_that_are_exchanged_on_their_own_equal_unsharded_ones(kind, dear_work, monkeypatch):
+    monkeypatch.setattr(plan, "_MIN_STACK", 1)
+    test_sharded_equals_unsharded(kind, (2, 2, 2), dear_work)
 
 
 # Numbers, with every strategy in one tree.

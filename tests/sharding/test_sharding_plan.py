@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from muonclip_jax._orthogonalize.matrices import Axes
-from muonclip_jax._sharding import strategies
+from muonclip_jax._sharding import plan as plans, strategies
 from muonclip_jax._sharding.placement import PlacedLeaf
 from muonclip_jax._sharding.plan import make_plan
 from tests.support.sharding_cases import F16, F32, work
@@ -229,6 +229,43 @@ def test_merged_sides_are_divided_by_the_axes_of_all_their_parts():
         ("x",),
         6,
     )
+
+
+def test_large_leaves_with_a_multiple_of_the_devices_are_stacks_of_their_own(monkeypatch):
+    leaves = [
+        leaf("one", (3, 8, 8), "", "x", "y"),
+        leaf("q", (8, 8, 8), "", "x", "y"),
+        leaf("o", (4, 8, 8), "", "y", "x"),
+        leaf("two", (6, 8, 8), "", "y", "x"),
+    ]
+    group = only_group(*leaves, x=2, y=2)
+    assert (group.full, group.remainder) == (6, 0)  # padded
+    assert group.stacks({"x": 2, "y": 2}) == [group]
+    monkeypatch.setattr(plans, "_MIN_STACK", 4 * 8 * 8 // 4)
+    q, o, others = group.stacks({"x": 2, "y": 2})
+    assert (q.count, q.full, q.row_axes, q.members[0].transposed) == (8, 2, ("x",), False)
+    # A square leaf stays as it is, so its rows are sharded over the other axis.
+    assert (o.count, o.full, o.row_axes, o.members[0].transposed) == (4, 1, ("y",), False)
+    assert (others.count, others.full, len(others.members)) == (9, 3, 2)
+    assert others.members[1].transposed
+    assert [stack.chunk for stack in (q, o, others)] == [2, 1, 3]
+
+
+def test_a_tall_stack_is_transposed_later(monkeypatch):
+    monkeypatch.setattr(plans, "_MIN_STACK", 0)
+    tall, wide = leaf("tall", (4, 16, 8), "", "x", "y"), leaf("wide", (3, 8, 16), "", "y", "x")
+    stack, rest = only_group(tall, wide, x=2, y=2).stacks({"x": 2, "y": 2})
+    assert (stack.m, stack.n, stack.row_axes, stack.column_axes) == (16, 8, ("x",), ("y",))
+    assert (rest.m, rest.n, rest.row_axes, rest.full + rest.remainder) == (8, 16, ("y",), 1)
+
+
+def test_many_leaves_are_one_stack(monkeypatch):
+    monkeypatch.setattr(plans, "_MIN_STACK", 0)
+    leaves = [leaf(f"layer_{i}", (2, 8, 16), "", "x") for i in range(5)]
+    group = only_group(*leaves, x=2)
+    assert group.stacks({"x": 2}) == [group]
+    four = only_group(*leaves[:4], x=2)
+    assert len(four.stacks({"x": 2})) == 4
 
 
 def test_a_leaf_that_fills_the_memory_of_a_move_is_alone(monkeypatch):
