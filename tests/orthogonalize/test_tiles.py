@@ -1,15 +1,12 @@
 """The tiles of the TPU kernel: their counts, their choice, and the committed cycles behind it."""
 
-import json
-import pathlib
-
 import numpy as np
 import pytest
 
 from muonclip_jax._orthogonalize import tiles
 from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Shape, Tiles, fastest, fastest_full
+from tests.support.pages import result
 
-ROOT = pathlib.Path(__file__).parents[2]
 BFLOAT16 = 2  # bytes
 
 
@@ -17,10 +14,6 @@ def _chosen(n, m, itemsize, kind):
     found = fastest(n, m, itemsize, kind)
     assert found is not None
     return found
-
-
-def _result(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 @pytest.mark.parametrize(("n", "count"), [(512, 1), (513, 3), (1024, 3), (4096, 36), (11008, 253)])
@@ -44,7 +37,7 @@ def test_area_has_three_of_four_blocks_of_tiles_on_the_diagonal(side, computed):
 
 
 def test_cycles_of_the_table_are_the_committed_ones():
-    chips = _result("tpu_kernel_cycles")["chips"]
+    chips = result("tpu_kernel_cycles")["chips"]
     for kind, chip in chips.items():
         for side, r in CHIPS[kind].sides.items():
             assert Regions(**chip["regions"]["square"][str(side)]) == r
@@ -53,7 +46,7 @@ def test_cycles_of_the_table_are_the_committed_ones():
 
 
 def test_the_kernel_is_used_where_it_is_estimated_to_be_faster():
-    for kind, chip in _result("tpu_kernel_cycles")["chips"].items():
+    for kind, chip in result("tpu_kernel_cycles")["chips"].items():
         for symmetric in (True, False):
             rows = [row for row in chip["products"] if (row["kind"] != "full") == symmetric]
             used = [row for row in rows if row["is_used"]]
@@ -64,7 +57,7 @@ def test_the_kernel_is_used_where_it_is_estimated_to_be_faster():
 
 
 def test_products_on_v5p_take_at_most_the_share_of_the_cycles_of_xla_that_is_our_goal():
-    rows = _result("tpu_kernel_cycles")["chips"]["TPU v5"]["products"]
+    rows = result("tpu_kernel_cycles")["chips"]["TPU v5"]["products"]
     ratio = {(row["kind"], row["n"], row["m"]): row["kernel_by_xla"] for row in rows}
     assert ratio["square", 4096, 4096] <= 0.62
     assert ratio["product", 4096, 4096] <= 0.62

@@ -1,7 +1,6 @@
 """The numbers on the pages of docs/ are the committed ones."""
 
 import inspect
-import json
 import re
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from muonclip_jax._head_layouts.head_layout import HeadLayout
 from muonclip_jax._orthogonalize.choices import gram_cost, restart_windows, standard_cost
 from muonclip_jax._qk_clip.head_factors import query_and_key_factors
 from tests.support import reference
-from tests.support.pages import ROOT, numbers, run_page, table
+from tests.support.pages import ROOT, numbers, result, run_page, table
 from tests.support.published_numbers import ABOVE_ONE, RANGES
 
 
@@ -40,8 +39,7 @@ def test_shared_keys_in_the_table_are_what_the_rules_do():
 
 
 def test_costs_of_the_statistic_are_the_committed_ones():
-    path = ROOT / "benchmarks" / "results" / "max_logit_cost.json"
-    row = json.loads(path.read_text())["lengths"][-1]
+    row = result("max_logit_cost")["lengths"][-1]
     expected = {
         "positions": f"{row['length']}",
         "exact_full": f"{100 * (row['exact_flops_full'] - 1):.1f}",
@@ -60,132 +58,6 @@ def test_the_default_rule_is_the_one_the_page_says():
     rule = inspect.signature(mc.qk_clip).parameters["shared_key"].default
     names = [row[0] for row in table("qk_clip.md", "shared_keys")]
     assert [f'"{rule}"' in name for name in names] == ["default" in name for name in names]
-
-
-# --- sharding.md ----------------------------------------------------------------------------------
-
-
-def _result(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-
-
-def test_costs_of_a_sharded_step_are_the_committed_ones():
-    figures = ("seconds", "cycles", "flops", "sent_bytes", "temporary_bytes", "compile_seconds")
-    expected = [
-        [
-            f"{case['layers']} {'in stacks' if case['stacked'] else 'apart'}",
-            case["topology"],
-            " x ".join(map(str, case["mesh"])),
-            *(f"{by[f]:.2g}" if (by := case["ours_by_optax"]).get(f) else "-" for f in figures),
-        ]
-        for case in _result("sharded_step")["cases"].values()
-    ]
-    assert table("sharding.md", "sharded_step") == expected
-
-
-def test_costs_of_a_sharded_step_on_gpus_are_the_committed_ones():
-    def products(least):
-        return least["product_seconds"]
-
-    def links(least):
-        return least["nvlink_seconds"] + least["network_seconds"]
-
-    expected = [
-        [
-            f"{case['layers']} {'in stacks' if case['stacked'] else 'apart'}",
-            case["topology"],
-            " x ".join(map(str, case["mesh"])),
-            *(
-                f"{case['ours_by_optax'][figure]:.2g}"
-                for figure in ("flops", "sent_bytes", "temporary_bytes")
-            ),
-            *(
-                f"{part(case['ours']['roofline']) / part(case['optax']['roofline']):.2g}"
-                for part in (products, links)
-            ),
-            " and ".join(f"{sum(case[by]['counts'].values()):,}" for by in ("ours", "optax")),
-            f"{case['ours_by_optax']['compile_cpu_seconds']:.2g}",
-        ]
-        for case in _result("sharded_step_gpu")["cases"].values()
-    ]
-    assert table("sharding.md", "sharded_step_gpu") == expected
-
-
-def test_costs_of_a_step_of_kimi_are_the_committed_ones():
-    def gigabytes(bytes_):
-        return f"{bytes_ / 1e9:.1f} GB"
-
-    expected = [
-        [
-            name,
-            " x ".join(map(str, x["mesh"].values())),
-            *(gigabytes(x[f"{memory}_bytes"]) for memory in ("argument", "temporary", "peak")),
-            f"{x['flops_by_standard']:.2f}",
-            gigabytes(x["sent_bytes"]),
-            f"{100 * x['training_step']['optimizer_share']:.2f} %",
-        ]
-        for name, x in _result("kimi_k2_step")["slices"].items()
-    ]
-    assert table("sharding.md", "kimi_k2") == expected
-
-
-def test_costs_of_steps_with_the_kernel_are_the_committed_ones():
-    figures = ("seconds", "cycles", "flops", "temporary_bytes", "compile_cpu_seconds")
-    expected = [
-        [
-            f"{case['layers']} layers" if "layers" in case else "Kimi K2",
-            case["topology"],
-            f"`{products}`",
-            *(
-                f"{by[f]:.2f}" if f in (by := case[f"pallas_by_{products}"]) else "-"
-                for f in figures
-            ),
-        ]
-        for case in _result("tpu_kernel_step")["cases"].values()
-        for products in ("optax", "xla")
-        if f"pallas_by_{products}" in case
-    ]
-    assert table("sharding.md", "tpu_kernel") == expected
-
-
-def test_cycles_of_the_kernel_are_the_committed_ones():
-    generations = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "TPU7x"}
-    expected = [
-        [
-            generations[kind],
-            row["kind"],
-            f"{row['n']} x {row['m']}",
-            f"{row['xla']:,}",
-            f"{row['cycles']:,}",
-            f"{row['kernel_by_xla']:.2f}",
-        ]
-        for kind, chip in _result("tpu_kernel_cycles")["chips"].items()
-        for row in {row["kind"]: row for row in chip["products"]}.values()  # the largest of each
-    ]
-    assert table("numerics.md", "tpu_kernel_cycles") == expected
-
-
-# --- benchmarks.md --------------------------------------------------------------------------------
-
-
-def test_shares_of_the_optimizer_are_the_committed_ones():
-    def percent(share):
-        return f"{100 * share:.2g} %" if share >= 1e-6 else "below 0.0001 %"
-
-    expected = [
-        [
-            name,
-            f"{model['tokens'] / 1e6:.2g} M",
-            percent(model["bound"]),
-            *(
-                percent(cost[figure] / (cost[figure] + model["model"][figure]))
-                for figure in ("flops", "bytes")
-                for cost in model["optimizers"].values()
-            ),
-        ]
-        for name, model in _result("optimizer_share")["models"].items()
-    ]
-    assert table("benchmarks.md", "optimizer_share") == expected
 
 
 # --- choosing.md ----------------------------------------------------------------------------------
@@ -219,8 +91,7 @@ def test_presets_in_the_table_of_choices_arrive_where_it_says():
 
 
 def test_what_is_sent_without_a_plan_is_the_committed_ratio():
-    path = ROOT / "benchmarks" / "results" / "sharded_step.json"
-    stacks = json.loads(path.read_text())["cases"]["stacks"]
+    stacks = result("sharded_step")["cases"]["stacks"]
     assert (stacks["layers"], stacks["side"], stacks["hidden"]) == (32, 4096, 11008)  # 7B
     times = f"{1 / stacks['ours_by_optax']['sent_bytes']:.0f}"
     assert numbers("docs/choosing.md")["sent_without_plan"] == times
@@ -236,8 +107,7 @@ def test_momentum_weighs_068_of_keller_jordans_at_step_2():
 
 
 def test_figures_of_the_demo_are_the_committed_ones():
-    path = ROOT / "benchmarks" / "results" / "train_lm.json"
-    clip, plain, _ = json.loads(path.read_text())["runs"]
+    clip, plain, _ = result("train_lm")["runs"]
     expected = {
         "demo_steps_with_a_clip": f"{clip['steps_with_a_clip']}",
         "demo_steps": f"{clip['steps']}",
@@ -326,10 +196,9 @@ def test_costs_in_the_page_are_the_formulas():
 
 
 def test_gain_of_the_blocks_is_the_committed_one():
-    path = ROOT / "benchmarks" / "results" / "mirrored_products.json"
     ratios = [
         shape["blocks_by_plain"]
-        for shape in json.loads(path.read_text())["shapes"]
+        for shape in result("mirrored_products")["shapes"]
         if shape["matrix"][0] >= 384
     ]
     expected = {"blocks_least": f"{min(ratios):.2f}", "blocks_most": f"{max(ratios):.2f}"}
@@ -337,7 +206,7 @@ def test_gain_of_the_blocks_is_the_committed_one():
 
 
 def test_accuracy_is_the_committed_one():
-    rows = _result("newton_schulz_accuracy")["rows"]
+    rows = result("newton_schulz_accuracy")["rows"]
 
     def figure(preset, method, key, dtype, spectrum):
         wanted = {"preset": preset, "method": method, "dtype": dtype, "spectrum": spectrum}

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import pathlib
 import re
 
 import matplotlib
@@ -12,7 +11,7 @@ import muonclip_jax as mc
 from docs.figures import heads_over_time
 from docs.figures.__main__ import FIGURES, IMAGES
 from docs.figures.canvas import DARK, LIGHT
-from tests.support.pages import ROOT, numbers, table
+from tests.support.pages import ROOT, numbers, result, table
 from website import api, badges, package_readme, pages, repository
 from website.docstrings import translated
 from website.links import for_site, github_anchor, targets, without_comments, without_folders
@@ -227,19 +226,15 @@ def test_changelog_and_citation_have_the_version_and_date_of_the_package():
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def _result(name):
-    return json.loads((pathlib.Path(ROOT) / "benchmarks" / "results" / f"{name}.json").read_text())
-
-
 def test_figures_of_the_training_program_are_the_committed_ones():
     assert table("training_program.md", "demo") == [
         [run["optimizer"], f"{run['validation_loss']:.3f}", f"{run['largest_logit']:.1f}"]
-        for run in _result("train_lm")["runs"]
+        for run in result("train_lm")["runs"]
     ]
 
 
 def test_ratios_of_the_benchmarks_are_the_committed_ones():
-    distances = [t["distance_from_ours"]["optax"] for t in _result("step_time")["trees"].values()]
+    distances = [t["distance_from_ours"]["optax"] for t in result("step_time")["trees"].values()]
     assert numbers("docs/benchmarks.md") == {"distance_from_optax": f"{max(distances):.0e}"}
     keys = ("flops", "wall_time", "temporary_bytes", "compile_time")
     assert table("benchmarks.md", "step_time") == [
@@ -248,5 +243,5 @@ def test_ratios_of_the_benchmarks_are_the_committed_ones():
             *(f"{tree['ours_by_optax'][key]:.2f}" for key in keys),
             f"{tree['ours_by_torch']['wall_time']:.2f}",
         ]
-        for name, tree in _result("step_time")["trees"].items()
+        for name, tree in result("step_time")["trees"].items()
     ]

@@ -332,9 +332,6 @@ def test_a_mesh_with_axes_of_both_kinds(dear_work):
     assert_lie_alike(got, params)
 
 
-# Parts that fit into memory.
-
-
 def test_whole_matrices_move_some_at_a_time(monkeypatch):
     leaves = {"w": Leaf((46, 8, 24), P(None, "x", "y")), "turned": Leaf((24, 8), P("y", "x"))}
     params = jax.device_put(draw(leaves), shardings_of(make_mesh((2, 4)), leaves))

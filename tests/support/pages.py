@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import itertools
+import json
 import pathlib
 import re
 from typing import Any
@@ -44,6 +45,11 @@ def numbers(page: str) -> dict[str, str]:
     """The numbers that a page marks, as they stand there: `8.9<!-- name -->`, by name."""
     text = (ROOT / page).read_text()
     return {name: number for number, name in re.findall(r"((?:\S+ ± )?\S+?)<!-- (\w+) -->", text)}
+
+
+def result(name: str) -> dict[str, Any]:
+    """The committed result of a benchmark."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def table(page: str, name: str, folder: str = "docs") -> list[list[str]]:
