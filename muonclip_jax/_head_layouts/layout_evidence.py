@@ -11,6 +11,7 @@ from muonclip_jax._head_layouts.module_names import (
     is_latent,
     is_out_projection,
     letters,
+    names_fused_bias,
     names_keys_and_values,
     normalizes,
 )
@@ -57,6 +58,8 @@ def module_of(layout: HeadLayout, name: str) -> str | None:
       layout: The layout.
       name: Name of a parameter beside the modules.
     """
+    if names_fused_bias(name) and layout.module_fields == ("qkv",):
+        return layout.modules[0]
     fields = zip(layout.module_fields, layout.modules, strict=True)
     found = [module for field, module in fields if _SHOWN.get(field, {""}) <= letters(name)]
     return found[0] if len(found) == 1 else None

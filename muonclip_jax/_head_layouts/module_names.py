@@ -7,10 +7,17 @@ _LETTERS = {
     "q": {"q", "wq", "qw", "query", "queries", "qproj", "toq", "bq"},
     "k": {"k", "wk", "kw", "key", "keys", "kproj", "tok", "bk"},
     "v": {"v", "wv", "vw", "val", "value", "values", "vproj", "tov"},
-    "kv": {"kv", "wkv", "kvproj", "tokv", "keyvalue", "keyvalues", "keysvalues"},
+    "kv": {"kv", "wkv", "kvproj", "tokv", "keyvalue", "keyvalues", "keysvalues", "bkv"},
     "qk": {"qk", "wqk"},
-    "qkv": {"qkv", "wqkv", "qkvproj", "toqkv", "querykeyvalue"},
+    "qkv": {"qkv", "wqkv", "qkvproj", "toqkv", "querykeyvalue", "bqkv"},
 }
+# Names of fused kernels without the letters: GPT-2, torch.nn.MultiheadAttention, Baichuan. These
+# words may follow.
+_FUSED = ["c", "attn"], ["in", "proj"], ["w", "pack"]
+_OF_KERNELS = {"weight", "weights", "w", "kernel"}
+_OF_BIASES = {"bias", "biases", "b", "bq", "bk", "bkv", "bqkv"}
+# Other columns in a kernel of queries, keys and values.
+_OTHER_COLUMNS = {"gate", "gates", "gated", "g", "z", "mlp", "ffn", "ff", "up"}
 _OUT = {"o", "wo", "out", "output", "to", "proj", "projection", "oproj", "outproj"}
 _OUT |= {"dense", "linear", "c", "w", "attn", "attention", "vec", "einsum", "post", "final"}
 
@@ -57,6 +64,31 @@ def names_keys_and_values(name: str) -> bool:
     return {"k", "v"} <= letters(name)
 
 
+def names_fused_bias(name: str) -> bool:
+    """Returns whether a name shows a bias of queries, keys and values.
+
+    Example:
+      >>> names_fused_bias("in_proj_bias"), names_fused_bias("bqkv"), names_fused_bias("Wqkv")
+      (True, True, False)
+    """
+    return names_fused_columns(name) and not _OF_BIASES.isdisjoint(words(name))
+
+
+def names_fused_columns(name: str) -> bool:
+    """Returns whether a name shows queries, keys and values, and no other columns.
+
+    Example:
+      >>> names_fused_columns("Wqkv"), names_fused_columns("c_attn_b")
+      (True, True)
+      >>> names_fused_columns("qkv_mlp"), names_fused_columns("in_proj_qkvz")
+      (False, False)
+    """
+    first, rest = words(name)[:2], {*words(name)[2:]}
+    if first in _FUSED:
+        return rest <= _OF_KERNELS | _OF_BIASES
+    return {"q", "k", "v"} <= letters(name) and _OTHER_COLUMNS.isdisjoint(words(name))
+
+
 def is_out_projection(name: str) -> bool:
     """Returns whether a name is a name of the output projection, and of nothing else."""
     return all(word in _OUT or word.isdigit() for word in words(name))
@@ -70,6 +102,16 @@ def is_latent(name: str) -> bool:
       (True, False)
     """
     return not _LATENT.isdisjoint(words(name))
+
+
+def is_norm(name: str) -> bool:
+    """Returns whether a name shows a norm, of anything.
+
+    Example:
+      >>> is_norm("kv_norm"), is_norm("kv_b")
+      (True, False)
+    """
+    return any(_NORM_WORD.fullmatch(word) for word in words(name))
 
 
 def is_gain(name: str) -> bool:

@@ -257,12 +257,14 @@ def _warn(caller: str, routing: Routing) -> None:
 
 
 def _check_state(caller: str, routing: Routing, state: ArrayTree) -> None:
-    """Raises if the state is from another assignment of parameters to optimizers."""
+    """Raises if the state is of the same parameters, in another assignment to optimizers."""
     kinds = {ScaleByMuonState: "muon", ScaleBySinkhornState: "sinkhorn"}
     states = jax.tree.leaves(state, is_leaf=lambda x: type(x) in kinds)
     found = [(kinds[type(x)], x.mu) for x in states if type(x) in kinds]
     labels = [label for label, _ in found]
-    if "muon" not in labels or len(labels) > len({*labels}):
+    moments = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu"))
+    all_paths = {path for x in moments if hasattr(x, "mu") for path in leaf_paths(x.mu)}
+    if "muon" not in labels or len(labels) > len({*labels}) or all_paths != {*routing.paths}:
         return
     in_state = {path: label for label, mu in found for path in leaf_paths(mu)}
     now = dict(zip(routing.paths, routing.labels, strict=True))
@@ -271,7 +273,7 @@ def _check_state(caller: str, routing: Routing, state: ArrayTree) -> None:
         for path, label in now.items()
         if label != (before := in_state.get(path, "adam"))
     ]
-    if faults and in_state.keys() <= now.keys():
+    if faults:
         raise ValueError(
             f"{caller}: the state is from another assignment of parameters to optimizers.\n"
             + "\n".join(fold_faults(faults))

@@ -30,6 +30,7 @@ from muonclip_jax._orthogonalize.coefficients import (
 )
 from muonclip_jax._orthogonalize.column_shards import ColumnShards
 from muonclip_jax._orthogonalize.dimension_numbers import LAST_TWO_AXES, axes_of
+from muonclip_jax._orthogonalize.divisors import SHIFT, nonzero
 from muonclip_jax._orthogonalize.iterations import gram, standard
 from muonclip_jax._orthogonalize.matrices import orthogonalize_leaves
 from muonclip_jax._orthogonalize.settings import COEFFICIENT_RULES
@@ -43,10 +44,6 @@ from muonclip_jax._orthogonalize.symmetric import (
     unrounded_gram_matrix,
 )
 from muonclip_jax._orthogonalize.tiles import DEFAULT_KIND
-
-# 2⁶⁴ is exact in every dtype we normalize in, and takes the reciprocal of the largest and smallest
-# float32 out of the subnormal range, where XLA flushes it to zero.
-SHIFT = 2.0**64
 
 
 def newton_schulz(
@@ -342,8 +339,3 @@ def _precondition(
     D = jax.lax.rsqrt(nonzero(total)).astype(A.dtype)
     scaled = (D * X.astype(A.dtype)).astype(X.dtype)
     return Matrix(scaled), rounded(A * D * D.mT, X.dtype, products)
-
-
-def nonzero(x: jax.Array) -> jax.Array:
-    """Replaces what is not above zero by one, so that it can be a divisor."""
-    return jnp.where(x > 0, x, jnp.ones_like(x))

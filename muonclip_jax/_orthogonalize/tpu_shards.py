@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from muonclip_jax._common.types import Scalar
+from muonclip_jax._orthogonalize.divisors import SHIFT, nonzero
 from muonclip_jax._orthogonalize.kernel_call import Kernel, run_on_stack
-from muonclip_jax._orthogonalize.newton_schulz import SHIFT, nonzero
 from muonclip_jax._orthogonalize.tpu_kernel_step import LANES, ROWS
 
 # Rows of a register of bfloat16.

@@ -11,7 +11,7 @@ from muonclip_jax._head_layouts.layout_evidence import (
     second_pair,
     undeclared_kernels,
 )
-from muonclip_jax._head_layouts.module_names import is_gain, letters, words
+from muonclip_jax._head_layouts.module_names import is_gain, letters, names_fused_bias, words
 from muonclip_jax._qk_clip.matching import AttentionModule, Path
 
 _IF_ADAPTERS = "Pass all parameters: a clip of adapters alone cannot keep the logits down."
@@ -151,7 +151,8 @@ def _bias_faults(module: AttentionModule) -> Iterator[Fault]:
     found = [
         name
         for name in module.children
-        if {"bias", "b", "bq", "bk"} & {*words(name)} and letters(name) & {"q", "k"}
+        if ({"bias", "b", "bq", "bk"} & {*words(name)} and letters(name) & {"q", "k"})
+        or names_fused_bias(name)
         if name not in declared
     ]
     kernel = ("kernel",) if layout.scaled_leaves[0] in found else ()

@@ -18,25 +18,28 @@ from muonclip_jax._head_layouts.kernel_pattern import KernelPattern, kernel_patt
 from muonclip_jax._head_layouts.mla import MLALayout
 from muonclip_jax._head_layouts.module_names import (
     is_latent,
+    is_norm,
     is_out_projection,
     letters,
-    normalizes,
+    names_fused_bias,
+    names_fused_columns,
     words,
 )
 from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
 
 _ORDER = (
-    "No shape shows the order of the columns of a fused kernel: order='sectioned', the default, is "
-    "all queries, all keys, all values. Pass order='interleaved' if the queries, the key and the "
-    "value of each key head are side by side."
+    "No shape shows the columns of a fused kernel: order='sectioned', the default, is all queries, "
+    "all keys, all values, of one width and nothing else. Pass order='interleaved' if the queries, "
+    "the key and the value of each key head are side by side."
 )
 _IN_HEAD = (
     "No shape shows the order of the columns of a fused head: '(3 head_dim)' is its query, its "
     "key, its value; '(head_dim 3)' alternates them."
 )
-_ROPE = (
-    "No shape shows the order of the columns of a query head: pass rope_first=True if the rotary "
-    "columns are first."
+_IN_LATENT_HEAD = (
+    "No shape shows the order of the columns of latent attention: each head of an MLALayout is its "
+    "key, then its value; and in the queries the rotary columns last, or first with "
+    "rope_first=True."
 )
 IF_UNKNOWN = (
     "If you do not know, pass layout=mc.analyze(loss_fn, params, batch), which reads all of "
@@ -59,12 +62,13 @@ _FUSED_PATTERNS = (
     "3 inputs (heads head_dim)",
 )
 _LATENT_PATTERNS = "inputs heads head_dim", "inputs (heads head_dim)", "(heads head_dim) inputs"
-# Names of fused kernels without the letters: GPT-2, torch.nn.MultiheadAttention, Baichuan.
-_FUSED_WORDS = ["c", "attn"], ["in", "proj"], ["w", "pack"]
 
 
 def fused_names(children: Mapping[str, Any]) -> list[str]:
     """Returns the children whose names show queries, keys and values in one kernel.
+
+    None beside queries or keys alone: `c_attn` beside `q_attn`, in the cross-attention of GPT-2,
+    holds keys and values.
 
     Args:
       children: The children of an attention module, by name.
@@ -73,9 +77,9 @@ def fused_names(children: Mapping[str, Any]) -> list[str]:
       >>> fused_names({"Wqkv": None, "out": None}), fused_names({"c_attn": None, "c_proj": None})
       (['Wqkv'], ['c_attn'])
     """
-    names = [name for name in children if normalizes(name) is None]
-    found = [name for name in names if {"q", "k", "v"} <= letters(name)]
-    return found + [name for name in names if words(name)[:2] in _FUSED_WORDS]
+    fused = [name for name in children if names_fused_columns(name) and not is_norm(name)]
+    alone = [n for n in children if n not in fused and letters(n) & {"q", "k"} and not is_norm(n)]
+    return [] if alone else [name for name in fused if not names_fused_bias(name)]
 
 
 def latent_names(children: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -88,7 +92,7 @@ def latent_names(children: Mapping[str, Any]) -> tuple[str, str] | None:
       >>> latent_names(dict.fromkeys(("q_a", "q_b", "kv_a", "kv_b", "out")))
       ('q_b', 'kv_b')
     """
-    shown = {name: letters(name) for name in children if normalizes(name) is None}
+    shown = {name: letters(name) for name in children if not is_norm(name)}
     is_mla = any(is_latent(name) and found & {"k", "v"} for name, found in shown.items())
     query = [n for n, found in shown.items() if found == {"q"} and not is_latent(n)]
     key = [n for n, found in shown.items() if found == {"k", "v"} and not is_latent(n)]
@@ -132,7 +136,8 @@ def _like(kind: type[HeadLayout], own: Sequence[HeadLayout], **fields: Any) -> H
             if "3" in fields.get("kernel", ""):  # the position of the 3 is the order
                 fields["order"] = "sectioned"
             return dataclasses.replace(layout, **fields)
-    names = "stat", "stat_stack_axis", "scaled_leaves", "kept_leaves", "qk_norm"
+    # Without qk_norm: what the user knows of the norms in other modules may be wrong in this one.
+    names = "stat", "stat_stack_axis", "scaled_leaves", "kept_leaves"
     return kind(**{name: getattr(own[0], name) for name in names}, **fields)
 
 
@@ -149,7 +154,7 @@ def _fused(
 ) -> Iterator[dict[str, Any]]:
     """Yields the fields of fused layouts, with the width of a head and the number of key heads.
 
-    Output projections show the width. Without any, it is the one that the user gave, if so.
+    Output projections show the width of a flat kernel; without any, only the user does.
     """
     outs = [kernels[n] for n in kernels if n != name and is_out_projection(n)]
     outs = [shape for shape in outs if len(shape) > 1]
@@ -159,8 +164,9 @@ def _fused(
         for sizes in _fused_sizes(pattern, layer, heads) if layer else ():
             width, inputs = sizes["head_dim"], sizes["inputs"]
             sides = (heads * width, inputs), (heads, width, inputs)
+            by_kernel = pattern.literal == 3 or not pattern.is_flat
             shown = [_has(shape, one) for shape in outs for one in sides] or [
-                given in (None, width)
+                width == given or (given is None and by_kernel)
             ]
             if any(shown):
                 key_heads = None if sizes["kv_heads"] == heads else sizes["kv_heads"]
@@ -223,6 +229,6 @@ def unshown(layouts: Sequence[HeadLayout]) -> list[str]:
             pattern = one.patterns[one.qkv]
             found += [_ORDER] if pattern.literal == 1 and one.order == "sectioned" else []
             found += [_IN_HEAD] if ("3", "head_dim") in pattern.axes else []
-        elif isinstance(one, MLALayout) and one.rope_dim and not one.rope_first:
-            found.append(_ROPE)
+        elif isinstance(one, MLALayout):
+            found.append(_IN_LATENT_HEAD)
     return [*dict.fromkeys(found), IF_UNKNOWN] if found else []

@@ -10,11 +10,23 @@ import numpy as np
 
 from muonclip_jax._head_layouts.fused_qkv import FusedQKVLayout
 from muonclip_jax._head_layouts.head_layout import HeadLayout
-from muonclip_jax._head_layouts.module_names import letters, names_keys_and_values, normalizes
+from muonclip_jax._head_layouts.module_names import (
+    letters,
+    names_fused_bias,
+    names_keys_and_values,
+    normalizes,
+)
 from muonclip_jax._head_layouts.multi_head import MultiHeadLayout
-from muonclip_jax._qk_clip.matching import AttentionModule, Matching, Path, attention_module
-from muonclip_jax._qk_clip.module_faults import IF_NORM, fits
-from muonclip_jax._qk_clip.other_kinds import IF_UNKNOWN, fused_names, other_kinds, unshown
+from muonclip_jax._qk_clip.hints import hint
+from muonclip_jax._qk_clip.matching import (
+    AttentionModule,
+    Matching,
+    Path,
+    attention_module,
+    named_layouts,
+)
+from muonclip_jax._qk_clip.module_faults import fits
+from muonclip_jax._qk_clip.other_kinds import other_kinds, unshown
 
 _PATTERNS = (
     "inputs heads head_dim",
@@ -44,6 +56,10 @@ _LETTERS = {
     "qkv": ({"q", "k", "v"},),
 }
 _KERNELS = (("kernel", "bias"), ("weight", "bias"), ("w", "b"))
+_IF_MIXED = (
+    "Of several head layouts, the first that fits a module describes it, so that no tuple is right "
+    "here: pass layout=mc.analyze(loss_fn, params, batch)."
+)
 _MOST = 3  # Head layouts in one message. If more fit, the shapes decide nothing.
 
 
@@ -63,15 +79,10 @@ def proposal(
       none or more fit, a sentence names the fields to fill in.
     """
     fitting = {path: _fitting(found, path, report_only) for path in paths}
-    alone = dict.fromkeys(choices[0] for choices in fitting.values() if len(choices) == 1)
-    fixed = (*kept, *alone)
+    alone = {path: choices[0] for path, choices in fitting.items() if len(choices) == 1}
     several = {path: c for path, c in fitting.items() if 1 < len(c) <= _MOST}
-    lines = [f"Pass {_shown(fixed)}."] if alone else []
-    if tuples := _by_kernel(several):
-        lines = [f"By the shapes, pass {' or '.join(_shown((*fixed, *one)) for one in tuples)}."]
-    else:
-        lines += _lines_of(several)
-    new = [layout for choices in (*several.values(), alone) for layout in choices]
+    lines = _lines_of(found, (*kept,), alone, several, report_only)
+    new = [layout for choices in (*several.values(), alone.values()) for layout in choices]
     given = {type(layout) for layout in found.head_layouts} - {FusedQKVLayout}
     new = [layout for layout in new if type(layout) not in given]
     sown = {path for path, _ in found.max_logits}
@@ -104,7 +115,43 @@ def _by_kernel(several: Mapping[Path, list[HeadLayout]]) -> list[tuple[HeadLayou
     ]
 
 
-def _lines_of(several: Mapping[Path, list[HeadLayout]]) -> list[str]:
+def _lines_of(
+    found: Matching,
+    kept: tuple[HeadLayout, ...],
+    alone: Mapping[Path, HeadLayout],
+    several: Mapping[Path, list[HeadLayout]],
+    report_only: bool,
+) -> list[str]:
+    """Writes the arguments that describe all modules; or else the head layouts of each.
+
+    Args:
+      found: All modules and max logits.
+      kept: Head layouts of other modules.
+      alone: The head layout of each module without a choice.
+      several: The choices for each other module.
+      report_only: See `module_faults`.
+    """
+
+    def is_right(layouts: tuple[HeadLayout, ...], choices: Mapping[Path, HeadLayout]) -> bool:
+        """Returns whether each module is described by its own layout: by the first that fits."""
+        for path, choice in choices.items():
+            named = named_layouts(found.modules[path], layouts)
+            fitting = (x for x in named if _fitting_module(x, found, path, report_only))
+            if next(fitting, None) != choice:
+                return False
+        return True
+
+    if alone and not is_right((*kept, *alone.values()), alone):
+        return [*_choices({p: [one] for p, one in alone.items()} | {**several}), _IF_MIXED]
+    tuples = [dict(zip(several, one, strict=True)) for one in _by_kernel(several)]
+    options = [(*kept, *one.values(), *alone.values()) for one in tuples]
+    if options and all(is_right(o, {**alone, **t}) for o, t in zip(options, tuples, strict=True)):
+        return [f"By the shapes, pass {' or '.join(map(_shown, options))}."]
+    passed = [f"Pass {_shown((*kept, *alone.values()))}."] if alone else []
+    return [*passed, *_choices(several)]
+
+
+def _choices(several: Mapping[Path, list[HeadLayout]]) -> list[str]:
     """Lists the choices for each module, in one line for all modules with equal choices."""
     paths: dict[tuple[HeadLayout, ...], list[Path]] = {}
     for path, choices in several.items():
@@ -115,48 +162,6 @@ def _lines_of(several: Mapping[Path, list[HeadLayout]]) -> list[str]:
         shown = " or ".join(f"mc.{layout}" for layout in choices)
         lines.append(f"By its shapes, {'/'.join(first) or 'the root'}{more} {shown}.")
     return lines
-
-
-def hint(found: Matching, path: Path) -> str:
-    """Names the kind of layout that a module without a proposal needs, and the fields to fill in.
-
-    Args:
-      found: All modules and max logits.
-      path: The module to describe.
-
-    Returns:
-      One sentence, or an empty string for a module without names of queries and keys and without
-      max logits.
-    """
-    children = found.modules[path]
-    shown = {name: letters(name) for name in children if normalizes(name) is None}
-    latent = {"q_b", "kv_b", "wq_b", "wkv_b", "q_b_proj", "kv_b_proj"} & {*children}
-    if (norms := [n for n in children if normalizes(n)]) and len(latent) < 2 and len(shown) > 1:
-        return " ".join([*(f"{name!r} normalizes queries or keys." for name in norms), IF_NORM])
-    if fused := fused_names(children):
-        return (
-            f"{fused[0]!r} holds queries, keys and values: pass a FusedQKVLayout with "
-            f"qkv={fused[0]!r} and its kernel, head_dim, num_kv_heads and order, which the shapes "
-            f"do not show.\n{IF_UNKNOWN}"
-        )
-    if len(latent) > 1:
-        return (
-            f"{' and '.join(map(repr, sorted(latent)))} are up-projections of latent attention: "
-            "pass an MLALayout with these names and its nope_dim, rope_dim, value_dim and kernel.\n"
-            + IF_UNKNOWN
-        )
-    if {"q"} in shown.values() and any("k" in found_letters for found_letters in shown.values()):
-        return (
-            "No layout fits by names and shapes alone: pass a MultiHeadLayout with query, key "
-            "and kernel, and with query_dim where query heads hold a gate too; docs/qk_clip.md "
-            "has a table of kernels."
-        )
-    if any(path == sown for sown, _ in found.max_logits):
-        return (
-            "These names do not show queries and keys: name them in a MultiHeadLayout, or pass "
-            "layout=mc.analyze(loss_fn, params, batch), which finds them without names."
-        )
-    return ""
 
 
 def _fitting(found: Matching, path: Path, report_only: bool) -> list[HeadLayout]:
@@ -191,8 +196,13 @@ def _others(found: Matching, path: Path) -> Iterator[HeadLayout]:
         if isinstance(layout, MultiHeadLayout):
             yield from _candidates(layout, found, path)
         else:
+            biases = (
+                *(x for x in children if names_fused_bias(x) and x not in layout.kept_leaves),
+            )
             for scaled in _scaled_leaves(layout, _leaves(found, path, layout.modules)):
-                yield dataclasses.replace(layout, **scaled)
+                one = dataclasses.replace(layout, **scaled)
+                names = (*one.scaled_leaves, *biases)
+                yield dataclasses.replace(one, scaled_leaves=(*dict.fromkeys(names),))
 
 
 def _leaves(found: Matching, path: Path, names: Iterable[str]) -> set[str]:

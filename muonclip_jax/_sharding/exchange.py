@@ -32,8 +32,9 @@ from jax.sharding import PartitionSpec
 
 from muonclip_jax._common.types import Scalar
 from muonclip_jax._orthogonalize.column_shards import ColumnShards
+from muonclip_jax._orthogonalize.divisors import nonzero
 from muonclip_jax._orthogonalize.matrices import Axes, from_matrices, to_matrices
-from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer, nonzero
+from muonclip_jax._orthogonalize.newton_schulz import Orthogonalizer
 from muonclip_jax._sharding.plan import Group, Plan
 
 # Rows and columns of a tile in the memory of a TPU.

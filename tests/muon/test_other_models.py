@@ -112,6 +112,12 @@ def test_a_state_of_another_model_raises_with_the_fix(name):
     )
 
 
+def test_a_state_of_a_smaller_model_is_no_other_assignment():
+    with pytest.raises(ValueError, match="do not match the state") as error:
+        run(mc.muon(0.1), updates=BIG, params=BIG)
+    assert "  layers_2 and 39 more layers: got 3 leaves, expected no leaf." in str(error.value)
+
+
 @pytest.mark.parametrize("name", [n for n in TRANSFORMS if "neurons" not in n])
 def test_parameters_of_another_model_raise_with_the_fix(name):
     with pytest.raises(ValueError, match="do not match the gradients") as error:

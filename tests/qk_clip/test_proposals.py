@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import muonclip_jax as mc
+from muonclip_jax._head_layouts.module_names import names_fused_bias
 
 pytestmark = pytest.mark.usefixtures("no_typecheck")
 D, N, K, H, L = 32, 8, 2, 4, 3
@@ -135,11 +136,12 @@ def test_error_of_mixed_layers_proposes_all_layouts():
         "Pass layout=(mc.MultiHeadLayout(query='query', key='key'), "
         "mc.FusedQKVLayout(qkv='qkv', head_dim=4, num_kv_heads=2), "
         "mc.MLALayout(query='q_b', key_value='kv_b', nope_dim=4, rope_dim=2, value_dim=4)).\n"
-        "No shape shows the order of the columns of a fused kernel: order='sectioned', the "
-        "default, is all queries, all keys, all values. Pass order='interleaved' if the queries, "
-        "the key and the value of each key head are side by side.\n"
-        "No shape shows the order of the columns of a query head: pass rope_first=True if the "
-        f"rotary columns are first.\n{UNKNOWN}"
+        "No shape shows the columns of a fused kernel: order='sectioned', the default, is all "
+        "queries, all keys, all values, of one width and nothing else. Pass order='interleaved' if "
+        "the queries, the key and the value of each key head are side by side.\n"
+        "No shape shows the order of the columns of latent attention: each head of an MLALayout "
+        "is its key, then its value; and in the queries the rotary columns last, or first with "
+        f"rope_first=True.\n{UNKNOWN}"
     )
 
 
@@ -172,6 +174,75 @@ def test_error_lists_the_fields_that_no_shape_shows():
         "'qkv' holds queries, keys and values: pass a FusedQKVLayout with qkv='qkv' and its "
         f"kernel, head_dim, num_kv_heads and order, which the shapes do not show.\n{UNKNOWN}"
     )
+
+
+@pytest.mark.parametrize("names", ["in_proj_weight in_proj_bias", "wqkv bqkv", "b_qkv w_qkv"])
+def test_a_bias_beside_a_fused_kernel_is_named(names):
+    kernel, bias = sorted(names.split(), key=names_fused_bias)
+    shapes = {kernel: (D, 3 * N * H), bias: (3 * N * H,)}
+    params = {"attn": {n: np.ones(shape) for n, shape in shapes.items()} | tree(out=(N * H, D))}
+    layout = proposed_in(error_of(params))
+    assert (layout.qkv, layout.scaled_leaves[-1]) == (kernel, bias)
+    without = mc.FusedQKVLayout(qkv=kernel, head_dim=H)
+    assert f"{bias!r} looks like a bias of queries or keys" in error_of(params, without)
+
+
+@pytest.mark.nightly
+def test_a_bias_beside_a_fused_kernel_is_scaled_with_it():
+    draw = np.random.default_rng(0).normal
+    kernel, bias = jnp.float32(draw(size=(D, 3 * N * H))), jnp.float32(draw(size=3 * N * H))
+    beside = {"in_proj_weight": kernel, "in_proj_bias": bias} | tree(out_proj=(N * H, D))
+    inside = {"qkv": {"kernel": kernel, "bias": bias}}
+    stats = {"attn": {"max_logits": jnp.full(N, 400.0)}}
+    found = mc.qk_clip({"attn": beside}, stats, proposed_in(error_of({"attn": beside})))[0]["attn"]
+    layout = mc.FusedQKVLayout(head_dim=H)
+    expected = mc.qk_clip({"attn": inside}, stats, layout)[0]["attn"]["qkv"]
+    np.testing.assert_array_equal(found["in_proj_weight"], expected["kernel"])
+    np.testing.assert_array_equal(found["in_proj_bias"], expected["bias"])
+
+
+def test_norms_of_another_kind_of_module_are_not_declared_by_the_user():
+    norms = tree("scale", q_norm=(H,), k_norm=(H,))
+    modules = {"a": SEPARATE | tree("scale", norm=(D,)), "b": FUSED | norms}
+    text = error_of(modules, mc.MultiHeadLayout(qk_norm=()))
+    assert "Layout(" not in text.partition("\n")[2]
+    assert "'q_norm' normalizes queries or keys." in text
+
+
+OTHER_COLUMNS = {
+    "keys and values beside queries": tree(c_attn=(D, 2 * D), q_attn=(D, D), c_proj=(D, D)),
+    "a gate": tree(qkv_gate=(D, 24 * H), out=(N * H, D)),
+    "a feed-forward layer": tree(qkv_mlp=(D, 7 * D)),
+    "without an output projection": tree(qkv=(64, 4 * 64), mlp=(64, 64)),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_COLUMNS)
+def test_other_columns_than_queries_keys_and_values_get_no_proposal(case):
+    assert "Layout(" not in error_of({"attn": OTHER_COLUMNS[case]}).partition("\n")[2]
+
+
+def test_a_norm_of_latent_vectors_is_no_projection():
+    norms = tree("scale", q_norm=(12,), kv_norm=(8,))
+    assert proposed_in(error_of({"attn": LATENT | norms})) == MLA
+
+
+def test_layouts_that_fit_the_modules_of_each_other_are_not_joined():
+    modules = {"a": FUSED, "b": tree(qkv=(D, (N + 2 * K) * H), out=(N * 3, D))}
+    text = error_of(modules)
+    assert "Pass layout=" not in text
+    assert "b fits mc.FusedQKVLayout(qkv='qkv', head_dim=3, num_kv_heads=4)." in text
+    assert "so that no tuple is right here: pass layout=mc.analyze(loss_fn, params, batch)." in text
+
+
+def test_each_option_describes_the_module_that_has_a_choice():
+    modules = {"a": tree(qkv=(D, D), out=(16, D)), "b": FUSED}
+    stats = {"a": {"max_logits": jnp.zeros(4)}, "b": {"max_logits": jnp.zeros(N)}}
+    with pytest.raises(ValueError, match="By the shapes, pass ") as error:
+        mc.qk_clip(modules, stats)
+    (line,) = re.findall(r"By the shapes, pass (.*)\.$", str(error.value), re.MULTILINE)
+    one, two = [eval(f"dict({x})", {"mc": mc})["layout"] for x in line.split(" or ")]
+    assert (one, two[0].kernel, two[1]) == (GROUPED, "(heads head_dim) inputs", GROUPED)
 
 
 @pytest.mark.parametrize("odd", [{"kv_a": (D, 11)}, {"out": (N, 3, D)}])
