@@ -77,6 +77,18 @@ def test_a_dump_without_the_transposed_tile_raises():
         read_regions(dump(without), 512)
 
 
+def test_a_dump_with_an_array_in_fast_memory_raises():
+    """Its pipeline would copy blocks by instructions, which a DMA does elsewhere."""
+    head = "%s1 = inlined_call_operand.{} [shape: {}, index: 3, kind: output]\n"
+    settings = head.format("vmem", "s32[10]")
+    in_hbm = settings + head.format("hbm", "bf16[1,2048,2048]") + dump(SYMMETRIC)
+    assert read_regions(in_hbm, 512) == read_regions(dump(SYMMETRIC), 512)
+    with pytest.raises(ValueError, match=r"bf16\[1,2048,2048\] is in fast memory"):
+        read_regions(in_hbm.replace("operand.hbm", "operand.vmem"), 512)
+    with pytest.raises(ValueError, match=r"an array of full_product .* is in fast"):
+        cycles_of({"full_product bf16[1,8,8] bf16[1,8,8] S(1)": 1}, "TPU v5")
+
+
 def test_cycles_of_a_program_are_those_of_its_kernels():
     cut, chip = fastest(2048, 2048, 2, "TPU v5"), CHIPS["TPU v5"]
     assert cut is not None
