@@ -23,7 +23,7 @@ from muonclip_jax._orthogonalize.tiles import (
 )
 
 # The passes of `tpu_shards`: how often they move each number of their argument, and the bundles for
-# 1024 numbers, the most of four generations and of the shards of the 7B step (dumps of a block).
+# 1024 numbers, the most of four generations and of some shards: results/tpu_kernel_cycles.json.
 PASSES = {"sums_of_squares": (1, 4.2), "assembled": (2, 4.5), "taken_apart": (2, 3.2)}
 
 # Set before libtpu is loaded; {} is a folder.
@@ -87,6 +87,11 @@ def read_regions(dump: str, chunk: int) -> Regions:
     write, *others = writes
     transposed, diagonal_write = others or (0, 0)
     return Regions(chunk, step, sums[0], write, transposed, sum(sums[1:]), diagonal_write)
+
+
+def bundles_of_block(dump: str) -> int:
+    """Counts the bundles that a pass needs for each block, from its dump."""
+    return sum(bundle.depth > 0 for bundle in _bundles(dump))
 
 
 def _loops(bundles: list[_Bundle], depth: int) -> list[tuple[int, int]]:

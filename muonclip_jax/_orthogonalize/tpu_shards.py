@@ -100,7 +100,7 @@ def _compiled(
     else:
         shards = x.shape
     *_, height, width = shards
-    block = _block(height, width, form.transposed)
+    block = block_of(height, width, form.transposed)
     if form.kind == "sums_of_squares":
         return _sums_of_squares(x, block, interpret)
     return (_moved(form, interpret, numbers, x, shards, block),)
@@ -210,7 +210,7 @@ def _add_squares(source, largest, sums) -> None:
         sums[index] = total
 
 
-def _block(height: int, width: int, transposed: bool) -> tuple[int, int]:
+def block_of(height: int, width: int, transposed: bool) -> tuple[int, int]:
     """Cuts shards into blocks: the rows and columns of one."""
     columns = _largest_divisor(width, LANES, _ROW)
     unit = LANES if transposed else _ROWS_OF_SIXTEEN_BITS
