@@ -34,6 +34,8 @@ Figures: TypeAlias = dict[Any, float]
 
 # The TPU compiler writes 2^63 - 1 cycles where it has no estimate: kernels on a SparseCore.
 _NO_ESTIMATE = 2**62
+# In the layout of an array that XLA places in the fast memory of a TPU.
+FAST_MEMORY = "S(1)"
 # The compiler's roofline of a Pallas kernel on v5p, read from programs: FLOPs and bytes a second.
 _PEAK, _BANDWIDTH = 394e12, 2.35e12
 _GEMM = re.compile(r'custom_call_target="__cublas\$(gemm|lt\$matmul)')
@@ -55,7 +57,8 @@ class Cost:
       argument_bytes: Memory of the arguments.
       temporary_bytes: Memory allocated besides arguments and results.
       peak_bytes: Largest memory in use at any time, arguments included.
-      kernels: How often each Pallas kernel runs, by its name and the shapes of its arrays.
+      kernels: How often each Pallas kernel runs, by its name and the shapes of its arrays; then
+        `S(1)` if one of them, or a result, is in fast memory.
       product_cycles: The part of `cycles` of fusions with matrix products.
     """
 
@@ -217,9 +220,13 @@ def _kernel_figures(instructions: dict[str, Instruction], i: Instruction) -> Fig
         return {}
     figures = {k: float(v) for k, v in re.findall(r'"(\w+)":"?(\d+)', estimate[1])}
     name = re.search(r'/(\w+)/pallas_call"', i.attributes)
-    arrays = (ARRAY.search(instructions[x].shape) for x in i.operands)
-    shapes = (array[0] for array in arrays if array and "," in array[0])  # no vectors of settings
-    called = " ".join([name[1] if name else i.name, *shapes])
+    operands = [instructions[x].shape for x in i.operands]
+    arrays = [(ARRAY.search(shape), shape) for shape in operands]
+    # No vectors of settings.
+    found = [(array[0], shape) for array, shape in arrays if array and "," in array[0]]
+    in_fast_memory = any(FAST_MEMORY in shape for shape in (i.shape, *(s for _, s in found)))
+    words = [name[1] if name else i.name, *(array for array, _ in found)]
+    called = " ".join([*words, FAST_MEMORY] if in_fast_memory else words)
     seconds = max(figures["flops"] / _PEAK, figures["bytes_accessed"] / _BANDWIDTH)
     return {"flops": figures["flops"], ("kernel", called): 1, "kernel seconds": seconds}
 

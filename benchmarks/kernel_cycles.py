@@ -10,6 +10,7 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+from benchmarks.compiled import FAST_MEMORY
 from benchmarks.hlo import array_bytes, dimensions
 from muonclip_jax._orthogonalize.tiles import (
     CHIPS,
@@ -22,13 +23,15 @@ from muonclip_jax._orthogonalize.tiles import (
 )
 
 # The passes of `tpu_shards`: how often they move each number of their argument, and the bundles for
-# 1024 numbers, the most of four generations and of the shards of the 7B step (dumps of a block).
+# 1024 numbers, the most of four generations and of some shards: results/tpu_kernel_cycles.json.
 PASSES = {"sums_of_squares": (1, 4.2), "assembled": (2, 4.5), "taken_apart": (2, 3.2)}
 
 # Set before libtpu is loaded; {} is a folder.
 DUMP_FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*([> ]*)\{(.*)$")
+# Operands and results in fast memory, except vectors of settings.
+_IN_FAST_MEMORY = re.compile(r"inlined_call_operand\.vmem \[shape: (\w+\[\d+(?:,\d+)+\])")
 _SKIP = re.compile(r"sbr\.rel \(!?%p\w+\) target = \$region(\d+)")
 
 
@@ -54,8 +57,14 @@ def read_regions(dump: str, chunk: int) -> Regions:
       chunk: Terms that one run of the inner loop multiplies.
 
     Raises:
-      ValueError: if the dump does not have the parts of a symmetric or of a full product.
+      ValueError: if the dump does not have the parts of a symmetric or of a full product, or copies
+        blocks of an array that XLA has placed in fast memory.
     """
+    if array := _IN_FAST_MEMORY.search(dump):
+        raise ValueError(
+            f"read_regions: {array[1]} is in fast memory, and the bundles have the copies of its "
+            "blocks. Expected all arrays in HBM: call the kernel by tpu_call.call_in_hbm."
+        )
     bundles = _bundles(dump)
     skips = list(_skips(bundles))
     start, end = max(skips, key=lambda s: s[1] - s[0], default=(0, 0))
@@ -78,6 +87,11 @@ def read_regions(dump: str, chunk: int) -> Regions:
     write, *others = writes
     transposed, diagonal_write = others or (0, 0)
     return Regions(chunk, step, sums[0], write, transposed, sum(sums[1:]), diagonal_write)
+
+
+def bundles_of_block(dump: str) -> int:
+    """Counts the bundles that a pass needs for each block, from its dump."""
+    return sum(bundle.depth > 0 for bundle in _bundles(dump))
 
 
 def _loops(bundles: list[_Bundle], depth: int) -> list[tuple[int, int]]:
@@ -127,7 +141,7 @@ def cycles_of(kernels: dict[str, int], kind: str) -> float:
       kind: JAX's name of the device.
 
     Raises:
-      ValueError: if one is not the kernel of products.
+      ValueError: if one is not the kernel of products, or has an array in fast memory.
     """
     return sum(times * _cycles_of_one(kernel, kind) for kernel, times in kernels.items())
 
@@ -142,6 +156,8 @@ def _cycles_of_pass(name: str, array: str, chip: Chip) -> float:
 def _cycles_of_one(kernel: str, kind: str) -> float:
     """Estimates the cycles of a kernel, from its name and the shapes of its arrays."""
     name, *arrays = kernel.split()
+    if FAST_MEMORY in arrays:
+        raise ValueError(f"cycles_of: an array of {kernel} is in fast memory, expected HBM.")
     if name in PASSES:
         return _cycles_of_pass(name, arrays[0], CHIPS[kind])
     if name not in ("symmetric_gram_matrix", "symmetric_product", "full_product"):

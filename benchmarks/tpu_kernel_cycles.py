@@ -4,8 +4,9 @@
     python -m benchmarks.tpu_kernel_cycles
 
 Writes results/tpu_kernel_cycles.json, for each generation of TPUs: the cycles of each part of the
-kernel, by the side of its tiles, read from the compiler's bundles; the estimate for each product
-that follows from them; and the compiler's own estimate for XLA's program of the same expression.
+kernel, by the side of its tiles, read from the compiler's bundles; the bundles of the passes that
+assemble shards; the estimate for each product that follows; and the compiler's own estimate for
+XLA's program of the same expression.
 `muonclip_jax/_orthogonalize/tiles.py` has the first, and computes the second. No TPU is needed, and
 none has confirmed these figures.
 """
@@ -13,6 +14,7 @@ none has confirmed these figures.
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -27,8 +29,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from benchmarks import aot, report, tpu
 from benchmarks.compiled import compiled_cost
-from benchmarks.kernel_cycles import DUMP_FLAGS, newest_dump, read_regions
-from muonclip_jax._orthogonalize import tiles, tpu_kernel
+from benchmarks.kernel_cycles import (
+    DUMP_FLAGS,
+    PASSES,
+    bundles_of_block,
+    newest_dump,
+    read_regions,
+)
+from muonclip_jax._orthogonalize import tiles, tpu_kernel, tpu_shards
 from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Tiles
 
 # A slice of each generation, and the candidates for symmetric and for full products: sides of
@@ -40,6 +48,8 @@ TOPOLOGIES = {
     "TPU7x": ("tpu7x:2x2x1", {512: 1024, 1024: 1024}, {512: 1024, 1024: 1024}),
 }
 BFLOAT16 = 2  # bytes
+# Shards of the steps of `tpu_kernel_step`: R and C, height and width, whether they are transposed.
+SHARDS = (((8, 2), 512, 5504, False), ((2, 8), 5504, 512, True), ((16, 4), 256, 1024, False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +154,36 @@ def regions_of(
     cut = Tiles(side, 2 * chunk, chunk)
     compiled(functools.partial(by_kernel, product, cut), product, topology)
     found = read_regions(newest_dump(dump, "_product"), chunk)
-    for file in dump.iterdir():  # hundreds of megabytes
-        file.unlink()
+    _empty(dump)
     return found
+
+
+def _empty(dump: pathlib.Path) -> None:
+    """Deletes the dumps of a program: hundreds of megabytes."""
+    for file in dump.iterdir():
+        file.unlink()
+
+
+def measure_passes(kind: str, dump: pathlib.Path) -> dict[str, float]:
+    """Reads the bundles of each pass of `tpu_shards` for 1024 numbers, the most of all shards."""
+    mesh = Mesh(np.array(tpu.topology_devices(TOPOLOGIES[kind][0])[:1]), ("x",))
+    most = dict.fromkeys(PASSES, 0.0)
+    for (R, C), height, width, transposed in SHARDS:
+
+        def passes(x, grid=(R, C), transposed=transposed):
+            return tpu_shards.taken_apart(
+                tpu_shards.normalized(x, grid, 1e-7, transposed), grid, transposed
+            )
+
+        sharding = NamedSharding(mesh, P())
+        x = jax.ShapeDtypeStruct((1, R * C, height, width), jnp.bfloat16, sharding=sharding)
+        jax.jit(passes).lower(x).compile()
+        numbers = math.prod(tpu_shards.block_of(height, width, transposed))
+        for name in PASSES:
+            bundles = bundles_of_block(newest_dump(dump, name))
+            most[name] = max(most[name], 1024 * bundles / numbers)
+        _empty(dump)
+    return most
 
 
 def measure_kernel(kind: str, dump: pathlib.Path) -> dict[str, Any]:
@@ -222,8 +259,10 @@ def main(arguments: list[str] | None = None) -> None:
             regions = measure_kernel(kind, pathlib.Path(folder))
             rows = before.get(kind, {}).get("products", ()) if options.keep_xla else ()
             known = {Product(row["kind"], row["n"], row["m"]): row["xla"] for row in rows}
+            passes = measure_passes(kind, pathlib.Path(folder))
             xla = cycles_of_xla(kind, known)
-            found = {"regions": regions, "products": compare(kind, regions, xla)}
+            products = compare(kind, regions, xla)
+            found = {"regions": regions, "passes": passes, "products": products}
             results["chips"][kind] = report.rounded(found)
             report.write_json(path, results)
     print(table(results))

@@ -36,6 +36,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from muonclip_jax._orthogonalize.kernel_call import Form, Kernel, call
 from muonclip_jax._orthogonalize.tiles import Tiles
+from muonclip_jax._orthogonalize.tpu_call import call_in_hbm
 from muonclip_jax._orthogonalize.tpu_kernel_step import (
     LANES,
     ROWS,
@@ -82,8 +83,10 @@ def _compiled(
     out_specs, out_shapes = _results(form, product)
     totals = (jnp.float32, form.dtype) if form.is_symmetric else (jnp.float32,)
     itemsize = max(form.dtype.itemsize, arrays[0].dtype.itemsize)
-    run = pl.pallas_call(
+    return call_in_hbm(
         functools.partial(kernel_step, form=form, product=product),
+        (jnp.asarray(rows), jnp.asarray(columns), numbers.reshape(-1)),
+        arrays,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(count * product.positions, product.K + form.is_symmetric),
@@ -103,7 +106,6 @@ def _compiled(
         interpret=interpret,
         name=f"symmetric_{form.kind}" if form.is_symmetric else form.kind,
     )
-    return tuple(run(jnp.asarray(rows), jnp.asarray(columns), numbers.reshape(-1), *arrays))
 
 
 _KERNEL = Kernel("tpu", _compiled)

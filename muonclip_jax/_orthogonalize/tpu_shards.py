@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from muonclip_jax._common.types import Scalar
 from muonclip_jax._orthogonalize.divisors import SHIFT, nonzero
 from muonclip_jax._orthogonalize.kernel_call import Kernel, run_on_stack
+from muonclip_jax._orthogonalize.tpu_call import call_in_hbm
 from muonclip_jax._orthogonalize.tpu_kernel_step import LANES, ROWS
 
 # Rows of a register of bfloat16.
@@ -99,7 +100,7 @@ def _compiled(
     else:
         shards = x.shape
     *_, height, width = shards
-    block = _block(height, width, form.transposed)
+    block = block_of(height, width, form.transposed)
     if form.kind == "sums_of_squares":
         return _sums_of_squares(x, block, interpret)
     return (_moved(form, interpret, numbers, x, shards, block),)
@@ -137,20 +138,22 @@ def _moved(
     ]
     is_back = form.kind == "taken_apart"
     (source, target), shape = reversed(specs) if is_back else specs, shards if is_back else matrices
-    return pl.pallas_call(
+    return call_in_hbm(
         functools.partial(_move, form=form),
+        (numbers.reshape(-1),),
+        (x,),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(count, R, C, above, beside),
             in_specs=[source],
-            out_specs=target,
+            out_specs=[target],
         ),
-        out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
+        out_shape=[jax.ShapeDtypeStruct(shape, x.dtype)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 5),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=2 * x.nbytes, transcendentals=0),
         interpret=interpret,
         name=form.kind,
-    )(numbers.reshape(-1), x)
+    )[0]
 
 
 def _move(numbers, source, target, *, form: _Pass) -> None:
@@ -168,8 +171,10 @@ def _sums_of_squares(
     """Finds the largest magnitude and the sums of each shard, for each place in a register."""
     count, shards, height, width = x.shape
     results = [(sums, ROWS, LANES) for sums in (1, len(_FACTORS))]
-    run = pl.pallas_call(
+    return call_in_hbm(
         _add_squares,
+        (),
+        (x,),
         grid=(count, shards, height // block[0], width // block[1]),
         in_specs=[pl.BlockSpec((None, None, *block), lambda p, s, i, j: (p, s, i, j))],
         out_specs=[
@@ -184,7 +189,6 @@ def _sums_of_squares(
         interpret=interpret,
         name="sums_of_squares",
     )
-    return tuple(run(x))
 
 
 def _add_squares(source, largest, sums) -> None:
@@ -206,7 +210,7 @@ def _add_squares(source, largest, sums) -> None:
         sums[index] = total
 
 
-def _block(height: int, width: int, transposed: bool) -> tuple[int, int]:
+def block_of(height: int, width: int, transposed: bool) -> tuple[int, int]:
     """Cuts shards into blocks: the rows and columns of one."""
     columns = _largest_divisor(width, LANES, _ROW)
     unit = LANES if transposed else _ROWS_OF_SIXTEEN_BITS

@@ -259,6 +259,12 @@ def test_a_pallas_kernel_counts_as_its_estimate_says():
     assert cost.flops == 2 * 3940
     assert cost.kernels == {"gram bf16[1,8,16]": 2}
     assert cost.cycles == 0
+    result_in_vmem = kernel.replace("{2,1,0}", "{2,1,0:T(8,128)(2,1)S(1)}")
+    operand_in_vmem = arguments[1].replace("{2,1,0}", "{2,1,0:S(1)}")
+    settings_in_vmem = arguments[0].replace("{0}", "{0:S(1)}")
+    for program in ((*arguments, result_in_vmem), (arguments[0], operand_in_vmem, kernel)):
+        assert text_cost(*program).kernels == {"gram bf16[1,8,16] S(1)": 1}
+    assert text_cost(settings_in_vmem, arguments[1], kernel).kernels == {"gram bf16[1,8,16]": 1}
 
 
 def test_a_kernel_inside_of_a_fusion_is_read():

@@ -1,8 +1,11 @@
 """The cycles of the kernel equal the bundles in a dump of the compiler, here a small one."""
 
+import json
+
 import pytest
 
-from benchmarks.kernel_cycles import cycles_of, read_regions
+from benchmarks import report
+from benchmarks.kernel_cycles import PASSES, bundles_of_block, cycles_of, read_regions
 from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Shape, cycles, fastest, fastest_full
 
 # Depth in loops, label and instructions of each bundle.
@@ -77,6 +80,18 @@ def test_a_dump_without_the_transposed_tile_raises():
         read_regions(dump(without), 512)
 
 
+def test_a_dump_with_an_array_in_fast_memory_raises():
+    """Its pipeline would copy blocks by instructions, which a DMA does elsewhere."""
+    head = "%s1 = inlined_call_operand.{} [shape: {}, index: 3, kind: output]\n"
+    settings = head.format("vmem", "s32[10]")
+    in_hbm = settings + head.format("hbm", "bf16[1,2048,2048]") + dump(SYMMETRIC)
+    assert read_regions(in_hbm, 512) == read_regions(dump(SYMMETRIC), 512)
+    with pytest.raises(ValueError, match=r"bf16\[1,2048,2048\] is in fast memory"):
+        read_regions(in_hbm.replace("operand.hbm", "operand.vmem"), 512)
+    with pytest.raises(ValueError, match=r"an array of full_product .* is in fast"):
+        cycles_of({"full_product bf16[1,8,8] bf16[1,8,8] S(1)": 1}, "TPU v5")
+
+
 def test_cycles_of_a_program_are_those_of_its_kernels():
     cut, chip = fastest(2048, 2048, 2, "TPU v5"), CHIPS["TPU v5"]
     assert cut is not None
@@ -107,6 +122,16 @@ def test_a_pass_takes_its_bytes_or_its_bundles(kind, reads):
     moves = max(4 * 2**20 / chip.bandwidth, 4.5 * 2**10) / chip.cores
     assert cycles_of({f"assembled {shards}": 1}, kind) == pytest.approx(moves)
     assert (moves * chip.cores > 4.5 * 2**10) == (kind != "TPU7x")
+
+
+def test_bundles_of_a_block_are_those_inside_the_loop():
+    assert bundles_of_block(dump(SYMMETRIC)) == in_loop(SYMMETRIC)
+
+
+def test_bundles_of_passes_are_the_most_of_all_generations():
+    chips = json.loads((report.RESULTS / "tpu_kernel_cycles.json").read_text())["chips"].values()
+    for name, (_, bundles) in PASSES.items():
+        assert bundles == pytest.approx(max(chip["passes"][name] for chip in chips), abs=0.05)
 
 
 def test_an_unknown_kernel_raises():

@@ -1,6 +1,7 @@
 """The TPU kernel of products, interpreted, against float64."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -209,6 +210,19 @@ def test_small_and_complex_matrices_use_xla():
     with small_tiles(smallest=2):
         z = x[0] + 1j * x[1]
         np.testing.assert_array_equal(mc.newton_schulz(z, products="pallas"), mc.newton_schulz(z))
+
+
+def test_all_arrays_stay_in_hbm():
+    """In fast memory, instructions would copy their blocks one after another."""
+
+    def products(x):
+        A = tpu_kernel.gram_matrix(x, 0.0, Tiles(128, 128, 128))
+        return tpu_kernel.full_product(1.0, A, x, [(1.0, x)], Tiles(128, 128, 128))
+
+    x = jax.ShapeDtypeStruct((128, 256), jnp.bfloat16)
+    text = jax.jit(products).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    colors = re.findall(r"color\\22:(\d)", text)
+    assert colors == ["0"] * (3 + 5)  # of HBM, for operands and results
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])

@@ -63,7 +63,7 @@ def test_several_blocks_of_a_shard(transposed, monkeypatch):
     monkeypatch.setattr(tpu_shards, "_ROW", 128)
     monkeypatch.setattr(tpu_shards, "_BLOCK", 32 * 128)
     tpu_shards._compiled.clear_cache()
-    assert tpu_shards._block(HEIGHT, WIDTH, transposed) == (128 if transposed else 32, 128)
+    assert tpu_shards.block_of(HEIGHT, WIDTH, transposed) == (128 if transposed else 32, 128)
     check(shards_of(1, (1, 2)), (1, 2), transposed)
     tpu_shards._compiled.clear_cache()
 
