@@ -9,19 +9,18 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.evidence import FOLDER, gpt2_tokens, steps_to_target
-from benchmarks.evidence.experiments import EXPERIMENTS, UNFINISHED
+from benchmarks.evidence.experiments import EXPERIMENTS
 from benchmarks.evidence.page import page
 from benchmarks.evidence.runner import Runner, versions
 
 RESULTS = FOLDER / "results"
 MEMORY = FOLDER / "done.jsonl"
-KNOWN = EXPERIMENTS | UNFINISHED
 PAGE = FOLDER.parents[1] / "docs" / "evidence.md"
 
 
 def conclude(name: str, runner: Runner, **options: Any) -> dict[str, Any]:
     """Runs an experiment, except for its stored records; with the options of its `study`."""
-    experiment = KNOWN[name]
+    experiment = EXPERIMENTS[name]
     runner.records.clear()
     ours = experiment.study(runner, **options)
     seeds = {
@@ -47,13 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence", description="Small trainings that test claims."
     )
-    choices = [*KNOWN, "all", "page"]
+    choices = [*EXPERIMENTS, "all", "page"]
     parser.add_argument("names", nargs="+", choices=choices, metavar="NAME")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--memory", type=pathlib.Path, default=MEMORY)
     parser.epilog = (
-        f"names: {', '.join(KNOWN)}; all; page, which only generates {PAGE.name}. Finished"
+        f"names: {', '.join(EXPERIMENTS)}; all; page, which only generates {PAGE.name}. Finished"
         f" trainings are kept in --memory, {MEMORY.name}, and checkpoints of long ones beside it."
     )
     parser.add_argument(
@@ -95,7 +94,7 @@ def write(name: str, result: dict[str, Any], path: pathlib.Path) -> None:
     """Writes a result as path.json and its plot as path.png."""
     report.write_json(path.with_suffix(".json"), result, per_line="runs", indent=1)
     image = io.BytesIO()
-    KNOWN[name].draw(result).savefig(image, format="png")
+    EXPERIMENTS[name].draw(result).savefig(image, format="png")
     report.write(path.with_suffix(".png"), image.getvalue())
 
 

@@ -30,6 +30,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "clip-order": clip_order,
     "low-threshold": low_threshold,
     "longer": longer,
+    "ten-million": ten_million,
     "token-efficiency": token_efficiency,
     "steps-to-target": steps_to_target,
     "per-head": per_head,
@@ -41,6 +42,3 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "width-transfer": width_transfer,
     "kimi-k3": kimi_k3,
 }
-
-# Their trainings are not finished: they can be run, and have no section in docs/evidence.md yet.
-UNFINISHED: dict[str, ModuleType] = {"ten-million": ten_million}

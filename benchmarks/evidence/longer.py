@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence import plotting
 from benchmarks.evidence.runner import Measure, lookup
-from benchmarks.evidence.summaries import loss_of, over_seeds, paired_difference, seeds_of
+from benchmarks.evidence.summaries import loss_of, mean_sd, over_seeds, paired_difference, seeds_of
 from benchmarks.evidence.training import BATCH_SIZE, LOGGED, SEQ_LEN, Run, curves, finite
 from benchmarks.report import markdown
 
@@ -71,7 +71,7 @@ class Long(Run):
 
 RUN = Long(0.016, 0, threshold=30.0)  # at the best rate of low-threshold
 LOWER = Long(0.016, 0, threshold=15.0)  # at which the clip acts; no clip acts in `RUN`
-SEEDS = (0,)  # a training takes as long as 50 of the others
+SEEDS = (0, 1)
 LEVELS = (12.0, 15.0, 20.0, 25.0)  # lower thresholds that heads may exceed
 JUDGED = "20"  # of them
 BEFORE = int(CONSTANT * TENTHS) - 1  # the last tenth at the full learning rate
@@ -84,26 +84,16 @@ def study(measure: Measure) -> dict[str, Any]:
       `summary` of the trainings with `RUN`; `above`, for each level, the fraction of heads whose
       largest logit between two logged steps is above it, by tenth; `ever`, the fraction ever above
       it; `lower`, the `summary` of the trainings with `LOWER`, and `minus_first`, their loss minus
-      the loss of the others. Without records of `LOWER` there is no `lower`.
+      the loss of the others.
     """
-    records = measure(seeds_of(RUN, SEEDS))
+    measure([*seeds_of(RUN, SEEDS), *seeds_of(LOWER, SEEDS)])  # in parallel
+    records, lower = measure(seeds_of(RUN, SEEDS)), measure(seeds_of(LOWER, SEEDS))
     logits = [np.reshape(r["max_logits"], (len(r["logged"]), -1)) for r in records]  # [point, head]
-    ours = summary(records) | {
+    return summary(records) | {
         "above": {f"{x:g}": by_tenth((each > x).mean(1) for each in logits) for x in LEVELS},
         "ever": {f"{x:g}": over_seeds((m > x).any(0).mean() for m in logits) for x in LEVELS},
+        "lower": summary(lower) | {"minus_first": paired_difference(lower, records)},
     }
-    if lower := recorded(measure, LOWER):
-        minus = paired_difference(lower, records)
-        ours["lower"] = summary(lower) | {"minus_first": minus}
-    return ours
-
-
-def recorded(measure: Measure, run: Long) -> list[dict[str, Any]]:
-    """Returns the trainings of each seed; none if the records are fixed and lack them."""
-    try:
-        return measure(seeds_of(run, SEEDS))
-    except KeyError:  # of `lookup`
-        return []
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -148,23 +138,30 @@ def verdict(ours: Mapping[str, Any]) -> str:
     Three conditions: the clip acts at the threshold of the paper; few heads exceed `JUDGED` in the
     last tenth at the full rate; and with `LOWER` the clip acts, and has faded in that tenth.
     """
-    conditions = [acts(ours), fades(ours["above"][JUDGED])]
-    if lower := ours.get("lower"):
-        conditions.append(acts(lower) and fades(lower["clipped"]))
-    return plotting.judge(*conditions)
+    return plotting.judge(*conditions(ours).values())
+
+
+def conditions(ours: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns the conditions of the verdict in words, and which of them hold."""
+    lower = ours["lower"]
+    return {
+        f"the clip acts at τ = {RUN.threshold:g}": acts(ours),
+        f"few heads exceed {JUDGED} before the learning rate falls": fades(ours["above"][JUDGED]),
+        f"at τ = {LOWER.threshold:g} the clip acts, and has faded before the rate falls": (
+            acts(lower) and fades(lower["clipped"])
+        ),
+    }
 
 
 def one_line(ours: Mapping[str, Any]) -> str:
     """Summarizes the result in one line."""
-    text = f"τ = {RUN.threshold:g}: {share(ours['ever_clipped'][-1])} of the heads ever clipped"
-    if lower := ours.get("lower"):
-        first, late = (share(lower["clipped"][at]) for at in (0, BEFORE))
-        return (
-            f"{text}; τ = {LOWER.threshold:g}: {share(lower['ever_clipped'][-1])} of the heads, a"
-            f" step clips {first} in the first tenth, {late} before the rate falls"
-        )
-    first, late = (share(ours["above"][JUDGED][at]) for at in (0, BEFORE))
-    return f"{text}; above {JUDGED}: {first} in the first tenth, {late} before the rate falls"
+    lower = ours["lower"]
+    first, late = (share(lower["clipped"][at]) for at in (0, BEFORE))
+    return (
+        f"τ = {RUN.threshold:g}: {share(ours['ever_clipped'][-1])} of the heads ever clipped;"
+        f" τ = {LOWER.threshold:g}: {share(lower['ever_clipped'][-1])} of the heads, a step clips"
+        f" {first} in the first tenth, {late} before the rate falls"
+    )
 
 
 def share(fraction: Mapping[str, Any]) -> str:
@@ -175,17 +172,15 @@ def share(fraction: Mapping[str, Any]) -> str:
 
 def section(ours: Mapping[str, Any]) -> str:
     """Describes the result in a paragraph and a table."""
-    parts = [finding(ours), needs(ours), above_a_level(ours)]
-    if lower := ours.get("lower"):
-        parts.append(clips(lower))
+    parts = [finding(ours), needs(ours), clips(ours["lower"]), above_a_level(ours)]
     constant = round(CONSTANT * STEPS)
     parts.append(f"""\
-The `gqa` model trains for {STEPS:,} steps of {RUN.batch_size} x {SEQ_LEN} bytes, with one seed. In
-[A low threshold](#a-low-threshold-does-not-change-the-loss) the batch is
+The `gqa` model trains for {STEPS:,} steps of {RUN.batch_size} x {SEQ_LEN} bytes, with
+{len(SEEDS)} seeds. In [A low threshold](#a-low-threshold-does-not-change-the-loss) the batch is
 {BATCH_SIZE // RUN.batch_size} times as large. The learning rate is {RUN.learning_rate:g}, the best
 there, and the decay is {RUN.weight_decay:g}. The schedule is Kimi K2's. After a warmup of {WARMUP}
 steps the rate is constant until step {constant:,}, and then falls to a tenth as a cosine. The loss
-is {ours["loss"]["mean"]:.3f}.""")
+is {mean_sd(ours["loss"])}.""")
     parts.append(f"""\
 The table shows some tenths of the training. "Above" is a mean over the windows of
 {STEPS // LOGGED} steps in a tenth: the fraction of heads whose largest logit in the window is above
@@ -195,16 +190,13 @@ the value. "Ever" is the fraction of heads that exceed it in some window.""")
 
 def finding(ours: Mapping[str, Any]) -> str:
     """States the result in one paragraph."""
-    if acts(ours):
-        first = f"At τ = {RUN.threshold:g}, as in the paper, the clip acts."
-    else:
+    first = f"At τ = {RUN.threshold:g}, as in the paper, the clip acts."
+    if not acts(ours):
         first = (
             f"At τ = {RUN.threshold:g}, as in the paper, the clip never acts: no logit reaches"
-            f" {RUN.threshold:g}. So this training equals one without QK-clip."
+            f" {RUN.threshold:g}. So these trainings equal ones without QK-clip."
         )
-    lower = ours.get("lower")
-    if not lower:
-        return first
+    lower = ours["lower"]
     if not acts(lower):
         return f"{first} At τ = {LOWER.threshold:g} it never acts either."
     fade = "has faded" if fades(lower["clipped"]) else "still acts"
@@ -213,23 +205,16 @@ def finding(ours: Mapping[str, Any]) -> str:
 
 def needs(ours: Mapping[str, Any]) -> str:
     """Describes the conditions of the verdict, and which of them hold."""
-    conditions = {
-        f"the clip acts at τ = {RUN.threshold:g}": acts(ours),
-        f"few heads exceed {JUDGED} before the learning rate falls": fades(ours["above"][JUDGED]),
-    }
-    if lower := ours.get("lower"):
-        text = f"at τ = {LOWER.threshold:g} the clip acts, and has faded before the rate falls"
-        conditions[text] = acts(lower) and fades(lower["clipped"])
-    listed = "; ".join(f"{text} ({'yes' if held else 'no'})" for text, held in conditions.items())
-    words = "*Few* and *faded* mean" if lower else "*Few* means"
+    found = conditions(ours).items()
+    listed = "; ".join(f"{text} ({'yes' if held else 'no'})" for text, held in found)
     return (
-        f"The conditions of the verdict: {listed}. {words}"
+        f"The conditions of the verdict: {listed}. *Few* and *faded* mean"
         " less than a tenth of the busiest tenth of the training."
     )
 
 
 def above_a_level(ours: Mapping[str, Any]) -> str:
-    """Describes the heads above a lower threshold, in the training without a clip."""
+    """Describes the heads above a lower threshold, in the trainings without a clip."""
     first, late, last = (share(ours["above"][JUDGED][at]) for at in (0, BEFORE, -1))
     calm = "few heads exceed it before the learning rate falls"
     if not fades(ours["above"][JUDGED]):
@@ -241,16 +226,15 @@ last tenth before the learning rate falls {late} are, and in the last tenth of a
 
 
 def clips(lower: Mapping[str, Any]) -> str:
-    """Describes the training with the lower threshold."""
+    """Describes the trainings with the lower threshold."""
     first, late, last = (share(lower["clipped"][at]) for at in (0, BEFORE, -1))
-    minus = lower["minus_first"]["mean"]
     return f"""\
-**A lower threshold.** A second training has τ = {LOWER.threshold:g}, which many heads exceed. In
-its first tenth a step clips {first} of the heads on average. In the last tenth before the rate
+**A lower threshold.** With τ = {LOWER.threshold:g} many heads exceed the threshold. In the first
+tenth a step clips {first} of the heads on average. In the last tenth before the rate
 falls it clips {late}, and in the last tenth of all {last}. {share(lower["ever_clipped"][-1])} of
-the heads are ever clipped. The last clip is at step {lower["last_clip"]["mean"]:,.0f}. The loss is
-{lower["loss"]["mean"]:.3f}, {abs(minus):.3f} {"lower" if minus < 0 else "higher"} than with
-τ = {RUN.threshold:g}, at the same seed."""
+the heads are ever clipped. The last clip is at step {lower["last_clip"]["mean"]:,.0f}, on average.
+The loss is {mean_sd(lower["loss"])}. Minus the loss with τ = {RUN.threshold:g} at the same seed it
+is {mean_sd(lower["minus_first"])}."""
 
 
 def table(ours: Mapping[str, Any]) -> str:
@@ -260,25 +244,21 @@ def table(ours: Mapping[str, Any]) -> str:
     lines = [
         (f"above {level}", above, ours["ever"][level]) for level, above in ours["above"].items()
     ]
-    runs = [(f"τ = {RUN.threshold:g}", ours)]
-    if lower := ours.get("lower"):
-        name = f"τ = {LOWER.threshold:g}"
-        lines.append((f"clipped at a step, {name}", lower["clipped"], lower["ever_clipped"][-1]))
-        runs.append((name, lower))
+    lower, name = ours["lower"], f"τ = {LOWER.threshold:g}"
+    lines.append((f"clipped at a step, {name}", lower["clipped"], lower["ever_clipped"][-1]))
     rows = [[name, *(share(line[at]) for at in shown), share(ever)] for name, line, ever in lines]
-    for name, run in runs:
+    for tau, run in ((f"τ = {RUN.threshold:g}", ours), (name, lower)):
         largest = [f"{run['largest'][at]['mean']:.0f}" for at in shown]
-        rows.append([f"largest logit, {name}", *largest, ""])
+        rows.append([f"largest logit, {tau}", *largest, ""])
     return markdown(("steps", *parts, "ever"), rows)
 
 
 def draw(result: Mapping[str, Any]) -> Figure:
     """Draws the largest logits of all heads, and the fraction of heads above lower thresholds."""
     measure = lookup(result["runs"])
-    runs = [RUN, LOWER] if "lower" in result["ours"] else [RUN]
-    figure, panels = plotting.panels(len(runs) + 1)
-    for axes, run in zip(panels, runs, strict=False):
-        (record,) = measure(seeds_of(run, SEEDS))
+    figure, panels = plotting.panels(3)
+    for axes, run in zip(panels, (RUN, LOWER), strict=False):
+        (record,) = measure([run])
         logits = np.reshape(record["max_logits"], (len(record["logged"]), -1))
         axes.plot(record["logged"], logits, color=plotting.COLORS[0], linewidth=1, alpha=0.6)
         axes.axhline(run.threshold or np.inf, color=plotting.LIMIT, linewidth=1)

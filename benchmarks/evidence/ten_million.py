@@ -40,7 +40,7 @@ MODELS = {
 SEEDS = (0, 1)
 # The trained seeds, of `SEEDS`: of Muon, without and with QK-clip, and of AdamW, which the verdict
 # does not need. There is no verdict before a model has all seeds of Muon.
-TRAINED = {"gqa": {"muon": (0,), "adamw": (0,)}, "mla": {"muon": (), "adamw": ()}}
+TRAINED = {"gqa": {"muon": (0, 1), "adamw": (0,)}, "mla": {"muon": (0,), "adamw": (0,)}}
 
 RATE, THRESHOLD, STEPS = 0.03, 100.0, 2000
 ADAMW_RATES, TRIAL = (0.001, 0.002, 0.004), 100
