@@ -9,15 +9,12 @@ import pytest
 import muonclip_jax as mc
 from benchmarks import step_time
 from benchmarks.workloads import WORKLOADS, matrices, minimum_flops
+from tests.support.by_day import at_night
 
 N = 8
 PEERS = ("optax", "torch") if step_time.TORCH else ("optax",)
-# The others at night: a smoke run compiles a step of each optimizer twice.
-BY_DAY = "kimi_k2_experts"
-each_workload = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n == BY_DAY else pytest.mark.nightly) for n in sorted(WORKLOADS)],
-)
+# At night: a smoke run compiles a step of each optimizer twice.
+each_workload = pytest.mark.parametrize("name", at_night(*sorted(WORKLOADS)))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +101,7 @@ def test_plot_is_a_small_png(name, run):
 def test_different_update_raises(monkeypatch):
     monkeypatch.setitem(step_time.OPTIMIZERS, "optax", mc.muon(0.02, ns_steps=4))
     with pytest.raises(RuntimeError, match="optax computes a different update"):
-        step_time.time_interleaved(WORKLOADS[BY_DAY].quick(), 32)
+        step_time.time_interleaved(WORKLOADS["kimi_k2_experts"].quick(), 32)
 
 
 def test_minimum_flops_halve_every_symmetric_product():

@@ -231,6 +231,7 @@ def test_all_damaged(cut, program, capfd):
     assert line.endswith("; start a new run with another --out")
 
 
+@pytest.mark.nightly
 def test_leftovers(whole, cut, capfd):
     folder = cut / "checkpoints"
     (folder / "20").rename(folder / "20.orbax-checkpoint-tmp")

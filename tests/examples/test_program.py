@@ -35,6 +35,7 @@ def test_program_ends_with_the_loss_and_the_plots(program, tmp_path, capsys):
     assert (first, second) == ("runs/gqa-muonclip/loss.png", "runs/gqa-muonclip/max_logits.png")
 
 
+@pytest.mark.nightly
 def test_quiet_program_prints_the_loss_alone(program, tmp_path, capfd):
     assert program("--quiet", "--out", "run") == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -111,6 +112,7 @@ def test_number_of_files_that_are_not_text_is_printed(program, tmp_path, capsys)
     assert "skipped 1 file that is not text" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_resume_with_another_seed_exits_2(program, capsys):
     program("--out", "run")
     with pytest.raises(SystemExit) as leave:

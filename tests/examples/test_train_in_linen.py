@@ -16,7 +16,7 @@ LOW_THRESHOLD = 5.0
 
 @pytest.mark.parametrize(
     ("steps", "with_clips"),
-    [(24, 10), *at_night((90, 60))],  # measured 19 and 85
+    at_night((24, 10), (90, 60)),  # measured 19 and 85
 )
 def test_clip_acts_and_the_model_learns(steps, with_clips):
     clipped = train_in_linen.train(LOW_THRESHOLD, steps)

@@ -78,7 +78,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=by_day(CASES, "muonclip", "the family"))
+@pytest.fixture(params=by_day(CASES, "muonclip"))
 def case(request):
     return CASES[request.param]
 

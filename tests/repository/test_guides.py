@@ -9,6 +9,7 @@ import pytest
 import muonclip_jax as mc
 from tests.support.pages import OPTIONAL, run_page
 
+pytestmark = pytest.mark.nightly
 STEPS = [
     ("get_started.md", ""),
     ("guides/flax.md", ""),
@@ -47,7 +48,6 @@ def test_train_state_of_flax_clips_with_muonclip():
     assert jnp.allclose(ratio[0, ::8], jnp.array([0.5, 1, 1, 1]))  # γ = 1/4, its root for queries
 
 
-@pytest.mark.nightly
 def test_step_on_an_explicit_mesh_has_the_plan_and_loss_of_the_auto_mesh():
     page = run_page("guides/sharding.md")
     assert str(page["explicit_plan"]) == str(page["plan"])

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import muonclip_jax as mc
 from tests.support import clip_recipes as recipes
+from tests.support.by_day import at_night
 from tests.support.pages import run_page
 
 TAU = recipes.TAU
@@ -143,9 +144,9 @@ def on_one_device(recipe):
 
 
 # Every recipe on one mesh, those that carry arrays from batch to batch on all.
-CASES = [(recipe, "explicit fsdp") for recipe in RECIPES] + [
-    (recipe, name) for recipe in ("guide", "multi_steps") for name in ("explicit tensor", "auto")
-]
+CASES = [(recipe, "explicit fsdp") for recipe in RECIPES if recipe != "guide"]
+CASES += [("multi_steps", name) for name in ("explicit tensor", "auto")]
+CASES += at_night(*(("guide", name) for name in MESHES))
 
 
 @pytest.mark.parametrize(("recipe", "name"), CASES)

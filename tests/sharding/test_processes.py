@@ -8,15 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from tests.support.by_day import by_day
 from tests.support.device_cases import TAU, apply, batch_of, init, muon_of, named_leaves, train
 from tests.support.processes import free_port, run_together
 
+# By day `tests/examples/test_training_processes.py` trains in two processes.
+pytestmark = pytest.mark.nightly
 WORKER = pathlib.Path(__file__).parents[1] / "support" / "process_worker.py"
 LIMIT = 180  # seconds; 15 s on two idle cores
 
 
-@pytest.fixture(scope="module", params=by_day([2, 4], 2), ids=["2 x 2", "2 x 4"])
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 x 2", "2 x 4"])
 def results(request, tmp_path_factory):
     """The parameters of two processes with several devices each, after training together."""
     folder, port = tmp_path_factory.mktemp("processes"), free_port()

@@ -171,8 +171,8 @@ def test_these_leaves_need_every_strategy(dear_work):
     [
         {"ns_method": "gram", "nesterov": False},
         {"ns_coeffs": "polar_express", "adaptive": True},
-        {"preconditioning": "aol"},
         *at_night(
+            {"preconditioning": "aol"},
             {"ns_method": "standard"},
             {"preconditioning": "spectral"},
             {"preconditioning": "schatten", "ns_coeffs": "you"},
