@@ -217,6 +217,7 @@ def test_apply_if_finite_skips_a_bad_step(name):
     chex.assert_trees_all_equal(new_state.inner_state, state.inner_state)
 
 
+@pytest.mark.parametrize("case", by_day(CASES, "muonclip", "the family"), indirect=True)
 def test_map_params(case):
     factory, make, _ = case
     tx, params = factory(), make()
