@@ -217,31 +217,6 @@ def steps_of(fifth: int) -> str:
 
 def section(ours: Mapping[str, Any]) -> str:
     """Describes the result in a paragraph and a table."""
-    columns = (
-        "",
-        "median, logit / τ",
-        "90 %, logit / τ",
-        "largest, logit / τ",
-        f"median, steps {steps_of(1)}",
-        f"median, steps {steps_of(-1)}",
-        "heads clipped per step",
-        "loss",
-        "minus the first line",
-    )
-    rows = [
-        [
-            name,
-            mean_sd(line["median"]),
-            mean_sd(line["ninetieth"], 2),
-            mean_sd(line["largest"], 2),
-            mean_sd(line["median_by_fifth"][1]),
-            mean_sd(line["median_by_fifth"][-1]),
-            mean_sd(line["clipped"], 1),
-            mean_sd(line["loss"]),
-            "" if name == AFTER else mean_sd(line["minus_after"]),
-        ]
-        for name, line in ours.items()
-    ]
     median, most, largest = (ours[AFTER][q]["mean"] for q in ("median", "ninetieth", "largest"))
     equal = same(ours[BEFORE]["median"], ours[AFTER]["median"])
     order = "equal within the spread of seeds" if equal else "different"
@@ -278,7 +253,37 @@ Each number in the table is the largest logit of a head in the step after it was
 with {STEPS} steps of {Ordered.batch_size} x {SEQ_LEN} bytes. The figures there are higher, because
 each is the largest of 16 steps.
 
-{markdown(columns, rows)}"""
+{table(ours)}"""
+
+
+def table(ours: Mapping[str, Any]) -> str:
+    """Generates the table, a row for each line."""
+    columns = (
+        "",
+        "median, logit / τ",
+        "90 %, logit / τ",
+        "largest, logit / τ",
+        f"median, steps {steps_of(1)}",
+        f"median, steps {steps_of(-1)}",
+        "heads clipped per step",
+        "loss",
+        "minus the first line",
+    )
+    rows = [
+        [
+            name,
+            mean_sd(line["median"]),
+            mean_sd(line["ninetieth"], 2),
+            mean_sd(line["largest"], 2),
+            mean_sd(line["median_by_fifth"][1]),
+            mean_sd(line["median_by_fifth"][-1]),
+            mean_sd(line["clipped"], 1),
+            mean_sd(line["loss"]),
+            "" if name == AFTER else mean_sd(line["minus_after"]),
+        ]
+        for name, line in ours.items()
+    ]
+    return markdown(columns, rows)
 
 
 def draw(result: Mapping[str, Any]) -> Figure:

@@ -31,7 +31,7 @@ _ROWS_OF_SIXTEEN_BITS = 16
 # Most numbers in a block, and in a row of it.
 _BLOCK, _ROW = 2**18, 2**13
 # The factors of x, and the largest magnitudes between which the second is chosen. Then 2²⁸ squares
-# do not overflow, and only those of less than 2⁻²⁸ of the largest magnitude vanish.
+# do not overflow, and only numbers below 2⁻²⁸ of the largest magnitude are lost.
 _FACTORS = (2.0**80, 1.0, 2.0**-80)
 _SMALL, _LARGE = 2.0**-35, 2.0**48
 

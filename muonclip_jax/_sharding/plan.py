@@ -24,8 +24,8 @@ from muonclip_jax._sharding.placement import (
     find_placement,
 )
 
-# Each stack adds two all-to-alls and a Newton-Schulz iteration, which takes time to compile. So a
-# group has at most so many, and each has at least so many numbers on a device.
+# Each stack adds two all-to-alls and a Newton-Schulz iteration, which takes time to compile. These
+# are the most stacks of a group, and the least numbers that a device has of each.
 _MAX_STACKS, _MIN_STACK = 4, 2**20
 
 

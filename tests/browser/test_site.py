@@ -124,12 +124,11 @@ def test_search_finds_a_name_and_a_page(visit, words, page):
     field.send_keys(words)
     field.submit()
     found = "#search-results ul.search li a"
-    WebDriverWait(browser, 20).until(lambda b: shown(b, found))
-    WebDriverWait(browser, 20).until(
-        lambda b: any(
-            page in x.get_attribute("href") for x in b.find_elements(By.CSS_SELECTOR, found)
-        )
+    link, *_ = WebDriverWait(browser, 20).until(
+        lambda b: [url for x in shown(b, found) if page in (url := x.get_attribute("href"))]
     )
+    browser.get(link)
+    assert words in text(browser)
 
 
 def test_notebook_shows_code_output_and_plots(visit):

@@ -82,7 +82,7 @@ def test_chosen_tiles_of_full_products_fit_the_fast_memory(sides):
         found = fastest_full(*sides, BFLOAT16, kind)
         assert found is not None
         assert found.vmem(BFLOAT16, is_symmetric=False) < chip.vmem
-        # The matrix units alone need so many cycles.
+        # The cycles of the matrix units alone.
         least = np.prod(sides) / chip.macs / chip.cores
         rows, columns, terms = sides
         shape = Shape(rows, columns, terms, BFLOAT16, False)
@@ -106,5 +106,5 @@ def test_more_cores_or_bandwidth_never_take_more_cycles():
     base = tiles.cycles(shape, cut, r, chip)
     assert tiles.cycles(shape, cut, r, chip._replace(cores=4)) < base
     assert tiles.cycles(shape, cut, r, chip._replace(bandwidth=10)) > base
-    # The matrix units alone need so many cycles for the tiles above the diagonal.
+    # The cycles of the matrix units alone, for the tiles above the diagonal.
     assert base >= cut.flop_fraction(4096) * 4096**3 / chip.macs / chip.cores
