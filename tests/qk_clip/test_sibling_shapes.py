@@ -1,6 +1,7 @@
 """Shapes beside the kernels of MLA and of fused layouts confirm the widths, or raise."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def error_of(*arguments):
 
 # The files that define these models: config.json and modeling_*.py on Hugging Face; MaxText,
 # src/MaxText/layers/attention_mla.py; Megatron-LM, multi_latent_attention.py.
-WIDTHS = {"nope_dim": 128, "rope_dim": 64, "value_dim": 128}
+WIDTHS: Any = {"nope_dim": 128, "rope_dim": 64, "value_dim": 128}
 DEEPSEEK = mc.MLALayout(**WIDTHS, query="q_b_proj", key_value="kv_b_proj", kernel=FLAT)
 V3 = {
     "q_a_proj": (7168, 1536),
@@ -66,12 +67,12 @@ MEGATRON = {
 SHARED_KEY = {"q_b": (24, 4, 6), "kv_a": (32, 8), "k_rope": (32, 2), "kv_b": (8, 4, 9)}
 
 
-def fused(qkv, columns, out, heads, head_dim, keys=None, **fields):
+def fused(qkv, columns, out, heads, head_dim, keys=None, **fields: Any):
     layout = mc.FusedQKVLayout(head_dim=head_dim, num_kv_heads=keys, qkv=qkv, **fields)
     return {qkv: columns, **out}, layout, heads
 
 
-MODELS = {
+MODELS: dict[str, Any] = {
     "DeepSeek-V3": (V3, DEEPSEEK, 128),
     "DeepSeek-V3, outputs first": (
         {name: shape[::-1] for name, shape in V3.items()},
@@ -127,9 +128,9 @@ def test_right_layouts_of_public_models_are_accepted(model):
     check(*MODELS[model])
 
 
-SWAPPED = {"nope_dim": 64, "rope_dim": 128, "value_dim": 192}
+SWAPPED: Any = {"nope_dim": 64, "rope_dim": 128, "value_dim": 192}
 # The kernels, the wrong layout, the heads of the max logits, the contradicting children, the fix.
-WRONG = {
+WRONG: dict[str, Any] = {
     "nope and rope swapped": (
         V3,
         dataclasses.replace(DEEPSEEK, **SWAPPED),

@@ -155,7 +155,7 @@ def scale_by_sinkhorn(
 def _balanced(G: jax.Array, token_axis: int, tau: Scalar) -> jax.Array:
     """√n U: the rows are the tokens, along `token_axis`, and n is the size of the other axis."""
     columns = -3 - token_axis
-    largest = jnp.max(jnp.abs(G), axis=columns, keepdims=True)
+    largest = jnp.max(jnp.abs(G), axis=columns, keepdims=True, initial=0)
     U = G / jnp.where(largest == 0, 1, largest).astype(G.dtype)  # rows, before any square
     row_norms = largest * _norms(U, columns)
     mean = jnp.sum(row_norms / G.shape[token_axis], axis=token_axis, keepdims=True)
