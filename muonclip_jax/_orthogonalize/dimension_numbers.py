@@ -65,13 +65,15 @@ def axes_of(dimension_numbers: MuonDimensionNumbers, ndim: int) -> Axes:
     return Axes(tuple(a for a in range(ndim) if a not in used), reduction, output)
 
 
-def is_function(value: Any) -> bool:
+def is_function(value: Any, tree: ArrayTree = None) -> bool:
     """Returns whether a value is a function of the parameters, and not a pytree that is callable.
 
-    Equinox and NNX modules and `flax.struct` classes with `__call__` are pytrees.
+    Equinox and NNX modules and `flax.struct` classes with `__call__` are pytrees. A
+    `jax.tree_util.Partial` is a pytree if the parameters are a `Partial` of the same function.
 
     Args:
       value: A pytree or a function that returns one.
+      tree: The parameters.
 
     Returns:
       True for functions and methods, and for the two kinds of `partial`.
@@ -81,7 +83,7 @@ def is_function(value: Any) -> bool:
       (True, False)
     """
     if isinstance(value, jax.tree_util.Partial):
-        return True
+        return not isinstance(tree, jax.tree_util.Partial) or value.func != tree.func
     return callable(value) and jax.tree.structure(value) == jax.tree.structure(0)
 
 
@@ -109,7 +111,7 @@ def spread(
       >>> spread("muon: weight_decay_mask", {"a": True, "b": False}, {"a": [1.0, 2.0], "b": 3.0})
       [True, True, False]
     """
-    if is_function(given):
+    if is_function(given, tree):
         given = given(tree)
     values, structure = jax.tree.flatten(given, is_leaf=is_leaf)
     try:

@@ -74,6 +74,25 @@ def test_empty_leaf_gives_an_empty_update(shape):
     assert np.all(np.isfinite(np.asarray(updates["w"])))
 
 
+def test_a_partial_as_the_parameters_is_a_pytree_and_as_an_argument_a_function():
+    def apply(W, x):
+        return x @ W
+
+    params = jax.tree_util.Partial(apply, W)
+    no_decay = jax.tree_util.Partial(lambda mask, params: jax.tree.map(lambda _: mask, params), 0)
+
+    def update(tree, **settings):
+        tx = mc.muon(0.1, weight_decay=0.5, **settings)
+        return jax.tree.leaves(tx.update(tree, tx.init(tree), tree)[0])[0]
+
+    np.testing.assert_array_equal(update(params), update([W]))
+    without = update([W], weight_decay_mask=[False])
+    assert np.abs(without - update([W])).max() > 0.01
+    masks = jax.tree.map(lambda _: False, params), lambda _: [False], no_decay
+    for mask in masks:
+        np.testing.assert_array_equal(update(params, weight_decay_mask=mask), without)
+
+
 def test_complex_leaf():
     tree = {"w": (W + 1j * W[::-1]).astype(jnp.complex64)}
     tx = mc.muon(0.1, adaptive=True)
