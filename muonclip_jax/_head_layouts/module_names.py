@@ -21,10 +21,11 @@ _OTHER_COLUMNS = {"gate", "gates", "gated", "g", "z", "mlp", "ffn", "ff", "up"}
 _OUT = {"o", "wo", "out", "output", "to", "proj", "projection", "oproj", "outproj"}
 _OUT |= {"dense", "linear", "c", "w", "attn", "attention", "vec", "einsum", "post", "final"}
 
-_NORM = r"(?:rms|layer|group|l2)?(?:norms?|ln|normali[sz](?:ation|e|er))|rms"
+_NORM = r"(?:rms|layer|group|batch|instance|l2)?(?:norms?|ln|normali[sz](?:ation|e|er))|rms|[bg]n"
 _QUERY_KEY = r"qkv?|q|k|query|queries|keys?"
 _NORM_WORD = re.compile(f"({_QUERY_KEY})?(?:{_NORM})({_QUERY_KEY})?")
-_GAINS = {"qn", "kn", "nq", "nk", "gq", "gk"}  # and q_gain, gamma_k
+_GAINS = {"qn", "kn", "nq", "nk", "gq", "gk"}  # and q_gain, gamma_k, g_q
+_GAIN_WORDS = {"gain", "gains", "gamma", "g"}
 # Norms of the latent vectors of MLA, between its down- and up-projection.
 _LATENT = {"a", "lora", "latent", "compressed", "compress", "down"}
 # Words of a norm before the projections, after the attention, or of something else.
@@ -132,7 +133,19 @@ def is_gain(name: str) -> bool:
       (True, True, False)
     """
     found = {*words(name)}
-    return bool(found & _GAINS or (found & {"gain", "gamma"} and letters(name) & {"q", "k"}))
+    return bool(found & _GAINS or (found & _GAIN_WORDS and letters(name) & {"q", "k"}))
+
+
+def scales_both(name: str) -> bool:
+    """Returns whether a name shows factors of queries and keys; nGPT has `sqk`.
+
+    Example:
+      >>> scales_both("qk_scale"), scales_both("sqk"), scales_both("q_scale")
+      (True, True, False)
+    """
+    found = {*words(name)}
+    both = letters(name) == {"q", "k"}
+    return "sqk" in found or (both and not found.isdisjoint({"s", "scale", "scales"}))
 
 
 def normalizes(name: str) -> str | None:

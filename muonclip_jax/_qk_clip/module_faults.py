@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from muonclip_jax._head_layouts.head_layout import Shape
 from muonclip_jax._head_layouts.layout_evidence import (
     misnamed_modules,
     second_pair,
@@ -16,6 +17,7 @@ from muonclip_jax._head_layouts.module_names import (
     letters,
     names_bias,
     names_fused_bias,
+    scales_both,
     words,
 )
 from muonclip_jax._qk_clip.matching import AttentionModule, Path
@@ -130,8 +132,18 @@ def _gains(module: AttentionModule) -> list[str]:
     return [
         name
         for name, shapes in module.children.items()
-        if is_gain(name) and all(0 < len(shape) < rank for shape in shapes)
+        if (is_gain(name) and all(0 < len(shape) < rank for shape in shapes))
+        or (scales_both(name) and any(_has_more_than_heads(module, shape) for shape in shapes))
     ]
+
+
+def _has_more_than_heads(module: AttentionModule, shape: Shape) -> bool:
+    """Returns whether an array has more than one number for each head, as no temperature has."""
+    first = module.head_layout.modules[0]
+    is_stacked = first in module.kernels and module.stack_of(first) > 0
+    own = shape[module.stack :] if is_stacked else shape
+    heads = {entry.shape[-1] for entry in module.max_logits if entry.ndim}
+    return bool({*own} - {1} - heads)
 
 
 def _name_faults(module: AttentionModule, *, report_only: bool) -> Iterator[Fault]:

@@ -32,8 +32,9 @@ q_norm k_norm query_norm key_norm query_ln key_ln qnorm knorm q_layernorm k_laye
 _query_norm _key_norm q_ln k_ln ln_q ln_k query_layernorm key_layernorm q_rms_norm k_rms_norm
 QNorm_0 KNorm_0 QKNorm q_rmsnorm rms_k queryNorm norm_added_q norm_added_k img_attn_norm_query
 qk_norm qk_layernorm norm_queries keys_norm q_l2norm layernorm_qk qkv_norm QueryRMSNorm
+q_bn k_bn q_gn gn_k query_batchnorm KeyGroupNorm_0 bn_query
 """.split()
-UNNAMED = "RMSNorm_0 LayerNorm_1 norm norm1 ln_1 layer_norm rms rmsnorm attn_norm".split()
+UNNAMED = "RMSNorm_0 LayerNorm_1 norm norm1 ln_1 layer_norm rms rmsnorm attn_norm bn_0".split()
 ELSEWHERE = """
 q_a_layernorm kv_a_layernorm kv_norm q_a_norm q_lora_norm v_norm value_norm out_norm o_norm pre_norm
 input_layernorm post_norm sub_ln inner_attn_ln norm_v normal_init rotary query_scale
@@ -83,12 +84,36 @@ def test_scales_of_queries_and_keys_may_be_norms():
     clip({"q_scale": jnp.ones(H)})  # a temperature
 
 
-@pytest.mark.parametrize("name", ["q_gain", "gamma_k", "qn", "gq"])
+@pytest.mark.parametrize("name", ["q_gain", "gamma_k", "qn", "gq", "g_q", "k_g"])
 def test_gains_of_queries_and_keys_may_be_norms(name):
     with pytest.raises(ValueError, match=f"attn: '{name}' may normalize"):
         clip({name: jnp.ones(H)})
     clip({name: jnp.ones(H)}, mc.MultiHeadLayout(qk_norm=()))
     clip({name: {"kernel": jnp.ones((8, N, H))}}, mc.MultiHeadLayout())  # a gate of queries
+
+
+@pytest.mark.parametrize("shape", [(), (N,)])
+def test_one_factor_for_each_head_is_a_temperature(shape):
+    clip({"qk_scale": jnp.ones(shape)})
+    kernel = {"kernel": jnp.ones((3, 8, N, H))}
+    attn = {**dict.fromkeys(("query", "key"), kernel), "qk_scale": jnp.ones((3, *shape))}
+    stats = {"attn": {"max_logits": jnp.ones((3, N))}}
+    mc.qk_clip({"attn": attn}, stats)
+    for gains in (jnp.ones((3, H)), jnp.ones((3, N, H))):
+        clip({"qk_scale": gains[0]}, mc.MultiHeadLayout(qk_norm=()))
+        with pytest.raises(ValueError, match="attn: 'qk_scale' may normalize"):
+            clip({"qk_scale": gains[0]})
+        with pytest.raises(ValueError, match="attn: 'qk_scale' may normalize"):
+            mc.qk_clip({"attn": {**attn, "qk_scale": gains}}, stats)
+
+
+def test_gains_of_flat_kernels_may_be_norms():
+    flat = {"kernel": jnp.ones((8, N * H))}
+    layout = mc.MultiHeadLayout(kernel="inputs (heads head_dim)", head_dim=H)
+    for gains in (jnp.ones((N, H)), jnp.ones(N * H)):  # sqk of nGPT
+        params = {"attn": {"query": flat, "key": flat, "sqk": gains}}
+        with pytest.raises(ValueError, match="attn: 'sqk' may normalize"):
+            mc.qk_clip(params, STATS, layout)
 
 
 def test_nested_attention_modules_have_their_own_norms():
