@@ -1,6 +1,7 @@
 """Assigns each parameter to Muon or AdamW: roles, overrides, heads, warnings."""
 
 import fnmatch
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -81,8 +82,11 @@ class Routing(NamedTuple):
         also = f" ({len(rows)} parameters)" if len(rows) > 1 else ""
         fixes = [(f"For {alternative}", fix), (f"To keep {what.split()[0]}", kept)]
         fixes += _other_axes(shape, decision.numbers)
+        if decision.other is not None:
+            fixes.append((decision.other[0], _shown(decision.other[1])))
+        keys = [json.dumps(p, ensure_ascii=False) for p in patterns]  # a literal of Python too
         shown = (
-            f"{when}: overrides={{" + ", ".join(f'"{p}": {value}' for p in patterns) + "}."
+            f"{when}: overrides={{" + ", ".join(f"{key}: {value}" for key in keys) + "}."
             for when, value in fixes
         )
         text = f"{'/'.join(path)} {shape}{also}: {what} ({decision.reason}), but {decision.doubt}."
@@ -184,6 +188,11 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
     is_part = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_hides))
     decided = {*found, *given}
     heads = find_heads(caller, paths, shapes, settings.per_head, decided, hidden, is_part=is_part)
+    splits = {
+        i: Split.in_groups(shape, axes_of(d.numbers, len(shape)), *d.groups)
+        for i, (shape, d) in enumerate(zip(shapes, decisions, strict=True))
+        if d.groups and d.numbers
+    }
     for index, note in [
         *dict.fromkeys(heads.splits, "per head").items(),
         *heads.left_whole.items(),
@@ -191,7 +200,7 @@ def route(caller: str, params: ArrayTree, settings: RoleSettings = DEFAULTS) -> 
         decision = decisions[index]
         numbers = decision.numbers or (LAST_TWO_AXES if index in heads.splits else None)
         decisions[index] = Decision(numbers, f"{decision.reason}, {note}")
-    return Routing(tuple(paths), shapes, tuple(decisions), heads.splits)
+    return Routing(tuple(paths), shapes, tuple(decisions), {**splits, **heads.splits})
 
 
 def _decisions_of(
@@ -212,7 +221,8 @@ def _decisions_of(
             continue
         role = analysis.decision(found)
         numbers = role.dimension_numbers if role.optimizer == "muon" else None
-        decisions.append(Decision(numbers, role.reason))
+        groups = role.groups if numbers is not None else None
+        decisions.append(Decision(numbers, role.reason, groups=groups))
     if faults:
         raise ValueError(
             f"{caller}: the analysis is of another model.\n"

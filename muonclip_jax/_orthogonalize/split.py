@@ -62,6 +62,28 @@ class Split:
         """Describes a leaf that is one batch of matrices as it is."""
         return cls(tuple((n,) for n in shape), 0, (Part("", shape[0], axes),))
 
+    @classmethod
+    def in_groups(cls, shape: Sequence[int], axes: Axes, axis: int, groups: int) -> "Split":
+        """Describes the kernel of a convolution in groups, each of which is a matrix.
+
+        Args:
+          shape: Shape of the leaf.
+          axes: Its axes.
+          axis: The axis of the outputs that the groups divide.
+          groups: The number of groups along this axis.
+
+        Example:
+          >>> split = Split.in_groups((3, 3, 4, 128), Axes((), (0, 1, 2), (3,)), -1, 32)
+          >>> split.sizes[3], split.parts[0].axes, split.matrices(split.parts[0])
+          ((32, 4), Axes(batch=(3,), reduction=(0, 1, 2), output=(4,)), (32, 36, 4))
+        """
+        axis %= len(shape)
+        sizes: list[tuple[int, ...]] = [(n,) for n in shape]
+        sizes[axis] = (groups, shape[axis] // groups)
+        batch, reduction, output = (tuple(a + (a >= axis) for a in side) for side in axes)
+        found = Axes(tuple(sorted((*batch, axis))), reduction, output)
+        return cls(tuple(sizes), 0, (Part("", sizes[0][0], found, "groups"),))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the unflattened leaf."""

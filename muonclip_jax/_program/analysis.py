@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +76,8 @@ class Analysis:
     def dimension_numbers(self) -> ArrayTree:
         """A pytree like the parameters, for `muon_weight_dimension_numbers`.
 
-        `MuonDimensionNumbers` for each parameter that Muon updates, None for the others. Raises
+        `MuonDimensionNumbers` for each parameter that Muon updates, None for the others. They
+        cannot express the groups of a convolution, which is a warning. Raises
         ValueError if the analysis was read from JSON without the parameters, and these were no
         nested dicts, lists and tuples.
         """
@@ -83,6 +85,14 @@ class Analysis:
             raise ValueError(
                 "analysis.dimension_numbers: the structure of the parameters is not in the JSON "
                 "text. Pass the parameters or their shapes: Analysis.from_json(text, params)."
+            )
+        if grouped := [path for path in self.roles if self.decision(path).groups]:
+            warnings.warn(
+                "analysis.dimension_numbers: dimension numbers cannot express the groups of these "
+                f"convolutions: {', '.join(grouped)}. Pass the analysis itself: mc.muon(..., "
+                "muon_weight_dimension_numbers=analysis).",
+                UserWarning,
+                stacklevel=2,
             )
         return jax.tree.map(self._numbers, self.tree)
 
@@ -267,11 +277,12 @@ def _without_numbers(site: AttentionSite) -> Any:
 
 
 def _role_from_json(data: Any) -> Role:
-    optimizer, numbers, heads, reason = data
+    optimizer, numbers, heads, reason, *groups = data  # no groups in texts of earlier versions
     if numbers is not None:
         sides = (tuple(side) if isinstance(side, list) else side for side in numbers)
         numbers = MuonDimensionNumbers(*sides)
-    return Role(optimizer, numbers, heads, reason)
+    groups = [tuple(one) for one in groups if one]
+    return Role(optimizer, numbers, heads, reason, *groups)
 
 
 def _site_to_json(site: AttentionSite) -> dict[str, Any]:

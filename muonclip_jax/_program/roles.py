@@ -31,12 +31,15 @@ class Role(NamedTuple):
         if it has no matrices.
       heads: Number of heads of a query or key kernel; 0 for others.
       reason: Its use in the program.
+      groups: The axis of the outputs that the groups of a convolution divide, negative, and the
+        number of groups; None without groups. Each group is a matrix.
     """
 
     optimizer: str
     dimension_numbers: MuonDimensionNumbers | None
     heads: int
     reason: str
+    groups: tuple[int, int] | None = None
 
 
 def roles(graph: Graph, uses: Uses) -> list[Role]:
@@ -149,7 +152,10 @@ def _matrix(number: int, ndim: int, products: Sequence[Use], facts: _Facts) -> R
     sides = {(use.inputs, use.outputs) for use in products}
     if len(sides) > 1:
         return _unknown("its inputs in one place are outputs in another")
-    (sides,) = sides
+    all_groups = {use.groups for use in products}
+    if len(all_groups) > 1:
+        return _unknown("its outputs are divided into several numbers of groups")
+    (sides,), (groups,) = sides, all_groups
     stack = facts.stacks.get(number, set())
     inputs, outputs = (tuple(d for d in side if d not in stack) or side for side in sides)
     numbers = MuonDimensionNumbers(_axes(inputs, ndim), _axes(outputs, ndim))
@@ -157,6 +163,10 @@ def _matrix(number: int, ndim: int, products: Sequence[Use], facts: _Facts) -> R
         return Role("adamw", numbers, 0, "output head: no product with a parameter follows")
     if number in facts.routers:
         return Role("adamw", numbers, 0, "router: its outputs are sorted")
+    if groups:
+        axis, count = groups
+        reason = f"contracted with activations in {count} groups"
+        return Role("muon", numbers, 0, reason, (axis - ndim, count))
     return Role("muon", numbers, 0, "contracted with activations")
 
 

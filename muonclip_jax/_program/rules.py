@@ -97,9 +97,12 @@ def _transpose(node: Node, i: int, view: View) -> View:
 
 
 def _reshape(node: Node, i: int, view: View) -> View:
-    if node.params.get("dimensions") is not None:
-        return _unknown(node, i, view)
-    return axes.reshape(view, node.shape, node.inputs[i].shape)
+    shape, order = node.inputs[i].shape, node.params.get("dimensions")
+    if order is None:
+        return axes.reshape(view, node.shape, shape)
+    order = _ints(order)  # a transpose first, as the rule of `vmap` for convolutions has it
+    view = axes.reshape(view, node.shape, tuple(shape[d] for d in order))
+    return axes.transpose(view, order)
 
 
 def _broadcast_in_dim(node: Node, i: int, view: View) -> View:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from muonclip_jax._program.axes import View, identity
+from muonclip_jax._program.axes import Digit, View, identity
 from muonclip_jax._program.graph import DATA, PARAMETER, PRODUCTS, Graph, Node
 from muonclip_jax._program.rules import ELEMENTWISE, REDUCTIONS, choice_axis, has_rule, pull
 from muonclip_jax._program.walk import (
@@ -35,12 +35,14 @@ class Use(NamedTuple):
       inputs: Axes that are contracted.
       outputs: Axes that are free.
       node: The node that uses it.
+      groups: The axis of the outputs that the groups of a convolution divide, with their number.
     """
 
     what: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     node: Node
+    groups: tuple[int, int] | None = None
 
 
 class Uses:
@@ -115,6 +117,8 @@ class Uses:
         is_alone = all(reached.is_chained for reached in found)
         for reached in found:
             use = _use(reached, node)
+            if use.what == "product" and node.op == "conv_general_dilated" and i == 1:
+                use = _in_groups(use, reached, node)
             if use.what == "product" and is_alone:
                 use = use._replace(what="chain")
             self._add(reached.node, use)
@@ -211,6 +215,34 @@ def scored_by_a_table(graph: Graph) -> Iterator[Node]:
 def _is_depthwise(node: Node) -> bool:
     in_axis = node.params["dimension_numbers"].rhs_spec[1]
     return node.params["feature_group_count"] > 1 and node.inputs[1].shape[in_axis] == 1
+
+
+def _in_groups(use: Use, reached: Reached, node: Node) -> Use:
+    """Finds the groups of a convolution among the outputs of its kernel.
+
+    Output o is in group o // each. Under `vmap`, each member is a group.
+    """
+    groups = node.params["feature_group_count"] * node.params["batch_group_count"]
+    out = node.params["dimension_numbers"].rhs_spec[0]
+    each = node.inputs[1].shape[out] // groups
+    outputs, divided = [], None
+    for d in use.outputs:
+        axis, n = reached.view.axes[d], reached.node.shape[d]
+        digits = [digit for _, digit in axis.terms]
+        if groups > 1 and axis.is_exact and all(digit.div >= each for digit in digits):
+            continue  # an axis that numbers groups
+        outputs.append(d)
+        if groups == 1 or (axis.is_exact and all(x.div * x.size <= each for x in digits)):
+            continue
+        first = digits[0] if len(digits) == 1 else Digit(None, 1, 0)
+        if divided or first.size != n or each % first.div or n * first.div % each:
+            return use._replace(what="mixed")
+        divided = d, n * first.div // each
+    if len(outputs) > 1:
+        return use._replace(what="mixed")  # `vmap` over kernels alone joins members and outputs
+    return use._replace(
+        what=use.what if outputs else "vector", outputs=tuple(outputs), groups=divided
+    )
 
 
 def _looked_up(node: Node, view: View) -> Iterator[tuple[Node, View]]:

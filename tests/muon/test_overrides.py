@@ -1,5 +1,6 @@
 """`overrides=` and the warnings that it silences."""
 
+import ast
 import warnings
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import muonclip_jax as mc
+from tests.support.role_checks import roles_of, warnings_of
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(8, 24)), jnp.float32)
 LAYER = {"up": {"kernel": W, "bias": W[0]}, "norm": {"scale": W[0]}}
@@ -189,3 +191,13 @@ def test_a_warning_about_a_convolution_proposes_its_axes():
     tree = {"Conv_0": {"kernel": jnp.ones((3, 3, 1, 32))}}
     (text,) = mc.routing_table(tree).warnings
     assert "mc.MuonDimensionNumbers((-4, -3, -2), -1)" in text
+
+
+def test_printed_overrides_quote_the_names_of_parameters():
+    name = 'a"b\nc\\d'
+    tree = {name: {"weight": (32, 8)}}
+    (text,) = warnings_of(tree)
+    printed = text.partition("For AdamW: overrides=")[2].partition(". To keep")[0]
+    override = ast.literal_eval(printed)
+    assert override == {f"{name}/weight": None}
+    assert roles_of(tree, overrides=override) == {f"{name}/weight": "adamw"}

@@ -23,6 +23,8 @@ class Decision(NamedTuple):
       doubt: Why this may be wrong; empty if names and shapes decide it.
       matrix: The axes that a warning proposes for Muon.
       sinkhorn: Its override, if that is a `Sinkhorn`.
+      groups: The axis of the outputs that groups of a convolution divide, and their number.
+      other: Other axes that a warning proposes, with the case for which they are right.
     """
 
     numbers: MuonDimensionNumbers | None
@@ -30,6 +32,8 @@ class Decision(NamedTuple):
     doubt: str = ""
     matrix: MuonDimensionNumbers = MuonDimensionNumbers(-2, -1)
     sinkhorn: Sinkhorn | None = None
+    groups: tuple[int, int] | None = None
+    other: tuple[str, MuonDimensionNumbers] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
