@@ -1,15 +1,71 @@
 """Convolutions: the window and the inputs are one side of a matrix; depthwise ones have none."""
 
+import math
+
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._muon.roles import names
 from muonclip_jax._muon.roles.decision import Decision, RoleSettings
 from muonclip_jax._muon.roles.evidence import Evidence
 from muonclip_jax._muon.roles.kernels import numbers_of
-from muonclip_jax._muon.roles.modules import Leaf, Shape, Stack
+from muonclip_jax._muon.roles.modules import Leaf, Path, Shape, Stack
 
 # The longest window, and how many times more channels than taps a flat depthwise kernel has.
 _LONGEST, _LONGEST_SQUARE, _MOST_TAPS, _MUCH_LARGER = 16, 11, 8, 8
+# Transposed convolutions, and names that mean them if the window is even, as in U-Net.
+_TRANSPOSED = r"\w*conv\w*transpos\w*|\w*trans(pos\w*)?_?conv\w*|(\w*_)?de_?conv\w*|convtr?|tconv"
+_UP = r"(\w*_)?up_?conv\w*"
+# `ConvLocal` of Flax, whose kernel is (*positions, window x inputs, outputs).
+_LOCAL = r"\w*conv_?local\w*"
+
+
+def transposed(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """A transposed convolution, (*window, inputs, outputs) or (*window, outputs, inputs).
+
+    Flax stores the first, and with `transpose_kernel=True` the second, as Haiku does. Equinox
+    stores (outputs, inputs, *window), PyTorch (inputs, outputs, *window). The bias shows the
+    outputs if both sizes differ.
+    """
+    stack, shape = evidence.layer_of(leaf)
+    front, back = _has_window(shape)
+    if front == back:
+        return None
+    last = len(shape) - 1
+    inputs, outputs = (last - 1, last) if front else (1, 0)
+    size = _bias_size(leaf, evidence, stack)
+    fitting = [axis for axis in (inputs, outputs) if shape[axis] == size]
+    if front:
+        when = "If it is stored (*window, outputs, inputs)"
+        other = numbers_of(leaf, stack, (*range(last - 1), last), (last - 1,))
+    else:
+        when = "If it is stored (inputs, outputs, *window)"
+        other = numbers_of(leaf, stack, (0,), tuple(range(1, last + 1)))
+    if fitting == [inputs]:
+        is_one = is_named_convolution(leaf) or is_convolution_shape(shape)
+        if front and is_one and not leaf.has(names.EXPERTS):
+            return Decision(other, "transposed convolution, as its bias shows")
+        return None
+    if fitting == [outputs] or not _is_named_transposed(leaf, shape[:-2] if front else shape[2:]):
+        return None
+    is_transpose = not front and not settings.scale_by_sides  # then both have the same update
+    if settings.outputs_first is not None or is_transpose:
+        return None
+    found = convolution(leaf, evidence, settings)
+    text = "no bias shows which of its channels are outputs"
+    return found and found._replace(doubt=text, other=(when, other))
+
+
+def _bias_size(leaf: Leaf, evidence: Evidence, stack: Stack) -> int | None:
+    """Returns the number of outputs that the bias shows, (outputs,) or (outputs, 1, 1)."""
+    bias = evidence.bias_of(leaf)
+    first, *others = stack.without(bias.shape) if bias else (0, 0)
+    return first if all(n == 1 for n in others) else None
+
+
+def _is_named_transposed(leaf: Leaf, window: Shape) -> bool:
+    """Returns whether a parameter, its module or the list around it is named transposed."""
+    pattern = f"{_TRANSPOSED}|{_UP}" if all(n % 2 == 0 for n in window) else _TRANSPOSED
+    return any(names.matches(pattern, name) for name in _own_names(leaf))
 
 
 def convolution(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
@@ -31,7 +87,7 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decis
     last = len(shape) - 1
     outputs_first = settings.outputs_first
     if outputs_first is None:
-        front, back = _is_window(shape[:-2], shape[-2:]), _is_window(shape[2:], shape[:2])
+        front, back = _has_window(shape)
         outputs_first = back and not front
         if front == back and not doubt and leaf.core[-1].startswith("weight"):
             outputs_first = evidence.convention.get(leaf.core[-1], False)
@@ -39,7 +95,33 @@ def convolution(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decis
     if outputs_first:
         numbers = numbers_of(leaf, stack, tuple(range(1, last + 1)), (0,))
         return Decision(numbers, "convolution, outputs first", doubt)
-    return Decision(numbers_of(leaf, stack, tuple(range(last)), (last,)), "convolution", doubt)
+    numbers = numbers_of(leaf, stack, tuple(range(last)), (last,))
+    other = numbers_of(leaf, stack, (*range(last - 1), last), (last - 1,))
+    found = Decision(numbers, "convolution", doubt)
+    if named or shape[-1] == shape[-2]:
+        return found
+    return found._replace(other=("If it is transposed, (*window, outputs, inputs)", other))
+
+
+def local(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
+    """A convolution with weights of its own at each position, as its name or its bias shows."""
+    del settings
+    stack, shape = evidence.layer_of(leaf)
+    if len(shape) < 3 or not _is_local(leaf, evidence):
+        return None
+    last = len(shape) - 1
+    return Decision(numbers_of(leaf, stack, (last - 1,), (last,)), "convolution at each position")
+
+
+def _is_local(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a convolution has a bias, or else a name, of one for each position."""
+    if not is_named_convolution(leaf):
+        return False
+    stack, shape = evidence.layer_of(leaf)
+    if bias := evidence.bias_of(leaf):
+        size = stack.without(bias.shape)
+        return len(size) > 1 and size == (*shape[:-2], shape[-1])
+    return any(names.matches(_LOCAL, name) for name in _own_names(leaf))
 
 
 def depthwise(leaf: Leaf, evidence: Evidence) -> Decision | None:
@@ -48,6 +130,7 @@ def depthwise(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if not leaf.has(names.CONVOLUTION):
         return _unnamed_depthwise(shape)
     one_input = len(shape) > 2 and 1 in (shape[-2], leaf.shape[-2])
+    one_input &= not _is_pointwise(leaf, shape)
     if len(shape) > 2 and shape[1] == 1 < shape[0]:  # outputs first: (channels, 1, *window)
         one_input |= _is_window(shape[2:], shape[:1])
     small, large = min(shape), max(shape)
@@ -57,6 +140,13 @@ def depthwise(leaf: Leaf, evidence: Evidence) -> Decision | None:
         doubt = _doubt_one_input(leaf, evidence, shape)
         return Decision(None, "depthwise convolution", doubt, full)
     return None
+
+
+def _is_pointwise(leaf: Leaf, shape: Shape) -> bool:
+    """Returns whether a kernel is (outputs, inputs, 1, 1), and no window of one channel."""
+    if len(shape) < 3 or shape[1] == 1 or {*shape[2:]} != {1}:
+        return False
+    return max(shape) > _LONGEST or leaf.core[-1].startswith("weight")
 
 
 def _doubt_one_input(leaf: Leaf, evidence: Evidence, shape: Shape) -> str:
@@ -77,14 +167,46 @@ def _is_first_of_series(leaf: Leaf, evidence: Evidence, channels: int) -> bool:
     """Returns whether the next convolution of its series outside of numbered modules is dense."""
     if any(map(names.is_numbered, leaf.module)) or not leaf.is_inside:
         return False
-    name = leaf.core[-2]
-    children = sorted(evidence.children[leaf.module], key=names.number)
-    stem = names.without_number(name)
-    series = [child for child in children if names.without_number(child) == stem]
-    if len(series) < 2 or name != series[0]:
+    series = _series(leaf, evidence)
+    if len(series) < 2 or leaf is not series[0]:
         return False
-    after = evidence.by_core.get((*leaf.module, series[1], leaf.core[-1]))
-    return after is not None and len(after.shape) == 4 and after.shape[-2] == channels
+    after = series[1]
+    return len(after.shape) == 4 and after.shape[-2] == channels
+
+
+def _series(leaf: Leaf, evidence: Evidence) -> list[Leaf]:
+    """Lists the parameters like this one in modules that differ in their number, in order."""
+    stem, depth = names.without_number(leaf.core[-2]), len(leaf.module)
+    children = sorted(evidence.children[leaf.module], key=names.number)
+    paths = [
+        (*leaf.core[:depth], child, leaf.core[-1])
+        for child in children
+        if names.without_number(child) == stem
+    ]
+    return [evidence.by_core[path] for path in paths if path in evidence.by_core]
+
+
+def doubt_groups(leaf: Leaf, evidence: Evidence) -> str:
+    """Doubts a convolution whose inputs are a fraction of the outputs of the one before it."""
+    shape = evidence.layer_of(leaf)[1]
+    front, back = _has_window(shape)
+    window = shape[:-2] if front else shape[2:]
+    if front == back or math.prod(window) == 1 or not leaf.is_inside or _is_local(leaf, evidence):
+        return ""
+    series = _series(leaf, evidence)
+    at = series.index(leaf)
+    if at == 0 or not is_named_convolution(leaf) or any(len(x.shape) < 3 for x in series):
+        return ""
+    sides = [evidence.layer_of(x)[1][-2:] if front else x.shape[1::-1] for x in series]
+    (first, _), (_, before), (n_in, n_out) = sides[0], sides[at - 1], sides[at]
+    is_known = n_in in {first, *(n for _, n in sides)} or evidence.has_output(leaf, n_in)
+    groups, rest = divmod(before, max(n_in, 1))
+    if is_known or rest or groups < 2 or n_out % groups:
+        return ""
+    return (
+        f"the convolution before it has {before} outputs, so it may have {groups} groups; "
+        "an analysis (mc.analyze) as muon_weight_dimension_numbers makes each group a matrix"
+    )
 
 
 def _unnamed_depthwise(shape: Shape) -> Decision | None:
@@ -107,8 +229,13 @@ def _unnamed_depthwise(shape: Shape) -> Decision | None:
 
 def is_named_convolution(leaf: Leaf) -> bool:
     """Returns whether a parameter, its module or the list around it is named a convolution."""
+    return any(names.matches(names.CONVOLUTION, name) for name in _own_names(leaf))
+
+
+def _own_names(leaf: Leaf) -> Path:
+    """Returns the names of a parameter, its module and the list around it."""
     depth = 3 if len(leaf.core) > 2 and leaf.core[-2].isdigit() else 2
-    return any(names.matches(names.CONVOLUTION, name) for name in leaf.core[-depth:])
+    return leaf.core[-depth:]
 
 
 def is_convolution_shape(shape: Shape) -> bool:
@@ -116,6 +243,13 @@ def is_convolution_shape(shape: Shape) -> bool:
     return len(shape) == 4 and (
         _is_square_window(shape[:2], shape[2:]) or _is_square_window(shape[2:], shape[:2])
     )
+
+
+def _has_window(shape: Shape) -> tuple[bool, bool]:
+    """Returns whether the first axes, and whether the last axes, may be a window."""
+    if len(shape) < 3:
+        return False, False
+    return _is_window(shape[:-2], shape[-2:]), _is_window(shape[2:], shape[:2])
 
 
 def _is_window(window: Shape, channels: Shape) -> bool:

@@ -32,9 +32,11 @@ _ADAMW_RULES = (
 )
 _MUON_RULES = (
     attention.by_layout,
+    convolutions.transposed,
     orientation.by_bias,
     attention.in_pair,
     attention.with_heads,
+    convolutions.local,
     convolutions.convolution,
     gates.gates_of_a_cell,
     gates.gated_pair,
@@ -111,6 +113,8 @@ def _doubt_sizes(
     if leaf.name.lower() in ("gate", "wg", "gating") and not has_transposed(leaf, evidence):
         if not evidence.has_child(leaf.module, names.BESIDE_GATE):
             return "nothing beside it shows whether it gates an MLP or routes to experts"
+    if doubt := convolutions.doubt_groups(leaf, evidence):
+        return doubt
     if doubt := heads.doubt(leaf, evidence, n_in, n_out):
         return doubt
     if _may_be_a_vector(leaf, evidence):
