@@ -245,12 +245,20 @@ def _for_matrices(
 
 
 def _warn(caller: str, routing: Routing) -> None:
-    """Issues one warning for all parameters whose names and shapes do not decide their role."""
+    """Issues one warning for all doubtful parameters, and one for parameters in one vector."""
     if texts := routing.warnings:
         warnings.warn(
             f"{caller}: check the optimizer of these parameters. Their names and shapes do not "
             "decide it. An override of a parameter silences its warning, and `routing_table` "
             "prints all parameters.\n" + "\n".join(f"  {text}" for text in texts),
+            UserWarning,
+            stacklevel=3,
+        )
+    if routing.paths == ((),) and len(routing.shapes[0]) == 1 and routing.labels == ["adam"]:
+        warnings.warn(
+            f"{caller}: the parameters are one vector of {routing.shapes[0][0]} numbers, as "
+            "optax.flatten passes them. It has no matrices, so AdamW updates everything. Remove "
+            "optax.flatten.",
             UserWarning,
             stacklevel=3,
         )

@@ -9,6 +9,9 @@ from optax.contrib import _common_test, _muon_test
 
 import muonclip_jax as mc
 
+# optax tests optimizers on single vectors too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*are one vector:UserWarning")
+
 
 def _orthogonalize_via_newton_schulz(
     x, ns_coeffs, ns_steps=5, preconditioning="frobenius", eps=1e-8, dimension_numbers=None

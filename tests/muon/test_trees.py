@@ -93,6 +93,12 @@ def test_a_partial_as_the_parameters_is_a_pytree_and_as_an_argument_a_function()
         np.testing.assert_array_equal(update(params, weight_decay_mask=mask), without)
 
 
+def test_one_vector_as_all_parameters_warns():
+    with pytest.warns(UserWarning, match="one vector of 48 numbers.* Remove optax.flatten"):
+        optax.flatten(mc.muon(0.1)).init({"v": W, "w": W})
+    mc.muon(0.1).init({"bias": jnp.ones(3)})
+
+
 def test_complex_leaf():
     tree = {"w": (W + 1j * W[::-1]).astype(jnp.complex64)}
     tx = mc.muon(0.1, adaptive=True)
