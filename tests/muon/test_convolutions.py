@@ -80,6 +80,13 @@ def test_transposed_convolutions_without_evidence_warn_with_both_orders(name, tr
     assert found == [mc.MuonDimensionNumbers(*other)]
 
 
+def test_orders_of_equal_updates_do_not_warn():
+    torch = {"conv_transpose": {"weight": (16, 8, 4, 4)}}  # both orders: one matrix or its transpose
+    assert warnings_of(torch, outputs_first=True)
+    assert not warnings_of(torch, outputs_first=True, consistent_rms=0.2)
+    assert not warnings_of({"deconv": {"kernel": (4, 4, 8, 8)}}, outputs_first=False)
+
+
 @pytest.mark.parametrize("name", ["up_conv", "upsample_conv", "decode_conv", "conv"])
 def test_other_convolutions_with_equal_channels_do_not_warn(name):
     assert not warnings_of({name: {"kernel": (3, 3, 8, 8), "bias": (8,)}})

@@ -47,8 +47,8 @@ def transposed(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
         return None
     if fitting == [outputs] or not _is_named_transposed(leaf, shape[:-2] if front else shape[2:]):
         return None
-    is_transpose = not front and not settings.scale_by_sides  # then both have the same update
-    if settings.outputs_first is not None or is_transpose:
+    is_set = settings.outputs_first is not None
+    if is_set if front else not settings.scale_by_sides:  # both orders have the same update
         return None
     found = convolution(leaf, evidence, settings)
     text = "no bias shows which of its channels are outputs"
