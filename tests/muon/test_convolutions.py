@@ -81,7 +81,9 @@ def test_transposed_convolutions_without_evidence_warn_with_both_orders(name, tr
 
 
 def test_orders_of_equal_updates_do_not_warn():
-    torch = {"conv_transpose": {"weight": (16, 8, 4, 4)}}  # both orders: one matrix or its transpose
+    torch = {
+        "conv_transpose": {"weight": (16, 8, 4, 4)}
+    }  # both orders: one matrix or its transpose
     assert warnings_of(torch, outputs_first=True)
     assert not warnings_of(torch, outputs_first=True, consistent_rms=0.2)
     assert not warnings_of({"deconv": {"kernel": (4, 4, 8, 8)}}, outputs_first=False)
