@@ -201,10 +201,11 @@ def _then_clip(
 
     def update_fn(updates, state, params=None, *, max_logits=None, **extra_args):
         _check_arguments(params, max_logits)
-        tau = threshold(_count(state)) if callable(threshold) else threshold
+        before = state
         # Lines 3 to 7: W ← W − η (O + λ W)
         updates, state = optimizer.update(updates, state, params, **extra_args)
         new: Any = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
+        tau = threshold(_count(before)) if callable(threshold) else threshold
         # Lines 9 to 17: W_q,h ← √γ W_q,h, W_k,h ← √γ W_k,h, from the max logits before the update
         clipped, _ = clip(new, max_logits, threshold=tau)
         return jax.tree.map(_difference, updates, params, new, clipped), state

@@ -9,6 +9,11 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
 from muonclip_jax._head_layouts.kernel_pattern import Columns
+from muonclip_jax._head_layouts.layout_evidence import (
+    confirmation,
+    out_without_heads,
+    values_beside_qkv,
+)
 from muonclip_jax._head_layouts.sections import Section, Sections
 
 _ORDERS = ("sectioned", "interleaved")
@@ -94,6 +99,24 @@ class FusedQKVLayout(HeadLayout):
             yield (
                 f"{kernel} has {sizes['heads']} heads of head_dim {self.head_dim}, not {total}: "
                 f"{heads} of {parts}, by its {self.stat}."
+            )
+        else:
+            yield from self._contradictions(kernels, sizes["inputs"], stack, heads, children)
+
+    def _contradictions(
+        self, kernels: Mapping[str, Leaf], n_in: int, stack: int, heads: int, children: Children
+    ) -> Iterator[str]:
+        """Describes children that contradict numbers of columns that fit."""
+        kept, width = self.kept_leaves, self.head_dim
+        if out := out_without_heads(self, children, stack, heads, width):
+            yield (
+                f"{heads} heads of head_dim {width}, but the output projection {out[0]!r} {out[1]} "
+                f"has no axis of {heads * width}; {confirmation(kept, out[0])}"
+            )
+        if value := values_beside_qkv(self, kernels, children, n_in):
+            yield (
+                f"{kernels[self.qkv]} has columns of values, but {value!r} has a name of values; "
+                f"{confirmation(kept, value)}"
             )
 
     def num_heads(self, kernels: Mapping[str, Leaf], stack: int) -> int:

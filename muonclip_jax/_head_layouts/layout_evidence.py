@@ -6,14 +6,16 @@ then raises, and the user confirms or corrects the layout; nothing here chooses 
 
 from collections.abc import Collection, Iterator, Mapping
 
-from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
+from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf, Shape
 from muonclip_jax._head_layouts.module_names import (
     is_latent,
+    is_norm,
     is_out_projection,
     letters,
     names_fused_bias,
     names_keys_and_values,
     normalizes,
+    words,
 )
 
 _IF_FUSED = (
@@ -26,6 +28,16 @@ _IF_FUSED = (
 # Letters in the name of a module, by the field of the layout that names it.
 _SHOWN = {"query": {"q"}, "key": {"k"}, "key_value": {"k"}, "qkv": {"q", "k"}}
 _WORDS = {"query": "queries", "key": "keys", "key_value": "keys", "qkv": "queries and keys"}
+
+
+def confirmation(kept: tuple[str, ...], name: str) -> str:
+    """Returns the fix for a child that contradicts a layout.
+
+    Args:
+      kept: `kept_leaves` of the layout.
+      name: The child.
+    """
+    return f"correct the layout, or confirm it with kept_leaves={(*kept, name)}."
 
 
 def undeclared_kernels(
@@ -151,7 +163,13 @@ def values_in_key_kernel(
 
 
 def gate_in_query_heads(
-    query: Leaf, stack: int, heads: int, head_dim: int, key: Leaf, children: Children
+    layout: HeadLayout,
+    query: Leaf,
+    stack: int,
+    heads: int,
+    head_dim: int,
+    key: Leaf,
+    children: Children,
 ) -> str | None:
     """Describes query heads that seem to hold a gate too, counted as part of `head_dim`.
 
@@ -159,6 +177,7 @@ def gate_in_query_heads(
     a side of the output projection.
 
     Args:
+      layout: The layout.
       query: The query kernel.
       stack: Number of stack axes.
       heads: Number of query heads.
@@ -170,13 +189,96 @@ def gate_in_query_heads(
       The fault, or None.
     """
     values = [shape for name in children if letters(name) == {"v"} for shape in children[name]]
-    outs = [shape for name in children if is_out_projection(name) for shape in children[name]]
-    outs = [shape for shape in outs if len(shape) > stack + 1]
-    fits = any(heads * head_dim in shape or {heads, head_dim} <= {*shape} for shape in outs)
-    if key.shape in values and outs and not fits:
+    out = out_without_heads(layout, children, stack, heads, head_dim)
+    if key.shape in values and out:
         return (
             f"{query} has {heads} heads of {head_dim} columns, but the output projection "
-            f"{outs[0]} has no side of {heads * head_dim}; query heads that hold a gate too need "
+            f"{out[1]} has no side of {heads * head_dim}; query heads that hold a gate too need "
             "query_dim=, and head_dim= is the width of a key head."
         )
     return None
+
+
+def out_without_heads(
+    layout: HeadLayout, children: Children, stack: int, heads: int, width: int
+) -> tuple[str, Shape] | None:
+    """Finds an output projection whose inputs are not the values of all heads.
+
+    Args:
+      layout: The layout; children in its `kept_leaves` are something else.
+      children: All children of the attention module.
+      stack: Number of stack axes.
+      heads: Number of query heads.
+      width: Width of a value head.
+
+    Returns:
+      Its name and shape; None if one output projection has these inputs, or there is none.
+    """
+    pattern = layout.patterns[layout.modules[0]]
+
+    def fits(shape: Shape) -> bool:
+        layer = layout.split(shape, stack)[1]
+        if len(layer) == len(pattern.axes) == 2:  # inputs are on the same side in all kernels
+            return layer[pattern.input_axis] == heads * width
+        return heads * width in layer or {heads, width} <= {*layer}
+
+    outs = [
+        (name, shape)
+        for name in children
+        if is_out_projection(name) and name not in (*layout.modules, *layout.kept_leaves)
+        for shape in children[name]
+        if len(shape) > stack + 1
+    ]
+    return None if not outs or any(fits(shape) for _, shape in outs) else outs[0]
+
+
+def other_latent_sizes(
+    children: Children, kept: Collection[str], stack: int, ranks: tuple[int, int], rope_dim: int
+) -> Iterator[tuple[str, str]]:
+    """Compares the down-projections of MLA, and the projection of its shared key, with a layout.
+
+    With latent vectors of r_q and r columns, down-projections have r_q outputs for queries, and r
+    or, with the shared rotary key, r + rope for keys and values.
+
+    Args:
+      children: All children of the attention module.
+      kept: Names of children that the user declared to be something else.
+      stack: Number of stack axes.
+      ranks: r_q and r, the inputs of the up-projections.
+      rope_dim: Width of the rotary key that all heads share.
+
+    Yields:
+      The name of each child that has none of the sizes, and its description.
+    """
+    for name, shapes in children.items():
+        shown, found = letters(name), [shape for shape in shapes if len(shape) > stack + 1]
+        if not found or name in kept or is_norm(name) or not shown & {"q", "k"}:
+            continue
+        if is_latent(name) and "b" not in words(name):
+            r = (ranks[0] if "q" in shown else 0) + (ranks[1] if "k" in shown else 0)
+            expected = (r, r + rope_dim) if "k" in shown else (r,)
+        elif {"rope", "pe"} & {*words(name)} and "k" in shown:
+            expected = (rope_dim,)
+        else:
+            continue
+        if not any(size in shape for size in expected for shape in found):
+            sizes = " or ".join(map(str, dict.fromkeys(expected)))
+            yield name, f"{name!r} {found[0]} has no axis of {sizes}"
+
+
+def values_beside_qkv(
+    layout: HeadLayout, kernels: Mapping[str, Leaf], children: Children, n_in: int
+) -> str | None:
+    """Finds a value projection beside the kernel of queries, keys and values.
+
+    Args:
+      layout: The layout.
+      kernels: Its kernel, by module name.
+      children: All children of the attention module.
+      n_in: Number of inputs, which values have too.
+
+    Returns:
+      Its name, or None.
+    """
+    values = (n for n in undeclared_kernels(layout, kernels, children) if letters(n) == {"v"})
+    return next((n for n in values if any(n_in in shape for shape in children[n])), None)

@@ -15,6 +15,11 @@ from jaxtyping import Array, Float
 
 from muonclip_jax._head_layouts.head_layout import Children, HeadLayout, Leaf
 from muonclip_jax._head_layouts.kernel_pattern import Columns
+from muonclip_jax._head_layouts.layout_evidence import (
+    confirmation,
+    other_latent_sizes,
+    out_without_heads,
+)
 from muonclip_jax._head_layouts.sections import Section, Sections
 
 
@@ -91,6 +96,7 @@ class MLALayout(HeadLayout):
             self.query: (("nope_dim", self.nope_dim), ("rope_dim", self.rope_dim)),
             self.key_value: (("nope_dim", self.nope_dim), ("value_dim", self.value_dim)),
         }
+        ranks = []
         for name, parts in widths.items():
             kernel, width = kernels[name], sum(size for _, size in parts)
             sizes = self.sizes(name, kernel, stack, head_dim=width)
@@ -99,6 +105,26 @@ class MLALayout(HeadLayout):
                 yield f"{kernel} does not have heads of {terms} = {width} columns."
             elif sizes["heads"] != heads:
                 yield f"{kernel} has {sizes['heads']} heads, but its {self.stat} has {heads}."
+            else:
+                ranks.append(sizes["inputs"])
+        if len(ranks) == len(widths):
+            yield from self._contradictions((ranks[0], ranks[1]), stack, heads, children)
+
+    def _contradictions(
+        self, ranks: tuple[int, int], stack: int, heads: int, children: Children
+    ) -> Iterator[str]:
+        """Describes children that contradict widths whose sums fit; `ranks`: inputs of both."""
+        kept, value = self.kept_leaves, self.value_dim
+        if value and (out := out_without_heads(self, children, stack, heads, value)):
+            yield (
+                f"{heads} heads of value_dim {value}, but the output projection {out[0]!r} {out[1]}"
+                f" has no axis of {heads * value}; {confirmation(kept, out[0])}"
+            )
+        for name, text in other_latent_sizes(children, kept, stack, ranks, self.rope_dim):
+            yield (
+                f"{self.query!r} has {ranks[0]} inputs, {self.key_value!r} {ranks[1]}, and rope_dim"
+                f" is {self.rope_dim}, but {text}; {confirmation(kept, name)}"
+            )
 
     def num_heads(self, kernels: Mapping[str, Leaf], stack: int) -> int:
         """Infers the number of heads. Arguments: see `HeadLayout`."""

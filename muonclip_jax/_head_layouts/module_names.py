@@ -74,6 +74,16 @@ def names_fused_bias(name: str) -> bool:
     return names_fused_columns(name) and not _OF_BIASES.isdisjoint(words(name))
 
 
+def names_bias(name: str) -> bool:
+    """Returns whether a name may show a bias of queries or keys; `q_b` of MLA is a kernel.
+
+    Example:
+      >>> names_bias("bq"), names_bias("k_bias"), names_bias("bv"), names_bias("wq")
+      (True, True, False, False)
+    """
+    return bool(letters(name) & {"q", "k"}) and not _OF_BIASES.isdisjoint(words(name))
+
+
 def names_fused_columns(name: str) -> bool:
     """Returns whether a name shows queries, keys and values, and no other columns.
 

@@ -167,7 +167,7 @@ class MultiHeadLayout(HeadLayout):
         if self.value is None:
             fault = fault or layout_evidence.values_in_key_kernel(self.modules, key, children)
         if self.value is None and not self.query_dim:
-            heads_of = (query, stack, heads, width)
+            heads_of = (self, query, stack, heads, width)
             fault = fault or layout_evidence.gate_in_query_heads(*heads_of, key, children)
         return fault
 

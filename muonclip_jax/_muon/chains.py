@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,11 +122,55 @@ def check_match(caller: str, updates: ArrayTree, mu: ArrayTree) -> None:
         raise ValueError("\n".join([f"{caller}: {_OTHER_STATE}", *lines, _IF_OTHER_STATE]))
 
 
+def check_state(caller: str, state: Any, kind: type) -> None:
+    """Checks that a state is the state of this transform.
+
+    Args:
+      caller: Name of the public function.
+      state: The state that the user passed.
+      kind: The type of its own states.
+
+    Raises:
+      ValueError: for another type, with the states that were found.
+
+    Example:
+      >>> check_state("scale", optax.scale(2.0).init({}), optax.ScaleState)
+    """
+    if not isinstance(state, kind):
+        raise _of_another_optimizer(caller, transforms_in(state), kind.__name__)
+
+
+def transforms_in(state: Any) -> str:
+    """Names the transforms that a state of optax belongs to.
+
+    Args:
+      state: The state.
+
+    Returns:
+      The types of states, with the states inside of chains, masks and partitions.
+
+    Example:
+      >>> transforms_in(optax.masked(optax.sgd(0.1), True).init({}))
+      'MaskedState((EmptyState, EmptyState))'
+    """
+    if type(state) is tuple:
+        return f"({', '.join(map(transforms_in, state))})"
+    name = type(state).__name__
+    if hasattr(state, "inner_states"):  # of a partition, by label
+        inner = sorted(state.inner_states.items())
+        return f"{name}({', '.join(f'{label}: {transforms_in(x)}' for label, x in inner)})"
+    return f"{name}({transforms_in(state.inner_state)})" if hasattr(state, "inner_state") else name
+
+
 @contextlib.contextmanager
 def same_model(
-    caller: str, updates: ArrayTree, state: ArrayTree, params: ArrayTree
+    caller: str,
+    updates: ArrayTree,
+    state: ArrayTree,
+    params: ArrayTree,
+    init: Callable[[ArrayTree], ArrayTree] | None = None,
 ) -> Iterator[None]:
-    """Explains an error inside, if gradients, state and parameters are of different models.
+    """Explains an error inside, if gradients, state and parameters do not belong together.
 
     optax and JAX print all keys of both pytrees.
 
@@ -134,16 +179,23 @@ def same_model(
       updates: Gradients.
       state: The state of all optimizers; each first moment `mu` is a pytree like its gradients.
       params: The parameters, or None.
+      init: Makes a state of this optimizer. None: the type of the state was checked.
 
     Raises:
-      ValueError: if they differ, with each path.
+      ValueError: if they are of different models, with each path, or if the state is of another
+        optimizer.
     """
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if params is not None and (lines := _differences(params, updates)):
             head = f"{caller}: the parameters do not match the gradients."
             raise ValueError("\n".join([head, *lines, _IF_OTHER_PARAMS])) from error
+        if init is not None:
+            like = updates if params is None else params
+            found, own = transforms_in(state), transforms_in(jax.eval_shape(init, like))
+            if found != own:
+                raise _of_another_optimizer(caller, found, own) from error
         states = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu"))
         moments = [x.mu for x in states if hasattr(x, "mu")]
         if moments and (lines := _differences(updates, *moments)):
@@ -163,6 +215,13 @@ def _differences(got: ArrayTree, *expected: ArrayTree) -> list[str]:
         for trees in ((got,), expected)
     ]
     return differences(shapes[0], shapes[1], ("leaf", "leaves"))
+
+
+def _of_another_optimizer(caller: str, got: str, expected: str) -> ValueError:
+    return ValueError(
+        f"{caller}: the state is from another optimizer.\n  got {got}, expected {expected}.\n"
+        "Pass the state of this optimizer: state = optimizer.init(params)."
+    )
 
 
 _OTHER_STATE = "the gradients do not match the state."

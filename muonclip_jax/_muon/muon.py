@@ -216,7 +216,7 @@ def with_adamw(settings: OptimizerSettings) -> optax.GradientTransformationExtra
     def update_fn(updates, state, params=None, **extra_args):
         routing, optimizer = routed(updates)
         _check_state(caller, routing, state)
-        with same_model(caller, updates, state, params):
+        with same_model(caller, updates, state, params, optimizer.init):
             return optimizer.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -23,7 +23,7 @@ from muonclip_jax._common.dtypes import accumulator
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.chains import check_match, same_model
+from muonclip_jax._muon.chains import check_match, check_state, same_model
 from muonclip_jax._muon.family.normalize import normalized
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
@@ -154,6 +154,7 @@ def scale_by_direction(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        check_state(caller, state, ScaleByMuonState)
         check_match(caller, updates, state.mu)
         splits = splits_of(caller, updates, weight_dimension_numbers)
         t = jnp.asarray(optax.safe_increment(state.count))

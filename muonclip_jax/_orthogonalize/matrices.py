@@ -66,8 +66,12 @@ def orthogonalize_leaves(
         if len(members) == 1:  # as it is: joining its batch axes could move it between devices
             results[members[0]] = orthogonalize(matrices[members[0]])
             continue
-        stacks = [matrices[i].reshape(-1, *matrices[i].shape[-2:]) for i in members]
-        ends = list(itertools.accumulate(len(stack) for stack in stacks))
+        sizes = [math.prod(matrices[i].shape[:-2]) for i in members]  # no -1: a side may be 0
+        stacks = [
+            matrices[i].reshape(n, *matrices[i].shape[-2:])
+            for i, n in zip(members, sizes, strict=True)
+        ]
+        ends = list(itertools.accumulate(sizes))
         parts = jnp.split(orthogonalize(jnp.concatenate(stacks)), ends[:-1])
         for i, part in zip(members, parts, strict=True):
             results[i] = part.reshape(matrices[i].shape)

@@ -11,7 +11,13 @@ from muonclip_jax._head_layouts.layout_evidence import (
     second_pair,
     undeclared_kernels,
 )
-from muonclip_jax._head_layouts.module_names import is_gain, letters, names_fused_bias, words
+from muonclip_jax._head_layouts.module_names import (
+    is_gain,
+    letters,
+    names_bias,
+    names_fused_bias,
+    words,
+)
 from muonclip_jax._qk_clip.matching import AttentionModule, Path
 
 _IF_ADAPTERS = "Pass all parameters: a clip of adapters alone cannot keep the logits down."
@@ -67,8 +73,8 @@ def module_faults(module: AttentionModule, *, report_only: bool = False) -> list
     """
     faults = [] if report_only else list(_norm_faults(module))
     faults += _name_faults(module, report_only=report_only)
-    leaves = [*_bias_faults(module), *_leaf_faults(module)]
-    return [*faults, *leaves] if leaves else [*faults, *_shape_faults(module)]
+    faults += _bias_faults(module)
+    return [*faults, *(list(_leaf_faults(module)) or _shape_faults(module))]
 
 
 def fits(module: AttentionModule, *, report_only: bool = False) -> bool:
@@ -151,9 +157,7 @@ def _bias_faults(module: AttentionModule) -> Iterator[Fault]:
     found = [
         name
         for name in module.children
-        if ({"bias", "b", "bq", "bk"} & {*words(name)} and letters(name) & {"q", "k"})
-        or names_fused_bias(name)
-        if name not in declared
+        if (names_bias(name) or names_fused_bias(name)) and name not in declared
     ]
     kernel = ("kernel",) if layout.scaled_leaves[0] in found else ()
     names = {

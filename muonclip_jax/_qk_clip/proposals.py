@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from muonclip_jax._head_layouts.fused_qkv import FusedQKVLayout
 from muonclip_jax._head_layouts.head_layout import HeadLayout
 from muonclip_jax._head_layouts.module_names import (
     letters,
+    names_bias,
     names_fused_bias,
     names_keys_and_values,
     normalizes,
@@ -196,19 +197,8 @@ def _others(found: Matching, path: Path) -> Iterator[HeadLayout]:
         if isinstance(layout, MultiHeadLayout):
             yield from _candidates(layout, found, path)
         else:
-            biases = (
-                *(x for x in children if names_fused_bias(x) and x not in layout.kept_leaves),
-            )
-            for scaled in _scaled_leaves(layout, _leaves(found, path, layout.modules)):
-                one = dataclasses.replace(layout, **scaled)
-                names = (*one.scaled_leaves, *biases)
-                yield dataclasses.replace(one, scaled_leaves=(*dict.fromkeys(names),))
-
-
-def _leaves(found: Matching, path: Path, names: Iterable[str]) -> set[str]:
-    """Returns the names of the leaves below some children of a module."""
-    depth, children = len(path) + 1, found.modules[path]
-    return {full[-1] for name in names for full, *_ in children[name] if len(full) > depth}
+            for scaled in _scaled_leaves(layout, found, path, layout.modules):
+                yield dataclasses.replace(layout, **scaled)
 
 
 def _candidates(layout: HeadLayout, found: Matching, path: Path) -> Iterator[HeadLayout]:
@@ -219,9 +209,8 @@ def _candidates(layout: HeadLayout, found: Matching, path: Path) -> Iterator[Hea
     ):
         if len(set(names)) != len(names):
             continue
-        leaves = _leaves(found, path, names)
         fields: dict[str, Any] = dict(zip(layout.module_fields, names, strict=True))
-        for scaled in _scaled_leaves(layout, leaves):
+        for scaled in _scaled_leaves(layout, found, path, names):
             yield from _patterns(layout, fields | scaled, found, path)
 
 
@@ -231,15 +220,27 @@ def _likely(layout: HeadLayout, field: str, children: Any) -> list[str]:
     if name in children:
         return [name]
     likely = [c for c in children if normalizes(c) is None and letters(c) in _LETTERS[field]]
+    ranks = {c: max(np.ndim(value) for *_, value in children[c]) for c in likely}
+    likely = [c for c in likely if not names_bias(c) or ranks[c] == max(ranks.values())]
     return difflib.get_close_matches(name, likely, n=3, cutoff=0.0)
 
 
-def _scaled_leaves(layout: HeadLayout, leaves: set[str]) -> list[dict[str, Any]]:
-    """Returns the layout's own leaf names, or the names in the modules."""
-    if not leaves or layout.scaled_leaves[0] in leaves:
-        return [{}]
-    found = [names for names in _KERNELS if names[0] in leaves]
-    return [{"scaled_leaves": (*names, *layout.scaled_leaves[2:])} for names in found]
+def _scaled_leaves(
+    layout: HeadLayout, found: Matching, path: Path, names: Collection[str]
+) -> Iterator[dict[str, Any]]:
+    """Yields the layout's own leaf names, or the names in the modules, then biases beside them."""
+    depth, children = len(path) + 1, found.modules[path]
+    leaves = {full[-1] for name in names for full, *_ in children[name] if len(full) > depth}
+    own, other = layout.scaled_leaves, layout.scaled_leaves[2:]
+    is_own = not leaves or own[0] in leaves
+    biases = [
+        name
+        for name, ((full, *_), *_) in children.items()
+        if (names_bias(name) or names_fused_bias(name)) and len(full) == depth
+        if name not in (*names, *layout.kept_leaves)
+    ]
+    for kernel in [own] if is_own else [(*k, *other) for k in _KERNELS if k[0] in leaves]:
+        yield {"scaled_leaves": (*dict.fromkeys((*kernel, *biases)),)}
 
 
 def _patterns(

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import muonclip_jax as mc
@@ -116,6 +117,65 @@ def test_a_state_of_a_smaller_model_is_no_other_assignment():
     with pytest.raises(ValueError, match="do not match the state") as error:
         run(mc.muon(0.1), updates=BIG, params=BIG)
     assert "  layers_2 and 39 more layers: got 3 leaves, expected no leaf." in str(error.value)
+
+
+ADAMW = "(ScaleByAdamState, EmptyState, EmptyState)"
+MUON = (
+    "PartitionState(adam: MaskedState((ScaleByAdamState, EmptyState, EmptyState)), "
+    "muon: MaskedState((ScaleByMuonState, EmptyState, EmptyState, EmptyState)))"
+)
+EXPECTED = {
+    "muon": (lambda: mc.muon(0.1), MUON),
+    "muonclip": (lambda: mc.muonclip(0.1, threshold=lambda step: 100.0), MUON),
+    "scale_by_muon": (mc.scale_by_muon, "ScaleByMuonState"),
+    "scale_by_sinkhorn": (mc.scale_by_sinkhorn, "ScaleBySinkhornState"),
+    "normalize_neurons": (mc.normalize_neurons, "NormalizeNeuronsState"),
+    "add_cautious_weight_decay": (
+        lambda: mc.add_cautious_weight_decay(lambda step: 0.1),
+        "WeightDecaySchedule",
+    ),
+}
+SCHEDULE = MUON.replace("EmptyState)", "ScaleByScheduleState)")
+OTHERS = {
+    "adamw": (lambda: optax.adamw(0.1), ADAMW),
+    "one transform": (lambda: optax.scale_by_adam(), "ScaleByAdamState"),
+    "a chain around it": (lambda: optax.chain(mc.muon(0.1)), f"({MUON})"),
+    "Muon of optax": (lambda: optax.contrib.scale_by_muon(), "MuonState"),
+    "another partition": (
+        lambda: optax.partition({"all": optax.sgd(0.1)}, "all"),
+        "PartitionState(all: MaskedState((EmptyState, EmptyState)))",
+    ),
+}
+
+
+def error_with_state(name, state):
+    optimizer = EXPECTED[name][0]()
+    with pytest.raises(ValueError, match=f"^{name}: the state is from another") as error:
+        jax.eval_shape(lambda s: optimizer.update(SMALL, s, SMALL, max_logits={}), state)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_state_of_another_optimizer_raises_with_the_fix(name, other):
+    build, got = OTHERS[other]
+    assert error_with_state(name, jax.eval_shape(build().init, SMALL)) == (
+        f"{name}: the state is from another optimizer.\n  got {got}, expected "
+        f"{EXPECTED[name][1]}.\n"
+        "Pass the state of this optimizer: state = optimizer.init(params)."
+    )
+
+
+def test_a_state_that_is_no_state_raises_with_the_fix():
+    assert f"got NoneType, expected {MUON}." in error_with_state("muon", None)
+    assert f"got dict, expected {MUON}." in error_with_state("muon", SMALL)
+
+
+def test_a_state_without_the_step_of_a_schedule_raises_with_the_fix():
+    state = jax.eval_shape(mc.muon(0.1).init, SMALL)
+    with pytest.raises(ValueError, match="another optimizer") as error:
+        jax.eval_shape(mc.muon(lambda step: 0.1).update, SMALL, state, SMALL)
+    assert f"got {MUON}, expected {SCHEDULE}." in str(error.value)
 
 
 @pytest.mark.parametrize("name", [n for n in TRANSFORMS if "neurons" not in n])

@@ -191,3 +191,20 @@ def test_a_filter_in_nnx_optimizer_trains_some_parameters():
     after: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert not np.allclose(after["a"]["kernel"], before["a"]["kernel"])
     np.testing.assert_array_equal(after["b"]["kernel"], before["b"]["kernel"])
+
+
+EMPTY = {name: jnp.ones(shape) for name, shape in {"up": (3, 0, 8), "down": (3, 8, 0)}.items()}
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        mc.scale_by_muon(),
+        mc.scale_by_muon(preconditioning="outputs"),
+        mc.normalize_matrices("inputs"),
+        mc.scale_by_sinkhorn(),
+    ],
+)
+def test_parameters_without_elements_keep_their_shapes(tx):
+    updates, _ = jax.eval_shape(tx.update, EMPTY, tx.init(EMPTY))
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, EMPTY)

@@ -268,7 +268,7 @@ def test_a_direct_query_raises_with_a_proposal():
     ],
 )
 def test_names_of_other_libraries_are_proposed(names, query, key_value):
-    params = {name: {"kernel": np.ones((2, 2))} for name in names.split()}
+    params = {name: {"kernel": np.ones((N * VALUE, RANK))} for name in names.split()}
     params |= kernels_named(query, key_value)
     text = text_of({"attn": params}, {"attn": {"max_logits": jnp.ones(N)}})
     assert f"Pass layout=mc.MLALayout(query={query!r}, key_value={key_value!r}," in text

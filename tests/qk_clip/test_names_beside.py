@@ -1,5 +1,6 @@
 """Names beside the modules of a layout: values scaled as keys, and second pairs."""
 
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -113,3 +114,41 @@ def test_a_layout_shows_the_axes_of_queries_and_keys_with_any_threshold(threshol
     # All singular values of the joined 64 x 32 matrix are equal.
     values = np.linalg.svd(updates["attn"]["ask"].reshape(64, 32), compute_uv=False)
     np.testing.assert_allclose(values, values[0], rtol=1e-5)
+
+
+THREE_AXES = dict.fromkeys("qkv", (8, 4, 3))
+FLAT_AXES = {name: (n, heads * width) for name, (n, heads, width) in THREE_AXES.items()}
+
+
+def with_biases(shapes, kernel, bias):
+    """Kernels and biases as arrays side by side."""
+    pairs = [(kernel, shapes), (bias, {name: shape[1:] for name, shape in shapes.items()})]
+    return {p.format(name): np.ones(s) for p, named in pairs for name, s in named.items()}
+
+
+@pytest.mark.parametrize("shapes", [THREE_AXES, FLAT_AXES])
+@pytest.mark.parametrize(
+    ("kernel", "bias", "layout"),
+    [
+        ("w{}", "b{}", mc.MultiHeadLayout()),
+        ("w_{}", "{}_bias", mc.MultiHeadLayout()),
+        # Names without biases, and another pattern: two mistakes in one error.
+        ("w{}", "b{}", named("wq", "wk", kernel="heads inputs head_dim")),
+    ],
+)
+def test_one_error_proposes_kernels_with_their_biases(shapes, kernel, bias, layout):
+    params = {"attn": with_biases(shapes, kernel, bias)}
+    with pytest.raises(ValueError, match="Pass layout=") as error:
+        mc.qk_clip(params, STATS, layout)
+    ((argument),) = re.findall(r"^Pass layout=(.*)\.$", str(error.value), re.MULTILINE)
+    new: Any = mc.qk_clip(params, STATS, eval(argument, {"mc": mc}))[0]
+    for name, expected in {"q": 0.5, "k": 0.5, "v": 1.0}.items():
+        for pattern in (kernel, bias):
+            np.testing.assert_allclose(new["attn"][pattern.format(name)], expected)
+
+
+def test_biases_are_never_proposed_as_kernels():
+    shapes = {"q": (8, 4, 3), "k": (9, 4, 3)}  # of cross-attention, whose kernels get no proposal
+    with pytest.raises(ValueError, match="no module 'query'") as error:
+        mc.qk_clip({"attn": with_biases(shapes, "w{}", "b{}")}, STATS)
+    assert "query='bq'" not in str(error.value)

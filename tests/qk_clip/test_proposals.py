@@ -228,15 +228,16 @@ def test_a_norm_of_latent_vectors_is_no_projection():
 
 
 def test_layouts_that_fit_the_modules_of_each_other_are_not_joined():
-    modules = {"a": FUSED, "b": tree(qkv=(D, (N + 2 * K) * H), out=(N * 3, D))}
+    same = tree(qkv=(24, 48))  # 16 heads of 3 columns, or 12 of 4; b/out has a side of 8 x 3 too
+    modules = {"a": {**same, **tree(out=(24, 24))}, "b": {**same, **tree(out=(N, 4, 24))}}
     text = error_of(modules)
     assert "Pass layout=" not in text
-    assert "b fits mc.FusedQKVLayout(qkv='qkv', head_dim=3, num_kv_heads=4)." in text
+    assert "b fits mc.FusedQKVLayout(qkv='qkv', head_dim=4, num_kv_heads=2)." in text
     assert "so that no tuple is right here: pass layout=mc.analyze(loss_fn, params, batch)." in text
 
 
 def test_each_option_describes_the_module_that_has_a_choice():
-    modules = {"a": tree(qkv=(D, D), out=(16, D)), "b": FUSED}
+    modules = {"a": tree(qkv=(D, D), out=(4, 4, D)), "b": FUSED}
     stats = {"a": {"max_logits": jnp.zeros(4)}, "b": {"max_logits": jnp.zeros(N)}}
     with pytest.raises(ValueError, match="By the shapes, pass ") as error:
         mc.qk_clip(modules, stats)

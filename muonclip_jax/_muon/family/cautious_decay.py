@@ -17,7 +17,12 @@ import optax
 from muonclip_jax._common.dtypes import cast
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._muon.chains import add_decayed_weights, in_float32, same_model
+from muonclip_jax._muon.chains import (
+    add_decayed_weights,
+    check_state,
+    in_float32,
+    same_model,
+)
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._orthogonalize.dimension_numbers import spread
 
@@ -71,20 +76,25 @@ def add_cautious_weight_decay(
 
     decay = add_decayed_weights(weight_decay, None if mask is None else decays)
 
-    def update_fn(updates, state, params=None):
+    def add_decay(updates, state, params=None):
+        # λ W of the leaves that decay, from the state and the mask of optax.
+        decays, state = decay.update(jax.tree.map(jnp.zeros_like, updates), state, params)
+        return jax.tree.map(_add_where_they_agree, updates, params, decays), state
+
+    wide = in_float32(optax.GradientTransformation(decay.init, add_decay))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
         if params is None:
             raise ValueError(
                 "add_cautious_weight_decay: update needs params, got None. Call "
                 "tx.update(grads, state, params)."
             )
-        # λ W of the leaves that decay, from the state and the mask of optax.
-        with same_model(caller, updates, (), params):
-            decays, state = decay.update(jax.tree.map(jnp.zeros_like, updates), state, params)
-            return jax.tree.map(_add_where_they_agree, updates, params, decays), state
+        with same_model(caller, updates, state, params):
+            check_state(caller, state, type(jax.eval_shape(decay.init, params)))
+            return wide.update(updates, state, params)
 
-    return optax.with_extra_args_support(
-        in_float32(optax.GradientTransformation(decay.init, update_fn))
-    )
+    return optax.GradientTransformationExtraArgs(decay.init, update_fn)
 
 
 def _add_where_they_agree(U: jax.Array, W: jax.Array, decay: jax.Array) -> jax.Array:

@@ -110,7 +110,7 @@ def normalized(by: str, axes: Axes, x: jax.Array) -> jax.Array:
 
 def _unit(X: jax.Array, summed: tuple[int, ...]) -> jax.Array:
     """X / ‖X‖, with the largest magnitude taken out before any square; 0 / 0 is 0."""
-    X = _divided(X, jnp.max(jnp.abs(X), axis=summed, keepdims=True))
+    X = _divided(X, jnp.max(jnp.abs(X), axis=summed, keepdims=True, initial=0))
     return _divided(X, jnp.sqrt(jnp.sum(jnp.abs(X) ** 2, axis=summed, keepdims=True)))
 
 

@@ -20,7 +20,7 @@ from muonclip_jax._common.dtypes import accumulator, widened
 from muonclip_jax._common.resharding import placed_like
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.chains import check_match
+from muonclip_jax._muon.chains import check_match, check_state
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._muon.per_head import PER_HEAD_RULES, PerHead, with_heads
 from muonclip_jax._orthogonalize.dimension_numbers import DimensionNumbersOrFn
@@ -109,6 +109,7 @@ def neurons_normalized(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state("normalize_neurons", state, NormalizeNeuronsState)
         updates = jax.tree.map(jnp.asarray, updates)
         splits = splits_of("normalize_neurons", updates, numbers)
         leaves, structure = jax.tree.flatten(updates)

@@ -26,7 +26,7 @@ from muonclip_jax._common.paths import path_string
 from muonclip_jax._common.resharding import placed_like_tree
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree, Scalar
-from muonclip_jax._muon.chains import check_match, same_model
+from muonclip_jax._muon.chains import check_match, check_state, same_model
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._orthogonalize.dimension_numbers import spread
 
@@ -136,6 +136,7 @@ def scale_by_sinkhorn(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        check_state("scale_by_sinkhorn", state, ScaleBySinkhornState)
         check_match("scale_by_sinkhorn", updates, state.mu)
         G = placed_like_tree(jax.tree.map(jnp.asarray, updates), state.mu)
         M = jax.tree.map(lambda m, g: _average(m, g, beta), state.mu, G)
@@ -154,7 +155,7 @@ def scale_by_sinkhorn(
 def _balanced(G: jax.Array, token_axis: int, tau: Scalar) -> jax.Array:
     """√n U: the rows are the tokens, along `token_axis`, and n is the size of the other axis."""
     columns = -3 - token_axis
-    largest = jnp.max(jnp.abs(G), axis=columns, keepdims=True)
+    largest = jnp.max(jnp.abs(G), axis=columns, keepdims=True, initial=0)
     U = G / jnp.where(largest == 0, 1, largest).astype(G.dtype)  # rows, before any square
     row_norms = largest * _norms(U, columns)
     mean = jnp.sum(row_norms / G.shape[token_axis], axis=token_axis, keepdims=True)
