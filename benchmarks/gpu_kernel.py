@@ -22,7 +22,6 @@ import itertools
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,13 +33,20 @@ from optax import contrib
 import muonclip_jax as mc
 from benchmarks import report
 from benchmarks.compiled import compiled_cost
-from benchmarks.tpu_kernel import CALLS, LARGEST_ERROR, NUMBERS, arrays, error, repeated
-from benchmarks.tpu_kernel_cycles import Product, by_xla
+from benchmarks.kernel_products import (
+    BFLOAT16,
+    CALLS,
+    Product,
+    by_kernel,
+    error,
+    kernel_and_xla,
+    median_seconds,
+    wrong,
+)
 from muonclip_jax._orthogonalize import gpu_kernel
 from muonclip_jax._orthogonalize.tiles import Tiles, fastest
 
-REPEATS, LEARNING_RATE = 7, 0.02
-BFLOAT16 = 2  # bytes
+LEARNING_RATE = 0.02
 TORCH = importlib.util.find_spec("torch") is not None
 RATES = {"bf16": jnp.bfloat16, "tf32": jnp.float32, "f32": jnp.float32}
 SETTINGS = {"ns_dtype": ("bfloat16", "float32"), "ns_method": ("standard", "gram")}
@@ -125,17 +131,6 @@ def shown(settings: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
-def median_seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Times calls, interleaved, and returns the medians; the first calls are not timed."""
-    taken: list[list[float]] = [[] for _ in calls]
-    for _ in range(REPEATS + 1):
-        for call, seconds in zip(calls, taken, strict=True):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[1:]) for seconds in taken]
-
-
 def measured_rates(side: int) -> dict[str, float]:
     """Measures the FLOP/s of a square product: by default a GPU computes float32 as TF32."""
     x = jax.random.normal(jax.random.key(0), (side, side))
@@ -150,25 +145,13 @@ def measured_rates(side: int) -> dict[str, float]:
     return {name: 2 * side**3 / one for name, one in zip(RATES, seconds, strict=True)}
 
 
-def by_kernel(product: Product, cut: Tiles, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
-    """Computes a product with the kernel."""
-    a, b, c = numbers
-    if product.kind == "gram":
-        return gpu_kernel.gram_matrix(A, a, cut)
-    if product.kind == "square":
-        return gpu_kernel.product(a, A, 0.0, A, c, cut)
-    return gpu_kernel.product(a, A, b, B, c, cut)
-
-
 def measure_product(product: Product, cut: Tiles | None, kind: str, rate: float) -> dict[str, Any]:
     """Checks and times one symmetric product; the rate of XLA's is a share of `rate`."""
     cut = cut or fastest(product.n, product.m, BFLOAT16, kind)
     if cut is None:
         raise ValueError(f"measure_product: the kernel is not used for {product} on {kind}.")
-    kernel, xla = functools.partial(by_kernel, product, cut), functools.partial(by_xla, product)
-    operands = arrays(product)
-    programs = [functools.partial(repeated(f), NUMBERS, *operands) for f in (kernel, xla)]
-    mine, other = median_seconds([lambda f=f: f().block_until_ready() for f in programs])
+    kernel = functools.partial(by_kernel, gpu_kernel, product, cut)
+    mine, other = kernel_and_xla(product, kernel)
     flops = 2 * product.n**2 * product.m * CALLS
     return dataclasses.asdict(product) | {
         "error": error(product, kernel),
@@ -258,12 +241,9 @@ def torch_seconds(work: Work) -> float:
 def advice(products: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]]) -> str:
     """Returns one line: which settings to use."""
     ours = [row for row in updates if "ns_dtype" in row]
-    wrong = [
-        f"{r['kind']} {r['n']} x {r['m']}" for r in products if not r["error"] <= LARGEST_ERROR
-    ]
-    wrong += [shown_settings(r) for r in ours if not r["distance_from_optax"] <= LARGEST_DISTANCE]
-    if wrong:
-        return f"Wrong numbers for {'; '.join(wrong)}. Please open an issue."
+    far = [shown_settings(r) for r in ours if not r["distance_from_optax"] <= LARGEST_DISTANCE]
+    if names := "; ".join(wrong(products) + far):
+        return f"Wrong numbers for {names}. Please open an issue."
     narrow, wide = (
         min((r for r in ours if r["ns_dtype"] == dtype), key=lambda r: r["time_by_optax"])
         for dtype in SETTINGS["ns_dtype"]

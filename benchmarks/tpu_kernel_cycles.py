@@ -36,6 +36,7 @@ from benchmarks.kernel_cycles import (
     newest_dump,
     read_regions,
 )
+from benchmarks.kernel_products import Product, by_kernel, by_xla
 from muonclip_jax._orthogonalize import tiles, tpu_kernel, tpu_shards
 from muonclip_jax._orthogonalize.tiles import CHIPS, Regions, Tiles
 
@@ -47,43 +48,8 @@ TOPOLOGIES = {
     "TPU v6 lite": ("v6e:2x2", {512: 1024, 1024: 1024}, {512: 1024, 1024: 1024}),
     "TPU7x": ("tpu7x:2x2x1", {512: 1024, 1024: 1024}, {512: 1024, 1024: 1024}),
 }
-BFLOAT16 = 2  # bytes
 # Shards of the steps of `tpu_kernel_step`: R and C, height and width, whether they are transposed.
 SHARDS = (((8, 2), 512, 5504, False), ((2, 8), 5504, 512, True), ((16, 4), 256, 1024, False))
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A product of one matrix, in bfloat16.
-
-    Attributes:
-      kind: `"gram"`, X Xᵀ − r I; `"square"`, a A + c A A; `"product"`, a A + b B + c A B;
-        `"full"`, a X + c A X and the sum of its squares, of which the next X Xᵀ has need.
-      n: Short side.
-      m: Long side; n except for `"gram"` and `"full"`.
-    """
-
-    kind: str
-    n: int
-    m: int
-
-    @property
-    def added(self) -> int:
-        """Matrices in the sum with A B."""
-        return {"gram": 0, "square": 1, "product": 2, "full": 1}[self.kind]
-
-    @property
-    def shape(self) -> tiles.Shape:
-        """The product for `tiles.cycles`."""
-        if self.kind == "full":
-            return tiles.Shape(self.n, self.m, self.n, BFLOAT16, False, self.added)
-        return tiles.Shape(self.n, self.n, self.m, BFLOAT16, True, self.added)
-
-    def cut(self, kind: str) -> Tiles | None:
-        """The tiles that are used on a kind of device; None where XLA's product is."""
-        if self.kind == "full":
-            return tiles.fastest_full(self.n, self.m, self.n, BFLOAT16, kind)
-        return tiles.fastest(self.n, self.m, BFLOAT16, kind)
 
 
 PRODUCTS = (
@@ -100,20 +66,6 @@ PRODUCTS = (
 SAMPLES = (Product("square", 4096, 4096), Product("full", 4096, 4096))
 
 
-def by_xla(product: Product, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
-    """Computes a product without the kernel: sums in float32, rounded once."""
-    a, b, c = numbers
-    right = {"gram": A.mT, "square": A, "product": B, "full": B}[product.kind]
-    total = jnp.matmul(A, right, preferred_element_type=jnp.float32)
-    if product.kind == "gram":
-        return (total - a * jnp.eye(product.n)).astype(A.dtype)
-    added = B if product.kind == "full" else A
-    total = a * added.astype(jnp.float32) + c * total
-    if product.kind == "product":
-        total += b * B.astype(jnp.float32)
-    return total.astype(A.dtype)
-
-
 def with_squares(
     product: Product, numbers: Any, A: jax.Array, B: jax.Array
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -122,18 +74,6 @@ def with_squares(
     if product.kind != "full":
         return result
     return result, jnp.sum(result.astype(jnp.float32) ** 2)
-
-
-def by_kernel(product: Product, cut: Tiles, numbers: Any, A: jax.Array, B: jax.Array) -> jax.Array:
-    """Computes the same with the kernel."""
-    a, b, c = numbers
-    if product.kind == "gram":
-        return tpu_kernel.gram_matrix(A, a, cut)
-    if product.kind == "square":
-        return tpu_kernel.product(a, A, 0.0, A, c, cut)
-    if product.kind == "full":
-        return tpu_kernel.full_product(c, A, B, [(a, B)], cut)[0]
-    return tpu_kernel.product(a, A, b, B, c, cut)
 
 
 def compiled(f: Callable[..., Any], product: Product, topology: str) -> tuple[Any, float]:
@@ -152,7 +92,7 @@ def regions_of(
 ) -> Regions:
     """Compiles the kernel, and reads the cycles of its parts."""
     cut = Tiles(side, 2 * chunk, chunk)
-    compiled(functools.partial(by_kernel, product, cut), product, topology)
+    compiled(functools.partial(by_kernel, tpu_kernel, product, cut), product, topology)
     found = read_regions(newest_dump(dump, "_product"), chunk)
     _empty(dump)
     return found

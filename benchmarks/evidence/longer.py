@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence import plotting
 from benchmarks.evidence.runner import Measure, lookup
-from benchmarks.evidence.summaries import loss_of, mean_sd, over_seeds, paired_difference, seeds_of
+from benchmarks.evidence.summaries import (
+    SEEDS,
+    loss_of,
+    mean_sd,
+    over_seeds,
+    paired_difference,
+    seeds_of,
+)
 from benchmarks.evidence.training import BATCH_SIZE, LOGGED, SEQ_LEN, Run, curves, finite
 from benchmarks.report import markdown
 
@@ -71,7 +78,6 @@ class Long(Run):
 
 RUN = Long(0.016, 0, threshold=30.0)  # at the best rate of low-threshold
 LOWER = Long(0.016, 0, threshold=15.0)  # at which the clip acts; no clip acts in `RUN`
-SEEDS = (0, 1)
 LEVELS = (12.0, 15.0, 20.0, 25.0)  # lower thresholds that heads may exceed
 JUDGED = "20"  # of them
 BEFORE = int(CONSTANT * TENTHS) - 1  # the last tenth at the full learning rate
@@ -86,8 +92,8 @@ def study(measure: Measure) -> dict[str, Any]:
       it; `lower`, the `summary` of the trainings with `LOWER`, and `minus_first`, their loss minus
       the loss of the others.
     """
-    measure([*seeds_of(RUN, SEEDS), *seeds_of(LOWER, SEEDS)])  # in parallel
-    records, lower = measure(seeds_of(RUN, SEEDS)), measure(seeds_of(LOWER, SEEDS))
+    measure([*seeds_of(RUN), *seeds_of(LOWER)])  # in parallel
+    records, lower = measure(seeds_of(RUN)), measure(seeds_of(LOWER))
     logits = [np.reshape(r["max_logits"], (len(r["logged"]), -1)) for r in records]  # [point, head]
     return summary(records) | {
         "above": {f"{x:g}": by_tenth((each > x).mean(1) for each in logits) for x in LEVELS},

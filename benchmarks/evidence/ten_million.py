@@ -1,7 +1,7 @@
 """Kimi K2, figure 2 and appendix D, with a model of ten million parameters."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -38,10 +38,6 @@ MODELS = {
     "mla": lambda: mla.MLA(LAYERS, WIDTH, Latent(HEADS, 192, 128, 32, 16, 32), HIDDEN),
 }
 SEEDS = (0, 1)
-# The trained seeds, of `SEEDS`: of Muon, without and with QK-clip, and of AdamW, which the verdict
-# does not need. There is no verdict before a model has all seeds of Muon.
-TRAINED = {"gqa": {"muon": (0, 1), "adamw": (0,)}, "mla": {"muon": (0,), "adamw": (0,)}}
-
 RATE, THRESHOLD, STEPS = 0.03, 100.0, 2000
 ADAMW_RATES, TRIAL = (0.001, 0.002, 0.004), 100
 KEPT = 1.1  # times τ, as in exploding-logits
@@ -67,29 +63,20 @@ def trial(rate: float) -> Large:
     return Large(rate, 0, optimizer="adamw", steps=TRIAL)
 
 
-def runs(
-    name: str, adamw_rate: float, muon: Sequence[int], adamw: Sequence[int] = ()
-) -> list[list[Run]]:
-    """Returns the trainings of one model: without and with QK-clip, and with AdamW.
-
-    Args:
-      name: One of `MODELS`.
-      adamw_rate: Learning rate of AdamW.
-      muon: Seeds without and with QK-clip.
-      adamw: Seeds with AdamW.
-    """
+def runs(name: str, adamw_rate: float) -> list[list[Run]]:
+    """Returns the trainings of one model: without and with QK-clip, and with AdamW."""
     plain = Large(RATE, 0, attention=name)
     clipped = dataclasses.replace(plain, threshold=THRESHOLD)
     with_adamw = dataclasses.replace(plain, learning_rate=adamw_rate, optimizer="adamw")
-    return [seeds_of(plain, muon), seeds_of(clipped, muon), seeds_of(with_adamw, adamw)]
+    return [seeds_of(run, SEEDS) for run in (plain, clipped, with_adamw)]
 
 
 def study(measure: Measure) -> dict[str, Any]:
-    """Trains each model with the seeds of `TRAINED`."""
+    """Trains each model."""
     trials = measure([trial(rate) for rate in ADAMW_RATES])
     losses = [record["validation_loss"] for record in trials]
     rate = ADAMW_RATES[int(np.argmin(losses))]
-    trained = {name: runs(name, rate, **seeds) for name, seeds in TRAINED.items() if seeds["muon"]}
+    trained = {name: runs(name, rate) for name in MODELS}
     measure([run for lines in trained.values() for line in lines for run in line])  # in parallel
     lines = {name: compare(*map(measure, lines)) for name, lines in trained.items()}
     return {"adamw": {"rate": rate, "trials": losses}, "models": lines}
@@ -98,14 +85,14 @@ def study(measure: Measure) -> dict[str, Any]:
 def compare(
     plain: list[dict[str, Any]], clipped: list[dict[str, Any]], adamw: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Summarizes the trainings of one model; AdamW may have fewer seeds, or none."""
+    """Summarizes the trainings of one model."""
     return {
         "plain_max_logit": over_seeds(max(largest_logits(record)) for record in plain),
         "plain_heads_above": over_seeds(
             float(np.mean(np.max(record["max_logits"], axis=0) > THRESHOLD)) for record in plain
         ),
         "plain_last_logit": over_seeds(largest_logits(record)[-1] for record in plain),
-        "adamw_max_logit": over_any(max(largest_logits(record)) for record in adamw),
+        "adamw_max_logit": over_seeds(max(largest_logits(record)) for record in adamw),
         "clipped_max_logit": over_seeds(max(largest_logits(record)) for record in clipped),
         "clipped_median_of_clipped_heads": over_seeds(map(median_while_clipped, clipped)),
         "clipped_last_logit": over_seeds(largest_logits(record)[-1] for record in clipped),
@@ -115,15 +102,9 @@ def compare(
         "late_clips": over_seeds(map(late_clips, clipped)),
         "plain_loss": loss_of(plain),
         "clipped_loss": loss_of(clipped),
-        "adamw_loss": over_any(record["validation_loss"] for record in adamw),
+        "adamw_loss": over_seeds(record["validation_loss"] for record in adamw),
         "clipped_minus_plain_loss": paired_difference(clipped, plain),
     }
-
-
-def over_any(values: Iterable[float | None]) -> dict[str, Any]:
-    """Summarizes over seeds, of which there may be none."""
-    known = list(values)
-    return over_seeds(known) if known else {"mean": None, "sd": None, "n": 0}
 
 
 def median_while_clipped(record: Mapping[str, Any]) -> float | None:
@@ -151,20 +132,13 @@ def late_clips(record: Mapping[str, Any]) -> float | None:
     return finite(clipped[round(EARLY * len(clipped)) :].sum() / max(1, clipped.sum()))
 
 
-def complete(ours: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Returns the models whose planned seeds of Muon are all trained."""
-    return {n: x for n, x in ours["models"].items() if x["plain_loss"]["n"] == len(SEEDS)}
-
-
 def verdict(ours: Mapping[str, Any]) -> str:
-    """Judges the models that have all seeds; without one, the experiment is unfinished.
+    """Judges both models.
 
     Reproduced: ten times τ without QK-clip; with it at most `KEPT` times τ, at most `LATE_CLIPS` of
     the clips after `EARLY` of the training, and no higher loss.
     """
-    lines = complete(ours).values()
-    if not lines:
-        return "unfinished"
+    lines = ours["models"].values()
     medians = [line["clipped_median_of_clipped_heads"]["mean"] for line in lines]
     return plotting.judge(
         all(line["plain_max_logit"]["mean"] > 10 * THRESHOLD for line in lines),
@@ -175,19 +149,18 @@ def verdict(ours: Mapping[str, Any]) -> str:
 
 
 def one_line(ours: Mapping[str, Any]) -> str:
-    """Summarizes the result in one line, of the models that the verdict judges."""
+    """Summarizes the result in one line."""
     texts = (
         f"{name}: {line['plain_max_logit']['mean']:,.0f} without QK-clip; with it a median of"
         f" {median(line)} over clipped heads, and"
         f" {line['late_clips']['mean']:.0%} of the clips after {EARLY:.0%} of training"
-        for name, line in (complete(ours) or ours["models"]).items()
+        for name, line in ours["models"].items()
     )
     return "; ".join(texts)
 
 
 COLUMNS = (
     "",
-    "seeds",
     "largest logit, no clip",
     "largest logit, with clip",
     "median of clipped heads",
@@ -204,26 +177,26 @@ def section(ours: Mapping[str, Any]) -> str:
     """Describes the result in a paragraph and a table."""
     models, adamw = ours["models"], ours["adamw"]
     rates = ", ".join(f"{rate:g}" for rate in ADAMW_RATES)
-    parts = [
-        answer(complete(ours) or models),
-        *(finding(name, line) for name, line in models.items()),
-        f"""\
+    return "\n\n".join(
+        [
+            answer(models),
+            *(finding(name, line) for name, line in models.items()),
+            f"""\
 The models have {LAYERS} layers, width {WIDTH}, {HEADS} heads and {HIDDEN:,} hidden units. They
-train for {STEPS:,} steps of {Large.batch_size} x {SEQ_LEN} bytes with decay 0.1, which also lowers
-logits. The learning rate of Muon, {RATE:g}, is high by intention. It is not tuned for the loss, so
-the losses do not rank the optimizers. AdamW has the rate {adamw["rate"]:g}, the best of {rates}
-in {TRIAL} steps.
+train for {STEPS:,} steps of {Large.batch_size} x {SEQ_LEN} bytes, with {len(SEEDS)} seeds. The
+decay is 0.1, which also lowers logits. The learning rate of Muon, {RATE:g}, is high by intention.
+It is not tuned for the loss, so the losses do not rank the optimizers. AdamW has the rate
+{adamw["rate"]:g}, the best of {rates} in {TRIAL} steps.
 
 Each logit is the largest of {STEPS // LOGGED} steps. The median is over the heads that exceed τ,
 between the first and the last time that they do.""",
-        missing(models),
-        markdown(COLUMNS, [row(name, line) for name, line in models.items()]),
-    ]
-    return "\n\n".join(part for part in parts if part)
+            markdown(COLUMNS, [row(name, line) for name, line in models.items()]),
+        ]
+    )
 
 
 def answer(lines: Mapping[str, Mapping[str, Any]]) -> str:
-    """States the result for the models that the verdict judges, in one paragraph."""
+    """States the result in one paragraph."""
     free = " and ".join(f"{x['plain_max_logit']['mean']:,.0f} ({n})" for n, x in lines.items())
     kept = " and ".join(f"{median(x)} ({n})" for n, x in lines.items())
     return (
@@ -235,13 +208,13 @@ def answer(lines: Mapping[str, Mapping[str, Any]]) -> str:
 def finding(name: str, line: Mapping[str, Any]) -> str:
     """States the result for one model, as the figures have it."""
     free, change = line["plain_max_logit"]["mean"], line["clipped_minus_plain_loss"]["mean"]
-    tenths, seeds = line["clips_by_tenth"], line["plain_loss"]["n"]
+    tenths = line["clips_by_tenth"]
     return (
-        f"**{name}, {'one seed' if seeds == 1 else f'{seeds} seeds'}.** The largest logit without"
+        f"**{name}.** The largest logit without"
         f" QK-clip is {free / THRESHOLD:.1f} times τ, and"
         f" {line['plain_heads_above']['mean']:.0%} of the heads exceed τ. At the end it is"
         f" {line['plain_last_logit']['mean']:.0f}. With QK-clip the loss at the same seed is"
-        f" {shown(line['clipped_minus_plain_loss']).lstrip('-')}"
+        f" {mean_sd(line['clipped_minus_plain_loss']).lstrip('-')}"
         f" {'lower' if change < 0 else 'higher'}. {line['late_clips']['mean']:.0%} of all clips"
         f" come after {EARLY:.0%} of training. Of {LAYERS * HEADS} heads a step clips"
         f" {tenths[0]:.1f} on average in the first tenth, {max(tenths):.1f} in the busiest tenth,"
@@ -249,59 +222,25 @@ def finding(name: str, line: Mapping[str, Any]) -> str:
     )
 
 
-def missing(models: Mapping[str, Any]) -> str:
-    """Lists the planned trainings that are missing; nothing if none is."""
-    counts = {
-        f"{name}{optimizer}": models[name][loss]["n"] if name in models else 0
-        for name in MODELS
-        for optimizer, loss in (("", "plain_loss"), (" with AdamW", "adamw_loss"))
-    }
-    short = [
-        f"{name} has {n} of {len(SEEDS)} seeds" for name, n in counts.items() if n < len(SEEDS)
-    ]
-    if not short:
-        return ""
-    return (
-        f"Some planned trainings are missing: {'; '.join(short)}. A model counts for the verdict"
-        " when it has all seeds of Muon, without and with QK-clip."
-    )
-
-
-def shown(value: Mapping[str, Any], digits: int = 3) -> str:
-    """Formats a mean and its standard deviation, which one seed does not have."""
-    if value["n"] == 0:
-        return "-"
-    if value["n"] > 1 or value["mean"] is None:
-        return mean_sd(dict(value), digits)
-    return f"{value['mean']:.{digits}f}"
-
-
 def median(line: Mapping[str, Any]) -> str:
     """Formats the median over clipped heads, which needs a clip in each training."""
     value = line["clipped_median_of_clipped_heads"]
-    return "unknown, without a clip," if value["mean"] is None else shown(value, 0)
-
-
-def seeds(line: Mapping[str, Any]) -> str:
-    """Formats the number of seeds, and AdamW's if it differs."""
-    muon, adamw = line["plain_loss"]["n"], line["adamw_loss"]["n"]
-    return f"{muon}" if adamw == muon else f"{muon}, AdamW {adamw}"
+    return "unknown, without a clip," if value["mean"] is None else mean_sd(value, 0)
 
 
 def row(name: str, line: Mapping[str, Any]) -> list[str]:
     """Formats the row of a model."""
     return [
         name,
-        seeds(line),
-        shown(line["plain_max_logit"], 0),
-        shown(line["clipped_max_logit"], 0),
+        mean_sd(line["plain_max_logit"], 0),
+        mean_sd(line["clipped_max_logit"], 0),
         median(line),
-        shown(line["adamw_max_logit"], 0),
+        mean_sd(line["adamw_max_logit"], 0),
         f"{line['ever_clipped']['mean']:.0%}",
-        shown(line["last_clip"], 0),
-        shown(line["plain_loss"]),
-        shown(line["clipped_loss"]),
-        shown(line["adamw_loss"]),
+        mean_sd(line["last_clip"], 0),
+        mean_sd(line["plain_loss"]),
+        mean_sd(line["clipped_loss"]),
+        mean_sd(line["adamw_loss"]),
     ]
 
 
@@ -311,8 +250,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
     names = list(ours["models"])
     figure, axes = plotting.panels(3, len(names), (4.2, 3.2), sharex=True, squeeze=False)
     for (plain, clipped, clips), name in zip(axes, names, strict=True):
-        trained = SEEDS[: ours["models"][name]["plain_loss"]["n"]]
-        lines = runs(name, ours["adamw"]["rate"], trained)
+        lines = runs(name, ours["adamw"]["rate"])
         titles = f"{name}: no clip", f"{name}: τ = {THRESHOLD:g}"
         for one, line, title, color in zip(
             (plain, clipped), lines, titles, plotting.COLORS, strict=False

@@ -30,6 +30,28 @@ class _Held:
     value: Any
 
 
+class _Number(jax.Array):
+    """A number that `jnp.asarray` makes an array of, with the default dtype of floats.
+
+    Optax does so in `init`. An array made before would start the backend, and would not be on the
+    mesh. Optax casts no array whose type is not weak.
+    """
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    @property
+    def dtype(self) -> Any:
+        return jax.dtypes.canonicalize_dtype(float)
+
+    @property
+    def weak_type(self) -> bool:
+        return False
+
+    def __jax_array__(self) -> jax.Array:
+        return jnp.asarray(self.value, self.dtype)
+
+
 class _Signature(inspect.Signature):
     """A signature whose `bind` returns arguments that `optax.inject_hyperparams` keeps."""
 
@@ -45,7 +67,7 @@ class _Signature(inspect.Signature):
             if is_static or (callable(value) and not is_schedule[name]):
                 bound.arguments[name] = _Held(value)
             elif isinstance(value, float):
-                bound.arguments[name] = jnp.asarray(value, jax.dtypes.canonicalize_dtype(float))
+                bound.arguments[name] = _Number(value)
         return bound
 
     def replace(self, **changes: Any) -> "_Signature":  # functools.partial of a factory
@@ -70,7 +92,7 @@ def injectable(
       ... def factory(rate, mask=len):
       ...     return mask("abc") * rate
       >>> bound = inspect.signature(factory).bind(2.0)
-      >>> callable(bound.arguments["mask"]), factory(**bound.arguments).tolist()
+      >>> callable(bound.arguments["mask"]), factory(**bound.arguments)
       (False, 6.0)
     """
 
@@ -95,4 +117,4 @@ def _signature(plain: inspect.Signature, check: Any, numbers: frozenset[str]) ->
 
 
 def _released(x: Any) -> Any:
-    return x.value if isinstance(x, _Held) else x
+    return x.value if isinstance(x, _Held | _Number) else x

@@ -140,7 +140,7 @@ def long_study(first, lower):
     records = [
         record | {"settings": runner.described(run)}
         for task, record in ((longer.RUN, first), (longer.LOWER, lower))
-        for run in seeds_of(task, longer.SEEDS)
+        for run in seeds_of(task)
     ]
     return longer.study(runner.lookup(records)), records
 

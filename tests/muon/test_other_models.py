@@ -140,11 +140,7 @@ OTHERS = {
     "adamw": (lambda: optax.adamw(0.1), ADAMW),
     "one transform": (lambda: optax.scale_by_adam(), "ScaleByAdamState"),
     "a chain around it": (lambda: optax.chain(mc.muon(0.1)), f"({MUON})"),
-    "Muon of optax": (
-        lambda: optax.contrib.muon(0.1),
-        "PartitionState(adam: MaskedState((ScaleByAdamState, EmptyState, EmptyState)), "
-        "muon: MaskedState((MuonState, EmptyState, EmptyState, EmptyState)))",
-    ),
+    "Muon of optax": (lambda: optax.contrib.scale_by_muon(), "MuonState"),
     "another partition": (
         lambda: optax.partition({"all": optax.sgd(0.1)}, "all"),
         "PartitionState(all: MaskedState((EmptyState, EmptyState)))",

@@ -145,3 +145,10 @@ def test_one_error_proposes_kernels_with_their_biases(shapes, kernel, bias, layo
     for name, expected in {"q": 0.5, "k": 0.5, "v": 1.0}.items():
         for pattern in (kernel, bias):
             np.testing.assert_allclose(new["attn"][pattern.format(name)], expected)
+
+
+def test_biases_are_never_proposed_as_kernels():
+    shapes = {"q": (8, 4, 3), "k": (9, 4, 3)}  # of cross-attention, whose kernels get no proposal
+    with pytest.raises(ValueError, match="no module 'query'") as error:
+        mc.qk_clip({"attn": with_biases(shapes, "w{}", "b{}")}, STATS)
+    assert "query='bq'" not in str(error.value)

@@ -125,7 +125,10 @@ heavy = {"flax", "orbax", "matplotlib", "tqdm", "chex"} & {m.split(".")[0] for m
 if heavy - CHEX:
     raise SystemExit(f"imported {heavy}")
 import jax._src.xla_bridge as bridge
-if bridge._backends:
+import optax
+mc.muonclip(0.1)
+optax.inject_hyperparams(mc.muonclip)(learning_rate=0.1)
+if bridge._backends:  # jax.distributed.initialize must come before
     raise SystemExit("started a backend")
 if not {"linen", "nnx"} <= set(dir(mc)):
     raise SystemExit("dir(mc) lacks linen or nnx before their first use")

@@ -1,10 +1,11 @@
-"""Sharded matrices under `jax.vmap` with sharded members, and in a partial `jax.shard_map`."""
+"""Transforms of sharded updates: `jax.vmap`, a partial `jax.shard_map`, injected settings."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -163,3 +164,15 @@ def test_vmap_of_the_clip(spmd_axis_name):
         spec=P("x", "y", None, None)
     )
     assert jnp.any(got[1].gamma["attn"] < 1)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_injected_settings_are_where_those_of_optax_are(kind):
+    """Orbax restores them there; built before the mesh, they once stayed on one device."""
+    placed = {}
+    for factory in (mc.muon, optax.adamw):
+        tx = optax.inject_hyperparams(factory)(learning_rate=0.1)
+        with jax.set_mesh(make_mesh((2, 2), kind)):
+            settings = tx.init({"w": jnp.ones((8, 8))}).hyperparams
+        placed[factory] = {str(x.sharding) for x in settings.values()}
+    assert placed[mc.muon] == placed[optax.adamw]

@@ -17,7 +17,12 @@ import optax
 from muonclip_jax._common.dtypes import cast
 from muonclip_jax._common.settings import NUMBERS, check_settings
 from muonclip_jax._common.types import ArrayTree
-from muonclip_jax._muon.chains import add_decayed_weights, in_float32, same_model
+from muonclip_jax._muon.chains import (
+    add_decayed_weights,
+    check_state,
+    in_float32,
+    same_model,
+)
 from muonclip_jax._muon.injection import injectable
 from muonclip_jax._orthogonalize.dimension_numbers import spread
 
@@ -85,7 +90,8 @@ def add_cautious_weight_decay(
                 "add_cautious_weight_decay: update needs params, got None. Call "
                 "tx.update(grads, state, params)."
             )
-        with same_model(caller, updates, state, params, decay.init):
+        with same_model(caller, updates, state, params):
+            check_state(caller, state, type(jax.eval_shape(decay.init, params)))
             return wide.update(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(decay.init, update_fn)
