@@ -67,10 +67,12 @@ def take_apart(
         parts.append(collections.OrderedDict(named) if len(arrays) > 1 else arrays[0])
     if faults:
         raise ValueError(
-            f"{caller}: {len(faults)} of {len(flat)} leaves are sharded across their heads.\n"
+            f"{caller}: {len(faults)} of {len(flat)} leaves are sharded across their heads "
+            "or groups.\n"
             + "\n".join(faults)
             + "\nShard the inputs of these leaves instead, or shard over a number of devices that "
-            "divides the heads, or leave the leaves out of per_head."
+            "divides the heads, or leave the leaves out of per_head. For a convolution in groups, "
+            "set overrides=."
         )
     axes = [part.axes for split in splits for part in split.parts]
     return Parts(jax.tree.structure(tree).unflatten(parts), axes, passed)
