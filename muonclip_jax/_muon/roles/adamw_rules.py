@@ -1,10 +1,10 @@
 """Rules that assign a parameter to AdamW: names, biases, routers, vectors of stacked layers."""
 
 from muonclip_jax._muon.roles import look_alikes, names
+from muonclip_jax._muon.roles.biases import has_fitting_bias, is_matrix_of_adaptive_norm
 from muonclip_jax._muon.roles.decision import Decision
 from muonclip_jax._muon.roles.evidence import Evidence
 from muonclip_jax._muon.roles.modules import Leaf, Path, Shape
-from muonclip_jax._muon.roles.orientation import has_fitting_bias, is_matrix_of_adaptive_norm
 
 # How many times longer than wide tables of embeddings are, at least.
 _MUCH_LONGER = 8

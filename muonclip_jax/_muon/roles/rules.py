@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from muonclip_jax._muon.roles import (
     adamw_rules,
     attention,
+    biases,
     convolutions,
     gates,
     heads,
@@ -32,7 +33,7 @@ _ADAMW_RULES = (
 )
 _MUON_RULES = (
     attention.by_layout,
-    orientation.by_bias,
+    biases.by_bias,
     attention.in_pair,
     attention.with_heads,
     convolutions.convolution,
