@@ -48,3 +48,25 @@ def test_few_outputs_with_the_sizes_of_heads_are_one_matrix():
         tree = {"attention": {**gate, **beside}}
         assert roles_of(tree)["attention/gating_w"] == (1, 64, 64)
         assert not warnings_of(tree)
+
+
+# A first axis of 1 in a numbered layer
+
+
+@pytest.mark.parametrize("layer", ["layers_0", "blocks/0", "layers"])
+def test_a_first_axis_of_one_in_a_numbered_layer_is_for_broadcasting(layer):
+    lead = (5,) if layer == "layers" else ()
+    tree = {f"{layer}/norm/scale": (*lead, 64), f"{layer}/modulation": (*lead, 1, 6, 64)}
+    tree |= {f"{layer}/q/kernel": (*lead, 64, 64), f"{layer}/I": (*lead, 1, 8, 64)}
+    assert roles_of(tree)[f"{layer}/modulation"] == "adamw"
+    assert "for broadcasting" in doubts_of(tree)[f"{layer}/I"]
+    assert len(doubts_of(tree)) == 1
+
+
+def test_stacks_of_one_matrix_are_matrices():
+    tree = {"layers_0": {"mlp": {"w1": (1, 64, 256), "w2": (1, 256, 64)}, "norm/scale": (64,)}}
+    assert roles_of(tree)["layers_0/mlp/w1"] == (1, 64, 256)
+    assert roles_of({"layers": {"mix": (1, 64, 256)}})["layers/mix"] == (1, 64, 256)
+    unnamed = {"layers_0": {"x": (1, 64, 256), "y": (1, 256, 64)}}
+    assert not warnings_of(tree)
+    assert "sides of a matrix" in doubts_of(unnamed)["layers_0/x"]

@@ -94,7 +94,7 @@ def by_bias(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision 
         is_each, doubt = gates.few_outputs(leaf, evidence, sizes)
         fused = fit.outputs[0] if is_each else None
     reason = "inputs x outputs, as its bias shows"
-    if fused in fit.outputs:
+    if fused is not None and fused in fit.outputs:
         fit = fit._replace(outputs=tuple(axis for axis in fit.outputs if axis != fused))
         reason += f", {shape[fused]} in one"
     if fit.outputs_first or (both and settings.outputs_first):

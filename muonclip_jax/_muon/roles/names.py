@@ -1,6 +1,7 @@
 """Patterns of names, and the role that the names in a path have, see `role_table`."""
 
 import functools
+import itertools
 import re
 
 from muonclip_jax._muon.roles.role_table import ADAMW_NAMES, ADAMW_ROLES, Role
@@ -177,6 +178,19 @@ def without_number(name: str) -> str:
 def number(name: str) -> int:
     """Returns the number at the end of a component; -1 if there is none."""
     return int(name.removeprefix(without_number(name)).lstrip("_") or -1)
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    """Returns whether a module around a parameter may be a stack, and not one of numbered layers.
+
+    Example:
+      >>> is_stacked(("layers", "mlp", "w1")), is_stacked(("layers", "0", "w1"))
+      (True, False)
+    """
+    return any(
+        matches(STACKS, name) and not is_numbered(name) and not inside.isdigit()
+        for name, inside in itertools.pairwise(path)
+    )
 
 
 def is_in_block(path: tuple[str, ...]) -> bool:
