@@ -70,3 +70,44 @@ def test_stacks_of_one_matrix_are_matrices():
     unnamed = {"layers_0": {"x": (1, 64, 256), "y": (1, 256, 64)}}
     assert not warnings_of(tree)
     assert "sides of a matrix" in doubts_of(unnamed)["layers_0/x"]
+
+
+# Tables and vectors beside kernels
+
+
+ATTENTION = {f"attn/{name}/kernel": (64, 64) for name in ("q", "k", "v", "o")}
+
+
+@pytest.mark.parametrize("name", ["Er", "memories", "gq"])
+@pytest.mark.parametrize("lead", [(), (5,)])
+def test_arrays_that_are_no_kernel_are_doubted_in_a_model_of_kernels(name, lead):
+    layer = "layers" if lead else "layers_0"
+    shapes = {**ATTENTION, f"attn/{name}": (33, 16), "norm/scale": (64,)}
+    tree = {f"{layer}/{path}": (*lead, *shape) for path, shape in shapes.items()}
+    text = doubts_of(tree)[f"{layer}/attn/{name}"]
+    assert "no kernel" in text
+    assert f'overrides={{"{layer}/attn/{name}": None}}' in text
+    assert len(doubts_of(tree)) == 1
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"attn/x": (64, 8), "attn/y": (8, 64)},
+        {"attn/x_proj": (64, 64)},
+        {"attn/mix": (64, 64), "attn/mix_bias": (64,)},
+        {"moe/w1": (4, 64, 32), "moe/w2": (4, 32, 64)},
+    ],
+)
+def test_arrays_with_evidence_of_a_matrix_are_not_doubted_beside_kernels(extra):
+    assert not warnings_of({f"layers_0/{k}": s for k, s in {**ATTENTION, **extra}.items()})
+
+
+def test_arrays_of_a_model_without_modules_are_not_doubted():
+    tree = {"layers_0": {"mix": (64, 96), "other": (96, 32)}, "x": {"kernel": (32, 32)}}
+    assert not warnings_of(tree)
+
+
+@pytest.mark.parametrize("name", ["rel_height", "relative_keys", "rpe", "sqk", "tau", "inv_temp"])
+def test_tables_and_vectors_of_each_head_go_to_adamw_by_name(name):
+    assert roles_of({"layers_0": {"attn": {name: (4, 16)}}})[f"layers_0/attn/{name}"] == "adamw"

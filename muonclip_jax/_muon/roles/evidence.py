@@ -42,6 +42,7 @@ class Evidence:
       usual_width: The most frequent size of the gains of norms; 0 without one.
       convention: Whether matrices are outputs first, by the name of the parameter, where shapes
         show it.
+      has_kernels: Whether most matrices are the kernels of modules, as in Flax.
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[Shape]):
@@ -66,6 +67,8 @@ class Evidence:
         self.matrix_sizes = collections.Counter(n for shape in matrices for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
         self.convention: dict[str, bool] = {}
+        raw = [leaf.is_inside for leaf in self.leaves if len(leaf.shape) > 1 and not leaf.is_known]
+        self.has_kernels = 2 * sum(raw) > len(raw)
         self._stacks: dict[Path, Stack] = {}
         self._widths: dict[Path, set[int]] = {}
         self._shared: dict[Path, bool] = {}

@@ -7,7 +7,6 @@ from muonclip_jax._muon.roles.modules import Leaf
 
 # An axis longer than this hardly numbers the layers or heads of vectors.
 _LONGEST_STACK = 16
-_MATRIX_ENDS = r"\w+_(proj(ection)?|kernel|w|weights?|dense|linear|mlp|fc)"
 # Roles that single parameters have by name, and whose vectors may be stacked.
 _VECTORS = ("scale", "time-mixing vector", "gate vector", "learned token")
 
@@ -29,7 +28,7 @@ def doubt(leaf: Leaf, evidence: Evidence) -> str:
     if len(leaf.role[1]) == 1 and _is_large(leaf, evidence):
         return "its two axes are as long as a matrix's"
     shape = evidence.layer_of(leaf)[1]
-    if names.matches(_MATRIX_ENDS, leaf.core[-1]) and len(shape) > 1 < min(shape[-2:]):
+    if names.matches(names.MATRIX_ENDS, leaf.core[-1]) and len(shape) > 1 < min(shape[-2:]):
         return "its name ends as the name of a matrix"
     is_vector = leaf.role[0].name in _VECTORS and "sigma" not in leaf.core[-1]
     return doubt_shape(leaf, evidence) if is_vector else ""

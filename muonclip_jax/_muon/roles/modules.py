@@ -44,6 +44,14 @@ class Leaf(NamedTuple):
         """Name of the projection: `query` of `attn/query/kernel` and of `attn/query_w`."""
         return self.core[-2] if self.is_inside else names.stem(self.core[-1])
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a name shows a role, or an array in no module of its own that is a projection."""
+        own = self.core[-1]
+        known = (*names.PROJECTIONS, names.PERHAPS_OUT, names.GATE, names.GATED_PAIR)
+        is_named = any(names.matches(pattern, names.stem(own)) for pattern in known)
+        return self.role is not None or self.is_lora or own[-1:].isdigit() or is_named
+
     def has(self, pattern: str) -> bool:
         """Returns whether a component of the path has a name."""
         return any(names.matches(pattern, name) for name in self.core)

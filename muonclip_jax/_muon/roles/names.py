@@ -23,6 +23,7 @@ CELL = r"\w*(rnn|lstm|gru)(_?(cell|layer))?"
 NOISE, MEAN = r"sigma|rho|std|stddev", r"mu|mean|loc"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
 MATRIX_SUFFIXES = ("_w", "_kernel", "_weight", "_weights")
+MATRIX_ENDS = r"\w+_(proj(ection)?|kernel|w|weights?|dense|linear|mlp|fc)"
 BIAS_SUFFIXES = ("_b", "_bias")
 
 # Components that are one layer or a stack of layers, so that a head is not below them.

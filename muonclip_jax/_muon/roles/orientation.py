@@ -52,8 +52,19 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Dec
         doubt = f"its first axis of {shape[0]} may be the window of a convolution"
     if is_unknown and last > 1 and not doubt and not _is_batch(leaf, evidence):
         doubt = f"nothing shows whether the axes {shape} are matrices or heads"
+    if not doubt and evidence.has_kernels and _is_raw(leaf, evidence):
+        doubt = "it is no kernel, as other matrices are, and may be a table or vectors"
     sides = ((last,), (last - 1,)) if outputs_first else ((last - 1,), (last,))
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
+
+
+def _is_raw(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether neither a name nor a parameter beside it shows that this is a matrix."""
+    if leaf.is_known or names.matches(names.MATRIX_NAMES, leaf.core[-1]):
+        return False
+    if names.matches(names.MATRIX_ENDS, leaf.core[-1]) or has_transposed(leaf, evidence):
+        return False
+    return bias_fit(leaf, evidence)[0] is None
 
 
 def _may_be_window(leaf: Leaf, evidence: Evidence) -> bool:
