@@ -60,9 +60,10 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Dec
 
 def _is_raw(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether neither a name nor a parameter beside it shows that this is a matrix."""
-    if leaf.is_known or names.matches(names.MATRIX_NAMES, leaf.core[-1]):
+    own = leaf.core[-1]
+    if leaf.is_known or names.matches(rf"{names.MATRIX_NAMES}|{names.STACKS}|stack", own):
         return False
-    if names.matches(names.MATRIX_ENDS, leaf.core[-1]) or has_transposed(leaf, evidence):
+    if names.matches(names.MATRIX_ENDS, own) or has_transposed(leaf, evidence):
         return False
     return bias_fit(leaf, evidence)[0] is None
 
