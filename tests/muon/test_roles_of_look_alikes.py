@@ -111,3 +111,63 @@ def test_arrays_of_a_model_without_modules_are_not_doubted():
 @pytest.mark.parametrize("name", ["rel_height", "relative_keys", "rpe", "sqk", "tau", "inv_temp"])
 def test_tables_and_vectors_of_each_head_go_to_adamw_by_name(name):
     assert roles_of({"layers_0": {"attn": {name: (4, 16)}}})[f"layers_0/attn/{name}"] == "adamw"
+
+
+# Kernels of dense layers below the names of vectors, tables and heads
+
+
+@pytest.mark.parametrize(
+    ("tree", "path"),
+    [
+        ({"linear_pos/kernel": (64, 64)}, "linear_pos/kernel"),
+        ({"film/gamma/kernel": (32, 64), "film/gamma/bias": (64,)}, "film/gamma/kernel"),
+        ({"rel_pos/Dense_0/kernel": (2, 64), "rel_pos/Dense_0/bias": (64,)}, "rel_pos/Dense_0/ke"),
+        (
+            {"layernorm_qkv/kernel": (64, 192), "layernorm_qkv/scale": (64,)},
+            "layernorm_qkv/kernel",
+        ),
+        ({"layernorm_mlp/wo_kernel": (256, 64)}, "layernorm_mlp/wo_kernel"),
+        ({"layernorm_mlp/wi_kernel": (64, 2, 256)}, "layernorm_mlp/wi_kernel"),
+    ],
+)
+def test_dense_layers_below_the_names_of_vectors_are_matrices(tree, path):
+    shapes = {f"layers_{i}/{name}": shape for i in range(2) for name, shape in tree.items()}
+    found = {name: role for name, role in roles_of(shapes).items() if f"layers_0/{path}" in name}
+    assert found
+    assert "adamw" not in found.values()
+
+
+@pytest.mark.parametrize("name", ["Gamma", "ada_norm", "position"])
+def test_a_kernel_of_two_axes_below_the_name_of_a_vector_is_doubted(name):
+    layer = {f"{name}/kernel": (32, 64), "up/kernel": (32, 64)}
+    tree = {f"layers_{i}/{path}": shape for i in range(2) for path, shape in layer.items()}
+    assert roles_of(tree)[f"layers_0/{name}/kernel"] == "adamw"
+    (text,) = warnings_of(tree)
+    assert "kernel of two axes" in text
+
+
+def test_kernels_of_norms_in_stacked_layers_are_vectors():
+    layer = {"attention_norm/kernel": (32, 64), "up/kernel": (32, 64, 256), "last/kernel": (64, 8)}
+    assert roles_of(layer)["attention_norm/kernel"] == "adamw"
+    assert not any("norm" in text for text in warnings_of(layer))
+
+
+def test_the_layer_before_a_tied_table_is_hidden():
+    tree = {"embed/embedding": (300, 32), "predictions/dense/kernel": (64, 32), "x/kernel": (64, 8)}
+    tied = {**tree, "predictions/bias": (300,)}
+    normed = {**tree, "predictions/LayerNorm/scale": (32,)}
+    assert roles_of(tied)["predictions/dense/kernel"] == (1, 64, 32)
+    assert roles_of(normed)["predictions/dense/kernel"] == (1, 64, 32)
+    assert "no name confirms it" in doubts_of(tree)["predictions/dense/kernel"]
+    other = {**tied, "predictions/dense/kernel": (64, 10)}
+    assert roles_of(other)["predictions/dense/kernel"] == "adamw"
+
+
+@pytest.mark.parametrize("path", ["encoder/Conv_{}/kernel", "net2/conv/{}/conv/kernel"])
+def test_the_first_convolution_of_mono_audio_is_doubted(path):
+    tree = {path.format(0): (7, 1, 32), path.format(1): (7, 32, 64)}
+    assert "first convolution" in doubts_of(tree)[path.format(0)]
+    depthwise = {**tree, path.format(1): (7, 1, 32)}
+    assert not warnings_of(depthwise)
+    gains = {path.format(i): (32, 1, 1) for i in range(2)}
+    assert not warnings_of(gains)

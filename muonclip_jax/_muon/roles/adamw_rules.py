@@ -16,9 +16,9 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if leaf.role is None or _is_low_rank(leaf, evidence):
         return None
     role, name = leaf.role
-    if look_alikes.is_matrix(leaf, evidence):
+    if look_alikes.is_matrix(leaf, evidence) or look_alikes.is_dense(leaf, evidence):
         return None
-    doubt = look_alikes.doubt(leaf, evidence)
+    doubt = look_alikes.doubt(leaf, evidence) or look_alikes.doubt_kernel(leaf, evidence)
     if role.name == "norm":
         if is_matrix_of_adaptive_norm(leaf, evidence, name):
             return None

@@ -154,6 +154,11 @@ class Evidence:
             if x.module == leaf.module or (x.role is None and x.core[:-1] in near)
         ]
 
+    def leaves_in(self, module: Path) -> list[Leaf]:
+        """Lists the parameters directly in a module."""
+        found = (self.by_core.get((*module, child)) for child in self.children[module])
+        return [leaf for leaf in found if leaf]
+
     def has_child(self, module: Path, pattern: str) -> bool:
         """Returns whether a module has a child of a name."""
         return any(names.matches(pattern, child) for child in self.children[module])
