@@ -171,3 +171,36 @@ def test_the_first_convolution_of_mono_audio_is_doubted(path):
     assert not warnings_of(depthwise)
     gains = {path.format(i): (32, 1, 1) for i in range(2)}
     assert not warnings_of(gains)
+
+
+# Bottlenecks, which project down first
+
+
+MODEL = {"embed/embedding": (300, 64), "norm/scale": (64,), "mlp/up/kernel": (64, 256)}
+MODEL |= {"attn/q/kernel": (64, 64), "attn/k/kernel": (64, 64), "mlp/down/kernel": (256, 64)}
+
+
+@pytest.mark.parametrize("module", ["adapter", "mla", "adapter_mlp"])
+@pytest.mark.parametrize("ends", [("down", "up"), ("w_down", "w_up")])
+@pytest.mark.parametrize("outputs_first", [False, True])
+def test_down_and_up_of_a_bottleneck(module, ends, outputs_first):
+    down, up = (f"{module}/{name}" for name in ends)
+    shapes = {down: (64, 8), up: (8, 64)}
+    if outputs_first:
+        shapes = {f"{path}/weight": shape[::-1] for path, shape in shapes.items()}
+        shapes |= {"x/weight": (48, 64), "x/bias": (48,)}
+    found = roles_of({**MODEL, **shapes})
+    assert {path: found[path] for path in found if module in path} == {
+        path: (1, *((64, 8) if "down" in path else (8, 64))) for path in shapes if module in path
+    }
+    assert not any(module in text for text in warnings_of({**MODEL, **shapes}))
+
+
+def test_down_and_up_of_an_mlp_that_is_narrow_inside():
+    for module, beside in (("moe/experts/0", {}), ("mlp", {"mlp/gate": (48, 64)})):
+        tree = {f"{module}/up": (48, 64), f"{module}/down": (64, 48), **beside}
+        tree |= {path: shape for path, shape in MODEL.items() if "mlp" not in path}
+        assert roles_of(tree)[f"{module}/up"] == (1, 64, 48)
+        assert not any(text.startswith(module) for text in warnings_of(tree))
+    tree = {**MODEL, "ffn/up": (48, 64), "ffn/down": (64, 48)}
+    assert "as in a bottleneck" in doubts_of(tree)["ffn/up"]

@@ -82,8 +82,8 @@ def _is_first_of_series(leaf: Leaf, evidence: Evidence, channels: int) -> bool:
         series = [child for child in children if names.without_number(child) == stem]
         if len(series) > 1 and name == series[0]:
             after = evidence.by_core.get((*module, series[1], *inside))
-            is_like = after is not None and len(after.shape) == len(leaf.shape)
-            return is_like and after.shape[-2] == channels
+            shape = after.shape if after else ()
+            return len(shape) == len(leaf.shape) and shape[-2:-1] == (channels,)
         if len(series) > 1 and names.is_numbered(name):
             return False
     return False

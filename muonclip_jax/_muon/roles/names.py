@@ -57,6 +57,10 @@ FROM_RESIDUAL = (
 TO_RESIDUAL = (
     r"down|(down|ffn?_down)_proj|w2|fc2|fc_out|w_(down|out)|linear2|dense_4h_to_h|wo|down_einsum"
 )
+# Projections of an MLP, and of a bottleneck, which projects down first: adapters, low ranks.
+UP_OR_DOWN = r"(w_)?(up|down)(_(proj|einsum))?"
+BOTTLENECK = r"\w*(adapter|adaptor|lora|bottleneck|low_?rank)\w*"
+BESIDE_UP = r"(w_)?gate(_(proj|einsum))?"
 PROJECTIONS = (FROM_RESIDUAL, TO_RESIDUAL, INTO_HEADS, OUT_OF_HEADS)
 GATED_PAIR = r"wi|(\w+_)?gate_?up(_\w+)?|(\w+_)?gating(_\w+)?|gate_and_up\w*|w13|fc1|linear_fc1"
 

@@ -128,7 +128,9 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> tupl
         # In cross-attention the inputs have another width.
         by_name = by_name if by_name == convention else None
     if by_name is not None:
-        return by_name, _reason(by_name, "as its name and the widths show"), ""
+        is_shown = leaf.is_inside and by_name == convention
+        doubt = "" if is_shown else _doubt_narrow(leaf, evidence)
+        return by_name, _reason(by_name, "as its name and the widths show"), doubt
     if convention is not None:
         return convention, _reason(convention, "as others in this pytree"), ""
     return False, "last two axes", _doubt_storage(leaf, evidence) if settings.scale_by_sides else ""
@@ -227,11 +229,39 @@ def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
         return None
     if name == "value" and any(names.matches(names.FEED_FORWARD, n) for n in leaf.module[-1:]):
         return inside[0]  # RWKV: `key` is the projection up, `value` the one down
+    if _is_bottleneck(leaf, evidence):
+        return inside["down" in name.lower()]
     if names.matches(names.FROM_RESIDUAL, name) or names.matches(names.INTO_HEADS, name):
         return inside[1]
     if names.matches(names.TO_RESIDUAL, name) or names.matches(names.OUT_OF_HEADS, name):
         return inside[0]
     return None
+
+
+def _is_narrow(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether `up` or `down` has a side that is shorter than the width."""
+    shape = evidence.layer_of(leaf)[1][-2:]
+    return names.matches(names.UP_OR_DOWN, leaf.name) and max(shape) in evidence.widths(leaf)
+
+
+def _is_bottleneck(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether `down` projects from the width to a shorter side, and `up` back to it.
+
+    An MLP has a wider inside, unless it is an expert or has a gate.
+    """
+    if not _is_narrow(leaf, evidence) or evidence.has_child(leaf.module, names.BESIDE_UP):
+        return False
+    is_mlp = any(names.matches(names.FEED_FORWARD, name) for name in leaf.module[-1:])
+    return leaf.has(names.BOTTLENECK) or not (is_mlp or is_expert(leaf, evidence))
+
+
+def _doubt_narrow(leaf: Leaf, evidence: Evidence) -> str:
+    """Doubts `up` and `down` of an MLP with a shorter side inside, which may be a bottleneck."""
+    if not _is_narrow(leaf, evidence) or evidence.has_child(leaf.module, names.BESIDE_UP):
+        return ""
+    if _is_bottleneck(leaf, evidence) or leaf.has(names.EXPERTS) or len(leaf.shape) > 2:
+        return ""
+    return "its inside is narrower than the width, as in a bottleneck; set outputs_first"
 
 
 def _is_numbered_letter(leaf: Leaf, evidence: Evidence) -> bool:
