@@ -204,3 +204,20 @@ def test_down_and_up_of_an_mlp_that_is_narrow_inside():
         assert not any(text.startswith(module) for text in warnings_of(tree))
     tree = {**MODEL, "ffn/up": (48, 64), "ffn/down": (64, 48)}
     assert "as in a bottleneck" in doubts_of(tree)["ffn/up"]
+
+
+# Gains of two axes that number no layers
+
+
+@pytest.mark.parametrize("gain", [(3, 64), (128, 64)])
+def test_a_gain_for_each_modality_is_no_stack_of_layers(gain):
+    layer = {**ATTENTION, "attn/norm/scale": gain}
+    tree = {f"layers_{i}/{path}": shape for i in range(2) for path, shape in layer.items()}
+    assert roles_of(tree)["layers_0/attn/q/kernel"] == (1, 64, 64)
+    assert not warnings_of(tree)
+
+
+def test_a_kernel_with_the_first_axis_of_a_gain_is_doubted():
+    tree = {f"layers_0/{path}": shape for path, shape in ATTENTION.items()}
+    tree["layers_0/attn/norm/scale"] = (64, 64)
+    assert "first axis may be its inputs" in doubts_of(tree)["layers_0/attn/q/kernel"]

@@ -214,7 +214,9 @@ def few_axes(leaf: Leaf, evidence: Evidence) -> Decision | None:
         return Decision(None, "fewer than two axes")
     stack, shape = evidence.layer_of(leaf)
     if len(shape) < 2:
-        return Decision(None, "fewer than two axes in each layer of a stack")
+        is_kernel = leaf.core[-1] == "kernel" and leaf.role is None
+        doubt = "it is a kernel, and its first axis may be its inputs" if is_kernel else ""
+        return Decision(None, "fewer than two axes in each layer of a stack", doubt)
     if not stack.known and len(leaf.shape) == 2 and (shared := evidence.shared_axis(leaf)):
         module, count = shared
         reason = f"stacked vector: {count} parameters of '{'/'.join(module)}' share the first axis"

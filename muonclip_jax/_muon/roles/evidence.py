@@ -94,6 +94,7 @@ class Evidence:
                 group.lead = common(group.lead, shape)
                 group.second = common(group.second, shape[1:])
             group.leaves.append(index)
+            group.rank = max(group.rank, len(shape))
             self.children.setdefault(prefix, set()).add(leaf.core[depth])
             if kind == "gain":
                 group.gains.add(shape)

@@ -88,6 +88,7 @@ class Group:
       lead: The sizes with which every shape begins.
       second: The sizes with which every shape continues after the first axis.
       leaves: Indices of the parameters.
+      rank: The largest number of axes.
       gains: Shapes of gains and other vectors of norms, without norms of queries and keys.
       biases: Shapes of biases.
       widths: Shapes of gains, without norms of a low rank.
@@ -96,6 +97,7 @@ class Group:
     lead: Shape
     second: Shape
     leaves: list[int] = dataclasses.field(default_factory=list)
+    rank: int = 0
     gains: set[Shape] = dataclasses.field(default_factory=set)
     biases: set[Shape] = dataclasses.field(default_factory=set)
     widths: set[Shape] = dataclasses.field(default_factory=set)
@@ -112,7 +114,7 @@ class Group:
             return Stack((1,), True)  # vectors (width, layers): layers are fewer than the width
         if len(self.lead) >= depth:
             return Stack(tuple(range(depth)), True)
-        if len(self.second) >= depth:
+        if len(self.second) >= depth and self.rank > depth + 1:  # stacked matrices have more axes
             return Stack(tuple(range(1, depth + 1)), True)
         return None
 
