@@ -1,6 +1,7 @@
 """Assigns each parameter to Muon or AdamW: roles, overrides, heads, warnings."""
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -107,8 +108,10 @@ def _other_axes(
         if not isinstance(numbers.reduction_axis, int) or shape[first] > _FEW:
             return []
         each = MuonDimensionNumbers(numbers.reduction_axis, tuple(rest) if rest[1:] else rest[0])
-        n_in, n_out = sides(shape, axes_of(each, len(shape)))
-        return [(f"For {shape[first]} matrices of {n_in} x {n_out}", _shown(each))]
+        axes = axes_of(each, len(shape))
+        n_in, n_out = sides(shape, axes)
+        count = math.prod(shape[axis] for axis in axes.batch)
+        return [(f"For {count} matrices of {n_in} x {n_out}", _shown(each))]
     if len(shape) < 3 or numbers not in (LAST_TWO_AXES, _OUTER_AXES):
         return []
     n_in, few, n_out = shape[-3:]

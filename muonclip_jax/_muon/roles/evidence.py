@@ -67,8 +67,8 @@ class Evidence:
         self.matrix_sizes = collections.Counter(n for shape in matrices for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
         self.convention: dict[str, bool] = {}
-        raw = [leaf.is_inside for leaf in self.leaves if len(leaf.shape) > 1 and not leaf.is_known]
-        self.has_kernels = 2 * sum(raw) > len(raw)
+        large = [x for x in self.leaves if len(x.shape) > 1 and x.role is None and not x.is_lora]
+        self.has_kernels = 2 * sum(leaf.is_inside for leaf in large) > len(large)
         self._stacks: dict[Path, Stack] = {}
         self._widths: dict[Path, set[int]] = {}
         self._shared: dict[Path, bool] = {}

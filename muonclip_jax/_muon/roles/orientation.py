@@ -52,20 +52,19 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Dec
         doubt = f"its first axis of {shape[0]} may be the window of a convolution"
     if is_unknown and last > 1 and not doubt and not _is_batch(leaf, evidence):
         doubt = f"nothing shows whether the axes {shape} are matrices or heads"
-    if not doubt and evidence.has_kernels and _is_raw(leaf, evidence):
-        doubt = "it is no kernel, as other matrices are, and may be a table or vectors"
     sides = ((last,), (last - 1,)) if outputs_first else ((last - 1,), (last,))
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
 
 
-def _is_raw(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether neither a name nor a parameter beside it shows that this is a matrix."""
+def doubt_raw(leaf: Leaf, evidence: Evidence) -> str:
+    """Doubts an array beside kernels, if neither a name nor others show that it is a matrix."""
     own = leaf.core[-1]
-    if leaf.is_known or names.matches(rf"{names.MATRIX_NAMES}|{names.STACKS}|stack", own):
-        return False
-    if names.matches(names.MATRIX_ENDS, own) or has_transposed(leaf, evidence):
-        return False
-    return bias_fit(leaf, evidence)[0] is None
+    known = rf"{names.MATRIX_NAMES}|{names.MATRIX_ENDS}|{names.STACKS}|stack"
+    if not evidence.has_kernels or leaf.is_known or names.matches(known, own):
+        return ""
+    if has_transposed(leaf, evidence) or bias_fit(leaf, evidence)[0] is not None:
+        return ""
+    return "it is no kernel, as other matrices are, and may be a table or vectors"
 
 
 def _may_be_window(leaf: Leaf, evidence: Evidence) -> bool:

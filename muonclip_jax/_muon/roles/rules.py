@@ -71,8 +71,8 @@ def _decide(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision:
     for rule in _ADAMW_RULES:
         if decision := rule(leaf, evidence):
             return decision
-    found = (rule(leaf, evidence, settings) for rule in _MUON_RULES)
-    decision = next(filter(None, found))
+    found = ((rule, rule(leaf, evidence, settings)) for rule in _MUON_RULES)
+    rule, decision = next((rule, decision) for rule, decision in found if decision)
     if decision.numbers is None:
         return decision
     n_in, n_out, batch = sizes(leaf.shape, decision.numbers)
@@ -80,7 +80,10 @@ def _decide(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision:
         return other
     if decision.doubt:
         return decision
-    return decision._replace(doubt=_doubt_sizes(leaf, evidence, n_in, n_out, batch))
+    doubt = _doubt_sizes(leaf, evidence, n_in, n_out, batch)
+    if not doubt and rule is orientation.last_two_axes:
+        doubt = orientation.doubt_raw(leaf, evidence)
+    return decision._replace(doubt=doubt)
 
 
 def _table_or_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> Decision | None:
