@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -106,6 +107,15 @@ def _other_axes(
     shape: tuple[int, ...], numbers: MuonDimensionNumbers | None
 ) -> list[tuple[str, str]]:
     """Lists the other ways in which three axes or more are matrices, with their overrides."""
+    if numbers is not None and not isinstance(numbers.output_axis, int):
+        first, *rest = numbers.output_axis  # (inputs, few, *outputs) as one matrix
+        if not isinstance(numbers.reduction_axis, int) or shape[first] > _FEW:
+            return []
+        each = MuonDimensionNumbers(numbers.reduction_axis, tuple(rest) if rest[1:] else rest[0])
+        axes = axes_of(each, len(shape))
+        n_in, n_out = sides(shape, axes)
+        count = math.prod(shape[axis] for axis in axes.batch)
+        return [(f"For {count} matrices of {n_in} x {n_out}", _shown(each))]
     if len(shape) < 3 or numbers not in (LAST_TWO_AXES, _OUTER_AXES):
         return []
     n_in, few, n_out = shape[-3:]

@@ -2,6 +2,6 @@
 
 `role_table` is the table of names, `names` has all other patterns; `modules` and `evidence` are
 what the shapes of a pytree show. `rules` tries the rules in order: `adamw_rules`, then the axes of
-matrices (`attention`, `convolutions`, `orientation`), then output heads (`heads`) and the doubts
-that become warnings.
+matrices (`attention`, `biases`, `convolutions`, `orientation`), then output heads (`heads`) and
+the doubts that become warnings.
 """

@@ -1,10 +1,10 @@
 """Rules that assign a parameter to AdamW: names, biases, routers, vectors of stacked layers."""
 
 from muonclip_jax._muon.roles import look_alikes, names
+from muonclip_jax._muon.roles.biases import has_fitting_bias, is_matrix_of_adaptive_norm
 from muonclip_jax._muon.roles.decision import Decision
 from muonclip_jax._muon.roles.evidence import Evidence
 from muonclip_jax._muon.roles.modules import Leaf, Path, Shape
-from muonclip_jax._muon.roles.orientation import has_fitting_bias, is_matrix_of_adaptive_norm
 
 # How many times longer than wide tables of embeddings are, at least.
 _MUCH_LONGER = 8
@@ -16,9 +16,9 @@ def by_name(leaf: Leaf, evidence: Evidence) -> Decision | None:
     if leaf.role is None or _is_low_rank(leaf, evidence):
         return None
     role, name = leaf.role
-    if look_alikes.is_matrix(leaf, evidence):
+    if look_alikes.is_matrix(leaf, evidence) or look_alikes.is_dense(leaf, evidence):
         return None
-    doubt = look_alikes.doubt(leaf, evidence)
+    doubt = look_alikes.doubt(leaf, evidence) or look_alikes.doubt_kernel(leaf, evidence)
     if role.name == "norm":
         if is_matrix_of_adaptive_norm(leaf, evidence, name):
             return None
@@ -214,7 +214,9 @@ def few_axes(leaf: Leaf, evidence: Evidence) -> Decision | None:
         return Decision(None, "fewer than two axes")
     stack, shape = evidence.layer_of(leaf)
     if len(shape) < 2:
-        return Decision(None, "fewer than two axes in each layer of a stack")
+        is_kernel = leaf.core[-1] == "kernel" and leaf.role is None
+        doubt = "it is a kernel, and its first axis may be its inputs" if is_kernel else ""
+        return Decision(None, "fewer than two axes in each layer of a stack", doubt)
     if not stack.known and len(leaf.shape) == 2 and (shared := evidence.shared_axis(leaf)):
         module, count = shared
         reason = f"stacked vector: {count} parameters of '{'/'.join(module)}' share the first axis"

@@ -154,9 +154,9 @@ def _doubt_one_input(leaf: Leaf, evidence: Evidence, shape: Shape) -> str:
 
     The first convolution of gray images has one input channel too.
     """
-    if len(shape) != 4 or shape[2] != 1:
+    if len(shape) not in (3, 4) or shape[-2] != 1 or shape[-1] == 1:
         return ""
-    if not evidence.has_output(leaf, shape[-1]):
+    if len(shape) == 4 and not evidence.has_output(leaf, shape[-1]):
         return f"no other parameter has {shape[-1]} outputs, so it may be the first convolution"
     if _is_first_of_series(leaf, evidence, shape[-1]):
         return f"the next one has {shape[-1]} inputs, so it may be the first convolution"
@@ -164,14 +164,19 @@ def _doubt_one_input(leaf: Leaf, evidence: Evidence, shape: Shape) -> str:
 
 
 def _is_first_of_series(leaf: Leaf, evidence: Evidence, channels: int) -> bool:
-    """Returns whether the next convolution of its series outside of numbered modules is dense."""
-    if any(map(names.is_numbered, leaf.module)) or not leaf.is_inside:
-        return False
-    series = _series(leaf, evidence)
-    if len(series) < 2 or leaf is not series[0]:
-        return False
-    after = series[1]
-    return len(after.shape) == 4 and after.shape[-2] == channels
+    """Returns whether the next convolution of its series, outside of other series, is dense."""
+    for depth, name in enumerate(leaf.core[:-1]):
+        module, inside = leaf.core[:depth], leaf.core[depth + 1 :]
+        stem = names.without_number(name)
+        children = sorted(evidence.children[module], key=names.number)
+        series = [child for child in children if names.without_number(child) == stem]
+        if len(series) > 1 and name == series[0]:
+            after = evidence.by_core.get((*module, series[1], *inside))
+            shape = after.shape if after else ()
+            return len(shape) == len(leaf.shape) and shape[-2:-1] == (channels,)
+        if len(series) > 1 and names.is_numbered(name):
+            return False
+    return False
 
 
 def _series(leaf: Leaf, evidence: Evidence) -> list[Leaf]:

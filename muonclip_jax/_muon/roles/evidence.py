@@ -42,6 +42,7 @@ class Evidence:
       usual_width: The most frequent size of the gains of norms; 0 without one.
       convention: Whether matrices are outputs first, by the name of the parameter, where shapes
         show it.
+      has_kernels: Whether most matrices are the kernels of modules, as in Flax.
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[Shape]):
@@ -66,6 +67,8 @@ class Evidence:
         self.matrix_sizes = collections.Counter(n for shape in matrices for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
         self.convention: dict[str, bool] = {}
+        large = [x for x in self.leaves if len(x.shape) > 1 and x.role is None and not x.is_lora]
+        self.has_kernels = 2 * sum(leaf.is_inside for leaf in large) > len(large)
         self._stacks: dict[Path, Stack] = {}
         self._widths: dict[Path, set[int]] = {}
         self._shared: dict[Path, bool] = {}
@@ -91,6 +94,7 @@ class Evidence:
                 group.lead = common(group.lead, shape)
                 group.second = common(group.second, shape[1:])
             group.leaves.append(index)
+            group.rank = max(group.rank, len(shape))
             self.children.setdefault(prefix, set()).add(leaf.core[depth])
             if kind == "gain":
                 group.gains.add(shape)
@@ -150,6 +154,11 @@ class Evidence:
             if x is not leaf
             if x.module == leaf.module or (x.role is None and x.core[:-1] in near)
         ]
+
+    def leaves_in(self, module: Path) -> list[Leaf]:
+        """Lists the parameters directly in a module."""
+        found = (self.by_core.get((*module, child)) for child in self.children[module])
+        return [leaf for leaf in found if leaf]
 
     def has_child(self, module: Path, pattern: str) -> bool:
         """Returns whether a module has a child of a name."""

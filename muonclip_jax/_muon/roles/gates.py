@@ -1,10 +1,12 @@
 """Several matrices on the middle axis of a kernel: gates of a cell, gate and up of an MLP."""
 
+import math
+
 from muonclip_jax._muon.roles import names
 from muonclip_jax._muon.roles.decision import Decision, RoleSettings
 from muonclip_jax._muon.roles.evidence import Evidence
-from muonclip_jax._muon.roles.kernels import numbers_of
-from muonclip_jax._muon.roles.modules import Leaf, is_tiny
+from muonclip_jax._muon.roles.kernels import heads_name, inputs_near, numbers_of
+from muonclip_jax._muon.roles.modules import Leaf, Shape, is_tiny
 
 
 def gates_of_a_cell(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
@@ -26,6 +28,36 @@ def gated_pair(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
     if not is_pair or (not stack.known and shape[0] < 8):
         return None
     return Decision(numbers_of(leaf, stack, (0,), (2,)), f"gate and up '{name}'")
+
+
+def few_outputs(leaf: Leaf, evidence: Evidence, sizes: Shape) -> tuple[bool, str]:
+    """Decides whether (inputs, few, *outputs) is a matrix for each of the few, or one of heads.
+
+    Args:
+      leaf: A kernel beside a bias (few, *outputs).
+      evidence: See `Evidence`.
+      sizes: inputs, few, *outputs.
+
+    Returns:
+      Whether names or the kernel beside it, which has these outputs as inputs, show a matrix for
+      each; a doubt, if nothing shows it.
+    """
+    n_in, few, *n_out = sizes
+    is_few = few == 2 if len(n_out) == 1 else few in (2, 3)
+    is_short = is_tiny(few, math.prod(n_out)) and is_tiny(few, n_in)
+    layers = [evidence.layer_of(x)[1] for x in evidence.beside(leaf)]
+    queries = [evidence.layer_of(x)[1] for x in inputs_near(leaf.module, evidence)]
+    if sizes in queries or (few, *n_out, n_in) in layers:
+        return False, ""  # heads, as of the gate of AlphaFold
+    is_cell = few in (3, 4) and len(n_out) == 1 and leaf.has(names.CELL)
+    if is_cell or (is_few and names.matches(names.GATED_PAIR, leaf.name)):
+        return True, ""
+    if not is_short or few < 2 or heads_name(leaf, evidence) or leaf.is_lora:
+        return False, ""
+    back = {(*n_out, n_in), (math.prod(n_out), n_in)}
+    if is_few and any(layer[-len(b) :] == b for b in back for layer in layers):
+        return True, ""
+    return False, f"nothing shows whether these are {few} matrices or {few} heads"
 
 
 def few_between(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:

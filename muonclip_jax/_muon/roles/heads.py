@@ -23,8 +23,10 @@ def output_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> Decisi
         is_head &= not _is_head_named(evidence)
         doubt = "" if is_head or leaf.has(names.HEAD) else _UNNAMED
         return Decision(None, f"output head: the vocabulary size {evidence.vocabulary}", doubt)
-    if _is_last_of_head(leaf, evidence) and small < large:
-        doubt = _UNNAMED if _is_widening(n_in, n_out) else ""
+    is_last_of_head = _is_last_of_head(leaf, evidence) and small < large
+    if is_last_of_head and not _is_before_table(leaf, evidence, n_out):
+        is_doubtful = _is_widening(n_in, n_out) or n_out == evidence.embedded
+        doubt = _UNNAMED if is_doubtful else ""
         return Decision(None, "output head: the last layer of a head", doubt)
     if _is_dead_end(leaf, evidence, n_in, n_out):
         is_named = leaf.has(names.HEAD) or leaf.has(names.PREDICTOR)
@@ -173,6 +175,16 @@ def _is_last_of_head(leaf: Leaf, evidence: Evidence) -> bool:
         return False
     below = leaf.module[depths[-1] + 1 :]
     return not below or (len(below) == 1 and below[0].isdigit())
+
+
+def _is_before_table(leaf: Leaf, evidence: Evidence, n_out: int) -> bool:
+    """Returns whether the head ends in the table of embeddings, as in BERT and ALBERT.
+
+    The table has no parameter in the head, but its bias, or a norm before it.
+    """
+    group = evidence.groups[leaf.module]
+    vectors = {evidence.leaves[i].shape for i in group.leaves}
+    return n_out == evidence.embedded and ((evidence.vocabulary,) in vectors or bool(group.gains))
 
 
 def _is_dead_end(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> bool:

@@ -44,6 +44,14 @@ class Leaf(NamedTuple):
         """Name of the projection: `query` of `attn/query/kernel` and of `attn/query_w`."""
         return self.core[-2] if self.is_inside else names.stem(self.core[-1])
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a name shows a role, or an array in no module of its own that is a projection."""
+        own = self.core[-1]
+        known = (*names.PROJECTIONS, names.PERHAPS_OUT, names.GATE, names.GATED_PAIR)
+        is_named = any(names.matches(pattern, names.stem(own)) for pattern in known)
+        return self.role is not None or self.is_lora or own[-1:].isdigit() or is_named
+
     def has(self, pattern: str) -> bool:
         """Returns whether a component of the path has a name."""
         return any(names.matches(pattern, name) for name in self.core)
@@ -80,6 +88,7 @@ class Group:
       lead: The sizes with which every shape begins.
       second: The sizes with which every shape continues after the first axis.
       leaves: Indices of the parameters.
+      rank: The largest number of axes.
       gains: Shapes of gains and other vectors of norms, without norms of queries and keys.
       biases: Shapes of biases.
       widths: Shapes of gains, without norms of a low rank.
@@ -88,6 +97,7 @@ class Group:
     lead: Shape
     second: Shape
     leaves: list[int] = dataclasses.field(default_factory=list)
+    rank: int = 0
     gains: set[Shape] = dataclasses.field(default_factory=set)
     biases: set[Shape] = dataclasses.field(default_factory=set)
     widths: set[Shape] = dataclasses.field(default_factory=set)
@@ -104,7 +114,7 @@ class Group:
             return Stack((1,), True)  # vectors (width, layers): layers are fewer than the width
         if len(self.lead) >= depth:
             return Stack(tuple(range(depth)), True)
-        if len(self.second) >= depth:
+        if len(self.second) >= depth and self.rank > depth + 1:  # stacked matrices have more axes
             return Stack(tuple(range(1, depth + 1)), True)
         return None
 

@@ -1,6 +1,7 @@
 """Patterns of names, and the role that the names in a path have, see `role_table`."""
 
 import functools
+import itertools
 import re
 
 from muonclip_jax._muon.roles.role_table import ADAMW_NAMES, ADAMW_ROLES, Role
@@ -22,6 +23,7 @@ CELL = r"\w*(rnn|lstm|gru)(_?(cell|layer))?"
 NOISE, MEAN = r"sigma|rho|std|stddev", r"mu|mean|loc"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
 MATRIX_SUFFIXES = ("_w", "_kernel", "_weight", "_weights")
+MATRIX_ENDS = r"\w+_(proj(ection)?|kernel|w|weights?|dense|linear|mlp|fc)"
 BIAS_SUFFIXES = ("_b", "_bias")
 
 # Components that are one layer or a stack of layers, so that a head is not below them.
@@ -55,6 +57,10 @@ FROM_RESIDUAL = (
 TO_RESIDUAL = (
     r"down|(down|ffn?_down)_proj|w2|fc2|fc_out|w_(down|out)|linear2|dense_4h_to_h|wo|down_einsum"
 )
+# Projections of an MLP, and of a bottleneck, which projects down first: adapters, low ranks.
+UP_OR_DOWN = r"(w_)?(up|down)(_(proj|einsum))?"
+BOTTLENECK = r"\w*(adapter|adaptor|lora|bottleneck|low_?rank)\w*"
+BESIDE_UP = r"(w_)?gate(_(proj|einsum))?"
 PROJECTIONS = (FROM_RESIDUAL, TO_RESIDUAL, INTO_HEADS, OUT_OF_HEADS)
 GATED_PAIR = r"wi|(\w+_)?gate_?up(_\w+)?|(\w+_)?gating(_\w+)?|gate_and_up\w*|w13|fc1|linear_fc1"
 
@@ -177,6 +183,19 @@ def without_number(name: str) -> str:
 def number(name: str) -> int:
     """Returns the number at the end of a component; -1 if there is none."""
     return int(name.removeprefix(without_number(name)).lstrip("_") or -1)
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    """Returns whether a module around a parameter may be a stack, and not one of numbered layers.
+
+    Example:
+      >>> is_stacked(("layers", "mlp", "w1")), is_stacked(("layers", "0", "w1"))
+      (True, False)
+    """
+    return any(
+        matches(STACKS, name) and not is_numbered(name) and not inside.isdigit()
+        for name, inside in itertools.pairwise(path)
+    )
 
 
 def is_in_block(path: tuple[str, ...]) -> bool:

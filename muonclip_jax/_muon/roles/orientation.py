@@ -1,23 +1,19 @@
-"""The input side of a matrix: by its bias, by names and widths, by other parameters."""
+"""The input side of a matrix: by names and widths, by other parameters, by its bias."""
 
 import re
-from typing import NamedTuple
 
 from muonclip_jax._muon.roles import names
+from muonclip_jax._muon.roles.biases import bias_fit
 from muonclip_jax._muon.roles.decision import Decision, RoleSettings
 from muonclip_jax._muon.roles.evidence import Evidence
 from muonclip_jax._muon.roles.kernels import (
-    fused_axis,
     has_transposed,
-    heads_name,
     is_expert,
     numbers_of,
     partners,
 )
 from muonclip_jax._muon.roles.modules import Leaf, Shape
 
-# The longest window of a transposed convolution: 16 in HiFi-GAN.
-_LONGEST_WINDOW = 32
 # A first axis of three that is no longer than this may number layers without further evidence.
 _SHORT_STACK = 16
 # The fewest channels of a convolution that no name shows.
@@ -25,101 +21,6 @@ _CHANNELS = 32
 # `w1` and `w2` of sides that differ this much are the two factors of a low rank.
 _LOW_RANK = 8
 _LORA = re.compile(r"(\w+_)?lora_[abAB]")
-
-
-class _Fit(NamedTuple):
-    """Axes of a kernel that a bias determines, as axes of one layer."""
-
-    inputs: Shape
-    outputs: Shape
-    outputs_first: bool
-
-
-def _fits(shape: Shape, bias: Shape, outputs_first: bool) -> list[_Fit]:
-    """Lists the ways in which a bias is batch axes, then the outputs of a kernel."""
-    found = []
-    for batch in range(min(len(bias), len(shape) - 1)):
-        outputs = bias[batch:]
-        rest = len(shape) - batch - len(outputs)
-        if bias[:batch] != shape[:batch] or rest < 1:
-            continue
-        start = batch if outputs_first else batch + rest
-        if shape[start : start + len(outputs)] == outputs:
-            own = tuple(range(start, start + len(outputs)))
-            others = tuple(axis for axis in range(batch, len(shape)) if axis not in own)
-            found.append(_Fit(others, own, outputs_first))
-    return found
-
-
-def bias_fit(leaf: Leaf, evidence: Evidence) -> tuple[_Fit | None, bool]:
-    """Finds the axes that the bias beside a kernel shows, and whether both conventions fit."""
-    bias = evidence.bias_of(leaf)
-    if bias is None:
-        return None, False
-    stack, shape = evidence.layer_of(leaf)
-    size = stack.without(bias.shape)
-    convolution = len(size) > 1 and size[-1] == 1
-    while len(size) > 1 and size[-1] == 1:
-        size = size[:-1]
-    first = [] if convolution else _fits(shape, size, outputs_first=False)
-    last = _fits(shape, size, outputs_first=True)
-    if not first:
-        return (last[-1], False) if last else (None, False)
-    fit = first[0] if heads_name(leaf, evidence) else first[-1]
-    both = any({*f.inputs, *f.outputs} == {*fit.inputs, *fit.outputs} for f in last)
-    return fit, both
-
-
-def has_fitting_bias(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether a kernel has a bias that fits, as dense layers and convolutions have."""
-    if len(leaf.shape) < 2 or not names.matches(names.MATRIX_NAMES, leaf.core[-1]):
-        return False
-    return len(evidence.layer_of(leaf)[1]) > 1 and bias_fit(leaf, evidence)[0] is not None
-
-
-def is_matrix_of_adaptive_norm(leaf: Leaf, evidence: Evidence, norm: str) -> bool:
-    """Returns whether a parameter below a norm is a matrix that computes gains from an input."""
-    inside = leaf.core[leaf.core.index(norm) + 1 :]
-    if not inside or not names.matches(names.MATRIX_NAMES, leaf.core[-1]):
-        return False
-    bias = evidence.bias_of(leaf)
-    if bias and has_fitting_bias(leaf, evidence) and leaf.shape != bias.shape:
-        return True
-    stack, shape = evidence.layer_of(leaf)
-    return stack.known and len(inside) > 1 and len(shape) > 1
-
-
-def by_bias(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
-    """A kernel of three axes or more beside a bias, whose axes are the outputs."""
-    stack, shape = evidence.layer_of(leaf)
-    if len(shape) < 3:
-        return None
-    fit, both = bias_fit(leaf, evidence)
-    if fit is None:
-        return _transposed_convolution(leaf, evidence)
-    is_stacked_heads = heads_name(leaf, evidence) is not None and len(fit.inputs) == 1
-    if is_stacked_heads and fit.inputs[0] > 0 and len(fit.outputs) == 1 and stack.known:
-        return None
-    if len(fit.inputs) == len(fit.outputs) == 1:
-        return None  # a stack of matrices: `last_two_axes` decides which side is which
-    fused = fused_axis(leaf.name, shape)
-    fit = fit._replace(outputs=tuple(axis for axis in fit.outputs if axis != fused))
-    reason = "inputs x outputs, as its bias shows"
-    if fit.outputs_first or (both and settings.outputs_first):
-        reason += ", outputs first"
-    return Decision(numbers_of(leaf, stack, fit.inputs, fit.outputs), reason)
-
-
-def _transposed_convolution(leaf: Leaf, evidence: Evidence) -> Decision | None:
-    """(inputs, outputs, *window), as PyTorch stores transposed convolutions."""
-    bias, (stack, shape) = evidence.bias_of(leaf), evidence.layer_of(leaf)
-    is_named = leaf.core[-1].startswith("weight")
-    if bias is None or not is_named or stack.without(bias.shape) != shape[1:2]:
-        return None
-    if max(shape[2:]) > _LONGEST_WINDOW or max(shape[2:]) >= max(shape[:2]):
-        return None
-    numbers = numbers_of(leaf, stack, (0,), tuple(range(1, len(shape))))
-    return Decision(numbers, "transposed convolution, as its bias shows")
 
 
 def beside_heads(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision | None:
@@ -153,6 +54,17 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Dec
         doubt = f"nothing shows whether the axes {shape} are matrices or heads"
     sides = ((last,), (last - 1,)) if outputs_first else ((last - 1,), (last,))
     return Decision(numbers_of(leaf, stack, *sides), reason, doubt)
+
+
+def doubt_raw(leaf: Leaf, evidence: Evidence) -> str:
+    """Doubts an array beside kernels, if neither a name nor others show that it is a matrix."""
+    own = leaf.core[-1]
+    known = rf"{names.MATRIX_NAMES}|{names.MATRIX_ENDS}|{names.STACKS}|stack"
+    if not evidence.has_kernels or leaf.is_known or names.matches(known, own):
+        return ""
+    if has_transposed(leaf, evidence) or bias_fit(leaf, evidence)[0] is not None:
+        return ""
+    return "it is no kernel, as other matrices are, and may be a table or vectors"
 
 
 def _may_be_window(leaf: Leaf, evidence: Evidence) -> bool:
@@ -215,7 +127,9 @@ def _orientation(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> tupl
         # In cross-attention the inputs have another width.
         by_name = by_name if by_name == convention else None
     if by_name is not None:
-        return by_name, _reason(by_name, "as its name and the widths show"), ""
+        is_shown = leaf.is_inside and by_name == convention
+        doubt = "" if is_shown else _doubt_narrow(leaf, evidence)
+        return by_name, _reason(by_name, "as its name and the widths show"), doubt
     if convention is not None:
         return convention, _reason(convention, "as others in this pytree"), ""
     return False, "last two axes", _doubt_storage(leaf, evidence) if settings.scale_by_sides else ""
@@ -314,11 +228,39 @@ def _orientation_by_name(leaf: Leaf, evidence: Evidence) -> bool | None:
         return None
     if name == "value" and any(names.matches(names.FEED_FORWARD, n) for n in leaf.module[-1:]):
         return inside[0]  # RWKV: `key` is the projection up, `value` the one down
+    if _is_bottleneck(leaf, evidence):
+        return inside["down" in name.lower()]
     if names.matches(names.FROM_RESIDUAL, name) or names.matches(names.INTO_HEADS, name):
         return inside[1]
     if names.matches(names.TO_RESIDUAL, name) or names.matches(names.OUT_OF_HEADS, name):
         return inside[0]
     return None
+
+
+def _is_narrow(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether `up` or `down` has a side that is shorter than the width."""
+    shape = evidence.layer_of(leaf)[1][-2:]
+    return names.matches(names.UP_OR_DOWN, leaf.name) and max(shape) in evidence.widths(leaf)
+
+
+def _is_bottleneck(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether `down` projects from the width to a shorter side, and `up` back to it.
+
+    An MLP has a wider inside, unless it is an expert or has a gate.
+    """
+    if not _is_narrow(leaf, evidence) or evidence.has_child(leaf.module, names.BESIDE_UP):
+        return False
+    is_mlp = any(names.matches(names.FEED_FORWARD, name) for name in leaf.module[-1:])
+    return leaf.has(names.BOTTLENECK) or not (is_mlp or is_expert(leaf, evidence))
+
+
+def _doubt_narrow(leaf: Leaf, evidence: Evidence) -> str:
+    """Doubts `up` and `down` of an MLP with a shorter side inside, which may be a bottleneck."""
+    if not _is_narrow(leaf, evidence) or evidence.has_child(leaf.module, names.BESIDE_UP):
+        return ""
+    if _is_bottleneck(leaf, evidence) or leaf.has(names.EXPERTS) or len(leaf.shape) > 2:
+        return ""
+    return "its inside is narrower than the width, as in a bottleneck; set outputs_first"
 
 
 def _is_numbered_letter(leaf: Leaf, evidence: Evidence) -> bool:

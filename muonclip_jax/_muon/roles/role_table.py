@@ -62,6 +62,12 @@ ADAMW_ROLES = (
         "T5, T5X, Swin, SAM",
     ),
     Role(
+        "relative positional table",
+        "leaf",
+        r"rel_(height|width)|relative_(keys?|values?)|rpe",
+        "BoTNet, Shaw et al.",
+    ),
+    Role(
         "learned token",
         "near",
         r"((\w+_)?(cls|class|mask|registers?|reg|dist(illation)?|sep|query|prompt|storage|bos|eos|pad"
@@ -73,9 +79,9 @@ ADAMW_ROLES = (
         "learned token",
         "leaf",
         r"(\w+_)?(cls|null|tokens?)|null_(k?v|cond\w*)|latents?|queries|slots|(soft_)?prompts?"
-        r"|prefix(_(k|v|kv|keys?|values?))?|[hc]_?0|(init(ial)?|learned)_(\w+_)?(states?|hidden|carry|cell)"
+        r"|inducing_points?|prefix(_(k|v|kv|keys?|values?))?|[hc]_?0|(init(ial)?|learned)_(\w+_)?(states?|hidden|carry|cell)"
         r"|anchors|mem(ory)?_[kv]|(\w+_)?memory(_(k|v|keys?|values?))?|(decoder|output|obj(ect)?|class|input|learned|latent|pool(ing)?)_quer(y|ies)",
-        "big_vision, Perceiver IO, DETR",
+        "big_vision, Perceiver IO, DETR, Set Transformer",
     ),
     Role("learned token", "any", r"(prefix|prompt)_tuning", "prefix tuning"),
     Role(
@@ -145,8 +151,8 @@ ADAMW_ROLES = (
         "leaf",
         r"(\w+_)?(scales?|scalars?|gains?|gamma|offset|temperature|lambdas?|sigma)(_[a-z]+)?"
         r"|skip_weights?|g|scale_shift_\w+|coefficients|freq(s|uenc(y|ies))|(\w+_)?slopes?|thetas?|pi"
-        r"|(\w+_)?res(id(ual)?)?_mix(ing)?|scaling",
-        "all; noisy networks",
+        r"|(\w+_)?res(id(ual)?)?_mix(ing)?|scaling|tau|inv_temp(erature)?|s_?qk",
+        "all; noisy networks, nGPT",
     ),
 )
 

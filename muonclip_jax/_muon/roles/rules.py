@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from muonclip_jax._muon.roles import (
     adamw_rules,
     attention,
+    biases,
     convolutions,
     gates,
     heads,
@@ -33,7 +34,7 @@ _ADAMW_RULES = (
 _MUON_RULES = (
     attention.by_layout,
     convolutions.transposed,
-    orientation.by_bias,
+    biases.by_bias,
     attention.in_pair,
     attention.with_heads,
     convolutions.local,
@@ -72,8 +73,8 @@ def _decide(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision:
     for rule in _ADAMW_RULES:
         if decision := rule(leaf, evidence):
             return decision
-    found = (rule(leaf, evidence, settings) for rule in _MUON_RULES)
-    decision = next(filter(None, found))
+    found = ((rule, rule(leaf, evidence, settings)) for rule in _MUON_RULES)
+    rule, decision = next((rule, decision) for rule, decision in found if decision)
     if decision.numbers is None:
         return decision
     n_in, n_out, batch = sizes(leaf.shape, decision.numbers)
@@ -81,7 +82,10 @@ def _decide(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decision:
         return other
     if decision.doubt:
         return decision
-    return decision._replace(doubt=_doubt_sizes(leaf, evidence, n_in, n_out, batch))
+    doubt = _doubt_sizes(leaf, evidence, n_in, n_out, batch)
+    if not doubt and rule is orientation.last_two_axes:
+        doubt = orientation.doubt_raw(leaf, evidence)
+    return decision._replace(doubt=doubt)
 
 
 def _table_or_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> Decision | None:
@@ -91,8 +95,9 @@ def _table_or_head(leaf: Leaf, evidence: Evidence, n_in: int, n_out: int) -> Dec
         several = sorted(leaf.shape)[-2] > 1 and names.matches(names.MATRIX_NAMES, leaf.core[-1])
         doubt = "its axis of size 1 may number heads or layers" if stacked and several else ""
         return Decision(None, "a side of 1", doubt)
-    if _is_broadcast(leaf, evidence):
-        return Decision(None, "a first axis of 1, as tables that are added have")
+    if _is_broadcast(leaf, evidence) and not _is_stack_of_one(leaf, evidence):
+        doubt = "it has the sides of a matrix beside it" if has_transposed(leaf, evidence) else ""
+        return Decision(None, "a first axis of 1, as tables that are added have", doubt)
     return heads.output_head(leaf, evidence, n_in, n_out)
 
 
@@ -117,6 +122,9 @@ def _doubt_sizes(
         return doubt
     if doubt := heads.doubt(leaf, evidence, n_in, n_out):
         return doubt
+    is_batch = any((n, len(leaf.shape) - axis) == (1, 3) for axis, n in batch)
+    if is_batch and _is_doubtful_stack_of_one(leaf, evidence):
+        return "its first axis of 1 may be for broadcasting, as of tables that are added"
     if _may_be_a_vector(leaf, evidence):
         return f"it may be one vector for each of {leaf.shape[0]} layers"
     known = evidence.stack_of(leaf).axes
@@ -141,12 +149,35 @@ def _may_be_a_vector(leaf: Leaf, evidence: Evidence) -> bool:
 
 
 def _is_broadcast(leaf: Leaf, evidence: Evidence) -> bool:
-    """Returns whether a first axis of 1 is for broadcasting, not a stack of one layer or expert."""
-    is_kernel = names.matches(names.MATRIX_NAMES, leaf.core[-1])
-    leads = len(leaf.shape) == 3 and leaf.shape[0] == 1 and not evidence.stack_of(leaf).axes
-    if not leads or is_kernel or convolutions.is_named_convolution(leaf) or leaf.is_lora:
+    """Returns whether a first axis of 1 in each layer may be for broadcasting."""
+    shape = evidence.layer_of(leaf)[1]
+    if len(shape) != 3 or shape[0] != 1 or leaf.is_lora:
         return False
-    known = (*names.PROJECTIONS, names.EXPERTS, names.STACKS)
-    return not any(
-        names.matches(pattern, names.stem(name)) for name in leaf.core for pattern in known
-    )
+    is_kernel = names.matches(names.MATRIX_NAMES, leaf.core[-1])
+    return not is_kernel and not convolutions.is_named_convolution(leaf)
+
+
+def _is_stack_of_one(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether a first axis of 1 in each layer may number layers or experts.
+
+    `layers` may be a stack of layers; `layers_0` and `layers/0` are one layer.
+    """
+    if _has_name_of_matrix(leaf) or names.matches(names.STACKS, leaf.name):
+        return True
+    return not evidence.stack_of(leaf).axes and names.is_stacked(leaf.core)
+
+
+def _has_name_of_matrix(leaf: Leaf) -> bool:
+    known = (*names.PROJECTIONS, names.EXPERTS)
+    parts = [names.stem(name) for name in leaf.core]
+    return any(names.matches(pattern, part) for part in parts for pattern in known)
+
+
+def _is_doubtful_stack_of_one(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether only its own name shows that a first axis of 1 is not for broadcasting."""
+    if not _is_broadcast(leaf, evidence) or leaf.has(names.EXPERTS):
+        return False
+    if not evidence.stack_of(leaf).axes and names.is_stacked(leaf.core):
+        return False
+    beside = (evidence.layer_of(x)[1] for x in evidence.beside(leaf) if _has_name_of_matrix(x))
+    return not any(len(shape) == 3 and shape[0] == 1 for shape in beside)

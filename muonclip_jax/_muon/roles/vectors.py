@@ -21,7 +21,7 @@ def vector_kind(leaf: Leaf) -> str:
 
 
 def _is_dense(inside: Path) -> bool:
-    return bool(inside) and names.matches("kernel", inside[0])
+    return bool(inside) and names.matches(r"(\w+_)?kernel|\w+_bias", inside[0])
 
 
 def without_window(leaf: Leaf) -> Shape:
