@@ -32,12 +32,14 @@ def is_dense(leaf: Leaf, evidence: Evidence) -> bool:
     A bias that fits shows this, and so does a gain of its inputs or the name of a dense layer:
     `gamma/kernel` beside `gamma/bias`, `layernorm_linear/kernel` and `linear_pos/kernel`.
     """
-    shape = evidence.layer_of(leaf)[1]
+    stack, shape = evidence.layer_of(leaf)
+    if not stack.known and evidence.shared_axis(leaf):
+        shape = shape[1:]
     if leaf.role is None or not _is_below_vectors(leaf) or len(shape) < 2 or min(shape) == 1:
         return False
     if leaf.is_inside and bias_fit(leaf, evidence)[0] is not None:
         return True
-    if not leaf.core[-1].endswith("kernel") or evidence.shared_axis(leaf):
+    if not leaf.core[-1].endswith("kernel"):
         return False
     beside = (evidence.layer_of(x)[1] for x in evidence.leaves_in(leaf.core[:-1]))
     inner = leaf.core[leaf.core.index(leaf.role[1]) : -1]
@@ -55,11 +57,12 @@ def doubt_kernel(leaf: Leaf, evidence: Evidence) -> str:
     if not _is_below_vectors(leaf) or len(shape) != 2 or not _is_large(leaf, evidence):
         return ""
     is_kernel = leaf.core[-1] == "kernel" or (leaf.is_inside and stack.known)
+    is_kernel |= any(names.matches(pattern, leaf.core[-1]) for pattern in names.PROJECTIONS)
     if not is_kernel or any(map(names.is_qk_norm, leaf.core)):
         return ""
     if not stack.known and any(x.shape[:1] == shape[:1] and x.shape[2:] for x in evidence.leaves):
         return ""  # its first axis may number layers
-    return "it is a kernel of two axes, as dense layers have"
+    return "it has the name and the two axes of a kernel"
 
 
 def doubt(leaf: Leaf, evidence: Evidence) -> str:
