@@ -66,8 +66,8 @@ def test_a_first_axis_of_one_in_a_numbered_layer_is_for_broadcasting(layer):
 
 
 def test_stacks_of_one_matrix_are_matrices():
-    tree = {"layers_0": {"mlp": {"w1": (1, 64, 256), "w2": (1, 256, 64)}, "norm/scale": (64,)}}
-    assert roles_of(tree)["layers_0/mlp/w1"] == (1, 64, 256)
+    tree = {"layers_0": {"mlp": {"up": (1, 64, 256), "down": (1, 256, 64)}, "norm/scale": (64,)}}
+    assert roles_of(tree)["layers_0/mlp/up"] == (1, 64, 256)
     assert roles_of({"layers": {"mix": (1, 64, 256)}})["layers/mix"] == (1, 64, 256)
     unnamed = {"layers_0": {"x": (1, 64, 256), "y": (1, 256, 64)}}
     assert not warnings_of(tree)
@@ -99,8 +99,9 @@ def test_arrays_that_are_no_kernel_are_doubted_in_a_model_of_kernels(name, lead)
         {"attn/x_proj": (64, 64)},
         {"attn/mix": (64, 64), "attn/mix_bias": (64,)},
         {"moe/w1": (4, 64, 32), "moe/w2": (4, 32, 64)},
+        {"moe/experts": (4, 64, 32), "moe/other": (4, 64, 32)},
         {"attn/x_down": (64, 8), "attn/x_up": (8, 96), "attn/y/kernel": (96, 64)},
-        {"attn/uvqk": (64, 256), "attn/norm/scale": (64,), "attn/y/kernel": (256, 64)},
+        {"attn/uvqk": (64, 256), "attn/norm/scale": (64,), "attn/y/kernel": (128, 64)},
     ],
 )
 def test_arrays_with_evidence_of_a_matrix_are_not_doubted_beside_kernels(extra):
@@ -166,9 +167,10 @@ def test_a_kernel_of_two_axes_below_the_name_of_a_vector_is_doubted(name):
 
 
 def test_kernels_of_norms_in_stacked_layers_are_vectors():
-    layer = {"attention_norm/kernel": (32, 64), "up/kernel": (32, 64, 256), "last/kernel": (64, 8)}
-    assert roles_of(layer)["attention_norm/kernel"] == "adamw"
-    assert not any("norm" in text for text in warnings_of(layer))
+    for norm in ("attention_norm", "mlp_norm"):
+        layer = {f"{norm}/kernel": (32, 64), "up/kernel": (32, 64, 256), "last/kernel": (64, 8)}
+        assert roles_of(layer)[f"{norm}/kernel"] == "adamw"
+        assert not any("norm" in text for text in warnings_of(layer))
 
 
 def test_the_layer_before_a_tied_table_is_hidden():
@@ -216,7 +218,7 @@ def test_down_and_up_of_a_bottleneck(module, ends, outputs_first):
 
 
 def test_down_and_up_of_an_mlp_that_is_narrow_inside():
-    for module, beside in (("moe/experts/0", {}), ("mlp", {"mlp/gate": (48, 64)})):
+    for module, beside in (("moe/experts/0", {}), ("glu", {"glu/gate": (48, 64)})):
         tree = {f"{module}/up": (48, 64), f"{module}/down": (64, 48), **beside}
         tree |= {path: shape for path, shape in MODEL.items() if "mlp" not in path}
         assert roles_of(tree)[f"{module}/up"] == (1, 64, 48)

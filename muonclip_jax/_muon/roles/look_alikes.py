@@ -32,8 +32,8 @@ def is_dense(leaf: Leaf, evidence: Evidence) -> bool:
     A bias that fits shows this, and so does a gain of its inputs or the name of a dense layer:
     `gamma/kernel` beside `gamma/bias`, `layernorm_linear/kernel` and `linear_pos/kernel`.
     """
-    stack, shape = evidence.layer_of(leaf)
-    if not stack.known and evidence.shared_axis(leaf):
+    shape = evidence.layer_of(leaf)[1]
+    if _may_be_stacked(leaf, evidence):
         shape = shape[1:]
     if leaf.role is None or not _is_below_vectors(leaf) or len(shape) < 2 or min(shape) == 1:
         return False
@@ -51,6 +51,13 @@ def _is_below_vectors(leaf: Leaf) -> bool:
     return leaf.role is not None and leaf.role[0].name in _VECTORS_OF_MODULES
 
 
+def _may_be_stacked(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether the first axis may number layers: no vector shows it, but a matrix has it."""
+    if evidence.stack_of(leaf).known:
+        return False
+    return any(x.shape[:1] == leaf.shape[:1] and len(x.shape) > 2 for x in evidence.leaves)
+
+
 def doubt_kernel(leaf: Leaf, evidence: Evidence) -> str:
     """Doubts that a kernel of two axes is a vector or a table."""
     stack, shape = evidence.layer_of(leaf)
@@ -60,8 +67,8 @@ def doubt_kernel(leaf: Leaf, evidence: Evidence) -> str:
     is_kernel |= any(names.matches(pattern, leaf.core[-1]) for pattern in names.PROJECTIONS)
     if not is_kernel or any(map(names.is_qk_norm, leaf.core)):
         return ""
-    if not stack.known and any(x.shape[:1] == shape[:1] and x.shape[2:] for x in evidence.leaves):
-        return ""  # its first axis may number layers
+    if _may_be_stacked(leaf, evidence):
+        return ""
     return "it has the name and the two axes of a kernel"
 
 

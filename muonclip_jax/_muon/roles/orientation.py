@@ -64,7 +64,9 @@ def doubt_raw(leaf: Leaf, evidence: Evidence) -> str:
         return ""
     if has_transposed(leaf, evidence) or bias_fit(leaf, evidence)[0] is not None:
         return ""
-    *_, n_in, n_out = evidence.layer_of(leaf)[1]
+    *batch, n_in, n_out = evidence.layer_of(leaf)[1]
+    if batch and is_expert(leaf, evidence):
+        return ""
     is_from_width = n_in < n_out and n_in in evidence.widths(leaf)  # a table ends in the width
     if is_from_width or _has_low_rank(leaf, evidence):
         return ""
