@@ -225,6 +225,8 @@ def test_down_and_up_of_an_mlp_that_is_narrow_inside():
         assert not any(text.startswith(module) for text in warnings_of(tree))
     tree = {**MODEL, "ffn/up": (48, 64), "ffn/down": (64, 48)}
     assert "as in a bottleneck" in doubts_of(tree)["ffn/up"]
+    shown = {"ffn/up/weight": (48, 64), "x/weight": (48, 64), "x/bias": (48,)}
+    assert not warnings_of({**MODEL, **shown, "ffn/down/weight": (64, 48)})
 
 
 # Gains of two axes that number no layers
