@@ -26,9 +26,11 @@ def test_fused_kernels_with_a_bias_and_any_name_are_split_by_the_kernel_beside_t
     mlp |= {"wo_kernel": (256, 64), "y": {"kernel": (64, 2, 256), "bias": (2, 256)}}
     assert {roles_of(mlp)[path] for path in ("wi_kernel", "x/kernel", "y/kernel")} == {(2, 64, 256)}
     fused = {"in_proj": {"kernel": (64, 3, 4, 16), "bias": (3, 4, 16)}}
-    for out in ((4, 16, 64), (64, 64)):
-        tree = {"attn": {**fused, "out_proj": {"kernel": out}}}
+    raw = {"in_proj": {"kernel": (64, 3, 4, 16)}}
+    for projection, out in ((fused, (4, 16, 64)), (fused, (64, 64)), (raw, (4, 16, 64))):
+        tree = {"attn": {**projection, "out_proj": {"kernel": out}}}
         assert roles_of(tree)["attn/in_proj/kernel"] == (3, 64, 64)
+        assert not warnings_of(tree)
 
 
 def test_few_outputs_that_nothing_explains_are_doubted_with_both_overrides():
@@ -64,8 +66,8 @@ def test_a_first_axis_of_one_in_a_numbered_layer_is_for_broadcasting(layer):
 
 
 def test_stacks_of_one_matrix_are_matrices():
-    tree = {"layers_0": {"mlp": {"w1": (1, 64, 256), "w2": (1, 256, 64)}, "norm/scale": (64,)}}
-    assert roles_of(tree)["layers_0/mlp/w1"] == (1, 64, 256)
+    tree = {"layers_0": {"mlp": {"up": (1, 64, 256), "down": (1, 256, 64)}, "norm/scale": (64,)}}
+    assert roles_of(tree)["layers_0/mlp/up"] == (1, 64, 256)
     assert roles_of({"layers": {"mix": (1, 64, 256)}})["layers/mix"] == (1, 64, 256)
     unnamed = {"layers_0": {"x": (1, 64, 256), "y": (1, 256, 64)}}
     assert not warnings_of(tree)
@@ -97,10 +99,14 @@ def test_arrays_that_are_no_kernel_are_doubted_in_a_model_of_kernels(name, lead)
         {"attn/x_proj": (64, 64)},
         {"attn/mix": (64, 64), "attn/mix_bias": (64,)},
         {"moe/w1": (4, 64, 32), "moe/w2": (4, 32, 64)},
+        {"moe/experts": (4, 64, 32), "moe/other": (4, 64, 32)},
+        {"attn/x_down": (64, 8), "attn/x_up": (8, 96), "attn/y/kernel": (96, 64)},
+        {"attn/uvqk": (64, 256), "attn/norm/scale": (64,), "attn/y/kernel": (128, 64)},
     ],
 )
 def test_arrays_with_evidence_of_a_matrix_are_not_doubted_beside_kernels(extra):
-    assert not warnings_of({f"layers_0/{k}": s for k, s in {**ATTENTION, **extra}.items()})
+    layer = {f"layers_0/{k}": shape for k, shape in {**ATTENTION, **extra}.items()}
+    assert not warnings_of({**layer, "x/kernel": (64, 64)})
 
 
 def test_arrays_of_a_model_without_modules_are_not_doubted():
@@ -137,19 +143,34 @@ def test_dense_layers_below_the_names_of_vectors_are_matrices(tree, path):
     assert "adamw" not in found.values()
 
 
+def test_dense_layers_of_stacked_layers_below_the_name_of_a_norm_are_matrices():
+    mlp = {"scale": (5, 64), "wi_kernel": (5, 64, 2, 256), "wi_bias": (5, 2, 256)}
+    mlp |= {"wo_kernel": (5, 256, 64), "wo_bias": (5, 64)}
+    for tree in (mlp, {path: shape for path, shape in mlp.items() if path != "scale"}):
+        found = roles_of({"layers": {"layernorm_mlp": tree}})
+        assert found["layers/layernorm_mlp/wi_kernel"] == (10, 64, 256)
+        assert found["layers/layernorm_mlp/wo_kernel"] == (5, 256, 64)
+
+
+def test_projections_below_the_name_of_a_norm_are_doubted():
+    tree = {"layers_0/bn/down": (64, 48), "layers_0/bn/up": (48, 64), "x/kernel": (64, 64)}
+    assert {"layers_0/bn/down", "layers_0/bn/up"} <= doubts_of(tree).keys()
+
+
 @pytest.mark.parametrize("name", ["Gamma", "ada_norm", "position"])
 def test_a_kernel_of_two_axes_below_the_name_of_a_vector_is_doubted(name):
     layer = {f"{name}/kernel": (32, 64), "up/kernel": (32, 64)}
     tree = {f"layers_{i}/{path}": shape for i in range(2) for path, shape in layer.items()}
     assert roles_of(tree)[f"layers_0/{name}/kernel"] == "adamw"
     (text,) = warnings_of(tree)
-    assert "kernel of two axes" in text
+    assert "two axes of a kernel" in text
 
 
 def test_kernels_of_norms_in_stacked_layers_are_vectors():
-    layer = {"attention_norm/kernel": (32, 64), "up/kernel": (32, 64, 256), "last/kernel": (64, 8)}
-    assert roles_of(layer)["attention_norm/kernel"] == "adamw"
-    assert not any("norm" in text for text in warnings_of(layer))
+    for norm in ("attention_norm", "mlp_norm"):
+        layer = {f"{norm}/kernel": (32, 64), "up/kernel": (32, 64, 256), "last/kernel": (64, 8)}
+        assert roles_of(layer)[f"{norm}/kernel"] == "adamw"
+        assert not any("norm" in text for text in warnings_of(layer))
 
 
 def test_the_layer_before_a_tied_table_is_hidden():
@@ -197,13 +218,15 @@ def test_down_and_up_of_a_bottleneck(module, ends, outputs_first):
 
 
 def test_down_and_up_of_an_mlp_that_is_narrow_inside():
-    for module, beside in (("moe/experts/0", {}), ("mlp", {"mlp/gate": (48, 64)})):
+    for module, beside in (("moe/experts/0", {}), ("glu", {"glu/gate": (48, 64)})):
         tree = {f"{module}/up": (48, 64), f"{module}/down": (64, 48), **beside}
         tree |= {path: shape for path, shape in MODEL.items() if "mlp" not in path}
         assert roles_of(tree)[f"{module}/up"] == (1, 64, 48)
         assert not any(text.startswith(module) for text in warnings_of(tree))
     tree = {**MODEL, "ffn/up": (48, 64), "ffn/down": (64, 48)}
     assert "as in a bottleneck" in doubts_of(tree)["ffn/up"]
+    shown = {"ffn/up/weight": (48, 64), "x/weight": (48, 64), "x/bias": (48,)}
+    assert not warnings_of({**MODEL, **shown, "ffn/down/weight": (64, 48)})
 
 
 # Gains of two axes that number no layers

@@ -67,13 +67,12 @@ class Evidence:
         self.matrix_sizes = collections.Counter(n for shape in matrices for n in shape)
         self.vocabulary, self.embedded = self._embedding_sizes()
         self.convention: dict[str, bool] = {}
-        large = [x for x in self.leaves if len(x.shape) > 1 and x.role is None and not x.is_lora]
-        self.has_kernels = 2 * sum(leaf.is_inside for leaf in large) > len(large)
         self._stacks: dict[Path, Stack] = {}
         self._widths: dict[Path, set[int]] = {}
         self._shared: dict[Path, bool] = {}
         self._experts: dict[Path, Experts] = {}
         self.usual_width = self._find_usual_width()
+        self.has_kernels = False
 
     def _find_usual_width(self) -> int:
         """Finds the most frequent size of the gains of norms; 0 if there is none."""

@@ -34,7 +34,7 @@ def few_outputs(leaf: Leaf, evidence: Evidence, sizes: Shape) -> tuple[bool, str
     """Decides whether (inputs, few, *outputs) is a matrix for each of the few, or one of heads.
 
     Args:
-      leaf: A kernel beside a bias (few, *outputs).
+      leaf: A kernel.
       evidence: See `Evidence`.
       sizes: inputs, few, *outputs.
 
@@ -66,6 +66,9 @@ def few_between(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decis
     (outputs, inputs) beside (inputs, 2, outputs) shows gate and up; without it, this is doubted.
     """
     stack, shape = evidence.layer_of(leaf)
+    if len(shape) == 4 and few_outputs(leaf, evidence, shape)[0]:
+        numbers = numbers_of(leaf, stack, (0,), (2, 3))
+        return Decision(numbers, f"{shape[1]} in one, as the matrix beside it shows")
     if len(shape) < 3 or leaf.is_lora or (len(shape) == 3 and leaf.has(names.EXPERTS)):
         return None
     *experts, n_first, few, n_last = shape

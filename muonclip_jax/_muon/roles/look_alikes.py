@@ -33,11 +33,13 @@ def is_dense(leaf: Leaf, evidence: Evidence) -> bool:
     `gamma/kernel` beside `gamma/bias`, `layernorm_linear/kernel` and `linear_pos/kernel`.
     """
     shape = evidence.layer_of(leaf)[1]
+    if _may_be_stacked(leaf, evidence):
+        shape = shape[1:]
     if leaf.role is None or not _is_below_vectors(leaf) or len(shape) < 2 or min(shape) == 1:
         return False
     if leaf.is_inside and bias_fit(leaf, evidence)[0] is not None:
         return True
-    if not leaf.core[-1].endswith("kernel") or evidence.shared_axis(leaf):
+    if not leaf.core[-1].endswith("kernel"):
         return False
     beside = (evidence.layer_of(x)[1] for x in evidence.leaves_in(leaf.core[:-1]))
     inner = leaf.core[leaf.core.index(leaf.role[1]) : -1]
@@ -49,17 +51,25 @@ def _is_below_vectors(leaf: Leaf) -> bool:
     return leaf.role is not None and leaf.role[0].name in _VECTORS_OF_MODULES
 
 
+def _may_be_stacked(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether the first axis may number layers: no vector shows it, but a matrix has it."""
+    if evidence.stack_of(leaf).known:
+        return False
+    return any(x.shape[:1] == leaf.shape[:1] and len(x.shape) > 2 for x in evidence.leaves)
+
+
 def doubt_kernel(leaf: Leaf, evidence: Evidence) -> str:
     """Doubts that a kernel of two axes is a vector or a table."""
     stack, shape = evidence.layer_of(leaf)
     if not _is_below_vectors(leaf) or len(shape) != 2 or not _is_large(leaf, evidence):
         return ""
     is_kernel = leaf.core[-1] == "kernel" or (leaf.is_inside and stack.known)
+    is_kernel |= any(names.matches(pattern, leaf.core[-1]) for pattern in names.PROJECTIONS)
     if not is_kernel or any(map(names.is_qk_norm, leaf.core)):
         return ""
-    if not stack.known and any(x.shape[:1] == shape[:1] and x.shape[2:] for x in evidence.leaves):
-        return ""  # its first axis may number layers
-    return "it is a kernel of two axes, as dense layers have"
+    if _may_be_stacked(leaf, evidence):
+        return ""
+    return "it has the name and the two axes of a kernel"
 
 
 def doubt(leaf: Leaf, evidence: Evidence) -> str:

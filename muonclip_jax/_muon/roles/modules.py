@@ -50,7 +50,7 @@ class Leaf(NamedTuple):
         own = self.core[-1]
         known = (*names.PROJECTIONS, names.PERHAPS_OUT, names.GATE, names.GATED_PAIR)
         is_named = any(names.matches(pattern, names.stem(own)) for pattern in known)
-        return self.role is not None or self.is_lora or own[-1:].isdigit() or is_named
+        return self.role is not None or self.is_lora or own.isdigit() or is_named
 
     def has(self, pattern: str) -> bool:
         """Returns whether a component of the path has a name."""

@@ -64,7 +64,21 @@ def doubt_raw(leaf: Leaf, evidence: Evidence) -> str:
         return ""
     if has_transposed(leaf, evidence) or bias_fit(leaf, evidence)[0] is not None:
         return ""
+    *batch, n_in, n_out = evidence.layer_of(leaf)[1]
+    if batch and is_expert(leaf, evidence):
+        return ""
+    is_from_width = n_in < n_out and n_in in evidence.widths(leaf)  # a table ends in the width
+    if is_from_width or _has_low_rank(leaf, evidence):
+        return ""
     return "it is no kernel, as other matrices are, and may be a table or vectors"
+
+
+def _has_low_rank(leaf: Leaf, evidence: Evidence) -> bool:
+    """Returns whether the short side is the one of an array beside it: `q_down` and `q_up`."""
+    own = leaf.shape[-2:]
+    beside = [x.shape[-2:] for x in evidence.leaves_in(leaf.core[:-1]) if len(x.shape) > 1]
+    pairs = [(own, x) for x in beside] + [(x, own) for x in beside]
+    return any(down[1] == up[0] < min(down[0], up[1]) for down, up in pairs)
 
 
 def _may_be_window(leaf: Leaf, evidence: Evidence) -> bool:
@@ -290,3 +304,11 @@ def find_convention(evidence: Evidence) -> dict[str, bool]:
             if shown:
                 break
     return convention
+
+
+def find_kernels(evidence: Evidence) -> bool:
+    """Finds whether matrices are the kernels of modules, as in Flax, and few are raw arrays."""
+    large = [x for x in evidence.leaves if x.role is None and len(evidence.layer_of(x)[1]) > 1]
+    raw = [leaf.is_known for leaf in large if not leaf.is_inside and not leaf.is_lora]
+    kernels = sum(leaf.is_inside for leaf in large)
+    return kernels > raw.count(True) and kernels >= raw.count(False)

@@ -66,6 +66,7 @@ def decide(
     """
     evidence = Evidence(paths, shapes)
     evidence.convention = orientation.find_convention(evidence)
+    evidence.has_kernels = orientation.find_kernels(evidence)
     return [_decide(leaf, evidence, settings) for leaf in evidence.leaves]
 
 
