@@ -277,12 +277,11 @@ def _without_numbers(site: AttentionSite) -> Any:
 
 
 def _role_from_json(data: Any) -> Role:
-    optimizer, numbers, heads, reason, *groups = data  # no groups in texts of earlier versions
+    optimizer, numbers, heads, reason, groups = data
     if numbers is not None:
         sides = (tuple(side) if isinstance(side, list) else side for side in numbers)
         numbers = MuonDimensionNumbers(*sides)
-    groups = [tuple(one) for one in groups if one]
-    return Role(optimizer, numbers, heads, reason, *groups)
+    return Role(optimizer, numbers, heads, reason, groups and tuple(groups))
 
 
 def _site_to_json(site: AttentionSite) -> dict[str, Any]:
