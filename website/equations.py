@@ -4,14 +4,15 @@ import html
 import re
 from typing import Any
 
-import ziamath
 from docutils import nodes
+from ziamath.config import config
+from ziamath.zmath import Latex
 
 _EM = 20  # a drawing has this many pixels for 1 em of the text around it
 _SIZE = re.compile(r'width="([\d.]+)" height="([\d.]+)" viewBox="\S+ (\S+) \S+ \S+"')
 
-ziamath.config.svg2 = False  # no identifiers, which several equations of a page would share
-ziamath.config.math.color = "currentColor"  # the color of the text, light or dark
+config.svg2 = False  # no identifiers, which several equations of a page would share
+config.math.color = "currentColor"  # the color of the text, light or dark
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -43,7 +44,7 @@ def draw(latex: str, *, inline: bool) -> str:
     Raises:
       ValueError: if nothing was drawn.
     """
-    svg = ziamath.Latex(latex, size=_EM, inline=inline).svg()
+    svg = Latex(latex, size=_EM, inline=inline).svg()
     size = _SIZE.search(svg)
     if size is None:
         raise ValueError(f"equation {latex!r}: got {svg[:80]!r}, expected an SVG with a size.")

@@ -6,14 +6,16 @@ import textwrap
 from typing import Any
 
 from docutils import nodes
-from sphinx.ext.napoleon import Config, GoogleDocstring
+from sphinx.ext.napoleon import Config
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
 from website.docstrings import translated
 from website.repository import ROOT
 
 FOLDER = ROOT / "muonclip_jax" / "integrations"
-_NAPOLEON = Config(napoleon_use_ivar=True, napoleon_use_rtype=False)
+# Napoleon's own configuration, where its type asks for Sphinx's.
+_NAPOLEON: Any = Config(napoleon_use_ivar=True, napoleon_use_rtype=False)
 Definition = ast.FunctionDef | ast.ClassDef
 
 
