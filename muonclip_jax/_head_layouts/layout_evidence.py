@@ -281,4 +281,5 @@ def values_beside_qkv(
       Its name, or None.
     """
     values = (n for n in undeclared_kernels(layout, kernels, children) if letters(n) == {"v"})
+    values = (n for n in values if not any(word.startswith("embed") for word in words(n)))  # tables
     return next((n for n in values if any(n_in in shape for shape in children[n])), None)

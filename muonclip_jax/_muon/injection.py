@@ -51,6 +51,18 @@ class _Number(jax.Array):
     def __jax_array__(self) -> jax.Array:
         return jnp.asarray(self.value, self.dtype)
 
+    def __float__(self) -> float:
+        return self.value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Number, (self.value,)
+
+    def __deepcopy__(self, memo: Any) -> "_Number":
+        return self
+
 
 class _Signature(inspect.Signature):
     """A signature whose `bind` returns arguments that `optax.inject_hyperparams` keeps."""

@@ -1,7 +1,9 @@
 """`optax.inject_hyperparams` and `jax.vmap` over settings, without `static_args`."""
 
+import copy
 import functools
 import inspect
+import pickle
 from typing import Any
 
 import chex
@@ -198,3 +200,12 @@ def test_a_gradient_through_a_traced_number_of_steps_raises():
     loss = lambda x, n: mc.newton_schulz(x, ROW, steps=n).sum()  # noqa: E731
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         jax.jit(jax.grad(loss))(jnp.eye(2), 3)
+
+
+def test_injected_settings_are_copied_and_pickled():
+    """As cloudpickle does with the optimizer that has them."""
+    settings = inspect.signature(mc.muon).bind(0.1).arguments
+    for copied in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
+        assert float(copied["beta"]) == 0.95
+        assert repr(copied["beta"]) == "0.95"
+        assert jnp.asarray(copied["beta"]) == np.float32(0.95)

@@ -52,6 +52,15 @@ def test_few_outputs_with_the_sizes_of_heads_are_one_matrix():
         assert not warnings_of(tree)
 
 
+@pytest.mark.parametrize("shape", [(8, 2, 64, 256), (2, 8, 64, 256), (4, 2, 64, 256)])
+def test_gate_and_up_of_experts_are_a_matrix_for_each(shape):
+    experts = max(shape[:2])
+    for name in ("gating_einsum", "wi", "gate_up_proj"):
+        tree = {"moe": {name: shape, "linear": (experts, 256, 64)}, "norm": {"scale": (64,)}}
+        assert roles_of(tree)[f"moe/{name}"] == (2 * experts, 64, 256)
+        assert not warnings_of(tree)
+
+
 # A first axis of 1 in a numbered layer
 
 
@@ -107,6 +116,26 @@ def test_arrays_that_are_no_kernel_are_doubted_in_a_model_of_kernels(name, lead)
 def test_arrays_with_evidence_of_a_matrix_are_not_doubted_beside_kernels(extra):
     layer = {f"layers_0/{k}": shape for k, shape in {**ATTENTION, **extra}.items()}
     assert not warnings_of({**layer, "x/kernel": (64, 64)})
+
+
+@pytest.mark.parametrize("name", ["Wz", "W_hh", "w1", "fc", "lin", "proj_matrix"])
+def test_arrays_with_the_name_of_a_matrix_are_not_doubted_beside_kernels(name):
+    layer = {
+        "q/kernel": (64, 64),
+        "k/kernel": (64, 64),
+        "norm/scale": (64,),
+        f"cell/{name}": (64, 64),
+    }
+    assert not warnings_of({"layers_0": layer, "layers_1": layer})
+
+
+@pytest.mark.parametrize("name", ["pos_enc", "position_encoding", "pe", "learned_pos"])
+def test_a_positional_table_named_weight_is_not_doubted(name):
+    """`equinox.nn.Embedding` and `torch.nn.Embedding` have a `weight`."""
+    layer = {"q/weight": (64, 64), "k/weight": (64, 64), "norm/weight": (64,)}
+    tree = {f"{name}/weight": (50, 64), "layers": {"0": layer, "1": layer}}
+    assert roles_of(tree)[f"{name}/weight"] == "adamw"
+    assert not warnings_of(tree)
 
 
 def test_arrays_of_a_model_without_modules_are_not_doubted():

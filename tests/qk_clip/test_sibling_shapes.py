@@ -98,6 +98,9 @@ MODELS: dict[str, Any] = {
         4,
     ),
     "GPT-2": fused("c_attn", (768, 2304), {"c_proj": (768, 768)}, 12, 64),
+    "a table of values": fused(
+        "c_attn", (768, 2304), {"c_proj": (768, 768), "value_embeds": (50257, 768)}, 12, 64
+    ),
     "Pythia": fused(
         "query_key_value", (512, 1536), {"dense": (512, 512)}, 8, 64, order="interleaved"
     ),

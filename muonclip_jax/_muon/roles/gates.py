@@ -49,8 +49,9 @@ def few_outputs(leaf: Leaf, evidence: Evidence, sizes: Shape) -> tuple[bool, str
     queries = [evidence.layer_of(x)[1] for x in inputs_near(leaf.module, evidence)]
     if sizes in queries or (few, *n_out, n_in) in layers:
         return False, ""  # heads, as of the gate of AlphaFold
-    is_cell = few in (3, 4) and len(n_out) == 1 and leaf.has(names.CELL)
-    if is_cell or (is_few and names.matches(names.GATED_PAIR, leaf.name)):
+    is_cell = few in (3, 4) and leaf.has(names.CELL)
+    is_pair = few == 2 and names.matches(names.GATED_PAIR, leaf.name)
+    if len(n_out) == 1 and (is_cell or is_pair):
         return True, ""
     if not is_short or few < 2 or heads_name(leaf, evidence) or leaf.is_lora:
         return False, ""

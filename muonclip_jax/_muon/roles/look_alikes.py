@@ -60,11 +60,12 @@ def _may_be_stacked(leaf: Leaf, evidence: Evidence) -> bool:
 
 def doubt_kernel(leaf: Leaf, evidence: Evidence) -> str:
     """Doubts that a kernel of two axes is a vector or a table."""
-    stack, shape = evidence.layer_of(leaf)
+    shape = evidence.layer_of(leaf)[1]
     if not _is_below_vectors(leaf) or len(shape) != 2 or not _is_large(leaf, evidence):
         return ""
-    is_kernel = leaf.core[-1] == "kernel" or (leaf.is_inside and stack.known)
-    is_kernel |= any(names.matches(pattern, leaf.core[-1]) for pattern in names.PROJECTIONS)
+    is_kernel = leaf.core[-1] == "kernel" or any(
+        names.matches(pattern, leaf.core[-1]) for pattern in names.PROJECTIONS
+    )
     if not is_kernel or any(map(names.is_qk_norm, leaf.core)):
         return ""
     if _may_be_stacked(leaf, evidence):

@@ -24,6 +24,7 @@ NOISE, MEAN = r"sigma|rho|std|stddev", r"mu|mean|loc"
 # Suffixes of a matrix and of its bias where both are parameters of the module around.
 MATRIX_SUFFIXES = ("_w", "_kernel", "_weight", "_weights")
 MATRIX_ENDS = r"\w+_(proj(ection)?|kernel|w|weights?|dense|linear|mlp|fc)"
+MATRIX_STARTS = r"w_?[a-z]{1,2}\d?|(fc|lin(ear)?|dense|proj(ection)?)(_?\d|_\w+)?"
 BIAS_SUFFIXES = ("_b", "_bias")
 
 # Components that are one layer or a stack of layers, so that a head is not below them.

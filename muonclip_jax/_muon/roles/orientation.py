@@ -59,7 +59,7 @@ def last_two_axes(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Dec
 def doubt_raw(leaf: Leaf, evidence: Evidence) -> str:
     """Doubts an array beside kernels, if neither a name nor others show that it is a matrix."""
     own = leaf.core[-1]
-    known = rf"{names.MATRIX_NAMES}|{names.MATRIX_ENDS}|{names.STACKS}|stack"
+    known = rf"{names.MATRIX_NAMES}|{names.MATRIX_ENDS}|{names.MATRIX_STARTS}|{names.STACKS}|stack"
     if not evidence.has_kernels or leaf.is_known or names.matches(known, own):
         return ""
     if has_transposed(leaf, evidence) or bias_fit(leaf, evidence)[0] is not None:
@@ -75,8 +75,9 @@ def doubt_raw(leaf: Leaf, evidence: Evidence) -> str:
 
 def _has_low_rank(leaf: Leaf, evidence: Evidence) -> bool:
     """Returns whether the short side is the one of an array beside it: `q_down` and `q_up`."""
-    own = leaf.shape[-2:]
-    beside = [x.shape[-2:] for x in evidence.leaves_in(leaf.core[:-1]) if len(x.shape) > 1]
+    own = evidence.layer_of(leaf)[1][-2:]
+    layers = (evidence.layer_of(x)[1][-2:] for x in evidence.leaves_in(leaf.core[:-1]))
+    beside = [layer for layer in layers if len(layer) == 2]
     pairs = [(own, x) for x in beside] + [(x, own) for x in beside]
     return any(down[1] == up[0] < min(down[0], up[1]) for down, up in pairs)
 
