@@ -127,6 +127,23 @@ def test_inputs_of_a_fraction_of_the_outputs_before_may_be_groups():
     assert not warnings_of({**fire, "Conv_2": {"kernel": (3, 3, 16, 64)}})
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "shapes"),
+    [
+        ("ConvTranspose_{}", "kernel", [(4, 4, 32, 64), (4, 4, 16, 32)]),
+        ("upconv{}", "kernel", [(2, 2, 32, 64), (2, 2, 16, 32)]),
+        ("{}", "kernel", [(4, 4, 32, 64), (4, 4, 16, 32)]),
+        ("deconv{}", "weight", [(64, 32, 4, 4), (32, 16, 4, 4)]),  # as PyTorch stores it
+    ],
+)
+def test_the_bias_before_shows_that_a_transposed_convolution_has_no_groups(module, name, shapes):
+    kernels = {
+        module.format(i): {name: shape, "bias": (n_out,)}
+        for i, (shape, n_out) in enumerate(zip(shapes, (32, 16), strict=True))
+    }
+    assert not warnings_of({"deconvs": kernels})
+
+
 def convolved(x, kernel, groups=1):
     dims = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
