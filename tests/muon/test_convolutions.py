@@ -80,6 +80,57 @@ def test_transposed_convolutions_without_evidence_warn_with_both_orders(name, tr
     assert found == [mc.MuonDimensionNumbers(*other)]
 
 
+def numbered(module, sizes, window=(4, 4), biases=()):
+    """Returns kernels (*window, *sizes) in modules of a name and a number, some with a bias."""
+    tree = {f"{module}{i}": {"kernel": (*window, *pair)} for i, pair in enumerate(sizes)}
+    return {**tree, **{n: {**tree[n], "bias": b} for n, b in biases}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "matrix"),
+    [
+        (numbered("ConvTranspose_", [(64, 32), (32, 8)]), (1, 1024, 32)),
+        (numbered("deconv", [(32, 64), (8, 32)]), (1, 1024, 32)),
+        (numbered("upconv", [(64, 64), (64, 32), (32, 16)]), (1, 1024, 64)),
+    ],
+)
+def test_a_series_of_fewer_and_fewer_channels_shows_which_are_outputs(tree, matrix):
+    assert not warnings_of({"deconvs": tree})
+    assert next(iter(roles_of({"deconvs": tree}).values())) == matrix
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(64, 32), (64, 32)],  # no chain
+        [(64, 32), (32, 64), (64, 32)],  # a chain in both orders
+        [(32, 64), (64, 128)],  # may be numbered from its end
+    ],
+)
+def test_a_series_that_shows_no_outputs_warns(sizes):
+    for text in warnings_of(numbered("deconv", sizes)):
+        assert "no bias shows which of its channels are outputs" in text
+    assert len(warnings_of(numbered("deconv", sizes))) == len({*sizes})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "n_out", "matrix"),
+    [
+        ((4, 4, 32, 64), 32, (1, 1024, 32)),
+        ((4, 4, 32, 64), 64, (1, 512, 64)),
+        ((4, 4, 64, 64), 32, (1, 1024, 64)),
+    ],
+)
+def test_the_bias_of_another_transposed_convolution_shows_the_outputs(kernel, n_out, matrix):
+    shown = {"kernel": (4, 4, 32, 64), "bias": (n_out,)}
+    series = {"deconv_0": {"kernel": kernel}, "deconv_1": shown}
+    for tree in (series, {"middle": {"deconv": {"kernel": kernel}}, "end": {"up_conv": shown}}):
+        assert not warnings_of(tree)
+        assert matrix in [roles_of(tree).get(f"{n}/kernel") for n in ("deconv_0", "middle/deconv")]
+    unlike = {"kernel": (4, 4, 64, 32), "bias": (n_out,)}  # in the opposite order
+    assert "no bias shows" in warnings_of({**series, "deconv_2": unlike})[0]
+
+
 def test_orders_of_equal_updates_do_not_warn():
     torch = {
         "conv_transpose": {"weight": (16, 8, 4, 4)}

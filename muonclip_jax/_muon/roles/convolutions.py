@@ -1,5 +1,6 @@
 """Convolutions: the window and the inputs are one side of a matrix; depthwise ones have none."""
 
+import itertools
 import math
 
 from optax.contrib import MuonDimensionNumbers
@@ -24,7 +25,7 @@ def transposed(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
 
     Flax stores the first, and with `transpose_kernel=True` the second, as Haiku does. Equinox
     stores (outputs, inputs, *window), PyTorch (inputs, outputs, *window). The bias shows the
-    outputs if both sizes differ.
+    outputs if both sizes differ; else the other transposed convolutions may show them.
     """
     stack, shape = evidence.layer_of(leaf)
     front, back = _has_window(shape)
@@ -49,8 +50,12 @@ def transposed(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
     if is_set if front else not settings.scale_by_sides:  # both orders have the same update
         return None
     found = convolution(leaf, evidence, settings)
-    text = "no bias shows which of its channels are outputs"
-    return found and found._replace(doubt=text, other=(when, other))
+    is_other = _is_other_by_series(leaf, evidence, front=front)
+    if is_other is None:
+        text = "no bias shows which of its channels are outputs"
+        return found and found._replace(doubt=text, other=(when, other))
+    reason = "transposed convolution, in the order of storage that its series shows"
+    return Decision(other, reason) if is_other else found
 
 
 def _sides(leaf: Leaf, evidence: Evidence, *, front: bool) -> Shape:
@@ -76,6 +81,59 @@ def _is_other_by_bias(leaf: Leaf, evidence: Evidence, *, front: bool) -> bool | 
     if n_in == n_out or size not in (n_in, n_out) or any(n != 1 for n in others):
         return None
     return size == n_in
+
+
+def _is_other(leaf: Leaf, evidence: Evidence, *, front: bool) -> bool | None:
+    """Returns the same as its own bias shows it, or else the other transposed convolutions."""
+    by_bias = _is_other_by_bias(leaf, evidence, front=front)
+    if by_bias is not None or not _is_named_transposed(leaf, evidence, front=front):
+        return by_bias
+    return _is_other_by_series(leaf, evidence, front=front)
+
+
+def _is_other_by_series(leaf: Leaf, evidence: Evidence, *, front: bool) -> bool | None:
+    """Returns the same as other transposed convolutions show it, by their biases or their sizes.
+
+    The biases of its series are the first evidence, the sizes of its series the second, and the
+    biases of other series the last.
+    """
+    rank = len(evidence.layer_of(leaf)[1])
+    series = _series(leaf, evidence) if leaf.is_inside else [leaf]
+    own = [x for x in series if len(evidence.layer_of(x)[1]) == rank]
+    by_bias = _shown_by_biases(own, evidence, front=front)
+    if not by_bias and (chained := _chained(own, evidence, front=front)) is not None:
+        return chained
+    if not by_bias:
+        like = [x for x in evidence.leaves if x.core[-1] == leaf.core[-1]]
+        like = [x for x in like if _has_window(evidence.layer_of(x)[1]) == (front, not front)]
+        named = [x for x in like if _is_named_transposed(x, evidence, front=front)]
+        by_bias = _shown_by_biases(named, evidence, front=front)
+    return by_bias.pop() if len(by_bias) == 1 else None
+
+
+def _shown_by_biases(kernels: list[Leaf], evidence: Evidence, *, front: bool) -> set[bool]:
+    """Lists whether biases show the other order of storage, where they show an order."""
+    shown = (_is_other_by_bias(x, evidence, front=front) for x in kernels)
+    return {other for other in shown if other is not None}
+
+
+def _chained(series: list[Leaf], evidence: Evidence, *, front: bool) -> bool | None:
+    """Returns in which order of storage the outputs of each are the inputs of the next.
+
+    A series that is numbered from its end has the same sizes in the other order. There, the
+    channels seem to grow, while transposed convolutions reduce them; so growth shows no order.
+    """
+    usual = [_sides(x, evidence, front=front) for x in series]
+    orders = {False: usual, True: [pair[::-1] for pair in usual]}
+    chains = [
+        other
+        for other, sides in orders.items()
+        if all(before[1] == after[0] for before, after in itertools.pairwise(sides))
+    ]
+    if len(chains) != 1:
+        return None
+    first, *_, last = orders[chains[0]]
+    return chains[0] if last[1] < first[0] else None
 
 
 def _is_named_transposed(leaf: Leaf, evidence: Evidence, *, front: bool) -> bool:
@@ -222,7 +280,7 @@ def doubt_groups(leaf: Leaf, evidence: Evidence) -> str:
     if at == 0 or not is_named_convolution(leaf) or min(ranks) < 3:
         return ""
     sides = [_sides(x, evidence, front=front) for x in series]
-    others = [_is_other_by_bias(x, evidence, front=front) for x in series]
+    others = [_is_other(x, evidence, front=front) for x in series]
     sides = [pair[::-1] if other else pair for pair, other in zip(sides, others, strict=True)]
     (first, _), (_, before), (n_in, n_out) = sides[0], sides[at - 1], sides[at]
     is_known = n_in in {first, *(n for _, n in sides)} or evidence.has_output(leaf, n_in)
