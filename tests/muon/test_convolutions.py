@@ -131,6 +131,33 @@ def test_the_bias_of_another_transposed_convolution_shows_the_outputs(kernel, n_
     assert "no bias shows" in warnings_of({**series, "deconv_2": unlike})[0]
 
 
+def test_biases_decide_before_the_sizes_of_a_series():
+    up = numbered("deconv", [(64, 32), (32, 12)], biases=[("deconv1", (32,))])  # from its end
+    down = {"ct": {"ConvTranspose_0": {"kernel": (4, 4, 32, 64), "bias": (64,)}}}
+    assert not warnings_of({**up, **down})
+    assert roles_of({**up, **down})["deconv0/kernel"] == (1, 512, 64)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"conv": {"kernel": (4, 4, 32, 64), "bias": (64,)}},  # not transposed
+        {"tconv": {"kernel": (64, 32, 4), "bias": (32,)}},  # the window on the other side
+        {"deconv_0": {"kernel": (8,)}},  # no matrix
+    ],
+)
+def test_the_biases_of_unlike_parameters_show_no_outputs(beside):
+    found = warnings_of({**beside, "deconv_1": {"kernel": (4, 4, 64, 64)}})
+    assert "no bias shows which of its channels are outputs" in str(found)
+
+
+def test_parameters_of_few_axes_beside_convolutions_have_no_sides():
+    assert not warnings_of({"conv": {"kernel": (3, 3, 8, 8), "bias": ()}})
+    stacked = {"kernel": (5, 2, 3), "norm": {"scale": (5, 2, 3)}}
+    found = roles_of({"conv_0": stacked, "conv_1": {"kernel": (3, 3, 8, 16)}})
+    assert found["conv_1/kernel"] == (1, 72, 16)
+
+
 def test_orders_of_equal_updates_do_not_warn():
     torch = {
         "conv_transpose": {"weight": (16, 8, 4, 4)}
