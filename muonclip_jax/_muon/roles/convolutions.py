@@ -54,7 +54,7 @@ def transposed(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
     if is_other is None:
         text = "no bias shows which of its channels are outputs"
         return found and found._replace(doubt=text, other=(when, other))
-    reason = "transposed convolution, in the order of storage that its series shows"
+    reason = "transposed convolution, in the order that others like it show"
     return Decision(other, reason) if is_other else found
 
 
