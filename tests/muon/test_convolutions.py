@@ -80,6 +80,84 @@ def test_transposed_convolutions_without_evidence_warn_with_both_orders(name, tr
     assert found == [mc.MuonDimensionNumbers(*other)]
 
 
+def numbered(module, sizes, window=(4, 4), biases=()):
+    """Returns kernels (*window, *sizes) in modules of a name and a number, some with a bias."""
+    tree = {f"{module}{i}": {"kernel": (*window, *pair)} for i, pair in enumerate(sizes)}
+    return {**tree, **{n: {**tree[n], "bias": b} for n, b in biases}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "matrix"),
+    [
+        (numbered("ConvTranspose_", [(64, 32), (32, 8)]), (1, 1024, 32)),
+        (numbered("deconv", [(32, 64), (8, 32)]), (1, 1024, 32)),
+        (numbered("upconv", [(64, 64), (64, 32), (32, 16)]), (1, 1024, 64)),
+    ],
+)
+def test_a_series_of_fewer_and_fewer_channels_shows_which_are_outputs(tree, matrix):
+    assert not warnings_of({"deconvs": tree})
+    assert next(iter(roles_of({"deconvs": tree}).values())) == matrix
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(64, 32), (64, 32)],  # no chain
+        [(64, 32), (32, 64), (64, 32)],  # a chain in both orders
+        [(32, 64), (64, 128)],  # may be numbered from its end
+    ],
+)
+def test_a_series_that_shows_no_outputs_warns(sizes):
+    for text in warnings_of(numbered("deconv", sizes)):
+        assert "no bias shows which of its channels are outputs" in text
+    assert len(warnings_of(numbered("deconv", sizes))) == len({*sizes})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "n_out", "matrix"),
+    [
+        ((4, 4, 32, 64), 32, (1, 1024, 32)),
+        ((4, 4, 32, 64), 64, (1, 512, 64)),
+        ((4, 4, 64, 64), 32, (1, 1024, 64)),
+    ],
+)
+def test_the_bias_of_another_transposed_convolution_shows_the_outputs(kernel, n_out, matrix):
+    shown = {"kernel": (4, 4, 32, 64), "bias": (n_out,)}
+    series = {"deconv_0": {"kernel": kernel}, "deconv_1": shown}
+    for tree in (series, {"middle": {"deconv": {"kernel": kernel}}, "end": {"up_conv": shown}}):
+        assert not warnings_of(tree)
+        assert matrix in [roles_of(tree).get(f"{n}/kernel") for n in ("deconv_0", "middle/deconv")]
+    unlike = {"kernel": (4, 4, 64, 32), "bias": (n_out,)}  # in the opposite order
+    assert "no bias shows" in warnings_of({**series, "deconv_2": unlike})[0]
+
+
+def test_biases_decide_before_the_sizes_of_a_series():
+    up = numbered("deconv", [(64, 32), (32, 12)], biases=[("deconv1", (32,))])  # from its end
+    down = {"ct": {"ConvTranspose_0": {"kernel": (4, 4, 32, 64), "bias": (64,)}}}
+    assert not warnings_of({**up, **down})
+    assert roles_of({**up, **down})["deconv0/kernel"] == (1, 512, 64)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"conv": {"kernel": (4, 4, 32, 64), "bias": (64,)}},  # not transposed
+        {"tconv": {"kernel": (64, 32, 4), "bias": (32,)}},  # the window on the other side
+        {"deconv_0": {"kernel": (8,)}},  # no matrix
+    ],
+)
+def test_the_biases_of_unlike_parameters_show_no_outputs(beside):
+    found = warnings_of({**beside, "deconv_1": {"kernel": (4, 4, 64, 64)}})
+    assert "no bias shows which of its channels are outputs" in str(found)
+
+
+def test_parameters_of_few_axes_beside_convolutions_have_no_sides():
+    assert not warnings_of({"conv": {"kernel": (3, 3, 8, 8), "bias": ()}})
+    stacked = {"kernel": (5, 2, 3), "norm": {"scale": (5, 2, 3)}}
+    found = roles_of({"conv_0": stacked, "conv_1": {"kernel": (3, 3, 8, 16)}})
+    assert found["conv_1/kernel"] == (1, 72, 16)
+
+
 def test_orders_of_equal_updates_do_not_warn():
     torch = {
         "conv_transpose": {"weight": (16, 8, 4, 4)}
@@ -125,6 +203,23 @@ def test_inputs_of_a_fraction_of_the_outputs_before_may_be_groups():
     assert not warnings_of({"Conv_0": first, "Conv_1": first, "Conv_2": {"kernel": (3, 3, 64, 64)}})
     fire = {"Conv_0": {"kernel": (1, 1, 64, 16)}, "Conv_1": {"kernel": (1, 1, 16, 64)}}
     assert not warnings_of({**fire, "Conv_2": {"kernel": (3, 3, 16, 64)}})
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "shapes"),
+    [
+        ("ConvTranspose_{}", "kernel", [(4, 4, 32, 64), (4, 4, 16, 32)]),
+        ("upconv{}", "kernel", [(2, 2, 32, 64), (2, 2, 16, 32)]),
+        ("{}", "kernel", [(4, 4, 32, 64), (4, 4, 16, 32)]),
+        ("deconv{}", "weight", [(64, 32, 4, 4), (32, 16, 4, 4)]),  # as PyTorch stores it
+    ],
+)
+def test_the_bias_before_shows_that_a_transposed_convolution_has_no_groups(module, name, shapes):
+    kernels = {
+        module.format(i): {name: shape, "bias": (n_out,)}
+        for i, (shape, n_out) in enumerate(zip(shapes, (32, 16), strict=True))
+    }
+    assert not warnings_of({"deconvs": kernels})
 
 
 def convolved(x, kernel, groups=1):

@@ -1,5 +1,6 @@
 """Convolutions: the window and the inputs are one side of a matrix; depthwise ones have none."""
 
+import itertools
 import math
 
 from optax.contrib import MuonDimensionNumbers
@@ -24,46 +25,121 @@ def transposed(leaf: Leaf, evidence: Evidence, settings: RoleSettings) -> Decisi
 
     Flax stores the first, and with `transpose_kernel=True` the second, as Haiku does. Equinox
     stores (outputs, inputs, *window), PyTorch (inputs, outputs, *window). The bias shows the
-    outputs if both sizes differ.
+    outputs if both sizes differ; else the other transposed convolutions may show them.
     """
     stack, shape = evidence.layer_of(leaf)
     front, back = _has_window(shape)
     if front == back:
         return None
     last = len(shape) - 1
-    inputs, outputs = (last - 1, last) if front else (1, 0)
-    size = _bias_size(leaf, evidence, stack)
-    fitting = [axis for axis in (inputs, outputs) if shape[axis] == size]
     if front:
         when = "If it is stored (*window, outputs, inputs)"
         other = numbers_of(leaf, stack, (*range(last - 1), last), (last - 1,))
     else:
         when = "If it is stored (inputs, outputs, *window)"
         other = numbers_of(leaf, stack, (0,), tuple(range(1, last + 1)))
-    if fitting == [inputs]:
+    is_other = _is_other_by_bias(leaf, evidence, front=front)
+    if is_other:
         is_one = is_named_convolution(leaf) or is_convolution_shape(shape)
         if front and is_one and not leaf.has(names.EXPERTS):
             return Decision(other, "transposed convolution, as its bias shows")
         return None
-    if fitting == [outputs] or not _is_named_transposed(leaf, shape[:-2] if front else shape[2:]):
+    if is_other is False or not _is_named_transposed(leaf, evidence, front=front):
         return None
     is_set = settings.outputs_first is not None
     if is_set if front else not settings.scale_by_sides:  # both orders have the same update
         return None
     found = convolution(leaf, evidence, settings)
-    text = "no bias shows which of its channels are outputs"
-    return found and found._replace(doubt=text, other=(when, other))
+    is_other = _is_other_by_series(leaf, evidence, front=front)
+    if is_other is None:
+        text = "no bias shows which of its channels are outputs"
+        return found and found._replace(doubt=text, other=(when, other))
+    reason = "transposed convolution, in the order that others like it show"
+    return Decision(other, reason) if is_other else found
 
 
-def _bias_size(leaf: Leaf, evidence: Evidence, stack: Stack) -> int | None:
-    """Returns the number of outputs that the bias shows, (outputs,) or (outputs, 1, 1)."""
-    bias = evidence.bias_of(leaf)
-    first, *others = stack.without(bias.shape) if bias else (0, 0)
-    return first if all(n == 1 for n in others) else None
+def _sides(leaf: Leaf, evidence: Evidence, *, front: bool) -> Shape:
+    """Returns the inputs and outputs of (*window, inputs, outputs) or (outputs, inputs, *window).
+
+    Args:
+      leaf: The kernel.
+      evidence: The evidence from its pytree.
+      front: Whether the window is in front.
+    """
+    shape = evidence.layer_of(leaf)[1]
+    return shape[-2:] if front else shape[1::-1]
 
 
-def _is_named_transposed(leaf: Leaf, window: Shape) -> bool:
+def _is_other_by_bias(leaf: Leaf, evidence: Evidence, *, front: bool) -> bool | None:
+    """Returns whether a bias shows that inputs and outputs are in the other order of storage.
+
+    The bias is (outputs,) or (outputs, 1, 1). None if it shows no order.
+    """
+    bias, (stack, _) = evidence.bias_of(leaf), evidence.layer_of(leaf)
+    size, *others = (stack.without(bias.shape) if bias else ()) or (0,)
+    n_in, n_out = _sides(leaf, evidence, front=front)
+    if n_in == n_out or size not in (n_in, n_out) or any(n != 1 for n in others):
+        return None
+    return size == n_in
+
+
+def _is_other(leaf: Leaf, evidence: Evidence, *, front: bool) -> bool | None:
+    """Returns the same as its own bias shows it, or else the other transposed convolutions."""
+    by_bias = _is_other_by_bias(leaf, evidence, front=front)
+    if by_bias is not None or not _is_named_transposed(leaf, evidence, front=front):
+        return by_bias
+    return _is_other_by_series(leaf, evidence, front=front)
+
+
+def _is_other_by_series(leaf: Leaf, evidence: Evidence, *, front: bool) -> bool | None:
+    """Returns the same as other transposed convolutions show it, by their biases or their sizes.
+
+    The biases of its series are the first evidence, the sizes of its series the second, and the
+    biases of other series the last.
+    """
+    rank = len(evidence.layer_of(leaf)[1])
+    series = _series(leaf, evidence) if leaf.is_inside else [leaf]
+    own = [x for x in series if len(evidence.layer_of(x)[1]) == rank]
+    by_bias = _shown_by_biases(own, evidence, front=front)
+    if not by_bias and (chained := _chained(own, evidence, front=front)) is not None:
+        return chained
+    if not by_bias:
+        like = [x for x in evidence.leaves if x.core[-1] == leaf.core[-1]]
+        like = [x for x in like if _has_window(evidence.layer_of(x)[1]) == (front, not front)]
+        named = [x for x in like if _is_named_transposed(x, evidence, front=front)]
+        by_bias = _shown_by_biases(named, evidence, front=front)
+    return by_bias.pop() if len(by_bias) == 1 else None
+
+
+def _shown_by_biases(kernels: list[Leaf], evidence: Evidence, *, front: bool) -> set[bool]:
+    """Lists whether biases show the other order of storage, where they show an order."""
+    shown = (_is_other_by_bias(x, evidence, front=front) for x in kernels)
+    return {other for other in shown if other is not None}
+
+
+def _chained(series: list[Leaf], evidence: Evidence, *, front: bool) -> bool | None:
+    """Returns in which order of storage the outputs of each are the inputs of the next.
+
+    A series that is numbered from its end has the same sizes in the other order. There, the
+    channels seem to grow, while transposed convolutions reduce them; so growth shows no order.
+    """
+    usual = [_sides(x, evidence, front=front) for x in series]
+    orders = {False: usual, True: [pair[::-1] for pair in usual]}
+    chains = [
+        other
+        for other, sides in orders.items()
+        if all(before[1] == after[0] for before, after in itertools.pairwise(sides))
+    ]
+    if len(chains) != 1:
+        return None
+    first, *_, last = orders[chains[0]]
+    return chains[0] if last[1] < first[0] else None
+
+
+def _is_named_transposed(leaf: Leaf, evidence: Evidence, *, front: bool) -> bool:
     """Returns whether a parameter, its module or the list around it is named transposed."""
+    shape = evidence.layer_of(leaf)[1]
+    window = shape[:-2] if front else shape[2:]
     pattern = f"{_TRANSPOSED}|{_UP}" if all(n % 2 == 0 for n in window) else _TRANSPOSED
     return any(names.matches(pattern, name) for name in _own_names(leaf))
 
@@ -200,9 +276,12 @@ def doubt_groups(leaf: Leaf, evidence: Evidence) -> str:
         return ""
     series = _series(leaf, evidence)
     at = series.index(leaf)
-    if at == 0 or not is_named_convolution(leaf) or any(len(x.shape) < 3 for x in series):
+    ranks = {len(evidence.layer_of(x)[1]) for x in series}
+    if at == 0 or not is_named_convolution(leaf) or min(ranks) < 3:
         return ""
-    sides = [evidence.layer_of(x)[1][-2:] if front else x.shape[1::-1] for x in series]
+    sides = [_sides(x, evidence, front=front) for x in series]
+    others = [_is_other(x, evidence, front=front) for x in series]
+    sides = [pair[::-1] if other else pair for pair, other in zip(sides, others, strict=True)]
     (first, _), (_, before), (n_in, n_out) = sides[0], sides[at - 1], sides[at]
     is_known = n_in in {first, *(n for _, n in sides)} or evidence.has_output(leaf, n_in)
     groups, rest = divmod(before, max(n_in, 1))
