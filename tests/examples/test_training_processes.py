@@ -95,6 +95,7 @@ def pair(tmp_path_factory, environment):
     return folder / "run", ended
 
 
+@pytest.mark.nightly
 def test_two_processes_train_as_one(pair, tmp_path):
     alone(tmp_path / "alone").train()
     ours, reference = (files.read_metrics(run) for run in (pair[0], tmp_path / "alone"))
@@ -104,6 +105,7 @@ def test_two_processes_train_as_one(pair, tmp_path):
         np.testing.assert_allclose(line["max_logits"], expected["max_logits"], rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_only_the_first_process_prints_and_writes(pair):
     run, ended = pair
     assert own_words(ended.out[0]).splitlines()[:2] == [
