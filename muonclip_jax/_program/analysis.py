@@ -22,7 +22,7 @@ from muonclip_jax._program.storage import (
     view_to_json,
 )
 
-_VERSION = 1
+_VERSION = 2  # with the groups of convolutions
 # Roles by name that keep AdamW where the program shows a matrix like any other.
 _KEPT = ("embedding", "router", "output head", "head ")
 

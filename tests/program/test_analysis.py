@@ -39,8 +39,8 @@ def test_json_keeps_everything(analysis):
 
 
 def test_json_of_another_version_is_an_error(analysis):
-    with pytest.raises(ValueError, match="no analysis of version 1"):
-        mc.Analysis.from_json(json.dumps(json.loads(analysis.to_json()) | {"version": 2}))
+    with pytest.raises(ValueError, match="no analysis of version 2"):
+        mc.Analysis.from_json(json.dumps(json.loads(analysis.to_json()) | {"version": 1}))
 
 
 def test_json_with_other_parameters_is_an_error(analysis):
