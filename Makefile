@@ -12,9 +12,11 @@ demo: .venv/examples
 test: .venv/test
 	$(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST)
 
-# Every test that needs no accelerator and no browser, of programs that XLA optimizes.
+# Every test that needs no accelerator and no browser, of programs that XLA optimizes, with the types of every function
+# checked; by day those of modules with shapes in their signatures.
 test-all: .venv/test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not accelerator and not browser' $(PYTEST)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -n auto --dist worksteal \
+	  --jaxtyping-packages=muonclip_jax,beartype.beartype -m 'not accelerator and not browser' $(PYTEST)
 
 # Faults in the package that the tests by day have to see. WORDS="iterations clip.py" chooses some.
 mutants: .venv/test

@@ -17,6 +17,18 @@ from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Modules with shapes in their signatures check them at run time. To check the types of all modules
+# too, as `make test-all` does, takes a third more time.
+_PACKAGE = pathlib.Path(__file__).parents[1] / "muonclip_jax"
+jaxtyping.install_import_hook(
+    [
+        ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
+        for path in _PACKAGE.rglob("*.py")
+        if "from jaxtyping import" in path.read_text()
+    ],
+    "beartype.beartype",
+)
+
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("tests")
 

@@ -197,26 +197,20 @@ def attention_module(
       The module.
     """
     children, depth = found.modules[path], len(path)
-
-    def leaf(child: str, full_path: Path, index: int, value: Any) -> Leaf:
-        below = full_path[depth + 1 :]
-        # A child that is itself an array is a kernel without a module around it.
-        name = below[-1] if below else layout.scaled_leaves[0]
-        relative = "/".join((child, *below))
-        return Leaf(name, relative, index, jnp.shape(value), jnp.result_type(value))
-
     leaves: dict[str, list[Leaf]] = {}
     hidden: list[str] = []
     for name in layout.modules:
         there = [entry for entry in children[name] if not _hides(entry[2])]
-        leaves[name] = [leaf(name, *entry) for entry in there]
+        leaves[name] = [_leaf(layout, depth, name, *entry) for entry in there]
         hidden += ["/".join(full[depth:]) for full, _, value in children[name] if _hides(value)]
     for name in layout.scaled_leaves[1:]:  # such as an array "bq" beside "wq"
         owner, entries = module_of(layout, name), children.get(name, [])
         if owner and name not in layout.modules and entries and len(entries[0][0]) == depth + 1:
             hidden += [name] * _hides(entries[0][2])
             there = [entry for entry in entries if not _hides(entry[2])]
-            leaves[owner] += [leaf(name, *entry)._replace(name=name) for entry in there]
+            leaves[owner] += [
+                _leaf(layout, depth, name, *entry)._replace(name=name) for entry in there
+            ]
     paths = tuple(
         full[depth:]
         for entries in children.values()
@@ -229,6 +223,17 @@ def attention_module(
     }
     sown = found.max_logits[key_of(path, layout)] if max_logits is None else max_logits
     return AttentionModule(path, layout, shapes, paths, leaves, tuple(hidden), sown, is_bound)
+
+
+def _leaf(
+    layout: HeadLayout, depth: int, child: str, full_path: Path, index: int, value: Any
+) -> Leaf:
+    """Describes a leaf of a child of the attention module at a depth."""
+    below = full_path[depth + 1 :]
+    # A child that is itself an array is a kernel without a module around it.
+    name = below[-1] if below else layout.scaled_leaves[0]
+    relative = "/".join((child, *below))
+    return Leaf(name, relative, index, jnp.shape(value), jnp.result_type(value))
 
 
 def _modules(params: ArrayTree) -> tuple[Modules, set[Path], set[Path]]:
