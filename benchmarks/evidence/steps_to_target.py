@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from scipy import stats
 
 from benchmarks.evidence import plotting
 from benchmarks.evidence.optimizer_search import (
@@ -80,6 +79,8 @@ def compared(
       >>> ratio["mean"], p < 0.01
       (0.49985, True)
     """
+    from scipy import stats  # not for all experiments: the import takes longer than JAX's
+
     pairs = list(zip(steps, reference, strict=True))
     if any(x is None or y is None for x, y in pairs) or steps == reference:
         return over_seeds(None if x is None or y is None else x / y for x, y in pairs), None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 import muonclip_jax as mc
 from tests.support import reference_attention as reference
@@ -49,10 +49,12 @@ def test_head_at_the_threshold_is_not_clipped(tau):
 
 
 @given(st.lists(st.floats(width=32), min_size=N, max_size=N), st.floats(0.5, 1e4, width=32))
+@example([0.0, 0.0, 1e38, 8.333335264165784e37], 1.0)  # below and above the smallest normal number
 def test_gamma_is_in_zero_to_one(maxima, tau):
     _, new, info = clip_one(maxima, threshold=tau)
     expected = [reference.gamma(s, tau) for s in np.asarray(maxima, np.float32).tolist()]
-    np.testing.assert_allclose(info.gamma["attn"], np.maximum(expected, 1.2e-38), rtol=2e-7)
+    expected = np.maximum(expected, np.finfo(np.float32).tiny)
+    np.testing.assert_allclose(info.gamma["attn"], expected, rtol=2e-7)
     assert bool(jnp.all((info.gamma["attn"] > 0) & (info.gamma["attn"] <= 1)))
     chex.assert_tree_all_finite(new)
 
@@ -239,29 +241,32 @@ def info_of(**maxima):
     return mc.qk_clip(params, {n: {"max_logits": jnp.asarray(s)} for n, s in maxima.items()})[1]
 
 
-STEPS = [
-    info_of(a=[400.0, 1.0], b=[1.0, 1.0, 1.0]),
-    info_of(a=[1.0, 1.0], b=[1.0, np.inf, 200.0]),
-    info_of(a=[1.0, np.nan], b=[1.0, 1.0, 101.0]),
-]
+def infos():
+    return [
+        info_of(a=[400.0, 1.0], b=[1.0, 1.0, 1.0]),
+        info_of(a=[1.0, 1.0], b=[1.0, np.inf, 200.0]),
+        info_of(a=[1.0, np.nan], b=[1.0, 1.0, 101.0]),
+    ]
 
 
 def test_a_head_once_clipped_stays_marked():
-    ever = mc.heads_ever_clipped(STEPS[0])
-    for info in STEPS[1:]:
+    first, *others = infos()
+    ever = mc.heads_ever_clipped(first)
+    for info in others:
         ever = mc.heads_ever_clipped(info, ever)
     assert {path: x.tolist() for path, x in ever.items()} == {
         "a": [True, False],
         "b": [False, False, True],
     }
-    assert float(mc.qk_clip_metrics(STEPS[-1], ever)["qk_clip/ever_clipped_fraction"]) == (
+    assert float(mc.qk_clip_metrics(others[-1], ever)["qk_clip/ever_clipped_fraction"]) == (
         np.float32(0.4)
     )
 
 
 def test_heads_ever_clipped_in_a_scan_equal_a_loop():
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *STEPS)
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), STEPS[0].gamma)
+    steps = infos()
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *steps)
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), steps[0].gamma)
     scanned, _ = jax.lax.scan(
         lambda ever, info: (mc.heads_ever_clipped(info, ever), None), none, stacked
     )

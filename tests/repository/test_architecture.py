@@ -1,6 +1,7 @@
 """Imports only point down, and importing the package costs and changes nothing."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -27,7 +28,11 @@ MAY_IMPORT = {
 TOP = {"__init__", "_muonclip", "linen", "nnx"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = {path: path.read_text() for path in FILES}
-TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(SOURCES[path])
 
 
 def name_of(path):
@@ -40,7 +45,7 @@ MODULES = {name_of(path): path for path in FILES}
 
 def imports(path):
     """Yields the full names of the modules that a file imports anywhere in it."""
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -61,7 +66,7 @@ def test_every_file_is_in_a_package_of_the_table():
 
 def test_every_package_has_a_docstring():
     for package in MAY_IMPORT:
-        assert ast.get_docstring(TREES[PACKAGE / package / "__init__.py"]), package
+        assert ast.get_docstring(tree(PACKAGE / package / "__init__.py")), package
 
 
 def test_imports_follow_the_table():
@@ -104,9 +109,9 @@ def test_no_side_effects_in_the_source():
 
 def side_effects(path):
     """Names, calls and imports that a module of the package may not have."""
-    found = {n.id for n in ast.walk(TREES[path]) if isinstance(n, ast.Name)}
+    found = {n.id for n in ast.walk(tree(path)) if isinstance(n, ast.Name)}
     found = found & {"print", "eval", "exec", "open"}
-    found |= {"assert" for n in ast.walk(TREES[path]) if isinstance(n, ast.Assert)}
+    found |= {"assert" for n in ast.walk(tree(path)) if isinstance(n, ast.Assert)}
     found |= {"os", "logging", "pickle"} & set(imports(path))
     calls = ("config.update", "pure_callback", "io_callback", "debug.print")
     return found | {call for call in calls if call in SOURCES[path]}
