@@ -117,7 +117,7 @@ def gradients(model):
     return jax.jit(jax.grad(step.make_loss(model), argnums=(0, 2), has_aux=True))
 
 
-@pytest.mark.parametrize("name", by_day(["gqa", "moe"], "moe"))
+@pytest.mark.parametrize("name", by_day(["gqa", "moe"], "gqa"))
 def test_gradient_reaches_every_weight_and_no_bias(name):
     variables = drawn(tiny(name), spread=0.2)
     arguments = variables["params"], SEQUENCES, variables.get("balance", {})
@@ -179,6 +179,7 @@ def test_clip_keeps_recomputed_logits_at_the_threshold():
         np.testing.assert_allclose(now, np.minimum(before, threshold), rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_train_step_moves_the_biases_by_their_rate():
     model, config = tiny("moe"), dataclasses.replace(CONFIG, optimizer="adamw")
     tx = optimizer.make_optimizer(config, model.layout)
@@ -276,7 +277,8 @@ def test_muon_orthogonalizes_each_kernel_as_its_matrix(name):
     assert rows | ROUTES[name] == rows
 
 
-@pytest.mark.parametrize("name", by_day(["mla", "moe"], "mla"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["mla", "moe"])
 def test_per_head_splits_queries_keys_and_values(name):
     """Kimi K3's recipe on the program's own model: its flag, its clip, its schedule."""
     model = tiny(name)
@@ -296,6 +298,7 @@ def test_per_head_splits_queries_keys_and_values(name):
     assert all(part.num_matrices % s.heads == 0 for parts in split.values() for part in parts)
 
 
+@pytest.mark.nightly
 def test_per_head_changes_the_update_of_heads_alone():
     model = tiny("mla")
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))

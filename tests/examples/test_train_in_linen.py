@@ -29,6 +29,7 @@ def test_clip_acts_and_the_model_learns(steps, with_clips):
     assert last < (0.1 if steps == 90 else first)  # measured 0.011
 
 
+@pytest.mark.nightly
 def test_infinite_threshold_records_and_never_clips():
     metrics = train_in_linen.train(math.inf, 3)
     assert [m["qk_clip/clipped_heads"] for m in metrics] == [0.0, 0.0, 0.0]

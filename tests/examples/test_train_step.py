@@ -110,6 +110,7 @@ def test_model_does_not_look_ahead(random_params):
     assert (before[:, 9:] != now[:, 9:]).any(axis=-1).all()
 
 
+@pytest.mark.nightly
 def test_train_step_compiles_once_for_all_thresholds():
     made = loop.Trainer(CONFIG, CORPUS, pathlib.Path("unused"), TINY)
     state = jax.jit(made.initial_state)()

@@ -46,13 +46,14 @@ def on_one_device():
 
 MESHES = [
     pytest.param(EIGHT, 2, id="data, fsdp, tensor, in two micro-batches"),
-    pytest.param(None, 1, id="fsdp", marks=pytest.mark.nightly),
-    pytest.param({"data": 8}, 1, id="data", marks=pytest.mark.nightly),
-    pytest.param({"tensor": 8}, 1, id="tensor, heads do not divide", marks=pytest.mark.nightly),
-    pytest.param({"fsdp": 2, "tensor": -1}, 4, id="fsdp, tensor", marks=pytest.mark.nightly),
+    pytest.param(None, 1, id="fsdp"),
+    pytest.param({"data": 8}, 1, id="data"),
+    pytest.param({"tensor": 8}, 1, id="tensor, heads do not divide"),
+    pytest.param({"fsdp": 2, "tensor": -1}, 4, id="fsdp, tensor"),
 ]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("sizes", "micro"), MESHES)
 def test_eight_devices_train_as_one(on_one_device, sizes, micro):
     results = advance(trainer_on(sizes, threshold=0.8, accumulate=micro), 20)

@@ -18,7 +18,7 @@ def _params(dtype=jnp.float32):
     rng = np.random.default_rng(0)
 
     def make(*shape):
-        return jnp.asarray(rng.normal(size=shape), dtype)
+        return jnp.asarray(rng.normal(size=shape).astype(dtype), dtype)
 
     return {
         "attn": {"query": {"kernel": make(6, 2, 4)}, "key": {"kernel": make(6, 1, 4)}},
@@ -85,7 +85,8 @@ def case(request):
 
 def _like(tree, seed=1):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+    normal = lambda x: rng.normal(size=x.shape).astype(x.dtype)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.asarray(normal(x), x.dtype), tree)
 
 
 def test_unknown_extra_arguments_are_ignored(case):
@@ -275,7 +276,7 @@ def test_vmap_over_an_ensemble(case):
     factory, make, extra = case
     tx, params = factory(), make()
     ensemble = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), params)
-    update = lambda g, p: tx.update(g, tx.init(p), p, **extra)[0]  # noqa: E731
+    update = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, **extra)[0])
     together = jax.vmap(update)(_like(ensemble), ensemble)
     for i in range(3):
         pick = functools.partial(jax.tree.map, lambda x, i=i: x[i])

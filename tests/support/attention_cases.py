@@ -9,7 +9,8 @@ D, N, H = 3, 4, 2
 
 
 def draw(seed, *shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    # Rounded by NumPy: JAX would compile a conversion for each shape.
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype), dtype)
 
 
 def attention(heads=N, key_heads=None, stack=(), dtype=jnp.float32, seed=0):

@@ -13,7 +13,8 @@ SHAPES = {"wide": (3, 7), "tall": (7, 3), "stacked": (2, 4, 5)}
 
 
 def draw(shape, seed, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    # Rounded by NumPy: JAX would compile a conversion for each shape.
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype), dtype)
 
 
 def gradients(shape, dtype=jnp.float32, steps=3):

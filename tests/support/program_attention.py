@@ -10,7 +10,7 @@ RNG = np.random.default_rng(0)
 
 
 def array(*shape):
-    return jnp.asarray(RNG.normal(size=shape) * 0.3, jnp.float32)
+    return jnp.asarray((RNG.normal(size=shape) * 0.3).astype(np.float32), jnp.float32)
 
 
 X = array(2, 6, 16)

@@ -66,7 +66,8 @@ class Family:
             for part in parents:
                 node = node.setdefault(part, {})
             shape = tuple((SIZES | self.sizes)[letter] for letter in text.split(":")[0])
-            node[last] = jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
+            value = (rng.normal(size=shape) * scale).astype(np.float32)
+            node[last] = jnp.asarray(value, jnp.float32)
         return tree
 
 

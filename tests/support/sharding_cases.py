@@ -58,7 +58,8 @@ def draw(leaves, seed=0, dtype=jnp.float32):
         x = rng.normal(size=leaf.shape)
         if jnp.issubdtype(dtype, jnp.complexfloating):
             x = x + 1j * rng.normal(size=leaf.shape)
-        return jnp.asarray(x, dtype)
+        # Rounded by NumPy: JAX would compile a conversion for each shape.
+        return jnp.asarray(x.astype(dtype), dtype)
 
     return jax.tree.map(normal, leaves, is_leaf=is_leaf)
 
