@@ -1,6 +1,7 @@
 """Eight CPU devices, no network, strict ranks: the conditions under which every test runs."""
 
 import gc
+import importlib.util
 import pathlib
 import socket
 
@@ -19,7 +20,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Modules with shapes in their signatures check them at run time. To check the types of all modules
 # too, as `make test-all` does, takes a third more time.
-_PACKAGE = pathlib.Path(__file__).parents[1] / "muonclip_jax"
+_SPEC = importlib.util.find_spec("muonclip_jax")  # the repository's, or an installed wheel's
+assert _SPEC is not None
+assert _SPEC.origin is not None
+_PACKAGE = pathlib.Path(_SPEC.origin).parent
 jaxtyping.install_import_hook(
     [
         ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)

@@ -1,4 +1,4 @@
-"""Imports only point down, and importing the package costs and changes nothing."""
+"""Imports only point down, importing the package costs and changes nothing, tests check shapes."""
 
 import ast
 import functools
@@ -6,9 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import jaxtyping
 import pytest
 
 import muonclip_jax as mc
+from muonclip_jax._qk_clip.head_factors import gamma_of
 from tests.support.strict import STRICT
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -202,3 +205,8 @@ def test_dir_lists_every_public_name():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         mc.nonsense  # noqa: B018
+
+
+def test_a_shape_that_differs_from_the_signature_raises_in_tests():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        gamma_of(jnp.zeros(3, int), 100.0, True)
