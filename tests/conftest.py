@@ -1,7 +1,6 @@
 """Eight CPU devices, no network, strict ranks: the conditions under which every test runs."""
 
 import gc
-import importlib.util
 import pathlib
 import socket
 
@@ -17,21 +16,6 @@ from tests.support.strict import HAS_CAPTURE, NEEDS_CAPTURE
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Modules with shapes in their signatures check them at run time. To check the types of all modules
-# too, as `make test-all` does, takes a third more time.
-_SPEC = importlib.util.find_spec("muonclip_jax")  # the repository's, or an installed wheel's
-assert _SPEC is not None
-assert _SPEC.origin is not None
-_PACKAGE = pathlib.Path(_SPEC.origin).parent
-jaxtyping.install_import_hook(
-    [
-        ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
-        for path in _PACKAGE.rglob("*.py")
-        if "from jaxtyping import" in path.read_text()
-    ],
-    "beartype.beartype",
-)
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("tests")

@@ -207,6 +207,11 @@ def test_an_unknown_name_is_an_attribute_error():
         mc.nonsense  # noqa: B018
 
 
-def test_a_shape_that_differs_from_the_signature_raises_in_tests():
+def test_tests_check_every_signature_with_shapes(pytestconfig):
+    checked = pytestconfig.getoption("--jaxtyping-packages").split(",")
+    shaped = [name for name, path in MODULES.items() if "from jaxtyping import" in SOURCES[path]]
+    assert len(shaped) > 20
+    for name in shaped:
+        assert any(f"muonclip_jax.{name}.".startswith(f"{package}.") for package in checked), name
     with pytest.raises(jaxtyping.TypeCheckError):
-        gamma_of(jnp.zeros(3, int), 100.0, True)
+        gamma_of(jnp.zeros(()), 100.0, True)  # no axis of heads
